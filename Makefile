@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each makes its own environment in $(VENV).
+PYTHON ?= python3.11
+VENV ?= .venv
+PROMPT ?= I am
+OUTPUT ?= smollm2-135m-osl
+# uv does not read pip's own setting for extra wheel folders.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
+
+.PHONY: demo test test-slow lint bench clean
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'uv>=0.9,<1'
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/uv
+	$(UV) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/uv
+	$(UV) --editable '.[test]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/msquant quantize smollm2-135m --algo osl --output $(OUTPUT) --overwrite
+	$(BIN)/msquant run --model $(OUTPUT) --prompt "$(PROMPT)"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m msquant`."""
+
+from msquant.cli.app import main
+
+main()

@@ -1,0 +1,71 @@
+"""The canonical in-memory form of a model's weights, whatever they are stored as."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class FloatLinear:
+    """A linear layer in floating point.
+
+    Attributes:
+        weight: float32 `[N, K]`, N output and K input channels.
+        bias: float32 `[N]`, or None.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """A linear layer in W8A8: `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias`.
+
+    Attributes:
+        weight: int8 `[N, K]`, symmetric per output channel.
+        weight_scale: float32 `[N]`.
+        bias: float32 `[N]`, or None.
+        input_scale: float32 `[1]` for static per-tensor activations; None when they are quantized per token.
+        input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
+    """
+
+    weight: NDArray[np.int8]
+    weight_scale: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+    input_scale: NDArray[np.float32] | None = None
+    input_offset: NDArray[np.int32] | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are quantized with a scale fixed at calibration."""
+        return self.input_scale is not None
+
+
+Linear = FloatLinear | QuantizedLinear
+
+
+class WeightSource(Protocol):
+    """Where a decoder layer's weights are read from, one at a time, by their Hugging Face names."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of that name is stored, for example `model.norm.weight`."""
+        ...
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Return one floating-point tensor as float32.
+
+        Raises:
+            CheckpointError: it is missing, its shard is damaged, or it holds NaN or infinity.
+        """
+        ...
+
+    def linear(self, module: str) -> Linear:
+        """Return the linear layer called `module`, for example `model.layers.0.self_attn.q_proj`.
+
+        Raises:
+            CheckpointError: as for `tensor`, or its parts do not fit together.
+        """
+        ...

@@ -1,0 +1,56 @@
+"""Assembles the `msquant` command line and turns exceptions into messages and exit codes."""
+
+import sys
+
+import typer
+
+from msquant import __version__
+from msquant.cli import console
+from msquant.cli.inspect import inspect
+from msquant.cli.quantize import quantize
+from msquant.cli.run import run
+from msquant.errors import MsquantError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="msquant",
+    help="Quantize large language models to W8A8 for MindSpore and Ascend, and run them.",
+    epilog="Example: msquant quantize smollm2-135m --algo osl && msquant run --prompt 'I am'",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        console.print_line(f"msquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options that belong to no command."""
+
+
+for _command in (quantize, run, inspect):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of the console script; exits with 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        app()
+    except MsquantError as error:
+        console.print_error(error, as_json="--json" in sys.argv)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        console.stderr.print("interrupted")
+        sys.exit(EXIT_INTERRUPTED)

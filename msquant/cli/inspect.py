@@ -1,0 +1,5 @@
+"""`msquant inspect`."""
+
+
+def inspect() -> None:
+    """To be filled in."""

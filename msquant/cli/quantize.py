@@ -1,0 +1,5 @@
+"""`msquant quantize`."""
+
+
+def quantize() -> None:
+    """To be filled in."""

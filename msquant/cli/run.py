@@ -1,0 +1,5 @@
+"""`msquant run`."""
+
+
+def run() -> None:
+    """To be filled in."""
