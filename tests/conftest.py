@@ -1,0 +1,28 @@
+"""Fixtures that every test may use."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.tiny_model import write_tiny_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of this run: a fresh one, unless MSQUANT_CACHE names one to share between runs."""
+    given = os.environ.get("MSQUANT_CACHE")
+    if given:
+        yield Path(given)
+        return
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MSQUANT_CACHE"] = str(folder)
+    yield folder
+    del os.environ["MSQUANT_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama model folder; read it, copy it, never change it."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
