@@ -1,0 +1,93 @@
+"""What a full, read-only or vanished disk says, turned into an error a person can act on."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from msquant.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes for an ordinary user on the disk that holds `path` or will; None if that cannot be told."""
+    for existing in (path, *path.parents):
+        if existing.exists():
+            try:
+                return shutil.disk_usage(existing).free
+            except OSError:
+                return None
+    return None
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Check that a folder, which need not exist yet, has room.
+
+    Raises:
+        OutputError: it has not; names the free and the needed bytes.
+    """
+    free = free_bytes(folder.absolute())
+    if free is not None and free < needed_bytes:
+        raise OutputError(
+            f"{free} bytes are free on its disk, {needed_bytes} are needed",
+            where=folder,
+            remedy="free some space, or choose another disk with --output",
+        )
+
+
+@contextmanager
+def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn an OSError or a SafetensorError that is raised inside into an OutputError.
+
+    Args:
+        path: what is being written.
+        needed_bytes: how many bytes it takes, where known.
+
+    Raises:
+        OutputError: names the path, the free bytes and the needed ones.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _explain(error, path, needed_bytes) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError | SafetensorError, path: Path, needed_bytes: int | None) -> OutputError:
+    if isinstance(error, OSError):
+        number, text = error.errno, error.strerror or str(error)
+    else:
+        # The safetensors library, written in Rust, gives the number only in its message.
+        found = re.search(r"os error (\d+)", str(error))
+        number, text = (int(found[1]) if found else None), str(error)
+    if number in _FULL:
+        free = free_bytes(path.absolute())
+        needed = f", {needed_bytes} needed for this file" if needed_bytes is not None else ""
+        return OutputError(
+            f"the disk is full ({free} bytes free{needed})",
+            where=path,
+            remedy="free some space, or choose another disk with --output",
+        )
+    if number in _READ_ONLY:
+        return OutputError(
+            f"cannot be written: {text}", where=path, remedy="choose a writable folder with --output"
+        )
+    needed = f" ({needed_bytes} bytes)" if needed_bytes is not None else ""
+    return OutputError(
+        f"cannot be written{needed}: {text}", where=path, remedy="choose another place with --output"
+    )

@@ -1,0 +1,167 @@
+"""A result folder that appears whole or not at all."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from msquant.checkpoint.disk import sync_folder, writing
+from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.errors import OutputError
+
+LOCK_NAME = ".msquant.lock"
+
+
+class OutputFolder:
+    """Collects a result in `<target>.partial` and gives it its name when it is complete.
+
+    Use as a context manager: write into `path`, then call `finish()`. Leaving without `finish()`, by an
+    exception or by Ctrl-C, removes the partial folder. What a killed process left behind is replaced by the
+    next one; a partial folder that a living process works in is refused.
+
+    Args:
+        target: the result's final name; it must not hold anything, unless `overwrite`.
+        overwrite: replace `target` in `finish()` if it is a result of msquant; nothing else is ever replaced.
+
+    Raises:
+        OutputError: on entering, if the target is taken, in use, or cannot be written.
+
+    Attributes:
+        target: the final name.
+        path: the partial folder, to write into.
+    """
+
+    def __init__(self, target: Path | str, *, overwrite: bool = False) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.path = self.target.with_name(self.target.name + ".partial")
+        self._overwrite = overwrite
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        self._check_target()
+        with writing(self.path):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            for leftover in self.path.iterdir():
+                if leftover.name != LOCK_NAME:
+                    _remove(leftover)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        # Renamed first, so that no other process can lock a folder that is being removed.
+        discarded = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            os.rename(self.path, discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
+        finally:
+            self._release()
+
+    def finish(self) -> Path:
+        """Give the complete folder its final name, and return that.
+
+        Raises:
+            OutputError: the target was taken meanwhile, or the disk cannot be written.
+        """
+        if self._lock is None:
+            raise OutputError("the folder is not open for writing", where=self.target)
+        self._check_target()
+        with writing(self.target):
+            for folder, _, _ in os.walk(self.path):
+                sync_folder(Path(folder))
+            replaced = self._move_aside()
+            try:
+                os.rename(self.path, self.target)
+            except OSError:
+                if replaced is not None:
+                    os.rename(replaced, self.target)
+                raise
+            (self.target / LOCK_NAME).unlink(missing_ok=True)
+            sync_folder(self.target.parent)
+        self._release()
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+        return self.target
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.target):
+            return
+        if self.target.is_symlink() or not self.target.is_dir():
+            raise OutputError("not a folder", where=self.target, remedy="name another folder with --output")
+        with writing(self.target):
+            if not any(self.target.iterdir()):
+                return
+        if not (self.target / MANIFEST_NAME).is_file():
+            raise OutputError(
+                f"holds files that msquant did not write (there is no {MANIFEST_NAME})",
+                where=self.target,
+                remedy="name another folder with --output; --overwrite replaces only results of msquant",
+            )
+        if not self._overwrite:
+            raise OutputError(
+                "holds a result already",
+                where=self.target,
+                remedy="name another folder with --output, or replace it with --overwrite",
+            )
+
+    def _move_aside(self) -> Path | None:
+        if not self.target.exists():
+            return None
+        replaced = self.target.with_name(f"{self.target.name}.replaced.{os.getpid()}")
+        os.rename(self.target, replaced)
+        return replaced
+
+    def _acquire(self) -> None:
+        while True:
+            self.path.mkdir(exist_ok=True)
+            lock = self.path / LOCK_NAME
+            try:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between opening and locking, the holder may have finished and taken the file away with it.
+                if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    break
+            except BlockingIOError:
+                holder = os.pread(descriptor, 1000, 0)
+                os.close(descriptor)
+                raise self._in_use(holder) from None
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        self._lock = descriptor
+
+    def _in_use(self, holder: bytes) -> OutputError:
+        try:
+            value = json.loads(holder)
+            who = f"process {value['pid']} on {value['host']}"
+        except (ValueError, TypeError, KeyError):
+            who = "another process"
+        return OutputError(
+            f"{who} is writing this result now",
+            where=self.path,
+            remedy="wait for it or stop it, or name another folder with --output",
+        )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

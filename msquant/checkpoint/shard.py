@@ -1,0 +1,191 @@
+"""One safetensors file: its header checked against its size, its tensors read one at a time.
+
+The layout (https://github.com/huggingface/safetensors#format): 8 bytes, the header's length as a
+little-endian integer; the header, JSON; the data. Tensors are read into memory of their own and not through a
+memory map, of which every page that was touched would stay resident as long as the map does.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from msquant.errors import CheckpointError
+
+DTYPES: dict[str, DTypeLike] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "F32": np.float32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F64": np.float64,
+}
+"""NumPy's type of each safetensors dtype."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+
+_DOWNLOAD_AGAIN = "copy or download this file again"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: safetensors name, for example `BF16`.
+        shape: sizes, outermost first; empty for a scalar.
+        offset: bytes from the start of the file.
+        nbytes: bytes it takes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Shard:
+    """One safetensors file, opened only while a tensor is read.
+
+    Attributes:
+        path: the file.
+        entries: the tensors it holds, in the order of the header.
+    """
+
+    def __init__(self, path: Path, entries: dict[str, TensorEntry]) -> None:
+        self.path = path
+        self.entries = entries
+
+    @classmethod
+    def open(cls, path: Path) -> "Shard":
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: the file is missing, shorter or longer than its header says, or damaged.
+        """
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found < 8:
+                    raise _truncated(path, found, "at least 8")
+                length = int.from_bytes(file.read(8), "little")
+                if length > MAX_HEADER_BYTES:
+                    raise CheckpointError(
+                        f"not a safetensors file: its header would be {length} bytes long",
+                        where=path,
+                        remedy=_DOWNLOAD_AGAIN,
+                    )
+                if found < 8 + length:
+                    raise _truncated(path, found, f"at least {8 + length}")
+                header = file.read(length)
+        except FileNotFoundError:
+            raise CheckpointError("the shard is missing", where=path, remedy=_DOWNLOAD_AGAIN) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+        entries = _parse_header(path, header)
+        expected = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+        if found != expected:
+            raise _truncated(path, found, str(expected))
+        return cls(path, entries)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor in the dtype it is stored in, in memory of its own.
+
+        Raises:
+            CheckpointError: the file has no such tensor, or cannot be read any more.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"has no tensor {name}", where=self.path)
+        entry = self.entries[name]
+        array = np.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                view = array.reshape(-1).view(np.uint8).data
+                done = 0
+                while done < entry.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise _truncated(
+                            self.path, entry.offset + done, f"at least {entry.offset + entry.nbytes}"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {name}: {error.strerror}", where=self.path) from error
+        return array
+
+
+def _truncated(path: Path, found: int, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{found} bytes found, {expected} bytes expected: the file is truncated or damaged",
+        where=path,
+        remedy=_DOWNLOAD_AGAIN,
+    )
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def _parse_header(path: Path, header: bytes) -> dict[str, TensorEntry]:
+    try:
+        value = json.loads(header.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        value.pop("__metadata__", None)
+        start = 8 + len(header)
+        entries = {name: _parse_entry(name, raw, start) for name, raw in value.items()}
+        end = start
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if entry.offset != end:
+                raise ValueError(
+                    f"{name} starts at byte {entry.offset} where the tensor before it ends at {end}"
+                )
+            end += entry.nbytes
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the safetensors header is damaged: {error}", where=path, remedy=_DOWNLOAD_AGAIN
+        ) from error
+    return entries
+
+
+def _parse_entry(name: str, raw: Any, start: int) -> TensorEntry:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{name} is not described by an object")
+    dtype = raw.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    shape, offsets = _sizes(raw.get("shape")), _sizes(raw.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise ValueError(
+            f"{name} has shape {raw.get('shape')!r} and data_offsets {raw.get('data_offsets')!r}"
+        )
+    nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise ValueError(f"{name} takes {nbytes} bytes as {dtype} {shape}, but data_offsets are {offsets}")
+    return TensorEntry(dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _sizes(value: Any) -> list[int] | None:
+    if isinstance(value, list) and all(type(size) is int and size >= 0 for size in value):
+        return value
+    return None
