@@ -1,0 +1,204 @@
+"""The tensors of one linear layer in the golden-stick layout, written and read back.
+
+The layout is that of vLLM-MindSpore's `A8W8LinearMethod` (vllm_mindspore 0.5.1,
+model_executor/layers/quantization/golden_stick/a8w8.py), which computes, with int32 accumulation,
+
+    y = deq_scale * (weight @ x_q + quant_bias) + bias,    x_q = clamp(round(x / input_scale) + input_offset)
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.errors import CheckpointError
+
+QUANT_METHOD = "golden-stick"
+"""What vLLM-MindSpore's `quantization=` takes for this format."""
+
+DESCRIPTION_NAME = "quantization_description.json"
+W8A8 = "W8A8"
+FLOAT = "FLOAT"
+
+QUANTIZED_PARTS = ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset")
+"""The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
+
+MODEL_DTYPES: dict[str, DTypeLike] = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float32": np.float32,
+}
+"""NumPy's type of the dtypes a `config.json` may name."""
+
+SERVED_DTYPES = ("bfloat16", "float16")
+"""Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""
+
+
+def model_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype a `config.json` names (`dtype`, in older files `torch_dtype`), or None."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
+
+
+def cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Round a tensor to the model's dtype, half to even.
+
+    Args:
+        name: the tensor's name, for the error.
+        values: float array of any shape.
+        dtype: `bfloat16`, `float16` or `float32`.
+
+    Raises:
+        CheckpointError: the dtype is unknown, or a value is too large for it.
+    """
+    if dtype not in MODEL_DTYPES:
+        raise CheckpointError(
+            f"unknown model dtype {dtype!r}", where=name, remedy=f"use one of {', '.join(MODEL_DTYPES)}"
+        )
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(values).astype(MODEL_DTYPES[dtype])
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise CheckpointError(
+            f"holds values that {dtype} cannot hold (largest magnitude {np.abs(values).max():.4g})",
+            where=name,
+            remedy="quantize the model in bfloat16",
+        )
+    return rounded
+
+
+def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[Any]]:
+    """The tensors that `linear` is stored as.
+
+    `input_scale` is stored in the model's dtype, so it is rounded first and `deq_scale` is computed from the
+    rounded value: the engine then divides and multiplies by the same number. Computed from the unrounded
+    scale, `deq_scale` would scale the layer's output by up to 1 + 2**-8 in bfloat16.
+
+    Args:
+        module: its name, for example `model.layers.0.self_attn.q_proj`.
+        linear: in floating point, or W8A8 with static activations.
+        dtype: the model's: `bfloat16`, `float16` or `float32`.
+
+    Returns:
+        Arrays by full tensor name. Floating point: `weight` and `bias` in `dtype`. W8A8, with s_x the rounded
+        input scale, s_w the weight scales and zp the input's zero point: `weight` int8 [N, K]; `deq_scale` =
+        s_x s_w float32 [N]; `quant_bias` = -sum_k zp W int32 [N]; `input_scale` = s_x in `dtype` [K];
+        `input_offset` = zp int8 [K]; `bias`, if there is one, in `dtype` [N].
+
+    Raises:
+        CheckpointError: activations are quantized per token; a scale is not positive and finite; the zero point
+            is no int8; a sum does not fit int32; a value does not fit `dtype`.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    if linear.bias is not None:
+        tensors[f"{module}.bias"] = cast(f"{module}.bias", linear.bias, dtype)
+    if isinstance(linear, FloatLinear):
+        tensors[f"{module}.weight"] = cast(f"{module}.weight", linear.weight, dtype)
+        return tensors
+    if linear.input_scale is None or linear.input_offset is None:
+        raise CheckpointError(
+            "its activations are quantized per token, which this layout cannot express",
+            where=module,
+            remedy="quantize it with static activations, or keep it in floating point",
+        )
+    columns = linear.weight.shape[1]
+    input_scale = cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)
+    exact_scale = input_scale.astype(np.float64)
+    zero_point = int(linear.input_offset.reshape(1)[0])
+    weight_scale = _without_zero_rows(linear)
+    with np.errstate(over="ignore"):
+        deq_scale = (exact_scale * weight_scale.astype(np.float64)).astype(np.float32)
+    if not exact_scale[0] > 0 or not np.isfinite(deq_scale).all() or not (deq_scale > 0).all():
+        raise CheckpointError(
+            f"its scales are not positive and finite (input scale {linear.input_scale.item():.4g}, "
+            f"weight scales from {linear.weight_scale.min():.4g} to {linear.weight_scale.max():.4g})",
+            where=module,
+            remedy="calibrate with more and other text, or keep this layer in floating point",
+        )
+    if not -128 <= zero_point <= 127:
+        raise CheckpointError(f"its zero point {zero_point} is outside of [-128, 127]", where=module)
+    tensors[f"{module}.weight"] = linear.weight
+    tensors[f"{module}.deq_scale"] = deq_scale
+    tensors[f"{module}.quant_bias"] = quantized_bias(
+        module, linear.weight, np.full(columns, zero_point, np.int8)
+    )
+    tensors[f"{module}.input_scale"] = np.repeat(input_scale, columns)
+    tensors[f"{module}.input_offset"] = np.full(columns, zero_point, np.int8)
+    return tensors
+
+
+def decode_linear(module: str, tensors: dict[str, NDArray[Any]]) -> QuantizedLinear:
+    """The W8A8 layer that `encode_linear` stored; `weight_scale` is `deq_scale / input_scale`, in float64.
+
+    Args:
+        module: its name.
+        tensors: at least the five parts by full name, and the bias if there is one.
+
+    Raises:
+        CheckpointError: the scales are not positive and finite, or the input scales or offsets differ among
+            the columns, because a smooth scale was folded into them.
+    """
+    scales = tensors[f"{module}.input_scale"].astype(np.float32)
+    offsets = tensors[f"{module}.input_offset"]
+    if not (scales == scales[0]).all() or not (offsets == offsets[0]).all():
+        raise CheckpointError(
+            "has one input scale a column; msquant reads one a tensor", where=f"{module}.input_scale"
+        )
+    deq_scale = tensors[f"{module}.deq_scale"].astype(np.float64)
+    if not (np.isfinite(deq_scale) & (deq_scale > 0)).all() or not 0 < scales[0] < np.inf:
+        raise CheckpointError("its scales are not positive and finite", where=module)
+    bias = tensors.get(f"{module}.bias")
+    return QuantizedLinear(
+        weight=tensors[f"{module}.weight"],
+        weight_scale=(deq_scale / np.float64(scales[0])).astype(np.float32),
+        bias=None if bias is None else bias.astype(np.float32),
+        input_scale=scales[:1].copy(),
+        input_offset=offsets[:1].astype(np.int32),
+    )
+
+
+def quantized_bias(
+    module: str, weight: NDArray[np.int8], input_offset: NDArray[np.int8]
+) -> NDArray[np.int32]:
+    """`-sum_k input_offset[k] weight[n, k]`, which takes the zero point out of the integer product.
+
+    Args:
+        module: the layer's name, for the error.
+        weight: int8 [N, K].
+        input_offset: int8 [K].
+
+    Returns:
+        int32 [N].
+
+    Raises:
+        CheckpointError: a sum does not fit int32, which takes more than 131,072 columns.
+    """
+    if (input_offset == input_offset[:1]).all():
+        sums = -weight.sum(axis=1, dtype=np.int64) * int(input_offset[0])
+    else:
+        sums = -np.einsum("nk,k->n", weight, input_offset, dtype=np.int64, casting="safe")
+    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max:
+        raise CheckpointError("does not fit 32 bits", where=f"{module}.quant_bias")
+    return sums.astype(np.int32)
+
+
+def describe(names: Iterable[str], quantized: Iterable[str]) -> dict[str, str]:
+    """The content of `quantization_description.json`.
+
+    Args:
+        names: every tensor that is stored; an output head that shares the embedding's weight is not.
+        quantized: names of the W8A8 modules, whose tensors (a bias too) are all `W8A8`.
+
+    Returns:
+        `W8A8` or `FLOAT` by tensor name, sorted.
+    """
+    modules = set(quantized)
+    return {name: W8A8 if name.rpartition(".")[0] in modules else FLOAT for name in sorted(names)}
+
+
+def _without_zero_rows(linear: QuantizedLinear) -> NDArray[np.float32]:
+    """Weight scales, with 1 where a row holds nothing but zeros and its scale is therefore 0."""
+    empty = (linear.weight_scale == 0) & ~linear.weight.any(axis=1)
+    return np.where(empty, np.float32(1), linear.weight_scale)

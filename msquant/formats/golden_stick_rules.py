@@ -1,0 +1,173 @@
+"""The rules a golden-stick folder must keep for vLLM-MindSpore 0.5.1 to load and compute it correctly.
+
+Each rule is taken from what the engine does: vllm 0.11.0 (`get_quant_config`, `_get_quantization_config`) and
+vllm_mindspore 0.5.1 (`GoldenStickConfig`, `A8W8LinearMethod`, `load_weights`, the loaders in linear.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
+from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.checkpoint.writer import file_sha256
+from msquant.errors import CheckpointError
+from msquant.formats.decoder_layout import expected_shapes
+from msquant.formats.golden_stick_layout import (
+    DESCRIPTION_NAME,
+    FLOAT,
+    SERVED_DTYPES,
+    W8A8,
+    model_dtype,
+)
+from msquant.formats.golden_stick_tensors import Finding, check_tensors, fused_groups
+
+DESCRIPTION_NAMES = (DESCRIPTION_NAME, "quant_model_description.json")
+
+_T = TypeVar("_T")
+
+
+def description_files(folder: Path) -> list[Path]:
+    """The files vLLM takes for descriptions: any whose name *ends* with one of the two known names."""
+    return sorted(path for path in folder.glob("*.json") if path.name.endswith(DESCRIPTION_NAMES))
+
+
+def read_description(folder: Path) -> dict[str, str]:
+    """`W8A8` or `FLOAT` by tensor name.
+
+    Raises:
+        CheckpointError: there is not exactly one description, or it does not map names to strings.
+    """
+    files = description_files(folder)
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(
+            f"exactly one of {' and '.join(DESCRIPTION_NAMES)} is expected, found {found}",
+            where=folder,
+            remedy="quantize the model again, or remove the file that does not belong here",
+        )
+    description = read_json(files[0])
+    for name, value in description.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"{name} is {value!r}, {W8A8} or {FLOAT} is expected", where=files[0])
+    # The engine, too, takes only dotted names for tensors.
+    return {name: value for name, value in description.items() if "." in name}
+
+
+def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
+    """Check a folder against every rule, reading each tensor once and holding one module at a time.
+
+    Args:
+        folder: the checkpoint.
+        verify_hashes: also compare every file's sha256 with the manifest, which reads everything twice.
+
+    Returns:
+        The broken rules; none for a folder that is correct.
+    """
+    folder = Path(folder)
+    findings: list[Finding] = []
+    config = _attempt(findings, lambda: read_json(folder / "config.json"))
+    description = _attempt(findings, lambda: read_description(folder))
+    checkpoint = _attempt(findings, lambda: Checkpoint.open(folder))
+    findings.extend(_check_manifest(folder, verify_hashes))
+    if config is not None:
+        findings.extend(_check_config(config))
+    if checkpoint is not None and description is not None:
+        findings.extend(_check_names(checkpoint, description))
+        findings.extend(_check_schemes(description))
+        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
+    if checkpoint is not None and config is not None:
+        shapes = _attempt(findings, lambda: expected_shapes(config))
+        findings.extend(_check_shapes(checkpoint, shapes or {}))
+    return findings
+
+
+def _attempt(findings: list[Finding], action: Callable[[], _T]) -> _T | None:
+    try:
+        return action()
+    except CheckpointError as error:
+        findings.append(Finding(Path(error.where).name if error.where else "", error.what))
+        return None
+
+
+def _check_config(config: dict[str, Any]) -> Iterator[Finding]:
+    text_config = config.get("text_config")
+    nested = text_config if isinstance(text_config, dict) else {}
+    if config.get("quantization_config") is not None or nested.get("quantization_config") is not None:
+        yield Finding("config.json", "quantization_config is there: vLLM reads it instead of the description")
+    if config.get("compression_config") is not None:
+        yield Finding("config.json", "compression_config is there: vLLM reads it instead of the description")
+    if (dtype := model_dtype(config)) not in SERVED_DTYPES:
+        yield Finding(
+            "config.json",
+            f"dtype is {dtype}: vLLM-MindSpore runs golden-stick in {' or '.join(SERVED_DTYPES)}",
+        )
+
+
+def _check_names(checkpoint: Checkpoint, description: dict[str, str]) -> Iterator[Finding]:
+    for name in checkpoint.names():
+        if name not in description:
+            yield Finding(name, "stored, but not described")
+    for name, value in description.items():
+        if name not in checkpoint:
+            yield Finding(name, "described, but not stored")
+        if value not in (W8A8, FLOAT):
+            yield Finding(name, f"described as {value!r}: only {W8A8} and {FLOAT} are known")
+    for file_name, shard in checkpoint.shards.items():
+        for name in shard.entries:
+            if checkpoint.weight_map.get(name) != file_name:
+                yield Finding(name, f"stored in {file_name}, but {INDEX_NAME} does not say so")
+
+
+def _check_schemes(description: dict[str, str]) -> Iterator[Finding]:
+    schemes: dict[str, str] = {}
+    for name, value in description.items():
+        module = name.rpartition(".")[0]
+        if schemes.setdefault(module, value) != value:
+            yield Finding(name, f"described as {value}, but another tensor of the layer as {schemes[module]}")
+    for module, value in schemes.items():
+        if value == W8A8 and module.endswith(("lm_head", "embed_tokens")):
+            yield Finding(
+                module, "described as W8A8: the engine never quantizes embeddings and the output head"
+            )
+    for first, *others in fused_groups(schemes):
+        for other in others:
+            if schemes[other] != schemes[first]:
+                yield Finding(
+                    other,
+                    f"described as {schemes[other]}, {first} as {schemes[first]}: they run as one layer",
+                )
+
+
+def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+    for name, shape in expected.items():
+        if name not in checkpoint:
+            yield Finding(name, "missing: config.json says the model has it")
+        elif checkpoint.shape(name) != shape:
+            yield Finding(name, f"has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}")
+
+
+def _check_manifest(folder: Path, verify_hashes: bool) -> Iterator[Finding]:
+    """The manifest is msquant's own: a folder of another tool has none, and is not worse for it."""
+    if not (folder / MANIFEST_NAME).exists():
+        return
+    try:
+        files = read_json(folder / MANIFEST_NAME).get("files", {})
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except CheckpointError as error:
+        yield Finding(MANIFEST_NAME, error.what)
+        return
+    except (AttributeError, TypeError, KeyError):
+        yield Finding(MANIFEST_NAME, "files is not a map from names to size and sha256")
+        return
+    for name, (size, sha256) in entries.items():
+        path = folder / name
+        if Path(name).name != name:
+            yield Finding(MANIFEST_NAME, f"lists {name!r}, which is not the name of a file in this folder")
+        elif not path.is_file():
+            yield Finding(name, f"missing: {MANIFEST_NAME} lists it")
+        elif path.stat().st_size != size:
+            yield Finding(name, f"has {path.stat().st_size} bytes, {MANIFEST_NAME} says {size}")
+        elif verify_hashes and file_sha256(path) != sha256:
+            yield Finding(name, f"was changed: its sha256 is not the one in {MANIFEST_NAME}")
