@@ -1,5 +1,116 @@
 """`msquant inspect`."""
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def inspect() -> None:
-    """To be filled in."""
+import typer
+
+from msquant.cli import console
+from msquant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from msquant.formats.summary import LayerSummary, ModuleSummary, Summary
+
+
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint folder, quantized or not.", show_default=False)
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document with every module.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare every file's sha256 with msquant.json.")
+    ] = False,
+) -> None:
+    """Show what a checkpoint holds, and check that a quantized one can be served.
+
+    Reads every quantized tensor and applies the rules of vLLM-MindSpore's golden-stick format. A folder that
+    breaks one exits with 1 and names the tensor. A model in floating point is only listed.
+
+    Example: msquant inspect smollm2-135m-osl --verify
+    """
+    from msquant.formats.summary import summarize
+
+    summary = summarize(folder, verify_hashes=verify)
+    if as_json:
+        console.print_json(_as_document(summary))
+    else:
+        _render(summary, verify)
+    if summary.findings:
+        if not as_json:
+            count = len(summary.findings)
+            console.print_error(
+                CheckpointError(
+                    f"breaks the {summary.quantization} format in {count} place{'s' if count > 1 else ''}",
+                    where=folder,
+                    remedy="quantize the model again, or copy the folder again",
+                )
+            )
+        raise typer.Exit(1)
+
+
+def _as_document(summary: "Summary") -> dict[str, Any]:
+    totals = {
+        "nbytes": summary.nbytes,
+        "parameters": summary.parameters,
+        "quantized_parameters": summary.quantized_parameters,
+    }
+    return {"valid": not summary.findings, "totals": totals, **asdict(summary)}
+
+
+def _render(summary: "Summary", verified: bool) -> None:
+    if summary.modules:
+        columns = ["module", "count", "scheme", "dtype", "shape", "MB"]
+        kinds = [(kind, modules) for (kind, *_), modules in summary.kinds().items()]
+        rows = [_row(kind, modules) for kind, modules in kinds]
+        console.print_table(_title(summary), columns, rows, caption=_caption(summary))
+        if scales := [_scale_row(kind, modules) for kind, modules in kinds if modules[0].weight_scale]:
+            console.print_table("Scales", ["module", "weights", "activations", "zero point"], scales)
+    if summary.layers:
+        _render_layers(summary.layers)
+    if summary.findings:
+        rows = [[finding.where, finding.problem] for finding in summary.findings]
+        console.print_table("Broken rules", ["where", "problem"], rows)
+    elif summary.quantization:
+        hashes = ", all file hashes match" if verified and summary.has_manifest else ""
+        console.print_line(
+            f"Valid: vLLM-MindSpore loads it with quantization={summary.quantization!r}{hashes}."
+        )
+
+
+def _title(summary: "Summary") -> str:
+    state = summary.quantization or "not quantized"
+    return f"{summary.folder}: {summary.architecture or 'unknown architecture'}, {summary.dtype}, {state}"
+
+
+def _caption(summary: "Summary") -> str:
+    size = f"{summary.nbytes / 1e6:,.1f} MB, {summary.parameters / 1e6:,.1f} M parameters"
+    if not summary.quantization:
+        return size
+    return f"{size}, {summary.quantized_parameters / max(1, summary.parameters):.1%} of them in int8"
+
+
+def _row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
+    first = modules[0]
+    shape = " x ".join(map(str, first.shape)) or "scalar"
+    megabytes = sum(module.nbytes for module in modules) / 1e6
+    return [kind, len(modules), first.scheme, first.dtype, shape, round(megabytes, 2)]
+
+
+def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
+    weights = [bound for module in modules for bound in module.weight_scale or ()]
+    inputs = [bound for module in modules for bound in module.input_scale or ()]
+    offsets = [module.input_offset for module in modules if module.input_offset is not None]
+    ranges = [f"{min(bounds):.2e} to {max(bounds):.2e}" for bounds in (weights, inputs)]
+    return [kind, *ranges, f"{min(offsets)} to {max(offsets)}" if offsets else "by column"]
+
+
+def _render_layers(layers: "list[LayerSummary]") -> None:
+    groups = list(dict.fromkeys(group for layer in layers for group in layer.alphas))
+    rows: list[list[Any]] = []
+    for layer in layers:
+        error = "" if layer.relative_mse is None else f"{layer.relative_mse:.2e}"
+        rows.append([layer.index, *(layer.alphas.get(group, "") for group in groups), error])
+    console.print_table("Chosen alpha by group", ["layer", *groups, "relative MSE"], rows)

@@ -88,8 +88,8 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
         `input_offset` = zp int8 [K]; `bias`, if there is one, in `dtype` [N].
 
     Raises:
-        CheckpointError: activations are quantized per token; a scale is not positive and finite; the zero point
-            is no int8; a sum does not fit int32; a value does not fit `dtype`.
+        CheckpointError: activations are quantized per token; a scale is not positive and finite; the zero
+            point is no int8; a sum does not fit int32; a value does not fit `dtype`.
     """
     tensors: dict[str, NDArray[Any]] = {}
     if linear.bias is not None:
