@@ -2,14 +2,17 @@
 
 import json
 import sys
-from typing import Any
+import time
+from typing import Any, Self
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -60,16 +63,52 @@ def print_error(error: MsquantError, *, as_json: bool = False) -> None:
         stderr.print(f"  [bold]try:[/bold] {escape(error.remedy)}")
 
 
-def progress_bar(*, visible: bool = True) -> Progress:
-    """A progress bar on stderr with count, elapsed time and ETA; it draws nothing where there is no terminal."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=stderr,
-        disable=not visible,
-    )
+def as_bytes(count: int) -> str:
+    """A number of bytes for people, in decimal units: `269.1 MB`."""
+    return decimal(count, precision=1)
+
+
+class LayerProgress:
+    """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=stderr,
+            transient=True,
+            disable=not stderr.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._count = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Say what begins now."""
+        stderr.print(text, markup=False, style="dim")
+
+    def start(self, count: int) -> None:
+        """Begin with `count` layers ahead."""
+        self._count = count
+        self._started = time.monotonic()
+        self._task = self._progress.add_task("decoder layers", total=count, note="")
+
+    def advance(self, index: int, note: str) -> None:
+        """Layer `index` is done; `note` says what came out."""
+        if self._task is not None:
+            self._progress.update(self._task, advance=1, note=note)
+        if not stderr.is_terminal:
+            left = (time.monotonic() - self._started) / (index + 1) * (self._count - index - 1)
+            stderr.print(f"decoder layer {index + 1}/{self._count}  {note}  ETA {left:.0f} s", markup=False)

@@ -1,12 +1,13 @@
 """A model's shape, read from its Hugging Face `config.json`."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, ModelError
-from msquant.models.families import FAMILIES, Family
+from msquant.formats.decoder_layout import expected_shapes
+from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class ModelConfig:
 
     Attributes:
         family: the names and options that its architecture implies.
+        shapes: of every tensor of the unquantized model, by name.
         rope_scaling: the `rope_scaling` section of `config.json`; empty for plain rotary embedding.
         dtype: storage dtype of the floating-point tensors: `bfloat16`, `float16` or `float32`.
         eos_token_ids: tokens that end a generation.
@@ -33,38 +35,14 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     dtype: str
-    attention_bias: bool
-    mlp_bias: bool
+    shapes: dict[str, tuple[int, ...]]
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
 
     @property
-    def query_size(self) -> int:
-        """Output channels of `q_proj`."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_value_size(self) -> int:
-        """Output channels of `k_proj`, and of `v_proj`."""
-        return self.num_key_value_heads * self.head_dim
-
-    def linear_shape(self, module: str) -> tuple[int, int]:
-        """`(N, K)` of a decoder layer's linear, by its last name, for example `q_proj`."""
-        return {
-            "q_proj": (self.query_size, self.hidden_size),
-            "k_proj": (self.key_value_size, self.hidden_size),
-            "v_proj": (self.key_value_size, self.hidden_size),
-            "o_proj": (self.hidden_size, self.query_size),
-            "gate_proj": (self.intermediate_size, self.hidden_size),
-            "up_proj": (self.intermediate_size, self.hidden_size),
-            "down_proj": (self.hidden_size, self.intermediate_size),
-        }[module]
-
-    def has_bias(self, module: str) -> bool:
-        """Whether a decoder layer's linear carries a bias, by its last name."""
-        if module in ("gate_proj", "up_proj", "down_proj"):
-            return self.mlp_bias
-        return self.attention_bias
+    def end_names(self) -> tuple[str, ...]:
+        """The tensors outside of the decoder layers."""
+        return tuple(name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in self.shapes)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -75,7 +53,7 @@ class ModelConfig:
             ModelError: the architecture, or an option of it, is not supported.
         """
         path = Path(folder) / "config.json"
-        raw = _read_json(path)
+        raw = read_json(path)
         family = FAMILIES.get(str(raw.get("model_type")))
         if family is None:
             raise ModelError(
@@ -84,6 +62,19 @@ class ModelConfig:
                 remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
             )
         return _from_raw(raw, family, path)
+
+
+def check_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> None:
+    """Check a tensor that was read against `config.json`.
+
+    Raises:
+        CheckpointError: the shapes differ; names the tensor and both.
+    """
+    if shape != config.shapes[name]:
+        raise CheckpointError(
+            f"{name} has shape {list(shape)}, config.json says {list(config.shapes[name])}",
+            remedy="use the config.json that belongs to these weights",
+        )
 
 
 def _from_raw(raw: dict[str, Any], family: Family, path: Path) -> ModelConfig:
@@ -118,25 +109,10 @@ def _from_raw(raw: dict[str, Any], family: Family, path: Path) -> ModelConfig:
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        attention_bias=bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        shapes=expected_shapes(raw) or {},
         rope_scaling=rope_scaling,
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            "the file is missing", where=path, remedy="give a folder in the Hugging Face layout"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {error}", where=path) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError("holds no JSON object", where=path)
-    return raw
 
 
 def _refuse_options(raw: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,16 @@ from msquant.errors import EngineError
 DEVICES = ("cpu", "ascend")
 
 
+def silence_libraries() -> None:
+    """Keep the warnings of MindSpore and transformers off the terminal; for before either is imported.
+
+    Errors still show, and a variable that the user has set wins.
+    """
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def use_device(device: str = "cpu") -> Any:
     """Prepare MindSpore for eager execution on `device` and return the compute dtype.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CheckpointError
-from msquant.models.config import ModelConfig
+from msquant.models.config import ModelConfig, check_shape
 from msquant.models.linear import linear_cell
 from msquant.models.rope import rotary_tables
 
@@ -191,27 +191,17 @@ class DecoderLayer(nn.Cell):
 
 def _norm(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> RMSNorm:
     weight = source.tensor(f"{name}.weight")
-    if weight.shape != (config.hidden_size,):
-        raise CheckpointError(
-            f"{name}.weight has shape {list(weight.shape)}, config.json asks for [{config.hidden_size}]",
-            remedy="check config.json and the shards against the published files",
-        )
+    check_shape(config, f"{name}.weight", weight.shape)
     return RMSNorm(weight, config.rms_norm_eps, dtype)
 
 
 def _linear(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> nn.Cell:
     linear = source.linear(name)
-    short = name.rsplit(".", 1)[-1]
-    expected = config.linear_shape(short)
-    if linear.weight.shape != expected:
-        raise CheckpointError(
-            f"{name}.weight has shape {list(linear.weight.shape)}, config.json asks for {list(expected)}",
-            remedy="check config.json and the shards against the published files",
-        )
-    if (linear.bias is not None) != config.has_bias(short):
+    check_shape(config, f"{name}.weight", linear.weight.shape)
+    if (linear.bias is not None) != (f"{name}.bias" in config.shapes):
         found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
         raise CheckpointError(
             f"{name} {found} bias, config.json asks for {asked}",
-            remedy="check config.json and the shards against the published files",
+            remedy="use the config.json that belongs to these weights",
         )
     return linear_cell(linear, dtype)

@@ -39,7 +39,7 @@ class Int8Linear(nn.Cell):
     def __init__(self, linear: QuantizedLinear, dtype: Any) -> None:
         super().__init__()
         self.dtype = dtype
-        n, k = linear.weight.shape
+        k = linear.weight.shape[1]
         self.parts = [(start, min(start + EXACT_CHANNELS, k)) for start in range(0, k, EXACT_CHANNELS)]
         self.weight = Parameter(Tensor(linear.weight, ms.float32), requires_grad=False)
         self.weight_scale = Tensor(linear.weight_scale, ms.float32)

@@ -8,8 +8,7 @@ from mindspore import Tensor, ops
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.errors import CheckpointError
-from msquant.models.config import ModelConfig
+from msquant.models.config import ModelConfig, check_shape
 from msquant.models.families import EMBEDDING, FINAL_NORM, HEAD
 from msquant.models.layers import DecoderLayer, KeyValueCache, RMSNorm, positions
 
@@ -94,10 +93,5 @@ class CausalLM:
 
 def _table(config: ModelConfig, source: WeightSource, name: str) -> NDArray[np.float32]:
     table = source.tensor(name)
-    expected = (config.vocab_size, config.hidden_size)
-    if table.shape != expected:
-        raise CheckpointError(
-            f"{name} has shape {list(table.shape)}, config.json asks for {list(expected)}",
-            remedy="check config.json and the shards against the published files",
-        )
+    check_shape(config, name, table.shape)
     return table

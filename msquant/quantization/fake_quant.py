@@ -1,0 +1,51 @@
+"""golden-stick's int8 quantizer, for the search: quantize and dequantize in one go.
+
+The arithmetic is that of golden-stick 1.4.1, `ptq/basic_functions/basic_quant_func.py`: parameters in float64
+rounded once to float32, round half to even, int8 in [-128, 127].
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+INT8_MIN, INT8_MAX = -128, 127
+STEPS = INT8_MAX - INT8_MIN
+
+Floats = NDArray[np.float32]
+
+
+def activation_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Asymmetric scale and zero point of a range.
+
+    Args:
+        low: float32, any shape: the least value of each range; it need not include 0.
+        high: of the same shape: the greatest.
+
+    Returns:
+        Scale `(high - low) / 255` and zero point `round(-128 - low / scale)`, float32 of the same shape;
+        where a range is a single value, 1 and 0, as golden-stick has it for a constant tensor.
+    """
+    wide_low, wide_high = low.astype(np.float64), high.astype(np.float64)
+    constant = wide_high == wide_low
+    scale = np.where(constant, 1.0, (wide_high - wide_low) / STEPS)
+    offset = np.where(constant, 0.0, np.rint(INT8_MIN - wide_low / scale))
+    return scale.astype(np.float32), offset.astype(np.float32)
+
+
+def weight_scale(weight: Floats) -> Floats:
+    """Symmetric scale of every output channel: `[N, K]` to `2 max|row| / 255`, `[N, 1]`; 1 for zeros."""
+    highest = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
+    scale = 2 * highest.astype(np.float64) / STEPS
+    return np.where(scale == 0, 1.0, scale).astype(np.float32)
+
+
+def fake_quantize(x: Floats, scale: Floats, offset: Floats | float = 0.0) -> Floats:
+    """`s * (clamp(round(x / s + z)) - z)` in the shape of `x`, against which the others broadcast."""
+    y = x / scale
+    if np.any(offset):
+        y += offset
+    np.rint(y, out=y)
+    np.clip(y, INT8_MIN, INT8_MAX, out=y)
+    if np.any(offset):
+        y -= offset
+    y *= scale
+    return y

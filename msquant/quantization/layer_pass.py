@@ -1,0 +1,181 @@
+"""The golden-stick pass over one decoder layer: `PTQ.apply` on a network that holds nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor, nn
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.models.config import ModelConfig
+from msquant.models.families import NORMS
+from msquant.models.layers import DecoderLayer, Positions
+from msquant.quantization import golden_stick
+from msquant.quantization.fake_quant import INT8_MAX, INT8_MIN, activation_parameters
+from msquant.quantization.policy import QuantizationPolicy, ptq_config
+from msquant.quantization.report import LayerReport
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """A quantized decoder layer, which is also the `WeightSource` it can be built from again.
+
+    Attributes:
+        linears: by their full names.
+        norms: smoothed weights, float32 `[H]`, by their full tensor names.
+        report: what the search chose.
+    """
+
+    linears: dict[str, Linear]
+    norms: dict[str, NDArray[np.float32]]
+    report: LayerReport
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.norms
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Return a norm's weight."""
+        return self.norms[name]
+
+    def linear(self, module: str) -> Linear:
+        """Return a linear layer."""
+        return self.linears[module]
+
+
+def quantize_layer(
+    config: ModelConfig,
+    name: str,
+    layer: DecoderLayer,
+    hidden: Sequence[Tensor],
+    places: Positions,
+    policy: QuantizationPolicy,
+) -> LayerResult:
+    """Smooth, clip and quantize one decoder layer with golden-stick.
+
+    Args:
+        config: the model's shape.
+        name: the layer's full name, for example `model.layers.0`.
+        layer: in floating point; consumed, its linears are replaced.
+        hidden: its inputs, batches of samples `[B, T, H]`.
+        places: the tokens' positions, the same for every sample.
+        policy: what to do.
+
+    Returns:
+        The quantized layer; its `report.error` is yet to be measured, with `output_error`.
+
+    Raises:
+        CalibrationError: no candidate gives a finite error.
+    """
+    golden_stick.load()
+    from datasets import Dataset
+    from mindspore_gs.ptq import PTQ
+    from mindspore_gs.ptq.algo_modules import Quantizer
+
+    from msquant.quantization.clip import FastClipper, ReferenceClipper
+    from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
+
+    report = LayerReport()
+    if policy.search == "reference":
+        # golden-stick takes every item for one sample.
+        hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
+        modules: tuple[Any, Any] = (ReferenceOSLSmoother, ReferenceClipper)
+    else:
+        modules = (FastOSLSmoother, FastClipper)
+    model = _OneLayerModel(config, layer, hidden, places)
+    with golden_stick.pipeline([*(partial(module, report=report) for module in modules), Quantizer]):
+        items = Dataset.from_dict({"item": list(range(len(hidden)))})
+        PTQ(ptq_config(policy)).apply(model, datasets=items, framework="mindone")
+    return LayerResult(
+        linears={f"{name}.{linear}": _result(_find(layer, linear)) for linear in config.family.linears},
+        norms={f"{name}.{norm}.weight": _find(layer, norm).weight.asnumpy() for norm in NORMS},
+        report=report,
+    )
+
+
+def output_error(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], layer: DecoderLayer, places: Positions
+) -> float:
+    """Squared error of a quantized layer's output, relative to the square of what it adds to its input.
+
+    Args:
+        inputs: batches of samples `[B, T, H]`.
+        outputs: what the layer makes of them in floating point.
+        layer: the quantized layer.
+        places: the tokens' positions.
+    """
+    error = added = 0.0
+    for before, after in zip(inputs, outputs, strict=True):
+        wrong, change = (layer(before, places) - after).asnumpy(), (after - before).asnumpy()
+        error += float(np.vdot(wrong, wrong))
+        added += float(np.vdot(change, change))
+    return error / added if added else 0.0
+
+
+class _OneLayerModel:
+    """What golden-stick's mindone path asks of a model, for a network of a single decoder layer."""
+
+    def __init__(
+        self, config: ModelConfig, layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions
+    ) -> None:
+        self.network = _Network(layer)
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self._groups = config.family.groups
+        self._hidden = hidden
+        self._places = places
+
+    def forward(self, item: dict[str, int]) -> Tensor:
+        return self.network.layer(self._hidden[item["item"]], self._places)
+
+    def _transformer_layers(self) -> list[type]:
+        return [DecoderLayer]
+
+    def get_layers_for_smooth(self, layer: DecoderLayer) -> list[Any]:
+        from msquant.quantization.osl import GroupCells
+
+        return [
+            GroupCells(
+                group.name, step, _find(layer, group.previous), [_find(layer, n) for n in group.linears]
+            )
+            for step, group in enumerate(self._groups, start=1)
+        ]
+
+
+class _Network(nn.Cell):
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def _find(layer: DecoderLayer, name: str) -> Any:
+    cell: Any = layer
+    for part in name.split("."):
+        cell = getattr(cell, part)
+    return cell
+
+
+def _result(cell: Any) -> Linear:
+    """The weights of a linear after the pass, whether golden-stick quantized it or was told to skip it."""
+    bias = cell.bias.asnumpy() if cell.has_bias else None
+    if isinstance(cell, nn.Dense):
+        return FloatLinear(cell.weight.asnumpy(), bias)
+    scale, offset = _in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
+    return QuantizedLinear(
+        weight=cell.weight.asnumpy(),
+        weight_scale=cell.weight_scale.asnumpy().reshape(-1),
+        bias=bias,
+        input_scale=scale,
+        input_offset=offset,
+    )
+
+
+def _in_int8(scale: NDArray[np.float32], offset: NDArray[np.int32]) -> tuple[Any, Any]:
+    """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks."""
+    if INT8_MIN <= offset[0] <= INT8_MAX:
+        return scale, offset
+    low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale
+    scale, wide_offset = activation_parameters(np.minimum(low, 0), np.maximum(high, 0))
+    return scale, wide_offset.astype(np.int32)

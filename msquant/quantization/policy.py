@@ -1,0 +1,60 @@
+"""What the quantization pass does, as the `quantization` section of a recipe, and its golden-stick config."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Ratio = float
+
+
+class QuantizationPolicy(BaseModel):
+    """W8A8 by OutlierSuppressionLite: int8 weights per channel, int8 activations static per tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Literal["osl"] = Field("osl", description="How outliers are suppressed before quantization.")
+    search: Literal["fast", "reference"] = Field(
+        "fast",
+        description="fast: msquant's search, the same arithmetic at a fraction of the time; "
+        "reference: golden-stick's own modules.",
+    )
+    smooth_alpha: tuple[Ratio, ...] = Field(
+        tuple(i / 20 for i in range(20)),
+        min_length=1,
+        description="Grid of migration strengths: 0 leaves outliers to the activations, 1 to the weights.",
+    )
+    weight_clip_ratio: tuple[Ratio, ...] = Field(
+        tuple(1 - i / 20 for i in range(10)),
+        min_length=1,
+        description="Grid of ratios that a weight row's range is clipped to.",
+    )
+    skip: tuple[str, ...] = Field(
+        ("lm_head",), description="Linears whose name contains one of these stay in floating point."
+    )
+
+    def skips(self, linear: str) -> bool:
+        """Whether the linear of that full name stays in floating point."""
+        return any(name in linear for name in self.skip)
+
+
+def ptq_config(policy: QuantizationPolicy) -> Any:
+    """Translate the policy to golden-stick's `PTQConfig`."""
+    from mindspore import dtype
+    from mindspore_gs.common import BackendTarget
+    from mindspore_gs.ptq import PTQConfig, PTQMode
+    from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
+
+    return PTQConfig(
+        mode=PTQMode.QUANTIZE,
+        backend=BackendTarget.ASCEND,
+        opname_blacklist=list(policy.skip),
+        weight_quant_dtype=dtype.int8,
+        act_quant_dtype=dtype.int8,
+        outliers_suppression=OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+        weight_quant_granularity=QuantGranularity.PER_CHANNEL,
+        act_quant_granularity=QuantGranularity.PER_TENSOR,
+        algo_args={
+            "smooth_alpha": list(policy.smooth_alpha),
+            "weight_clip_ratio": list(policy.weight_clip_ratio),
+        },
+    )

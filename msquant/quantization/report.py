@@ -1,0 +1,37 @@
+"""What the pass over one decoder layer found out, for progress, the manifest and the tests."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """The search over one smooth group.
+
+    Attributes:
+        name: the group's name in its family.
+        alpha: the chosen migration strength.
+        loss: mean squared error of the decoder layer's output with only this group quantized.
+    """
+
+    name: str
+    alpha: float
+    loss: float
+
+
+@dataclass
+class LayerReport:
+    """The pass over one decoder layer.
+
+    Attributes:
+        groups: one entry a smooth group, in order of computation.
+        clip_ratios: linear name to the ratio chosen for every output channel, float32 `[N]`.
+        error: squared error of the quantized layer's output, relative to the square of what the layer adds to
+            its input, over the calibration tokens.
+    """
+
+    groups: list[GroupReport] = field(default_factory=list)
+    clip_ratios: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    error: float = float("nan")
