@@ -1,0 +1,189 @@
+"""Text from a model folder: find the folder, choose an engine, load it, generate."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from msquant.checkpoint.results import newest_result
+from msquant.checkpoint.weights import WeightSource
+from msquant.errors import CheckpointError, EngineError, ModelError
+from msquant.inference import vllm_mindspore
+from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
+
+AUTO = "auto"
+EMBEDDED = "embedded"
+ENGINES = (AUTO, EMBEDDED, vllm_mindspore.NAME)
+DEFAULT_FOLDER = "DeepSeek-R1-W8A8"
+"""What the vLLM-MindSpore guide calls its model folder."""
+
+_QUANTIZE_FIRST = "make one: msquant quantize smollm2-135m --algo osl, or name a folder with --model"
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What `generate` did.
+
+    Attributes:
+        model: the folder.
+        engine: the name of the engine that ran it.
+        completions: one for each prompt, in their order.
+        load_seconds: wall time until the model was ready.
+    """
+
+    model: Path
+    engine: str
+    completions: list[Completion]
+    load_seconds: float
+
+
+def generate(
+    model: Path | None,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    engine: str = AUTO,
+    device: str = "cpu",
+    on_ready: Callable[[Path, str], None] | None = None,
+    on_text: OnText | None = None,
+) -> GenerationResult:
+    """Continue prompts with the model in a folder.
+
+    Args:
+        model: the folder, or None for the one that `find_model` finds.
+        prompts: at least one, none of them empty.
+        sampling: how tokens are chosen.
+        engine: one of `ENGINES`; `auto` takes vLLM-MindSpore where it and an NPU are there.
+        device: where the embedded engine computes, `cpu` or `ascend`.
+        on_ready: called with the folder and the engine's name when the model is loaded.
+        on_text: called with a prompt's index and each new piece of its text.
+
+    Raises:
+        ModelError: there is no model, or its folder is not complete.
+        CheckpointError: a file of the folder is damaged.
+        EngineError: the engine is unknown or not available here, cannot run this model, or a prompt is empty
+            or too long.
+    """
+    check_prompts(prompts)
+    folder = find_model(model)
+    start = time.perf_counter()
+    loaded = load_engine(folder, engine, device)
+    load_seconds = time.perf_counter() - start
+    if on_ready is not None:
+        on_ready(folder, loaded.name)
+    return GenerationResult(folder, loaded.name, loaded.generate(prompts, sampling, on_text), load_seconds)
+
+
+def find_model(explicit: Path | None = None) -> Path:
+    """Return the folder to run: the given one, else the newest result, else `DeepSeek-R1-W8A8` here.
+
+    Raises:
+        ModelError: there is none, or the folder is not a complete model.
+    """
+    if explicit is not None:
+        return _complete(explicit.expanduser())
+    if (newest := newest_result()) is not None:
+        return _complete(newest)
+    here = Path(DEFAULT_FOLDER)
+    if here.is_dir():
+        return _complete(here)
+    raise ModelError(
+        f"no model has been quantized or downloaded yet, and {DEFAULT_FOLDER} is not in this folder",
+        where="--model",
+        remedy=_QUANTIZE_FIRST,
+    )
+
+
+def load_engine(folder: Path, engine: str = AUTO, device: str = "cpu") -> Engine:
+    """Load a model folder into an engine; see `generate` for the arguments and the errors."""
+    if engine not in ENGINES:
+        raise EngineError(
+            f"engine {engine!r} is unknown", where="--engine", remedy=f"use one of: {', '.join(ENGINES)}"
+        )
+    if engine == vllm_mindspore.NAME or (engine == AUTO and vllm_mindspore.available() is None):
+        return vllm_mindspore.VllmMindSporeEngine(folder)
+    return _load_embedded(folder, device)
+
+
+def _complete(folder: Path) -> Path:
+    """Refuse a folder that is still being written, or of which the essential files are not there."""
+    if not folder.is_dir():
+        raise ModelError("there is no such model folder", where=folder, remedy=_QUANTIZE_FIRST)
+    if folder.resolve().name.endswith(".partial"):
+        raise ModelError(
+            "is an unfinished result",
+            where=folder,
+            remedy="run the same `msquant quantize` again to finish it",
+        )
+    has_weights = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+    missing = [
+        name
+        for name, found in (("config.json", (folder / "config.json").is_file()), (INDEX_NAME, has_weights))
+        if not found
+    ]
+    if missing:
+        raise ModelError(
+            f"is not a complete model folder: {' and '.join(missing)} missing",
+            where=folder,
+            remedy="copy or download the whole folder, or quantize again",
+        )
+    return folder
+
+
+def _load_embedded(folder: Path, device: str) -> Engine:
+    from msquant.models.families import FAMILIES
+
+    model_type = read_json(folder / "config.json").get("model_type")
+    method = vllm_mindspore.quantization_method(folder)
+    if model_type not in FAMILIES:
+        raise _only_vllm(
+            f"cannot run model_type {model_type!r} (it runs {', '.join(sorted(FAMILIES))})", folder
+        )
+    if method == "ascend":
+        raise _only_vllm("cannot read quant_model_description.json, the ascend format", folder)
+
+    from msquant.inference.embedded import EmbeddedEngine
+    from msquant.models.config import ModelConfig
+
+    config = ModelConfig.from_folder(folder)
+    return EmbeddedEngine(config, open_weights(folder), _tokenizer(folder), device)
+
+
+def open_weights(folder: Path) -> WeightSource:
+    """Open a folder's weights: golden-stick's format where a description is there, else floating point.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged.
+    """
+    from msquant.checkpoint.reader import Checkpoint
+    from msquant.formats.golden_stick import DESCRIPTION_NAME, GoldenStickCheckpoint
+
+    if (folder / DESCRIPTION_NAME).is_file():
+        return GoldenStickCheckpoint.open(folder)
+    return Checkpoint.open(folder)
+
+
+def _only_vllm(what: str, folder: Path) -> EngineError:
+    reason = vllm_mindspore.available()
+    here = f", but not here: {reason}" if reason else ": use --engine vllm-mindspore"
+    return EngineError(
+        f"the embedded engine {what}",
+        where=folder,
+        remedy=f"vLLM-MindSpore on an Ascend NPU can run this folder{here}",
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}",
+            where=folder,
+            remedy="copy tokenizer.json and tokenizer_config.json of the same model into the folder",
+        ) from error

@@ -1,0 +1,119 @@
+"""The engine that always works: msquant's own decoder layers in MindSpore, with a key-value cache."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from msquant.checkpoint.weights import WeightSource
+from msquant.errors import EngineError
+from msquant.inference.engine import Completion, FinishReason, OnText, Sampling, check_prompts
+from msquant.inference.sampling import Sampler
+from msquant.inference.text_stream import TextStream
+from msquant.models.config import ModelConfig
+from msquant.models.device import use_device
+
+NAME = "embedded"
+# A prompt goes through the model in pieces, which bounds the memory of attention's scores.
+PREFILL_TOKENS = 512
+
+
+class EmbeddedEngine:
+    """Runs a whole model in this process, one prompt after another.
+
+    Quantized linears are computed with the exact integer arithmetic of their static or per-token
+    quantization, the others in floating point.
+
+    Args:
+        config: the model's shape.
+        source: its weights; all of them are read here.
+        tokenizer: a Hugging Face tokenizer of the same model.
+        device: `cpu` or `ascend`.
+
+    Raises:
+        EngineError: the device is not there.
+        CheckpointError: a weight is missing, damaged or does not fit the config.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, tokenizer: Any, device: str = "cpu"
+    ) -> None:
+        dtype = use_device(device)
+        from msquant.models.network import CausalLM
+
+        self._config = config
+        self._tokenizer = tokenizer
+        self._model = CausalLM(config, source, dtype)
+
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None
+    ) -> list[Completion]:
+        """Continue every prompt; see `Engine.generate`."""
+        check_prompts(prompts)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        return [
+            self._continue(i, prompt, ids, sampling, on_text)
+            for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
+        ]
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = [int(token) for token in self._tokenizer.encode(prompt)]
+        longest = self._config.max_position_embeddings
+        if len(ids) >= longest:
+            raise EngineError(
+                f"a prompt of {len(ids)} tokens leaves no room for an answer: "
+                f"the model takes {longest} tokens (max_position_embeddings)",
+                where="--prompt",
+                remedy="shorten the prompt",
+            )
+        outside = [token for token in ids if not 0 <= token < self._config.vocab_size]
+        if outside or not ids:
+            found = f"token {outside[0]}" if outside else "no token"
+            raise EngineError(
+                f"the tokenizer makes {found} of the prompt {prompt!r}; "
+                f"the model's vocabulary is 0 to {self._config.vocab_size - 1}",
+                where="tokenizer.json",
+                remedy="copy the tokenizer files of the same model into the folder",
+            )
+        return ids
+
+    def _continue(
+        self, index: int, prompt: str, ids: list[int], sampling: Sampling, on_text: OnText | None
+    ) -> Completion:
+        start = time.perf_counter()
+        stream = TextStream(self._tokenizer, ids)
+        room = min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))
+        generated: list[int] = []
+        pieces: list[str] = []
+        reason: FinishReason = "length"
+
+        def emit(piece: str) -> None:
+            if piece:
+                pieces.append(piece)
+                if on_text is not None:
+                    on_text(index, piece)
+
+        for token in self._tokens(ids, Sampler(sampling, index), room):
+            generated.append(token)
+            if token in self._config.eos_token_ids:
+                reason = "stop"
+                break
+            emit(stream.add(token))
+        emit(stream.finish())
+        return Completion(prompt, "".join(pieces), tuple(generated), reason, time.perf_counter() - start)
+
+    def _tokens(self, ids: list[int], sampler: Sampler, count: int) -> Iterator[int]:
+        """Yield `count` tokens after `ids`, each computed when it is asked for."""
+        cache = self._model.new_cache()
+        pending, past = ids, 0
+        for _ in range(count):
+            for begin in range(0, len(pending), PREFILL_TOKENS):
+                tokens = np.array([pending[begin : begin + PREFILL_TOKENS]])
+                logits = self._model.logits(tokens, cache, past, last_only=True)
+                past += tokens.shape[1]
+            token = sampler.next_token(logits[0, -1])
+            yield token
+            pending = [token]
