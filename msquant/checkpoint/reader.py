@@ -171,7 +171,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError("weight_map, from tensor names to shards, is missing or empty", where=path)
     for tensor, name in weight_map.items():
         # Shards themselves may be links out of the folder: the Hugging Face cache is made of them.
-        if not isinstance(name, str) or "\\" in name or "\0" in name or name != PurePosixPath(name).name:
+        if not isinstance(name, str) or not _is_file_name(name):
             raise CheckpointError(
                 f"{tensor} is said to be in {name!r}, which is not the name of a file in this folder",
                 where=path,
@@ -182,6 +182,10 @@ def _read_weight_map(path: Path) -> dict[str, str]:
                 f"{tensor} is in {name}: only safetensors files are read", where=path, remedy=_CONVERT
             )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
 
 
 _CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"

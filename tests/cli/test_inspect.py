@@ -1,0 +1,101 @@
+"""`msquant inspect` as a person or a script calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msquant.checkpoint.writer import write_json, write_shard
+from tests.formats.folders import change_tensors, write_folder
+
+
+def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "msquant", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "120", "PATH": ""})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("inspect") / "model")
+
+
+def test_a_correct_folder_is_shown_and_found_valid(folder: Path) -> None:
+    run = msquant("inspect", folder, "--verify")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    for text in (
+        "self_attn.q_proj",
+        "W8A8",
+        "24 x 16",
+        "LlamaForCausalLM",
+        "of them in int8",
+        "0.55",
+        "1.00e-03",
+    ):
+        assert text in run.stdout
+    assert (
+        "Valid: vLLM-MindSpore loads it with quantization='golden-stick', all file hashes match."
+        in run.stdout
+    )
+
+
+def test_json_is_one_document(folder: Path) -> None:
+    run = msquant("inspect", folder, "--json")
+    document = json.loads(run.stdout)
+    assert run.returncode == 0
+    assert document["valid"] is True
+    assert document["quantization"] == "golden-stick"
+    assert document["findings"] == []
+    assert document["totals"]["quantized_parameters"] > 0
+    assert document["modules"][0]["name"] == "model.embed_tokens"
+
+
+def test_a_broken_folder_exits_with_1_and_names_the_tensor(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.deq_scale"
+    broken = write_folder(tmp_path / "broken")
+    change_tensors(broken, {name: np.ones(16, np.int64)})
+    run = msquant("inspect", broken)
+    assert run.returncode == 1
+    assert name in run.stdout
+    assert "I64" in run.stdout
+    assert "breaks the golden-stick format in 1 place" in run.stderr
+    run = msquant("inspect", broken, "--json")
+    assert run.returncode == 1
+    document = json.loads(run.stdout)
+    assert document["valid"] is False
+    assert [finding["where"] for finding in document["findings"]] == [name]
+
+
+def test_a_truncated_shard_exits_with_1_and_names_it(tmp_path: Path) -> None:
+    broken = write_folder(tmp_path / "broken")
+    shard = broken / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    run = msquant("inspect", broken)
+    assert run.returncode == 1
+    assert shard.name in run.stdout
+    assert "truncated" in run.stdout
+
+
+def test_a_model_in_floating_point_is_listed_and_said_to_be_so(tmp_path: Path) -> None:
+    write_shard(tmp_path / "model.safetensors", {"a.weight": np.ones((2, 3), np.float16)})
+    write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"})
+    run = msquant("inspect", tmp_path)
+    assert run.returncode == 0
+    assert "not quantized" in run.stdout
+    assert "2 x 3" in run.stdout
+
+
+def test_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
+    run = msquant("inspect", tmp_path / "nowhere")
+    assert run.returncode == 1
+    assert "there is no such folder" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_help_has_an_example() -> None:
+    run = msquant("inspect", "--help")
+    assert run.returncode == 0
+    assert "Example: msquant inspect" in run.stdout
