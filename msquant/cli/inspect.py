@@ -12,6 +12,8 @@ from msquant.errors import CheckpointError
 if TYPE_CHECKING:
     from msquant.formats.summary import LayerSummary, ModuleSummary, Summary
 
+SHOWN_FINDINGS = 20
+
 
 def inspect(
     folder: Annotated[
@@ -70,13 +72,14 @@ def _render(summary: "Summary", verified: bool) -> None:
             console.print_table("Scales", ["module", "weights", "activations", "zero point"], scales)
     if summary.layers:
         _render_layers(summary.layers)
-    if summary.findings:
-        rows = [[finding.where, finding.problem] for finding in summary.findings]
-        console.print_table("Broken rules", ["where", "problem"], rows)
-    elif summary.quantization:
+    for finding in summary.findings[:SHOWN_FINDINGS]:
+        console.print_line(f"{finding.where}: {finding.problem}")
+    if (more := len(summary.findings) - SHOWN_FINDINGS) > 0:
+        console.print_line(f"and {more} more: see them with --json")
+    if summary.quantization and not summary.findings:
         hashes = ", all file hashes match" if verified and summary.has_manifest else ""
         console.print_line(
-            f"Valid: vLLM-MindSpore loads it with quantization={summary.quantization!r}{hashes}."
+            f"Valid: keeps vLLM-MindSpore's contract for quantization={summary.quantization!r}{hashes}."
         )
 
 
@@ -103,7 +106,7 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
     weights = [bound for module in modules for bound in module.weight_scale or ()]
     inputs = [bound for module in modules for bound in module.input_scale or ()]
     offsets = [module.input_offset for module in modules if module.input_offset is not None]
-    ranges = [f"{min(bounds):.2e} to {max(bounds):.2e}" for bounds in (weights, inputs)]
+    ranges = [f"{min(bounds):.1e} to {max(bounds):.1e}" for bounds in (weights, inputs)]
     return [kind, *ranges, f"{min(offsets)} to {max(offsets)}" if offsets else "by column"]
 
 

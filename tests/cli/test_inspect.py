@@ -14,7 +14,7 @@ from tests.formats.folders import change_tensors, write_folder
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "120", "PATH": ""})
+    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "80", "PATH": ""})
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_correct_folder_is_shown_and_found_valid(folder: Path) -> None:
     ):
         assert text in run.stdout
     assert (
-        "Valid: vLLM-MindSpore loads it with quantization='golden-stick', all file hashes match."
+        "Valid: keeps vLLM-MindSpore's contract for quantization='golden-stick', all file hashes match."
         in run.stdout
     )
 
@@ -59,14 +59,24 @@ def test_a_broken_folder_exits_with_1_and_names_the_tensor(tmp_path: Path) -> No
     change_tensors(broken, {name: np.ones(16, np.int64)})
     run = msquant("inspect", broken)
     assert run.returncode == 1
-    assert name in run.stdout
-    assert "I64" in run.stdout
+    assert f"{name}: stored as I64" in run.stdout
     assert "breaks the golden-stick format in 1 place" in run.stderr
     run = msquant("inspect", broken, "--json")
     assert run.returncode == 1
     document = json.loads(run.stdout)
     assert document["valid"] is False
     assert [finding["where"] for finding in document["findings"]] == [name]
+
+
+def test_of_many_findings_the_first_are_shown(tmp_path: Path) -> None:
+    broken = write_folder(tmp_path / "broken")
+    (broken / "quantization_description.json").write_text("{}")
+    (broken / "msquant.json").unlink()
+    run = msquant("inspect", broken)
+    assert run.returncode == 1
+    assert run.stdout.count("stored, but not described") == 20
+    assert "see them with --json" in run.stdout
+    assert len(json.loads(msquant("inspect", broken, "--json").stdout)["findings"]) > 70
 
 
 def test_a_truncated_shard_exits_with_1_and_names_it(tmp_path: Path) -> None:
