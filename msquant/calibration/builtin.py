@@ -1,0 +1,104 @@
+"""Calibration text that is on every machine msquant is installed on, so that the default needs no download.
+
+Five domains, so that the activation ranges are not those of one kind of text:
+
+- documentation (1/2): every second entry of the standard library's `pydoc_data.topics`, technical English.
+  The other half of the entries is kept for evaluation.
+- code (3/16): modules of the standard library, Python source.
+- readme (3/16): the READMEs of mindspore and transformers, Markdown and HTML with links and shell commands.
+- legal (1/16): the Apache License 2.0 in transformers and the Mulan PSL v2 in openmind-hub, formal English.
+- chinese (1/16): the README of openmind-hub and the same license's Chinese text.
+
+The packages are dependencies with pinned versions, and their text is read from their installed metadata
+without importing them, so it is the same on every machine. The standard library's differs a little from one
+3.11 patch release to the next.
+"""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+from msquant.calibration.domains import Domain
+from msquant.errors import CalibrationError
+
+CODE_MODULES = (
+    "argparse",
+    "ast",
+    "csv",
+    "dataclasses",
+    "difflib",
+    "fractions",
+    "heapq",
+    "inspect",
+    "random",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "typing",
+)
+
+
+def calibration_domains() -> list[Domain]:
+    """Return the builtin calibration text; see the module's docstring for what it is made of.
+
+    Raises:
+        CalibrationError: a part of the Python installation that holds some of it is missing.
+    """
+    mulan_chinese, _, mulan_english = _license("openmind-hub").partition("Mulan Permissive Software License")
+    return [
+        Domain("documentation", 8, _topics(first=0)),
+        Domain("code", 3, [_module_source(name) for name in CODE_MODULES]),
+        Domain("readme", 3, [_readme("mindspore"), _readme("transformers")]),
+        Domain("legal", 1, [_license("transformers"), mulan_english]),
+        Domain("chinese", 1, [_readme("openmind-hub"), mulan_chinese]),
+    ]
+
+
+def evaluation_texts() -> list[str]:
+    """Return the entries of `pydoc_data.topics` that builtin calibration does not use, sorted by name."""
+    return _topics(first=1)
+
+
+def _topics(first: int) -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[key] for key in sorted(topics)[first::2]]
+
+
+def _module_source(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise _missing(f"the source of the standard module {name!r}")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _readme(package: str) -> str:
+    text = _distribution(package).metadata.json.get("description")
+    if not isinstance(text, str) or not text.strip():
+        raise _missing(f"the README of the package {package}")
+    return text
+
+
+def _license(package: str) -> str:
+    text = _distribution(package).read_text("licenses/LICENSE")
+    if not text:
+        raise _missing(f"the license of the package {package}")
+    return text
+
+
+def _distribution(package: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise _missing(f"the package {package}") from error
+
+
+def _missing(what: str) -> CalibrationError:
+    return CalibrationError(
+        f"{what} is not installed, so the builtin calibration text is incomplete",
+        where="builtin",
+        remedy="Install msquant again with its dependencies, or give a .txt, .jsonl or .parquet file.",
+    )
