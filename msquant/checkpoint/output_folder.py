@@ -46,9 +46,13 @@ class OutputFolder:
         with writing(self.path):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            for leftover in self.path.iterdir():
-                if leftover.name != LOCK_NAME:
-                    _remove(leftover)
+            try:
+                for leftover in self.path.iterdir():
+                    if leftover.name != LOCK_NAME:
+                        _remove(leftover)
+            except BaseException:
+                self._release()
+                raise
         return self
 
     def __exit__(

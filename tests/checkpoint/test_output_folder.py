@@ -14,9 +14,11 @@ from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
 
 WORKER = """
-import sys, time
+import signal, sys, time
 from msquant.checkpoint.output_folder import OutputFolder
 
+# A background job of a shell starts with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with OutputFolder(sys.argv[1]) as output:
     (output.path / "half").write_text("half a result")
     print("ready", flush=True)
