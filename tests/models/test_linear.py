@@ -1,0 +1,125 @@
+"""W8A8 linear layers against exact integer arithmetic in NumPy."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
+from msquant.models.linear import linear_cell
+
+SIZES = [64, 1024, 1500, 3000]
+N, T = 24, 10
+
+
+def run(linear: FloatLinear | QuantizedLinear, x: NDArray[np.float32], dtype: Any) -> NDArray[np.float32]:
+    return linear_cell(linear, dtype)(Tensor(x)).asnumpy()
+
+
+def reference(linear: QuantizedLinear, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The contract's arithmetic: quantizer in float32, sum in int64, everything after it in float64."""
+    if linear.input_scale is None or linear.input_offset is None:
+        scale = np.abs(x).max(axis=1, keepdims=True) * np.float32(2) / np.float32(255)
+        scale = np.where(scale == 0, np.float32(1), scale)
+        offset = 0
+    else:
+        scale, offset = np.full((len(x), 1), linear.input_scale[0]), int(linear.input_offset[0])
+    quantized = np.clip(np.rint(x / scale) + offset, -128, 127).astype(np.int64)
+    total = (quantized - offset) @ linear.weight.astype(np.int64).T
+    y = total * linear.weight_scale.astype(np.float64) * scale.astype(np.float64)
+    return y if linear.bias is None else y + linear.bias
+
+
+def random_linear(k: int, *, static: bool, bias: bool = True) -> QuantizedLinear:
+    generator = np.random.default_rng(k)
+    return QuantizedLinear(
+        weight=generator.integers(-128, 128, (N, k), dtype=np.int8),
+        weight_scale=generator.uniform(1e-4, 1e-2, N).astype(np.float32),
+        bias=generator.standard_normal(N).astype(np.float32) if bias else None,
+        input_scale=np.array([0.0317], np.float32) if static else None,
+        input_offset=np.array([-37], np.int32) if static else None,
+    )
+
+
+def random_input(k: int) -> NDArray[np.float32]:
+    """Tokens of very different sizes, the last one of zeros; some saturate the static quantizer."""
+    generator = np.random.default_rng(k + 1)
+    x = generator.standard_normal((T, k)) * np.geomspace(0.01, 10, T)[:, None]
+    x[-1] = 0
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("k", SIZES)
+def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool, dtype: Any) -> None:
+    linear, x = random_linear(k, static=static, bias=bias), random_input(k)
+    expected = reference(linear, x)
+    # One step of the int8 input moves the output by far more than this.
+    atol = 2e-7 * np.abs(expected).max()
+    np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
+
+
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("offset", [-128, -1, 127])
+def test_extreme_integers_are_summed_exactly(k: int, offset: int, dtype: Any) -> None:
+    weight = np.full((4, k), 127, np.int8)
+    weight[1], weight[2, ::2], weight[3, ::3] = -128, -128, 126
+    linear = QuantizedLinear(
+        weight=weight,
+        weight_scale=np.ones(4, np.float32),
+        input_scale=np.ones(1, np.float32),
+        input_offset=np.array([offset], np.int32),
+    )
+    x = np.stack([np.full(k, 127.0), np.full(k, -128.0), np.where(np.arange(k) % 2, 126.0, 125.0)])
+    x = x.astype(np.float32) - offset
+    exact = (x.astype(np.int64) @ weight.astype(np.int64).T).astype(np.float32)
+    np.testing.assert_array_equal(run(linear, x, dtype), exact)
+
+
+def test_a_float32_sum_over_all_channels_would_be_wrong() -> None:
+    """Why the product is split: odd sums above 2**24 do not fit float32."""
+    x, weight = np.full((1, 3000), 127.0, np.float32), np.full((1, 3000), 127, np.int8)
+    weight[0, 0] = 126
+    in_one_go = np.float32(0)
+    for product in x[0] * weight[0].astype(np.float32):
+        in_one_go += product
+    assert int(in_one_go) != 127 * 127 * 2999 + 127 * 126
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_token_of_zeros_gives_the_bias(static: bool, dtype: Any) -> None:
+    linear = random_linear(64, static=static)
+    y = run(linear, np.zeros((3, 64), np.float32), dtype)
+    np.testing.assert_array_equal(y, np.tile(linear.bias, (3, 1)))
+
+
+def test_dynamic_scales_are_per_token(dtype: Any) -> None:
+    linear, x = random_linear(64, static=False), random_input(64)
+    together = run(linear, x, dtype)
+    for row in range(T):
+        np.testing.assert_array_equal(run(linear, x[row : row + 1], dtype)[0], together[row])
+
+
+def test_the_quantizer_rounds_half_to_even_and_saturates(dtype: Any) -> None:
+    values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, 200, -200], np.float32)
+    linear = QuantizedLinear(
+        weight=np.eye(len(values), dtype=np.int8),
+        weight_scale=np.ones(len(values), np.float32),
+        input_scale=np.ones(1, np.float32),
+        input_offset=np.array([10], np.int32),
+    )
+    expected = np.array([[0, 2, 2, 0, -2, 117, -138, 117, -138]], np.float32)
+    np.testing.assert_array_equal(run(linear, values[None], dtype), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_floating_point_layers(bias: bool, dtype: Any) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((N, 64)).astype(np.float32)
+    added = generator.standard_normal(N).astype(np.float32) if bias else None
+    x = random_input(64)
+    expected = x.astype(np.float64) @ weight.T + (0 if added is None else added)
+    np.testing.assert_allclose(run(FloatLinear(weight, added), x, dtype), expected, rtol=1e-5, atol=1e-4)
