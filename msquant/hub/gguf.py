@@ -43,9 +43,11 @@ def convert_gguf(source: Path, folder: Path, progress: Callable[[int, int], None
 
     Raises:
         ModelError: the file is damaged, or holds another architecture or another kind of tokenizer.
+        OSError: the folder cannot be written.
     """
     from gguf import GGUFReader
     from ml_dtypes import bfloat16
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
@@ -76,7 +78,10 @@ def convert_gguf(source: Path, folder: Path, progress: Callable[[int, int], None
             weight_map[name] = file_name
             if progress:
                 progress(len(weight_map), len(tensors))
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file_name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     total = sum(2 * int(tensor.n_elements) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)

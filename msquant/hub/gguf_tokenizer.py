@@ -76,6 +76,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, *, max_length: int, 
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:

@@ -18,7 +18,8 @@ def resolve_model(name: str, progress: Callable[[int, int], None] | None = None)
         progress: called with the number of tensors done and their total while a bundled model is converted.
 
     Raises:
-        ModelError: there is no such model, the folder holds none, or the bundled model cannot be made.
+        ModelError: there is no such model, the folder holds none, or the bundled model is not installed.
+        OutputError: the bundled model cannot be written into the cache.
     """
     if name in BUNDLED_MODELS:
         return BUNDLED_MODELS[name](progress)
