@@ -1,0 +1,192 @@
+"""The package as a whole: how fast it starts, what imports what, what the wheel holds."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import msquant
+
+PACKAGE = Path(msquant.__file__).parent
+REPOSITORY = PACKAGE.parent
+START_SECONDS = 0.5
+
+HEAVY = {
+    "mindspore",
+    "mindspore_gs",
+    "mindone",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "torch",
+    "gguf",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "huggingface_hub",
+}
+
+# What each part of the package may import, besides itself.
+_BOTTOM = {"errors", "__version__"}
+_FOUNDATION = _BOTTOM | {"checkpoint"}
+_PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
+_FLOWS = {"pipeline", "generation", "recipes", "manifest"}
+ALLOWED = {
+    "errors": set[str](),
+    "__version__": set[str](),
+    "checkpoint": _BOTTOM,
+    "hub": _FOUNDATION,
+    "calibration": _FOUNDATION,
+    "models": _FOUNDATION,
+    "formats": _FOUNDATION,
+    "quantization": _FOUNDATION | {"models"},
+    "inference": _FOUNDATION | {"models"},
+    "evaluation": _FOUNDATION | {"models"},
+    "recipes": _FOUNDATION | _PARTS,
+    "manifest": _FOUNDATION | _PARTS | {"recipes"},
+    "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest"},
+    "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
+    "cli": _FOUNDATION | _PARTS | _FLOWS,
+    "__main__": {"cli"},
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def best_of_five(*command: str) -> float:
+    """Seconds of the fastest of five runs: the others waited for the machine, not for us."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run(*command).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def script() -> str:
+    return str(Path(sys.executable).parent / "msquant")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def part_of(path: Path) -> str:
+    """The part that a module belongs to: a folder of the package, or a module directly in it."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return "__version__" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported_parts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and part of every import of the package's own modules, wherever in the module it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = ["msquant.a relative import"]
+        elif isinstance(node, ast.ImportFrom) and node.module == "msquant":
+            names = [f"msquant.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            if name.startswith("msquant."):
+                yield node.lineno, name.split(".")[1]
+
+
+def breaches(part: str, source: str) -> list[tuple[int, str]]:
+    return [
+        (line, imported)
+        for line, imported in imported_parts(ast.parse(source))
+        if imported != part and imported not in ALLOWED[part]
+    ]
+
+
+def writes_to_the_terminal(source: str) -> list[int]:
+    """Lines that call `print` or write to `sys.stdout` or `sys.stderr`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    writers = {"print", "sys.stdout.write", "sys.stderr.write"}
+    return [call.lineno for call in calls if ast.unparse(call.func) in writers]
+
+
+def test_importing_is_fast() -> None:
+    assert best_of_five(sys.executable, "-c", "import msquant") < START_SECONDS
+
+
+def test_help_is_fast() -> None:
+    assert best_of_five(script(), "--help") < START_SECONDS
+
+
+def test_the_command_line_imports_no_heavy_package() -> None:
+    code = "import sys, msquant.cli.app; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    result = run(sys.executable, "-c", code)
+    loaded = set(result.stdout.split())
+    assert "typer" in loaded, result.stderr
+    assert loaded & HEAVY == set()
+
+
+def test_python_m_prints_the_version() -> None:
+    assert run(sys.executable, "-m", "msquant", "--version").stdout == f"msquant {msquant.__version__}\n"
+
+
+def test_without_arguments_the_help_is_shown() -> None:
+    result = run(script())
+    assert result.stdout + result.stderr == run(script(), "--help").stdout
+    assert "Usage: msquant" in result.stdout + result.stderr
+    for command in ("quantize", "run", "inspect"):
+        assert f"\n  {command} " in result.stdout + result.stderr
+
+
+def test_every_part_has_its_place() -> None:
+    assert {part_of(path) for path in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    assert breaches(part_of(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_console_writes_to_the_terminal(path: Path) -> None:
+    lines = writes_to_the_terminal(path.read_text(encoding="utf-8"))
+    assert (lines == []) or name_of(path) == "cli/console.py"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 300
+    assert not source.strip() or ast.get_docstring(ast.parse(source))
+
+
+def test_a_breach_would_be_found() -> None:
+    source = "from msquant import cli\ndef f():\n    from msquant.models.rope import x\n    print(x)\n"
+    assert breaches("checkpoint", source) == [(1, "cli"), (3, "models")]
+    assert breaches("checkpoint", "from .weights import Linear") == [(1, "a relative import")]
+    assert writes_to_the_terminal(source) == [4]
+    assert writes_to_the_terminal("import sys\nsys.stderr.write('')") == [2]
+
+
+def test_the_wheel_holds_the_modules_and_the_recipes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"msquant/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
+    assert "msquant/configs/smollm2-135m.yaml" in recipes
+    assert recipes <= names
+    assert {f"msquant/{name_of(path)}" for path in MODULES} <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
