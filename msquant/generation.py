@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weights import WeightSource
-from msquant.errors import CheckpointError, EngineError, ModelError
+from msquant.errors import EngineError, ModelError
 from msquant.inference import vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
 
@@ -62,7 +61,7 @@ def generate(
         on_text: called with a prompt's index and each new piece of its text.
 
     Raises:
-        ModelError: there is no model, or its folder is not complete.
+        ModelError: there is no model, or its folder is not complete, or its tokenizer cannot be loaded.
         CheckpointError: a file of the folder is damaged.
         EngineError: the engine is unknown or not available here, cannot run this model, or a prompt is empty
             or too long.
@@ -145,11 +144,12 @@ def _load_embedded(folder: Path, device: str) -> Engine:
     if method == "ascend":
         raise _only_vllm("cannot read quant_model_description.json, the ascend format", folder)
 
+    from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.inference.embedded import EmbeddedEngine
     from msquant.models.config import ModelConfig
 
     config = ModelConfig.from_folder(folder)
-    return EmbeddedEngine(config, open_weights(folder), _tokenizer(folder), device)
+    return EmbeddedEngine(config, open_weights(folder), load_tokenizer(folder), device)
 
 
 def open_weights(folder: Path) -> WeightSource:
@@ -174,16 +174,3 @@ def _only_vllm(what: str, folder: Path) -> EngineError:
         where=folder,
         remedy=f"vLLM-MindSpore on an Ascend NPU can run this folder{here}",
     )
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}",
-            where=folder,
-            remedy="copy tokenizer.json and tokenizer_config.json of the same model into the folder",
-        ) from error

@@ -64,12 +64,13 @@ def perplexity(
         for i in range(0, len(targets), HEAD_ROWS):
             logits = head(rows[i : i + HEAD_ROWS]).asnumpy()
             total += negative_log_likelihood(logits, targets[i : i + HEAD_ROWS])
-    mean = total / (len(tokens) * (length - 1))
-    if not math.isfinite(mean):
+    with np.errstate(over="ignore"):
+        result = float(np.exp(total / (len(tokens) * (length - 1))))
+    if not math.isfinite(result):
         raise MsquantError(
             "the model computed NaN or infinity", remedy="check the checkpoint with `msquant inspect`"
         )
-    return math.exp(mean)
+    return result
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.integer]) -> float:
@@ -82,8 +83,10 @@ def negative_log_likelihood(logits: NDArray[np.float32], targets: NDArray[np.int
     wide = logits.astype(np.float64)
     chosen = wide[np.arange(len(targets)), targets]
     top = wide.max(axis=1)
-    np.exp(wide - top[:, None], out=wide)
-    return float((top + np.log(wide.sum(axis=1)) - chosen).sum())
+    # Infinite logits become NaN, which the caller reports.
+    with np.errstate(invalid="ignore"):
+        np.exp(wide - top[:, None], out=wide)
+        return float((top + np.log(wide.sum(axis=1)) - chosen).sum())
 
 
 def _check_tokens(config: ModelConfig, tokens: NDArray[np.int32]) -> None:

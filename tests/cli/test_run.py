@@ -1,0 +1,138 @@
+"""`msquant run` on a tiny model; in a process of its own where the terminal or the environment matters."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from msquant.checkpoint.results import remember_result
+from msquant.cli.app import main
+from tests.inference.quantized_folder import write_quantized
+
+COMMAND = [sys.executable, "-m", "msquant", "run"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model quantized, in the golden-stick format."""
+    return write_quantized(tiny_llama, tmp_path_factory.mktemp("run") / "model", calibration=list(range(60)))
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["msquant", "run", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
+
+
+def test_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(model), "--max-tokens", "4", "--json"]
+    assert run([*options, "--prompt", "I am", "--prompt", "It's"], monkeypatch) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["engine"] == "embedded"
+    assert document["model"] == str(model)
+    assert [completion["prompt"] for completion in document["completions"]] == ["I am", "It's"]
+    for completion in document["completions"]:
+        assert set(completion) == {"prompt", "text", "token_ids", "finish_reason", "tokens_per_second"}
+        assert len(completion["token_ids"]) == 4
+        assert completion["tokens_per_second"] > 0
+
+
+def test_lines_of_the_guide_and_nothing_else(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--prompt", "I am", "--prompt", "It's", "--max-tokens", "4"]
+    assert run([*options, "--json"], monkeypatch) == 0
+    texts = [completion["text"] for completion in json.loads(capsys.readouterr().out)["completions"]]
+    process = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0
+    assert process.stdout.splitlines() == [
+        f"Prompt: 'I am'. Generated text: {texts[0]!r}",
+        f'Prompt: "It\'s". Generated text: {texts[1]!r}',
+    ]
+    assert process.stderr == ""
+
+
+def test_without_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    options = ["--prompt", "I am", "--max-tokens", "2", "--json"]
+    assert run(options[:2], monkeypatch) == 1
+    message = capsys.readouterr().err
+    assert "no model has been quantized or downloaded yet" in message
+    assert "msquant quantize smollm2-135m --algo osl" in message
+    (model / "msquant.json").write_text("{}")
+    remember_result(model)
+    assert run(options, monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(model)
+
+
+def test_text_grows_on_a_terminal(model: Path) -> None:
+    """The growing text is drawn on stderr and wiped; stdout has the final line alone."""
+    terminal, stderr = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "--model", str(model), "--prompt", "I am", "--max-tokens", "40"],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
+    os.close(stderr)
+    drawn = b""
+    # Reading ends with an OSError when the last process has closed the terminal.
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 4096):
+            drawn += data
+    os.close(terminal)
+    final, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"loading the model" in drawn
+    assert b"I am" in drawn
+    assert final.startswith(b"Prompt: 'I am'. Generated text: ")
+    assert final.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "--prompt"),
+        (["--prompt", ""], 1, "prompt 1 of 1 is empty"),
+        (["--prompt", "I am", "--temperature", "-1"], 1, "temperature is -1.0"),
+        (["--prompt", "I am", "--max-tokens", "0"], 1, "max_tokens is 0"),
+        (["--prompt", "I am", "--max-tokens", "many"], 2, "'--max-tokens'"),
+        (["--prompt", "I am", "--top-p", "0"], 1, "top_p is 0.0"),
+        (["--prompt", "I am", "--engine", "cuda"], 1, "engine 'cuda' is unknown"),
+        (["--prompt", "I am", "--engine", "vllm-mindspore"], 1, "vllm_mindspore is not installed"),
+        (["--prompt", "I am", "--device", "tpu"], 1, "device 'tpu' is unknown"),
+        (["--prompt", "word " * 300], 1, "leaves no room"),
+    ],
+)
+def test_wrong_usage(
+    model: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["--model", str(model), *arguments], monkeypatch) == code
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
+
+
+def test_error_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--model", str(tmp_path / "absent"), "--prompt", "I am", "--json"], monkeypatch) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["what"] == "there is no such model folder"
+    assert error["where"] == str(tmp_path / "absent")
