@@ -3,7 +3,8 @@
 Five domains, so that the activation ranges are not those of one kind of text:
 
 - documentation (1/2): every second entry of the standard library's `pydoc_data.topics`, technical English.
-  The other half of the entries is kept for evaluation.
+  The other entries are kept for evaluation; some repeat sections of these, so a paragraph that is in both is
+  left out here.
 - code (3/16): modules of the standard library, Python source.
 - readme (3/16): the READMEs of mindspore and transformers, Markdown and HTML with links and shell commands.
 - legal (1/16): the Apache License 2.0 in transformers and the Mulan PSL v2 in openmind-hub, formal English.
@@ -49,7 +50,7 @@ def calibration_domains() -> list[Domain]:
     """
     mulan_chinese, _, mulan_english = _license("openmind-hub").partition("Mulan Permissive Software License")
     return [
-        Domain("documentation", 8, _topics(first=0)),
+        Domain("documentation", 8, _documentation()),
         Domain("code", 3, [_module_source(name) for name in CODE_MODULES]),
         Domain("readme", 3, [_readme("mindspore"), _readme("transformers")]),
         Domain("legal", 1, [_license("transformers"), mulan_english]),
@@ -60,6 +61,15 @@ def calibration_domains() -> list[Domain]:
 def evaluation_texts() -> list[str]:
     """Return the entries of `pydoc_data.topics` that builtin calibration does not use, sorted by name."""
     return _topics(first=1)
+
+
+def _documentation() -> list[str]:
+    kept = {paragraph.strip() for text in evaluation_texts() for paragraph in text.split("\n\n")}
+    texts = (
+        "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph.strip() not in kept)
+        for text in _topics(first=0)
+    )
+    return [text for text in texts if text]
 
 
 def _topics(first: int) -> list[str]:

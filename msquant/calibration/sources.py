@@ -46,7 +46,7 @@ def load_texts(source: str, *, text_field: str | None = None) -> list[Domain]:
             where=path,
             remedy=f"Give one of {', '.join(_READERS)}.",
         )
-    texts = _read(path, reader, text_field)
+    texts = _read(path, reader, text_field) if path.stat().st_size else []
     if not texts:
         raise CalibrationError(
             "the file holds no text", where=path, remedy="Give a file with some text in it."
@@ -55,14 +55,18 @@ def load_texts(source: str, *, text_field: str | None = None) -> list[Domain]:
 
 
 def _read(path: Path, reader: str, text_field: str | None) -> list[str]:
-    from datasets import load_dataset
+    import datasets
 
+    # Off, because load_dataset reports to a server what it loads, local files included.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     options = {"sample_by": "document"} if reader == "text" else {}
     texts: list[str] = []
     characters = 0
     try:
         # Streaming reads the file in place: no converted copy is made, and none can be out of date.
-        rows = load_dataset(reader, data_files=str(path.resolve()), split="train", streaming=True, **options)
+        rows = datasets.load_dataset(
+            reader, data_files=str(path.resolve()), split="train", streaming=True, **options
+        )
         for i, row in enumerate(rows, 1):
             text = _text(row, text_field, where=f"{path}, record {i}")
             if text.strip():
