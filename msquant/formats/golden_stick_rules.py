@@ -13,7 +13,7 @@ from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError
-from msquant.formats.decoder_layout import expected_shapes
+from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
     FLOAT,

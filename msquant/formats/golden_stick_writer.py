@@ -10,11 +10,19 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.disk import writing
 from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.weights import Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
 from msquant.errors import OutputError
-from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, QUANT_METHOD, cast, describe, encode_linear
+from msquant.formats.golden_stick_layout import (
+    DESCRIPTION_NAME,
+    QUANT_METHOD,
+    SERVED_DTYPES,
+    cast,
+    describe,
+    encode_linear,
+)
 
 # What a tokenizer and its generation defaults are made of, in any of the forms transformers saves.
 COMPANIONS = (
@@ -35,7 +43,7 @@ class GoldenStickWriter:
 
     Args:
         folder: exists and is empty.
-        dtype: the model's, of all floating-point tensors: `bfloat16`, `float16` or `float32`.
+        dtype: the source's; a float32 model is written in bfloat16, which the engine takes.
         shards: how many times `write_shard` will be called; part of the shards' names.
 
     Attributes:
@@ -45,7 +53,7 @@ class GoldenStickWriter:
     def __init__(self, folder: Path, dtype: str, shards: int) -> None:
         self.folder = folder
         self.total_size = 0
-        self._dtype = dtype
+        self._dtype = dtype if dtype in SERVED_DTYPES else "bfloat16"
         self._shards = shards
         self._files: dict[str, str] = {}
         self._weight_map: dict[str, str] = {}
@@ -55,7 +63,7 @@ class GoldenStickWriter:
         """Write the next shard.
 
         Args:
-            tensors: floating-point tensors by full name, stored in the model's dtype.
+            tensors: floating-point tensors by full name, stored in the folder's dtype.
             linears: linear layers by full name.
 
         Raises:
@@ -92,12 +100,18 @@ class GoldenStickWriter:
                 files[companion] = file_sha256(self.folder / companion)
         description = describe(self._weight_map, self._quantized)
         files[DESCRIPTION_NAME] = write_json(self.folder / DESCRIPTION_NAME, description)
-        files["model.safetensors.index.json"] = write_index(self.folder, self._weight_map, self.total_size)
-        # vLLM-MindSpore prefers a quantization_config over the description, so there must be none.
-        config = {k: v for k, v in read_json(source / "config.json").items() if k != "quantization_config"}
-        files["config.json"] = write_json(self.folder / "config.json", config)
+        files[INDEX_NAME] = write_index(self.folder, self._weight_map, self.total_size)
+        files["config.json"] = write_json(self.folder / "config.json", self._config(source))
         entries = {
             name: {"size": (self.folder / name).stat().st_size, "sha256": digest}
             for name, digest in sorted(files.items())
         }
         write_json(self.folder / MANIFEST_NAME, {**manifest, "format": QUANT_METHOD, "files": entries})
+
+    def _config(self, source: Path) -> dict[str, Any]:
+        config = read_json(source / "config.json")
+        # vLLM-MindSpore prefers either of these over the description.
+        for section in ("quantization_config", "compression_config"):
+            config.pop(section, None)
+        config["dtype" if "dtype" in config else "torch_dtype"] = self._dtype
+        return config

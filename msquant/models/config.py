@@ -6,7 +6,7 @@ from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, ModelError
-from msquant.formats.decoder_layout import expected_shapes
+from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
 
 

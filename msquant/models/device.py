@@ -1,6 +1,7 @@
 """Where MindSpore computes, and in which dtype."""
 
 import os
+from functools import cache
 from typing import Any
 
 from msquant.errors import EngineError
@@ -18,10 +19,12 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+@cache
 def use_device(device: str = "cpu") -> Any:
     """Prepare MindSpore for eager execution on `device` and return the compute dtype.
 
-    float32 on the CPU, which has no bfloat16 matrix product; bfloat16 on Ascend.
+    float32 on the CPU, which has no bfloat16 matrix product; bfloat16 on Ascend. Call it before MindSpore
+    computes anything: the device of a process cannot be changed afterwards.
 
     Raises:
         EngineError: the device is unknown or not there.

@@ -142,6 +142,11 @@ class DecoderLayer(nn.Cell):
         self.mlp = MLP(config, source, f"{name}.mlp", dtype)
         self._steps = (self._normalize, self._attend, self._project, self._gate, self._finish)
 
+    @property
+    def steps(self) -> int:
+        """How many steps the layer is made of."""
+        return len(self._steps)
+
     def construct(self, hidden: Tensor, places: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; with a cache, the tokens follow those in it."""
         batch, length, size = hidden.shape

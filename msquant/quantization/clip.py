@@ -1,9 +1,9 @@
 """The search for every weight row's clip ratio, as golden-stick modules.
 
 The arithmetic is golden-stick's (`ptq/quant_cells/mindone/linear_clip_wrappers.py`): for every ratio, the
-mean over tokens of `(X Q(clip W) - X W)^2` per output channel; the least error wins, the larger ratio on a tie.
-`FastClipLinearCell` computes it as `sum((Q(clip W) - W) R^T)^2` with `R^T R = X^T X / T`: R is the inputs
-themselves or, when there are more tokens than channels, the root of their Gram matrix.
+mean over tokens of `(X Q(clip W) - X W)^2` per output channel; the least error wins, the larger ratio on a
+tie. `FastClipLinearCell` computes it as `sum((Q(clip W) - W) R^T)^2` with `R^T R = X^T X / T`: R is the
+inputs themselves or, when there are more tokens than channels, the root of their Gram matrix.
 """
 
 from typing import Any

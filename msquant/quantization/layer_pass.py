@@ -77,7 +77,7 @@ def quantize_layer(
     from msquant.quantization.clip import FastClipper, ReferenceClipper
     from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
 
-    report = LayerReport()
+    report = LayerReport(name)
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
@@ -162,7 +162,7 @@ def _result(cell: Any) -> Linear:
     bias = cell.bias.asnumpy() if cell.has_bias else None
     if isinstance(cell, nn.Dense):
         return FloatLinear(cell.weight.asnumpy(), bias)
-    scale, offset = _in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
+    scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
     return QuantizedLinear(
         weight=cell.weight.asnumpy(),
         weight_scale=cell.weight_scale.asnumpy().reshape(-1),
@@ -172,8 +172,15 @@ def _result(cell: Any) -> Linear:
     )
 
 
-def _in_int8(scale: NDArray[np.float32], offset: NDArray[np.int32]) -> tuple[Any, Any]:
-    """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks."""
+def in_int8(
+    scale: NDArray[np.float32], offset: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks.
+
+    Args:
+        scale: float32 `[1]`.
+        offset: int32 `[1]`, outside of [-128, 127] where the range lies on one side of 0.
+    """
     if INT8_MIN <= offset[0] <= INT8_MAX:
         return scale, offset
     low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale

@@ -2,12 +2,12 @@
 
 The arithmetic is golden-stick's (`ptq/algo_modules/mindone/anti_outliers.py`): for every alpha, quantize one
 group only and compare the decoder layer's output with the floating-point one; the least error wins, the
-smaller alpha on a tie. `FastOSLSmoother` computes the same with samples in batches, with everything before the group
-computed once, and without finishing candidates that have already lost.
+smaller alpha on a tie. `FastOSLSmoother` computes the same with samples in batches, with everything before
+the group computed once, and without finishing candidates that have already lost.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,10 @@ class ReferenceOSLSmoother(OSLSmoother):
         self, name: str, layer: Any, group: GroupCells, *args: Any
     ) -> tuple[Tensor, float]:
         self._losses = []
-        scale, alpha = super()._search_best_ratio(name, layer, group, *args)
+        try:
+            scale, alpha = super()._search_best_ratio(name, layer, group, *args)
+        except ValueError as error:
+            raise _nothing_finite(group.name, self.report.name) from error
         self.report.groups.append(GroupReport(group.name, alpha, min(self._losses)))
         return scale, alpha
 
@@ -82,6 +85,7 @@ class FastOSLSmoother(OSLSmoother):
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
         super().__init__(net_config, layer_policies)
         self.report = report
+        self._batches: list[_Batch] = []
 
     def get_wrapper_layer(self, layer_type: Any, config: Any) -> type | None:
         """Wrap what golden-stick would wrap, in our cell."""
@@ -95,83 +99,102 @@ class FastOSLSmoother(OSLSmoother):
             alpha: self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)
             for alpha in alphas
         }
-        chunks = [_Chunk(layer, group.step, *args) for args in search_inputs.layer_args]
-        alpha, loss = least_loss(alphas, len(chunks), _GroupLoss(layer, group, chunks, scales))
-        if not math.isfinite(loss):
-            raise CalibrationError(
-                f"no alpha gives a finite error for group {group.name!r}",
-                where=name,
-                remedy="check the checkpoint for infinite or huge weights",
-            )
-        self.report.groups.append(GroupReport(group.name, alpha, loss))
+        if not self._batches:
+            self._batches = [_Batch(layer, *args) for args in search_inputs.layer_args]
+        loss = _GroupLoss(layer, group, self._batches, scales)
+        alpha, least = least_loss(alphas, len(self._batches), loss)
+        if not math.isfinite(least):
+            raise _nothing_finite(group.name, self.report.name)
+        self.report.groups.append(GroupReport(group.name, alpha, least))
         return scales[alpha], alpha
 
 
-class _Chunk:
-    """A batch of samples with all that does not depend on the group's weights computed once."""
+def _nothing_finite(group: str, layer: str) -> CalibrationError:
+    return CalibrationError(
+        f"no alpha gives a finite error for group {group!r}",
+        where=layer,
+        remedy="check the checkpoint for infinite or huge weights",
+    )
 
-    def __init__(self, layer: DecoderLayer, step: int, hidden: Tensor, places: Any) -> None:
+
+class _Batch:
+    """Samples with all that the decoder layer's steps make of them in floating point."""
+
+    def __init__(self, layer: DecoderLayer, hidden: Tensor, places: Any) -> None:
         self.samples, length, size = hidden.shape
         self.places = places
-        flat = hidden.reshape(self.samples * length, size)
-        self.hidden, x = layer.run((flat,), self.samples, places, stop=step)
-        self.output = layer.run((self.hidden, x), self.samples, places, start=step)[0].asnumpy()
-        self.x = x.asnumpy()
-        by_sample = self.x.reshape(self.samples, length, -1)
-        # Dividing by a positive scale keeps the order, so these give every candidate's range.
-        self.column_low, self.column_high = by_sample.min(axis=1), by_sample.max(axis=1)
-
-    def quantized_input(self, smooth_scale: NDArray[np.float32]) -> Tensor:
-        """The group's input, smoothed, quantized per sample on the fly, and dequantized."""
-        low = (self.column_low / smooth_scale).min(axis=1)
-        high = (self.column_high / smooth_scale).max(axis=1)
-        scale, offset = activation_parameters(low, high)
-        by_sample = (self.x / smooth_scale).reshape(self.samples, -1)
-        return Tensor(fake_quantize(by_sample, scale[:, None], offset[:, None]).reshape(self.x.shape))
+        state: tuple[Tensor, ...] = (hidden.reshape(self.samples * length, size),)
+        self.states = [state]
+        for step in range(layer.steps):
+            state = layer.run(state, self.samples, places, start=step, stop=step + 1)
+            self.states.append(state)
+        self.output = state[0].asnumpy()
 
 
 class _GroupLoss:
-    """Sum over a range of chunks of the samples' squared errors, divided by the number of all samples."""
+    """The loss of one group's candidates, in parts: one a batch, which add up to the mean over samples."""
 
     def __init__(
-        self, layer: DecoderLayer, group: GroupCells, chunks: list[_Chunk], scales: dict[float, Tensor]
+        self, layer: DecoderLayer, group: GroupCells, batches: list[_Batch], scales: dict[float, Tensor]
     ) -> None:
-        self.layer, self.group, self.chunks = layer, group, chunks
-        self.scales = {alpha: scale.asnumpy() for alpha, scale in scales.items()}
-        self.total = sum(chunk.output.size for chunk in chunks)
-        self._alpha: float | None = None
+        self._layer, self._group, self._batches = layer, group, batches
+        self._scales = {alpha: scale.asnumpy() for alpha, scale in scales.items()}
+        self._total = sum(batch.output.size for batch in batches)
+        self._inputs = [_GroupInput(batch, group.step) for batch in batches]
+        self._candidate: tuple[float, list[Tensor]] | None = None
 
     def __call__(self, alpha: float, index: int) -> float:
-        chunk, scale = self.chunks[index], self.scales[alpha]
-        self._set_candidate(alpha)
+        batch = self._batches[index]
+        state = (batch.states[self._group.step][0], self._inputs[index].quantized(self._scales[alpha]))
+        for cell, weight in zip(self._group.curr_layer, self._weights(alpha), strict=True):
+            cell.candidate = weight
         try:
-            state = (chunk.hidden, chunk.quantized_input(scale))
-            output = self.layer.run(state, chunk.samples, chunk.places, start=self.group.step)[0]
+            output = self._layer.run(state, batch.samples, batch.places, start=self._group.step)[0]
         finally:
-            for cell in self.group.curr_layer:
+            for cell in self._group.curr_layer:
                 cell.candidate = None
-        difference = output.asnumpy() - chunk.output
-        return float(np.vdot(difference, difference)) / self.total
+        difference = output.asnumpy() - batch.output
+        return float(np.vdot(difference, difference)) / self._total
 
-    def _set_candidate(self, alpha: float) -> None:
-        for cell in self.group.curr_layer:
-            if alpha != self._alpha:
-                scaled = cell.layer.weight.asnumpy() * self.scales[alpha]
-                cell.kept = Tensor(fake_quantize(scaled, weight_scale(scaled)))
-            cell.candidate = cell.kept
-        self._alpha = alpha
+    def _weights(self, alpha: float) -> list[Tensor]:
+        """The group's weights, smoothed, quantized and dequantized; kept until another alpha is asked for."""
+        if self._candidate is None or self._candidate[0] != alpha:
+            scaled = [cell.layer.weight.asnumpy() * self._scales[alpha] for cell in self._group.curr_layer]
+            self._candidate = alpha, [Tensor(fake_quantize(w, weight_scale(w))) for w in scaled]
+        return self._candidate[1]
 
 
-def least_loss(candidates: Sequence[float], chunks: int, loss: Any) -> tuple[float, float]:
-    """Find the candidate with the least loss summed over all chunks; the first one on a tie.
+class _GroupInput:
+    """What feeds a group's linears in one batch."""
+
+    def __init__(self, batch: _Batch, step: int) -> None:
+        self._samples = batch.samples
+        self._x = batch.states[step][1].asnumpy()
+        by_sample = self._x.reshape(self._samples, -1, self._x.shape[1])
+        # Dividing by a positive scale keeps the order, so these give every candidate's range.
+        self._column_low, self._column_high = by_sample.min(axis=1), by_sample.max(axis=1)
+
+    def quantized(self, smooth_scale: NDArray[np.float32]) -> Tensor:
+        """`[B*T, K]`: smoothed, quantized per sample on the fly, and dequantized."""
+        low = (self._column_low / smooth_scale).min(axis=1)
+        high = (self._column_high / smooth_scale).max(axis=1)
+        scale, offset = activation_parameters(low, high)
+        by_sample = (self._x / smooth_scale).reshape(self._samples, -1)
+        return Tensor(fake_quantize(by_sample, scale[:, None], offset[:, None]).reshape(self._x.shape))
+
+
+def least_loss(
+    candidates: Sequence[float], parts: int, loss: Callable[[float, int], float]
+) -> tuple[float, float]:
+    """Find the candidate with the least loss summed over all parts; the first one on a tie.
 
     Losses are never negative, so a candidate is given up as soon as its partial sum exceeds the best complete
     one. The result is that of an exhaustive search.
 
     Args:
         candidates: in ascending order.
-        chunks: how many parts the loss is the sum of.
-        loss: `(candidate, chunk) -> float`.
+        parts: how many the loss is the sum of.
+        loss: of one candidate in one part.
 
     Returns:
         The candidate and its loss.
@@ -180,10 +203,10 @@ def least_loss(candidates: Sequence[float], chunks: int, loss: Any) -> tuple[flo
     best, least = candidates[0], math.inf
     for candidate in sorted(candidates, key=lambda c: (partial[c], c)):
         total = partial[candidate]
-        for chunk in range(1, chunks):
+        for part in range(1, parts):
             if not total <= least:
                 break
-            total += loss(candidate, chunk)
+            total += loss(candidate, part)
         if total < least or (total == least and candidate < best):
             best, least = candidate, total
     return best, least

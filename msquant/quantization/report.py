@@ -26,12 +26,14 @@ class LayerReport:
     """The pass over one decoder layer.
 
     Attributes:
+        name: the layer's full name, for example `model.layers.0`.
         groups: one entry a smooth group, in order of computation.
         clip_ratios: linear name to the ratio chosen for every output channel, float32 `[N]`.
         error: squared error of the quantized layer's output, relative to the square of what the layer adds to
             its input, over the calibration tokens.
     """
 
+    name: str
     groups: list[GroupReport] = field(default_factory=list)
     clip_ratios: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     error: float = float("nan")

@@ -1,0 +1,66 @@
+"""The search's quantizer against golden-stick's own, bit for bit."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import ops
+
+from msquant.models.device import use_device
+from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device():
+    use_device()
+
+
+def golden_stick_quantizer(x, *, symmetric, axis):
+    from mindspore_gs.ptq.basic_functions.basic_quant_func import quant_tensor
+
+    return quant_tensor(
+        ms.Tensor(x),
+        ops.min,
+        ops.max,
+        narrow_range=False,
+        symmetric=symmetric,
+        need_group=False,
+        group_size=0,
+        quant_axis=axis,
+        if_pesudo_quant=True,
+        high_precision_params=False,
+    )
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -50.0])
+def test_activations_are_quantized_as_golden_stick_does(shift):
+    x = (np.random.default_rng(0).normal(size=(33, 48)) ** 3 + shift).astype(np.float32)
+    scale, offset, expected = golden_stick_quantizer(x, symmetric=False, axis=-1)
+
+    ours = activation_parameters(x.min(keepdims=True), x.max(keepdims=True))
+
+    np.testing.assert_array_equal(ours[0].reshape(-1), scale.asnumpy())
+    np.testing.assert_array_equal(ours[1].reshape(-1), offset.asnumpy())
+    np.testing.assert_array_equal(fake_quantize(x, *ours), expected.asnumpy())
+
+
+def test_weights_are_quantized_as_golden_stick_does():
+    weight = np.random.default_rng(1).normal(size=(40, 96)).astype(np.float32)
+    weight[3] *= 1000
+    scale, _, expected = golden_stick_quantizer(weight, symmetric=True, axis=0)
+
+    np.testing.assert_array_equal(weight_scale(weight), scale.asnumpy().astype(np.float32))
+    np.testing.assert_array_equal(fake_quantize(weight, weight_scale(weight)), expected.asnumpy())
+
+
+def test_a_constant_range_has_scale_one():
+    scale, offset = activation_parameters(np.float32([2.5, -1]), np.float32([2.5, 1]))
+    assert scale[0] == 1
+    assert offset[0] == 0
+    assert scale[1] == np.float32(2 / 255)
+
+
+def test_a_row_of_zeros_stays_zero():
+    weight = np.zeros((2, 4), np.float32)
+    weight[1] = 1
+    assert weight_scale(weight)[0] == 1
+    np.testing.assert_array_equal(fake_quantize(weight, weight_scale(weight))[0], 0)

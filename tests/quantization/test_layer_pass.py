@@ -1,0 +1,87 @@
+"""One decoder layer through golden-stick: what comes out computes nearly what went in."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
+from msquant.models.config import ModelConfig
+from msquant.models.device import use_device
+from msquant.models.layers import DecoderLayer, positions
+from msquant.quantization import golden_stick
+from msquant.quantization.layer_pass import in_int8, output_error, quantize_layer
+from msquant.quantization.policy import QuantizationPolicy
+
+NAME = "model.layers.0"
+LENGTH = 16
+# A short grid: these tests are about what is made of the choice.
+GRID = {"smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio": (1.0, 0.9)}
+
+
+@pytest.fixture
+def parts(tiny_llama):
+    dtype = use_device()
+    golden_stick.set_log_level(verbose=False)
+    config = ModelConfig.from_folder(tiny_llama)
+    layer = DecoderLayer(config, Checkpoint.open(tiny_llama), NAME, dtype)
+    hidden = ms.Tensor(np.random.default_rng(0).normal(size=(4, LENGTH, config.hidden_size)), ms.float32)
+    return config, layer, [hidden], positions(config, LENGTH, dtype), dtype
+
+
+def test_every_linear_is_int8_and_the_output_is_close(parts):
+    config, layer, hidden, places, dtype = parts
+    outputs = [layer(batch, places) for batch in hidden]
+
+    result = quantize_layer(config, NAME, layer, hidden, places, QuantizationPolicy(**GRID))
+
+    assert list(result.linears) == [f"{NAME}.{name}" for name in config.family.linears]
+    for name, linear in result.linears.items():
+        assert isinstance(linear, QuantizedLinear)
+        assert linear.weight.dtype == np.int8
+        assert linear.weight.shape == config.shapes[f"{name}.weight"]
+        assert linear.weight_scale.shape == linear.weight.shape[:1]
+        assert np.abs(linear.weight.astype(np.int16)).max(axis=1).min() >= 127
+        assert (linear.weight_scale > 0).all()
+        assert linear.input_scale.shape == linear.input_offset.shape == (1,)
+    quantized = DecoderLayer(config, result, NAME, dtype)
+    assert 0 < output_error(hidden, outputs, quantized, places) < 0.01
+
+
+def test_the_error_is_zero_for_the_layer_itself_and_one_for_no_layer(parts):
+    _, layer, hidden, places, _ = parts
+    outputs = [layer(batch, places) for batch in hidden]
+    assert output_error(hidden, outputs, layer, places) == 0
+    assert output_error(hidden, outputs, lambda batch, places: batch, places) == pytest.approx(1)
+
+
+def test_skipped_linears_stay_in_floating_point(parts):
+    config, layer, hidden, places, dtype = parts
+    outputs = [layer(batch, places) for batch in hidden]
+    policy = QuantizationPolicy(**GRID, skip=("lm_head", "down_proj"))
+
+    result = quantize_layer(config, NAME, layer, hidden, places, policy)
+
+    kinds = {name.rsplit(".", 1)[1]: type(linear) for name, linear in result.linears.items()}
+    assert kinds.pop("down_proj") is FloatLinear
+    assert set(kinds.values()) == {QuantizedLinear}
+    assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
+    assert output_error(hidden, outputs, DecoderLayer(config, result, NAME, dtype), places) < 0.01
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-9.0, -8.5), (0.5, 300.0)])
+def test_a_range_that_leaves_out_zero_is_widened_to_an_int8_zero_point(low, high):
+    scale = np.float32([(high - low) / 255])
+    offset = np.rint(-128 - low / scale).astype(np.int32)
+
+    scale, offset = in_int8(scale, offset)
+
+    assert -128 <= offset[0] <= 127
+    least, most = (-128 - offset[0]) * scale[0], (127 - offset[0]) * scale[0]
+    assert least <= low + scale[0] / 2
+    assert most >= high - scale[0] / 2
+
+
+def test_a_range_that_holds_zero_is_left_as_it_is():
+    scale, offset = np.float32([0.02]), np.int32([-128])
+    assert in_int8(scale, offset) == (scale, offset)
