@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError
-from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
     FLOAT,

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.cache import cache_folder
 from msquant.errors import ModelError, OutputError
-from msquant.hub.cache import cache_folder
 
 SMOLLM2_NAME = "smollm2-135m"
 SOURCE_RECORD = "msquant-source.json"

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, ModelError
-from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
 
 

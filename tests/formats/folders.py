@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from msquant.checkpoint.decoder_layout import PROJECTIONS, expected_shapes
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
-from msquant.checkpoint.decoder_layout import PROJECTIONS, expected_shapes
 from msquant.formats.golden_stick import DESCRIPTION_NAME, cast, describe, encode_linear
 
 CONFIG: dict[str, Any] = {

@@ -91,8 +91,8 @@ def test_weights_without_a_finite_error_are_refused(tmp_path, search):
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype)
     layer.mlp.down_proj.weight.set_data(layer.mlp.down_proj.weight * 1e36)
     places = positions(config, LENGTH, dtype)
+    policy = QuantizationPolicy(search=search, smooth_alpha=(0.5,))
     with pytest.raises(CalibrationError, match="no alpha gives a finite error") as caught:
-        policy = QuantizationPolicy(search=search, smooth_alpha=(0.5,))
         quantize_layer(config, NAME, layer, [hidden_states(config.hidden_size)], places, policy)
     assert NAME in str(caught.value)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.hub.cache import cache_folder
+from msquant.checkpoint.cache import cache_folder
 
 
 def test_own_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

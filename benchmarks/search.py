@@ -1,0 +1,79 @@
+"""msquant's OSL search beside golden-stick's own: one real SmolLM2 layer, 4 x 128 tokens, one run."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rows import row
+from benchmarks.smollm2 import float_folder
+
+LAYER, SAMPLES, LENGTH, MIN_RATIO = 3, 4, 128, 20
+NAME = f"model.layers.{LAYER}"
+
+
+def measure() -> list[dict[str, Any]]:
+    """Quantize the layer both ways, on the same inputs."""
+    from msquant.calibration.sources import load_texts
+    from msquant.calibration.tokens import calibration_batches
+    from msquant.checkpoint.reader import Checkpoint
+    from msquant.checkpoint.tokenizer import load_tokenizer
+    from msquant.models.config import ModelConfig
+    from msquant.models.device import use_device
+    from msquant.models.layers import DecoderLayer, positions
+    from msquant.models.network import Embedding
+    from msquant.quantization import golden_stick
+    from msquant.quantization.layer_pass import quantize_layer
+    from msquant.quantization.policy import QuantizationPolicy
+
+    folder, dtype = float_folder(), use_device()
+    golden_stick.set_log_level(verbose=False)
+    config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    tokenizer = load_tokenizer(folder)
+    tokens = calibration_batches(
+        load_texts("builtin"), tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0
+    )
+    places = positions(config, LENGTH, dtype)
+    hidden = Embedding(config, checkpoint, dtype)(tokens)
+    for index in range(LAYER):
+        hidden = DecoderLayer(config, checkpoint, f"model.layers.{index}", dtype)(hidden, places)
+
+    seconds, results = {}, {}
+    for search in ("fast", "reference"):
+        layer = DecoderLayer(config, checkpoint, NAME, dtype)
+        started = time.monotonic()
+        policy = QuantizationPolicy(search=search)
+        results[search] = quantize_layer(config, NAME, layer, [hidden], places, policy)
+        seconds[search] = time.monotonic() - started
+    ratio = seconds["reference"] / seconds["fast"]
+    return [
+        row("golden-stick's modules, s", round(seconds["reference"], 1)),
+        row("msquant's modules, s", round(seconds["fast"], 2)),
+        row("times faster", round(ratio, 1), f">= {MIN_RATIO}", ratio >= MIN_RATIO),
+        *_differences(results["fast"], results["reference"]),
+    ]
+
+
+def _differences(ours: Any, theirs: Any) -> list[dict[str, Any]]:
+    alphas = [[group.alpha for group in result.report.groups] for result in (ours, theirs)]
+    changed = clipped = 0
+    scales = 0.0
+    for name, linear in theirs.linears.items():
+        changed += int((ours.linears[name].weight != linear.weight).sum())
+        scales = max(scales, *_relative(ours.linears[name], linear))
+    for name, ratios in theirs.report.clip_ratios.items():
+        clipped += int((np.abs(ours.report.clip_ratios[name] - ratios) > 1e-3).sum())
+    rows = sum(len(linear.weight) for linear in theirs.linears.values())
+    size = sum(linear.weight.size for linear in theirs.linears.values())
+    return [
+        row("alphas of ours", str(alphas[0]), str(alphas[1]), alphas[0] == alphas[1]),
+        row(f"rows with another clip ratio, of {rows}", clipped, "0, except on ties"),
+        row(f"int8 weights that differ, of {size}", changed, "0 in rows of equal ratio"),
+        row("largest relative difference of scales", f"{scales:.1e}", "<= 1e-6 where ratios are equal"),
+    ]
+
+
+def _relative(ours: Any, theirs: Any) -> tuple[float, float]:
+    weight = np.abs(ours.weight_scale / theirs.weight_scale - 1).max()
+    inputs = np.abs(ours.input_scale / theirs.input_scale - 1).max()
+    return float(weight), float(inputs)
