@@ -39,14 +39,13 @@ class Recipe(BaseModel):
     format: Literal["golden-stick"] = Field("golden-stick", description="The checkpoint contract to write.")
 
     def replace(self, section: str, **values: Any) -> "Recipe":
-        """A copy with the values that are not None put into a section (or, with `""`, into the top).
+        """A copy with those values that are not None put into a section.
 
         Raises:
             RecipeError: a value is not valid.
         """
-        changed = {key: value for key, value in values.items() if value is not None}
         raw = self.model_dump()
-        (raw[section] if section else raw).update(changed)
+        raw[section].update({key: value for key, value in values.items() if value is not None})
         return validate_recipe(raw, "the options given")
 
 

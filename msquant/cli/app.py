@@ -10,7 +10,6 @@ from msquant.cli.inspect import inspect
 from msquant.cli.quantize import quantize
 from msquant.cli.run import run
 from msquant.errors import MsquantError
-from msquant.models.device import silence_libraries
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -47,7 +46,6 @@ for _command in (quantize, run, inspect):
 
 def main() -> None:
     """Entry point of the console script; exits with 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-    silence_libraries()
     try:
         app()
     except MsquantError as error:

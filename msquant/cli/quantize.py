@@ -44,6 +44,10 @@ def quantize(
 
     Example: msquant quantize ./Llama-3.1-8B --algo osl --calibration texts.jsonl --samples 32
     """
+    from msquant.models.device import silence_libraries
+
+    if not verbose:
+        silence_libraries()
     from msquant.pipeline import Progress
     from msquant.pipeline import quantize as quantize_model
     from msquant.recipes import find_recipe

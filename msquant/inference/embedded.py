@@ -98,7 +98,7 @@ class EmbeddedEngine:
 
         for token in self._tokens(ids, Sampler(sampling, index), room):
             generated.append(token)
-            if token in self._config.eos_token_ids:
+            if token in self._config.eos_token_ids and not sampling.ignore_eos:
                 reason = "stop"
                 break
             emit(stream.add(token))

@@ -21,6 +21,7 @@ class Sampling:
         temperature: 0 takes the most probable token; otherwise logits are divided by it before sampling.
         top_p: samples only from the most probable tokens that together reach this probability.
         seed: of the sampling; the same seed gives the same text.
+        ignore_eos: go on after an end-of-sequence token, to compare or to time a fixed number of tokens.
 
     Raises:
         EngineError: a value is out of its range.
@@ -30,6 +31,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 0.95
     seed: int = 0
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

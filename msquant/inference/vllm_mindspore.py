@@ -120,6 +120,8 @@ class VllmMindSporeEngine:
         options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.temperature > 0:
             options["seed"] = sampling.seed
+        if sampling.ignore_eos:
+            options["ignore_eos"] = True
         start = time.perf_counter()
         try:
             params = self._sampling_params(**options, max_tokens=sampling.max_tokens)

@@ -1,8 +1,11 @@
 """A model's shape, read from its Hugging Face `config.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
@@ -10,7 +13,7 @@ from msquant.errors import CheckpointError, ModelError
 from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class ModelConfig:
     """What the decoder layers and the two ends of a model need to know; sizes are in elements.
 
@@ -23,18 +26,18 @@ class ModelConfig:
     """
 
     family: Family
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    rms_norm_eps: PositiveFloat
+    rope_theta: PositiveFloat
+    max_position_embeddings: PositiveInt
     tie_word_embeddings: bool
-    dtype: str
+    dtype: Literal["bfloat16", "float16", "float32"]
     shapes: dict[str, tuple[int, ...]]
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
@@ -80,39 +83,76 @@ def check_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> None:
 def _from_raw(raw: dict[str, Any], family: Family, path: Path) -> ModelConfig:
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.for_model(**raw)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"not a valid config: {error}", where=path) from error
     _refuse_options(raw, path)
-    heads = config.num_attention_heads
-    if heads % config.num_key_value_heads or (not raw.get("head_dim") and config.hidden_size % heads):
-        raise CheckpointError(
-            f"{heads} attention heads do not go with hidden_size {config.hidden_size} "
-            f"and {config.num_key_value_heads} key-value heads",
-            where=path,
-            remedy="check the file against the published one",
+    raw = _with_rope_of_transformers_4(raw)
+    if not isinstance(raw.get("rope_scaling"), dict | None):
+        raise CheckpointError(f"rope_scaling is {raw['rope_scaling']!r}", where=path, remedy=_CHECK)
+    try:
+        shapes = expected_shapes(raw) or {}
+        config = AutoConfig.for_model(**raw)
+        heads = config.num_attention_heads
+        eos = config.eos_token_id
+        built = ModelConfig(
+            family=family,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+            shapes=shapes,
+            rope_scaling=config.rope_scaling or {},
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         )
-    rope_scaling = dict(config.rope_scaling or {})
-    eos = config.eos_token_id
-    return ModelConfig(
-        family=family,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=float(config.rope_theta),
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        shapes=expected_shapes(raw) or {},
-        rope_scaling=rope_scaling,
-        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-    )
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=path, remedy=_CHECK) from error
+    except ValidationError as error:
+        details = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (it is {e['input']!r})" for e in error.errors()
+        ]
+        raise CheckpointError("; ".join(details), where=path, remedy=_CHECK) from error
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"not a valid config: {error}", where=path, remedy=_CHECK) from error
+    _check_heads(built, "head_dim" in raw, path)
+    return built
+
+
+_CHECK = "check the file against the published one"
+
+
+def _check_heads(config: ModelConfig, explicit_head_dim: bool, path: Path) -> None:
+    from msquant.models.rope import rotary_tables
+
+    heads, size = config.num_attention_heads, config.hidden_size
+    if heads % config.num_key_value_heads or config.head_dim % 2 or (size % heads and not explicit_head_dim):
+        raise CheckpointError(
+            f"{heads} attention heads do not go with hidden_size {size}, "
+            f"head_dim {config.head_dim} and {config.num_key_value_heads} key-value heads",
+            where=path,
+            remedy=_CHECK,
+        )
+    # Refuses an unknown scaling variant now, and not at the first layer.
+    rotary_tables(config, 0, 1)
+
+
+def _with_rope_of_transformers_4(raw: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps the base and the scaling of the rotary embedding in one section."""
+    parameters = raw.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return raw
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {
+        **raw,
+        "rope_theta": parameters.get("rope_theta", raw.get("rope_theta")),
+        "rope_scaling": None if plain else scaling,
+    }
 
 
 def _refuse_options(raw: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,8 @@
 """Where MindSpore computes, and in which dtype."""
 
 import os
+import signal
+import threading
 from functools import cache
 from typing import Any
 
@@ -29,12 +31,12 @@ def use_device(device: str = "cpu") -> Any:
     Raises:
         EngineError: the device is unknown or not there.
     """
+    if device not in DEVICES:
+        raise EngineError(f"device {device!r} is unknown", remedy=f"use one of: {', '.join(DEVICES)}")
     # Read by MindSpore when a network is built: without it PyNative compiles every cell.
     os.environ["ENFORCE_EAGER"] = "true"
     import mindspore as ms
 
-    if device not in DEVICES:
-        raise EngineError(f"device {device!r} is unknown", remedy=f"use one of: {', '.join(DEVICES)}")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
         ms.set_device({"cpu": "CPU", "ascend": "Ascend"}[device])
@@ -46,5 +48,17 @@ def use_device(device: str = "cpu") -> Any:
     if device == "cpu":
         # Asynchronous dispatch starves on few cores: blocking is over 4x faster, with identical results.
         ms.runtime.launch_blocking()
-        return ms.float32
-    return ms.bfloat16
+    _keep_ctrl_c()
+    return ms.float32 if device == "cpu" else ms.bfloat16
+
+
+def _keep_ctrl_c() -> None:
+    """Undo what MindSpore does to Ctrl-C: its handler ends the process without any clean-up."""
+    from mindspore import Tensor, nn
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    # The handler is installed when the first cell is called.
+    nn.Dense(1, 1)(Tensor([[0.0]]))
+    signal.signal(signal.SIGINT, handler)

@@ -29,7 +29,9 @@ class Head:
     """Hidden states to logits: the final norm and the output projection."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, dtype: Any) -> None:
-        self._norm = RMSNorm(source.tensor(FINAL_NORM), config.rms_norm_eps, dtype)
+        norm = source.tensor(FINAL_NORM)
+        check_shape(config, FINAL_NORM, norm.shape)
+        self._norm = RMSNorm(norm, config.rms_norm_eps, dtype)
         name = EMBEDDING if config.tie_word_embeddings else HEAD
         self._weight = Tensor(_table(config, source, name), dtype)
         self._matmul = ops.MatMul(transpose_b=True)

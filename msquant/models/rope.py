@@ -54,6 +54,8 @@ def _frequencies(config: ModelConfig, sequence_length: int) -> Frequencies:
         return compute(config, sequence_length)
     except KeyError as error:
         raise ModelError(f"rope_scaling of type {variant!r} lacks {error}", where="config.json") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"rope_scaling {scaling} is not valid: {error}", where="config.json") from error
 
 
 def _powers(config: ModelConfig, base: float) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from mindspore_gs.ptq.algo_modules.mindone import OSLSmoother
 from mindspore_gs.ptq.quant_cells.mindone import OSLSmoothQuantLinearCell
 from numpy.typing import NDArray
@@ -72,11 +72,17 @@ class SearchLinearCell(OSLSmoothQuantLinearCell):
 
     candidate: Tensor | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Twice as fast as golden-stick's Dense on a CPU.
+        self.matmul = ops.MatMul(transpose_b=True)
+
     def construct(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[T, K]` to `[T, N]`."""
         if self.candidate is None:
             return self.layer(x)
-        return self.dense(x, self.candidate, self.layer.bias if self.layer.has_bias else None)
+        y = self.matmul(x, self.candidate)
+        return y + self.layer.bias if self.layer.has_bias else y
 
 
 class FastOSLSmoother(OSLSmoother):

@@ -1,10 +1,19 @@
 """What the quantization pass does, as the `quantization` section of a recipe, and its golden-stick config."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Ratio = float
+
+def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Ties go to the smaller alpha, which golden-stick has from the order of its grid."""
+    if list(values) != sorted(set(values)):
+        raise ValueError("the grid must be in ascending order, without repetition")
+    return values
+
+
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
 
 
 class QuantizationPolicy(BaseModel):
@@ -18,7 +27,7 @@ class QuantizationPolicy(BaseModel):
         description="fast: msquant's search, the same arithmetic at a fraction of the time; "
         "reference: golden-stick's own modules.",
     )
-    smooth_alpha: tuple[Ratio, ...] = Field(
+    smooth_alpha: Annotated[tuple[Alpha, ...], AfterValidator(_ascending)] = Field(
         tuple(i / 20 for i in range(20)),
         min_length=1,
         description="Grid of migration strengths: 0 leaves outliers to the activations, 1 to the weights.",

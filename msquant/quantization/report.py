@@ -30,7 +30,7 @@ class LayerReport:
         groups: one entry a smooth group, in order of computation.
         clip_ratios: linear name to the ratio chosen for every output channel, float32 `[N]`.
         error: squared error of the quantized layer's output, relative to the square of what the layer adds to
-            its input, over the calibration tokens.
+            its input, over the first batch of calibration tokens.
     """
 
     name: str

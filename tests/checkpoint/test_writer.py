@@ -42,7 +42,8 @@ def test_a_shard_is_read_by_the_library_with_the_returned_hash(tmp_path: Path) -
     assert path.name == "model-00001-of-00002.safetensors"
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     for name, array in load_file(path).items():
-        assert array.dtype == example()[name].dtype
+        # By name: once MindSpore is loaded, the library makes the bfloat16 that MindSpore registers.
+        assert array.dtype.name == example()[name].dtype.name
         np.testing.assert_array_equal(array, example()[name])
     with safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.errors import CheckpointError, ModelError
+from msquant.errors import CheckpointError, ModelError, MsquantError
 from msquant.models.config import ModelConfig
 from msquant.models.families import FAMILIES, NORMS
 from tests.fixtures.tiny_model import write_tiny_llama
@@ -142,7 +142,7 @@ def test_heads_that_contradict_each_other(changes: dict[str, Any], tmp_path: Pat
     ],
 )
 def test_values_that_make_no_sense(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a valid config"):
+    with pytest.raises(CheckpointError, match="not a valid config|a positive integer is expected"):
         read(tmp_path, **changes)
 
 
@@ -163,3 +163,35 @@ def test_a_file_that_cannot_be_read(content: bytes | None, message: str, tmp_pat
     with pytest.raises(CheckpointError, match=message) as caught:
         ModelConfig.from_folder(tmp_path)
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"rope_theta": "fast"}, "rope_theta"),
+        ({"rope_scaling": "x"}, "rope_scaling"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"dtype": "float8_e4m3fn", "torch_dtype": "float8_e4m3fn"}, "dtype"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "two"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
+    folder = with_config(tiny_llama, tmp_path / "model", **changes)
+    with pytest.raises(MsquantError) as caught:
+        ModelConfig.from_folder(folder)
+    assert word in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_the_rope_section_of_transformers_5_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    parameters = {"rope_theta": 500000.0, "rope_type": "linear", "factor": 4.0}
+    folder = with_config(tiny_llama, tmp_path / "model", rope_parameters=parameters, rope_theta=None)
+    config = ModelConfig.from_folder(folder)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling["factor"] == 4.0
