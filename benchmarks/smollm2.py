@@ -20,6 +20,13 @@ def float_folder() -> Path:
     return smollm2_folder()
 
 
+def _only_errors() -> None:
+    """Keep the progress bars of transformers out of the tables."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @cache
 def quantized() -> dict[str, Any]:
     """Run `msquant quantize smollm2-135m --algo osl` as a process of its own, once.
@@ -29,6 +36,7 @@ def quantized() -> dict[str, Any]:
         operating system accounts for them.
     """
     float_folder()
+    _only_errors()
     output = cache_folder() / "benchmarks" / "smollm2-135m-osl"
     command = [sys.executable, "-m", "msquant", "quantize", "smollm2-135m", "--algo", "osl", "--json"]
     command += ["--samples", str(SAMPLES), "--sequence-length", str(SEQUENCE_LENGTH)]

@@ -142,7 +142,7 @@ def test_heads_that_contradict_each_other(changes: dict[str, Any], tmp_path: Pat
     ],
 )
 def test_values_that_make_no_sense(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a valid config|a positive integer is expected"):
+    with pytest.raises(CheckpointError, match=r"not a valid config|a positive integer is expected"):
         read(tmp_path, **changes)
 
 
