@@ -1,8 +1,8 @@
 """The embedded engine on the written SmolLM2 folder, beside an independent torch simulation of it.
 
 Static int8 activations round at fixed places. Two float32 implementations differ in the last digit, so now
-and then one activation falls on the other side of a tie, and that moves the logits by a few tenths: as much as
-noise of 1e-6 on the simulation's own embeddings does, which is measured here as the control. Tokens are
+and then one activation falls on the other side of a tie, and that moves the logits by a few tenths: as much
+as noise of 1e-6 on the simulation's own embeddings does, which is measured here as the control. Tokens are
 therefore equal where the choice is decided by more than that, and part where two tokens are nearly level.
 """
 
