@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 PROMPT ?= I am
-OUTPUT ?= smollm2-135m-osl
 # uv does not read pip's own setting for extra wheel folders.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -24,8 +23,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/uv
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/msquant quantize smollm2-135m --algo osl --output $(OUTPUT) --overwrite
-	$(BIN)/msquant run --model $(OUTPUT) --prompt "$(PROMPT)"
+	$(BIN)/msquant quantize smollm2-135m --algo osl --overwrite
+	$(BIN)/msquant run --prompt "$(PROMPT)"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, ModelError
 from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
+from msquant.models.rope import rotary_tables
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -127,8 +128,6 @@ _CHECK = "check the file against the published one"
 
 
 def _check_heads(config: ModelConfig, explicit_head_dim: bool, path: Path) -> None:
-    from msquant.models.rope import rotary_tables
-
     heads, size = config.num_attention_heads, config.hidden_size
     if heads % config.num_key_value_heads or config.head_dim % 2 or (size % heads and not explicit_head_dim):
         raise CheckpointError(

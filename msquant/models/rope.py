@@ -5,18 +5,21 @@ The variants follow transformers 4.57.1, `modeling_rope_utils.py`, which is the 
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msquant.errors import ModelError
-from msquant.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from msquant.models.config import ModelConfig
 
 Frequencies = tuple[NDArray[np.float32], float]
 
 
 def rotary_tables(
-    config: ModelConfig, start: int, length: int
+    config: "ModelConfig", start: int, length: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosine and sine of every position's angles.
 
@@ -39,7 +42,7 @@ def rotary_tables(
     return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def _frequencies(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _frequencies(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """Inverse frequencies `[head_dim / 2]` and the factor on cosine and sine."""
     scaling = config.rope_scaling
     variant = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -58,20 +61,20 @@ def _frequencies(config: ModelConfig, sequence_length: int) -> Frequencies:
         raise ModelError(f"rope_scaling {scaling} is not valid: {error}", where="config.json") from error
 
 
-def _powers(config: ModelConfig, base: float) -> NDArray[np.float32]:
+def _powers(config: "ModelConfig", base: float) -> NDArray[np.float32]:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     return np.power(np.float32(base), exponents, dtype=np.float32)
 
 
-def _default(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _default(config: "ModelConfig", sequence_length: int) -> Frequencies:
     return 1 / _powers(config, config.rope_theta), 1.0
 
 
-def _linear(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _linear(config: "ModelConfig", sequence_length: int) -> Frequencies:
     return 1 / _powers(config, config.rope_theta) / np.float32(config.rope_scaling["factor"]), 1.0
 
 
-def _dynamic(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _dynamic(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """NTK-aware scaling: the base grows once the sequence is longer than the model was trained for."""
     factor, trained = config.rope_scaling["factor"], config.max_position_embeddings
     stretch = factor * max(sequence_length, trained) / trained - (factor - 1)
@@ -79,7 +82,7 @@ def _dynamic(config: ModelConfig, sequence_length: int) -> Frequencies:
     return 1 / _powers(config, base), 1.0
 
 
-def _yarn(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _yarn(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """YaRN (arXiv 2309.00071): interpolate slow frequencies, keep fast ones, ramp between."""
     scaling = config.rope_scaling
     factor, dim = scaling["factor"], config.head_dim
@@ -99,7 +102,7 @@ def _yarn(config: ModelConfig, sequence_length: int) -> Frequencies:
     return plain / np.float32(factor) * ramp + plain * (1 - ramp), _yarn_attention_factor(config)
 
 
-def _yarn_attention_factor(config: ModelConfig) -> float:
+def _yarn_attention_factor(config: "ModelConfig") -> float:
     scaling = config.rope_scaling
 
     def magnitude(weight: float) -> float:
@@ -112,7 +115,7 @@ def _yarn_attention_factor(config: ModelConfig) -> float:
     return magnitude(1)
 
 
-def _llama3(config: ModelConfig, sequence_length: int) -> Frequencies:
+def _llama3(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """Llama 3.1: divide slow frequencies by the factor, keep fast ones, blend between."""
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -123,7 +126,7 @@ def _llama3(config: ModelConfig, sequence_length: int) -> Frequencies:
     return (1 - blend) * plain / np.float32(scaling["factor"]) + blend * plain, 1.0
 
 
-_VARIANTS: dict[str, Callable[[ModelConfig, int], Frequencies]] = {
+_VARIANTS: dict[str, Callable[["ModelConfig", int], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
