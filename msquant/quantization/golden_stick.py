@@ -41,6 +41,9 @@ def set_log_level(verbose: bool) -> None:
     from mindspore_gs.common import logger
 
     logger.set_level(logging.INFO if verbose else logging.ERROR)
+    for handler in logger.logger.handlers:
+        # It writes to stdout, which is for results.
+        handler.setStream(sys.stderr)
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def test_a_script_reads_json_and_may_overwrite(recipe: Path, tmp_path: Path) -> 
 
 
 def test_verbose_shows_golden_sticks_log(recipe: Path, tmp_path: Path) -> None:
-    done = msquant("quantize", recipe, "-v", cwd=tmp_path)
+    done = msquant("quantize", recipe, "-v", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "GoldenStick" in done.stdout + done.stderr
+    assert "GoldenStick" in done.stderr
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "tiny-osl")
 
 
 @pytest.mark.parametrize(
