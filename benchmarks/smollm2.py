@@ -20,7 +20,7 @@ def float_folder() -> Path:
     return smollm2_folder()
 
 
-def _only_errors() -> None:
+def _hide_progress_bars() -> None:
     """Keep the progress bars of transformers out of the tables."""
     from transformers.utils import logging
 
@@ -36,7 +36,7 @@ def quantized() -> dict[str, Any]:
         operating system accounts for them.
     """
     float_folder()
-    _only_errors()
+    _hide_progress_bars()
     output = cache_folder() / "benchmarks" / "smollm2-135m-osl"
     command = [sys.executable, "-m", "msquant", "quantize", "smollm2-135m", "--algo", "osl", "--json"]
     command += ["--samples", str(SAMPLES), "--sequence-length", str(SEQUENCE_LENGTH)]

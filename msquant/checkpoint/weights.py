@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+INT8_MIN, INT8_MAX = -128, 127
+
 
 @dataclass(frozen=True, eq=False)
 class FloatLinear:

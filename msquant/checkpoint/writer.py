@@ -11,20 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from msquant.checkpoint.disk import require_free_space, sync_folder, writing
-from msquant.checkpoint.output_folder import OutputFolder
+from msquant.checkpoint.disk import sync_folder, writing
 from msquant.checkpoint.reader import INDEX_NAME
-
-__all__ = [
-    "OutputFolder",
-    "file_sha256",
-    "require_free_space",
-    "shard_name",
-    "write_index",
-    "write_json",
-    "write_shard",
-    "write_text",
-]
 
 
 def write_shard(path: Path, tensors: Mapping[str, NDArray[Any]]) -> str:

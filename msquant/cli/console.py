@@ -47,11 +47,6 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]], *, captio
     stdout.print(table)
 
 
-def print_warning(text: str) -> None:
-    """Write a warning to stderr."""
-    stderr.print(f"[yellow]warning:[/yellow] {escape(text)}")
-
-
 def print_error(error: MsquantError, *, as_json: bool = False) -> None:
     """Write an error with its place and remedy: to stderr for people, to stdout as JSON for scripts."""
     if as_json:

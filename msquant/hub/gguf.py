@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.reader import INDEX_NAME
+from msquant.checkpoint.writer import shard_name
 from msquant.errors import ModelError
 from msquant.hub.gguf_tokenizer import write_tokenizer
 
@@ -67,7 +69,7 @@ def convert_gguf(source: Path, folder: Path, progress: Callable[[int, int], None
     shards = _plan_shards({name: 2 * int(tensor.n_elements) for name, tensor in tensors.items()})
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file_name = shard_name(i, len(shards))
         shard = {}
         for name in names:
             values = _dequantize(tensors[name])
@@ -84,7 +86,7 @@ def convert_gguf(source: Path, folder: Path, progress: Callable[[int, int], None
             raise OSError(str(error)) from error
     total = sum(2 * int(tensor.n_elements) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / INDEX_NAME, index)
     write_tokenizer(metadata, folder, max_length=config["max_position_embeddings"], source=source)
     token_ids = {
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config

@@ -8,9 +8,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
 
-INT8_MIN, INT8_MAX = -128, 127
 # float32 holds integers exactly up to this.
 EXACT = 2**24
 

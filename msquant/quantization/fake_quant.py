@@ -7,7 +7,8 @@ rounded once to float32, round half to even, int8 in [-128, 127].
 import numpy as np
 from numpy.typing import NDArray
 
-INT8_MIN, INT8_MAX = -128, 127
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN
+
 STEPS = INT8_MAX - INT8_MIN
 
 Floats = NDArray[np.float32]

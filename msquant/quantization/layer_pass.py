@@ -9,12 +9,12 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
 from msquant.models.config import ModelConfig
 from msquant.models.families import NORMS
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.quantization import golden_stick
-from msquant.quantization.fake_quant import INT8_MAX, INT8_MIN, activation_parameters
+from msquant.quantization.fake_quant import activation_parameters
 from msquant.quantization.policy import QuantizationPolicy, ptq_config
 from msquant.quantization.report import LayerReport
 
