@@ -133,6 +133,10 @@ class Checkpoint:
             )
         return values
 
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return some rows of a floating-point tensor, `[len(indices), ...]`. Raises as `tensor`."""
+        return self.tensor(name)[indices]
+
     def linear(self, module: str) -> FloatLinear:
         """Return the linear layer `module`, with its bias if one is stored.
 

@@ -1,12 +1,15 @@
 """The canonical in-memory form of a model's weights, whatever they are stored as."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 INT8_MIN, INT8_MAX = -128, 127
+
+Scheme = Literal["float", "static", "dynamic"]
+"""How a linear layer is computed: in floating point, or in W8A8 with static or per-token input scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,14 @@ class WeightSource(Protocol):
 
         Raises:
             CheckpointError: it is missing, its shard is damaged, or it holds NaN or infinity.
+        """
+        ...
+
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return some rows of a floating-point tensor as float32 `[len(indices), ...]`.
+
+        Raises:
+            CheckpointError: as for `tensor`.
         """
         ...
 

@@ -73,6 +73,10 @@ class GoldenStickCheckpoint:
         """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
         return self.checkpoint.tensor(name)
 
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
+        return self.checkpoint.rows(name, indices)
+
     def linear(self, module: str) -> Linear:
         """Return the layer `module`; a layer that is not described is in floating point, as for the engine.
 

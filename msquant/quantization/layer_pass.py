@@ -40,6 +40,10 @@ class LayerResult:
         """Return a norm's weight."""
         return self.norms[name]
 
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return some elements of a norm's weight."""
+        return self.norms[name][indices]
+
     def linear(self, module: str) -> Linear:
         """Return a linear layer."""
         return self.linears[module]

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from msquant.checkpoint.weights import Scheme
+
 
 def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     """Ties go to the smaller alpha, which golden-stick has from the order of its grid."""
@@ -41,9 +43,16 @@ class QuantizationPolicy(BaseModel):
         ("lm_head",), description="Linears whose name contains one of these stay in floating point."
     )
 
-    def skips(self, linear: str) -> bool:
-        """Whether the linear of that full name stays in floating point."""
-        return any(name in linear for name in self.skip)
+    dynamic: tuple[str, ...] = Field(
+        (),
+        description="Linears whose name contains one of these get a scale per token, not a static one.",
+    )
+
+    def scheme(self, linear: str) -> Scheme:
+        """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
+        if any(name in linear for name in self.skip):
+            return "float"
+        return "dynamic" if any(name in linear for name in self.dynamic) else "static"
 
 
 def ptq_config(policy: QuantizationPolicy) -> Any:
