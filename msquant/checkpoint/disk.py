@@ -1,5 +1,6 @@
 """What a full, read-only or vanished disk says, turned into an error a person can act on."""
 
+import ctypes
 import errno
 import os
 import re
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from msquant.errors import OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -57,6 +59,24 @@ def writing(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise _explain(error, path, needed_bytes) from error
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give an open, empty file its size, and the disk space for it where the file system can.
+
+    `fallocate` itself and not `os.posix_fallocate`: that one, where the file system cannot, writes to every
+    block.
+
+    Raises:
+        OSError: ENOSPC if there is no room.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is not None and size:
+        if not fallocate(ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size)):
+            return
+        if (number := ctypes.get_errno()) not in _CANNOT_RESERVE:
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, size)
 
 
 def sync_folder(folder: Path) -> None:

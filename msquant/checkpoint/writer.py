@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,32 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it is given its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one of `temporary_path`: what a killed process may leave."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete, closed or synced file its name, for good. Raises OSError."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    # The safetensors library creates files that only their owner may read.
+    temporary.chmod(0o666 & ~_umask())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
 def _write_atomically(path: Path, save: Callable[[Path], str], needed_bytes: int) -> str:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with writing(path, needed_bytes):
             digest = save(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            # The safetensors library creates files that only their owner may read.
-            temporary.chmod(0o666 & ~_umask())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest

@@ -145,18 +145,6 @@ def test_a_full_disk_says_how_much_is_free_and_needed() -> None:
         full.write(b"abc")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A disk of 256 kB; where it cannot be mounted, the two tests above stand in for the one below."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_really_full_disk_leaves_nothing(small_disk: Path) -> None:
     with pytest.raises(OutputError, match=r"disk is full \(\d+ bytes free, 1048576 needed") as caught:
         write_shard(small_disk / "model.safetensors", {"x": np.ones(1 << 20, np.int8)})
