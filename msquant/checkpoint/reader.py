@@ -1,12 +1,16 @@
 """A local Hugging Face folder of safetensors, read lazily: headers at once, tensors one at a time."""
 
-import math
+import hashlib
+from collections.abc import Iterator
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.float_rows import FLOAT_DTYPES, FloatRows
+from msquant.checkpoint.fp8 import FP8, SCALE_SUFFIX, BlockScale, read_block_size
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.shard import Shard
 from msquant.checkpoint.weights import FloatLinear
@@ -15,7 +19,6 @@ from msquant.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -66,6 +69,14 @@ class Checkpoint:
         """Names of all tensors, sorted."""
         return sorted(self.weight_map)
 
+    def parameters(self) -> list[str]:
+        """Names of all tensors but the scales of others, sorted."""
+        return [name for name in self.names() if not self.is_scale(name)]
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor holds the block scales of another."""
+        return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.weight_map
+
     def __contains__(self, name: str) -> bool:
         return name in self.weight_map
 
@@ -108,34 +119,37 @@ class Checkpoint:
         return self._shard(name).read(name)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """Return a floating-point tensor as float32.
+        """Return a floating-point tensor as float32; FP8 with block scales is dequantized (see `fp8`).
 
         Raises:
-            CheckpointError: there is no such tensor, it is stored as integers or float8 (which mean nothing
-                without their scales), or it holds NaN or infinity.
+            CheckpointError: there is no such tensor; it is stored as integers; it is FP8 and its scales are
+                missing or wrong; its shard was changed since it was opened; it holds NaN or infinity.
         """
-        dtype = self.dtype(name)
-        if dtype not in _FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{name} is stored as {dtype}, a floating-point tensor is expected",
-                where=self.shard_path(name),
-                remedy="start from the unquantized checkpoint (bfloat16, float16 or float32)",
-            )
-        with np.errstate(over="ignore"):
-            values = self.raw(name).astype(np.float32, copy=False)
-        # A float64 sum of finite float32 numbers cannot overflow: it is finite exactly when they all are.
-        if not math.isfinite(float(values.sum(dtype=np.float64))):
-            bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-            raise CheckpointError(
-                f"{name} holds NaN or infinity in {bad} of {values.size} places",
-                where=self.shard_path(name),
-                remedy="download this shard again; if the published file holds them too, it cannot be used",
-            )
-        return values
+        rows = self._float_rows(name)
+        return rows.read(0, rows.count).reshape(self.shape(name))
 
     def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return some rows of a floating-point tensor, `[len(indices), ...]`. Raises as `tensor`."""
-        return self.tensor(name)[indices]
+        """Return some rows of a floating-point tensor, `[len(indices), ...]`; only those are read.
+
+        Raises:
+            CheckpointError: as for `tensor`, or there is no such row.
+        """
+        return self._float_rows(name).take(indices)
+
+    def row_blocks(self, name: str, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Read a floating-point tensor by blocks of rows, in order.
+
+        Args:
+            name: the tensor.
+            max_bytes: of a block in float32; a single row may be larger.
+
+        Returns:
+            Pairs of a block's first row and its rows `[n, ...]`; a scalar is one row `[1]`.
+
+        Raises:
+            CheckpointError: as for `tensor`, when the block is read.
+        """
+        return self._float_rows(name).blocks(max_bytes)
 
     def linear(self, module: str) -> FloatLinear:
         """Return the linear layer `module`, with its bias if one is stored.
@@ -158,6 +172,50 @@ class Checkpoint:
                 where=self.shard_path(bias_name),
             )
         return FloatLinear(self.tensor(weight_name), self.tensor(bias_name))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint from another, by headers alone, without reading any weight.
+
+        Returns:
+            `shards`: each file's size in bytes by its name; `sha256`: over `config.json`, the index and all
+            headers.
+
+        Raises:
+            CheckpointError: the index or `config.json` cannot be read any more.
+        """
+        digest = hashlib.sha256()
+        for name in ("config.json", INDEX_NAME):
+            digest.update(f"{name}\n{_sha256(self.folder / name)}\n".encode())
+        for name, shard in sorted(self.shards.items()):
+            digest.update(f"{name}\n{shard.header_sha256}\n".encode())
+        sizes = {name: shard.size for name, shard in sorted(self.shards.items())}
+        return {"shards": sizes, "sha256": digest.hexdigest()}
+
+    @cached_property
+    def _block_size(self) -> tuple[int, int]:
+        return read_block_size(self.folder)
+
+    def _float_rows(self, name: str) -> FloatRows:
+        dtype = self.dtype(name)
+        if dtype in FLOAT_DTYPES:
+            return FloatRows(self._shard(name), name)
+        if dtype != FP8:
+            raise CheckpointError(
+                f"{name} is stored as {dtype}, a floating-point tensor is expected",
+                where=self.shard_path(name),
+                remedy="start from the unquantized checkpoint (bfloat16, float16, float32 or FP8 in blocks)",
+            )
+        scale_name = name + SCALE_SUFFIX
+        if scale_name not in self:
+            raise CheckpointError(
+                f"{name} is stored as {dtype}, but its scales {scale_name} are missing",
+                where=self.shard_path(name),
+                remedy="download the checkpoint again, or start from an unquantized one",
+            )
+        scale = BlockScale.checked(
+            name, self.shape(name), self.tensor(scale_name), self._block_size, self.shard_path(scale_name)
+        )
+        return FloatRows(self._shard(name), name, scale)
 
     def _shard(self, name: str) -> Shard:
         if name not in self.weight_map:
@@ -188,6 +246,16 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+
+
+@cache
 def _is_file_name(name: str) -> bool:
     return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
 

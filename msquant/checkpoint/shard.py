@@ -5,9 +5,12 @@ little-endian integer; the header, JSON; the data. Tensors are read into memory 
 memory map, of which every page that was touched would stay resident as long as the map does.
 """
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ DTYPES: dict[str, DTypeLike] = {
     "F64": np.float64,
 }
 """NumPy's type of each safetensors dtype."""
+
+_ITEM_SIZES = {code: np.dtype(dtype).itemsize for code, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -66,11 +71,18 @@ class Shard:
     Attributes:
         path: the file.
         entries: the tensors it holds, in the order of the header.
+        size: bytes of the file.
+        header_sha256: of the header, in hexadecimal.
     """
 
-    def __init__(self, path: Path, entries: dict[str, TensorEntry]) -> None:
+    def __init__(
+        self, path: Path, entries: dict[str, TensorEntry], status: os.stat_result, header_sha256: str
+    ) -> None:
         self.path = path
         self.entries = entries
+        self.size = status.st_size
+        self.header_sha256 = header_sha256
+        self._modified = status.st_mtime_ns
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -81,7 +93,8 @@ class Shard:
         """
         try:
             with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                found = status.st_size
                 if found < 8:
                     raise _truncated(path, found, "at least 8")
                 length = int.from_bytes(file.read(8), "little")
@@ -102,33 +115,64 @@ class Shard:
         expected = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
         if found != expected:
             raise _truncated(path, found, str(expected))
-        return cls(path, entries)
+        return cls(path, entries, status, hashlib.sha256(header).hexdigest())
 
     def read(self, name: str) -> NDArray[Any]:
         """Return one tensor in the dtype it is stored in, in memory of its own.
 
         Raises:
-            CheckpointError: the file has no such tensor, or cannot be read any more.
+            CheckpointError: the file has no such tensor, cannot be read any more, or was changed.
+        """
+        with self.reading(name) as read:
+            entry = self.entries[name]
+            array = np.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            read(0, array)
+        return array
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Callable[[int, NDArray[Any]], None]]:
+        """Open the file to read parts of one tensor.
+
+        Returns:
+            `read(start, array)`, which fills a contiguous array from byte `start` of the tensor on; it may be
+            called by several threads at once.
+
+        Raises:
+            CheckpointError: as `read`.
         """
         if name not in self.entries:
             raise CheckpointError(f"has no tensor {name}", where=self.path)
         entry = self.entries[name]
-        array = np.empty(entry.shape, dtype=DTYPES[entry.dtype])
+
+        def read(start: int, array: NDArray[Any]) -> None:
+            view = array.reshape(-1).view(np.uint8).data
+            position = entry.offset + start
+            done = 0
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], position + done)
+                if not count:
+                    raise _truncated(self.path, position + done, str(self.size))
+                done += count
+
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                view = array.reshape(-1).view(np.uint8).data
-                done = 0
-                while done < entry.nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise _truncated(
-                            self.path, entry.offset + done, f"at least {entry.offset + entry.nbytes}"
-                        )
-                    done += count
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                self._check_unchanged(os.fstat(descriptor))
+                yield read
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"cannot read {name}: {error.strerror}", where=self.path) from error
-        return array
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        if status.st_size != self.size:
+            raise _truncated(self.path, status.st_size, str(self.size))
+        if status.st_mtime_ns != self._modified:
+            raise CheckpointError(
+                "the file was written to since it was opened",
+                where=self.path,
+                remedy="let nothing change the model while it is read, then run the same command again",
+            )
 
 
 def _truncated(path: Path, found: int, expected: str) -> CheckpointError:
@@ -179,7 +223,7 @@ def _parse_entry(name: str, raw: Any, start: int) -> TensorEntry:
         raise ValueError(
             f"{name} has shape {raw.get('shape')!r} and data_offsets {raw.get('data_offsets')!r}"
         )
-    nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    nbytes = math.prod(shape) * _ITEM_SIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(f"{name} takes {nbytes} bytes as {dtype} {shape}, but data_offsets are {offsets}")
     return TensorEntry(dtype, tuple(shape), start + offsets[0], nbytes)

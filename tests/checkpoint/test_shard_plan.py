@@ -23,7 +23,8 @@ def test_every_group_starts_a_shard_and_keeps_its_order() -> None:
     assert [shard.file_name for group in planned for shard in group] == [
         f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)
     ]
-    assert [spec for group in planned for shard in group for spec in shard.specs] == [*groups[0], *groups[1], *groups[2]]
+    flat = [spec for group in planned for shard in group for spec in shard.specs]
+    assert flat == [*groups[0], *groups[1], *groups[2]]
     assert weight_map(planned[0])["a.3"] == "model-00002-of-00005.safetensors"
     assert planned == plan_shards(groups, 10)
 

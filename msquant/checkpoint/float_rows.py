@@ -1,0 +1,137 @@
+"""A stored tensor as rows of float32, read and converted a chunk at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.fp8 import BlockScale, dequantize
+from msquant.checkpoint.shard import DTYPES, Shard
+from msquant.errors import CheckpointError
+
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+
+# A chunk and its float32 values stay in a core's cache.
+_CHUNK_BYTES = 1 << 20
+_THREADS = 2
+
+
+class FloatRows:
+    """A floating-point or FP8 tensor; nothing of it is in memory but what is asked for and a few chunks.
+
+    Args:
+        shard: the file that holds it.
+        name: its name.
+        scale: of an FP8 matrix.
+
+    Attributes:
+        count: the number of rows; a scalar is one row.
+    """
+
+    def __init__(self, shard: Shard, name: str, scale: BlockScale | None = None) -> None:
+        entry = shard.entries[name]
+        self._shard = shard
+        self._name = name
+        self._scale = scale
+        self._dtype = np.dtype(np.uint8 if scale else DTYPES[entry.dtype])
+        self._shape = entry.shape[1:]
+        self.count = entry.shape[0] if entry.shape else 1
+        self._row_bytes = math.prod(self._shape) * self._dtype.itemsize
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows `start` to `stop`, `[stop - start, ...]`.
+
+        Raises:
+            CheckpointError: the shard is damaged or was changed since it was opened, or NaN or infinity is
+                among the values.
+        """
+        return self._read([(start, stop)])
+
+    def take(self, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Rows by number, in any order and also repeated, `[*indices.shape, ...]`; each is read once.
+
+        Raises:
+            CheckpointError: as `read`, or there is no row of such a number.
+        """
+        indices = np.asarray(indices)
+        if not indices.size:
+            return np.empty(indices.shape + self._shape, np.float32)
+        unique, places = np.unique(indices, return_inverse=True)
+        if unique[0] < 0 or unique[-1] >= self.count:
+            wrong = unique[0] if unique[0] < 0 else unique[-1]
+            raise CheckpointError(
+                f"row {wrong} of {self._name} is asked for, which has {self.count} rows",
+                where=self._shard.path,
+                remedy="use the tokenizer that belongs to these weights",
+            )
+        runs = np.split(unique, np.flatnonzero(np.diff(unique) != 1) + 1)
+        rows = self._read([(int(run[0]), int(run[-1]) + 1) for run in runs])
+        return rows[places.reshape(indices.shape)]
+
+    def blocks(self, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows in order, `(first row, rows)`; a block takes at most `max_bytes`, or is a single row.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        step = max(1, max_bytes // max(1, 4 * math.prod(self._shape)))
+        for start in range(0, self.count, step):
+            yield start, self.read(start, min(start + step, self.count))
+
+    def _read(self, ranges: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+        count = sum(stop - start for start, stop in ranges)
+        out = np.empty((count, *self._shape), np.float32)
+        with self._shard.reading(self._name) as read:
+
+            def fill(chunk: tuple[int, int, int]) -> int:
+                start, stop, place = chunk
+                target = out[place : place + stop - start]
+                stored: NDArray[Any] = (
+                    target if self._dtype == np.float32 else np.empty(target.shape, self._dtype)
+                )
+                read(start * self._row_bytes, stored)
+                if self._scale is not None:
+                    return dequantize(stored, self._scale.of_row(start, self._shape[0]), target)
+                return _convert(stored, target)
+
+            chunks = list(self._chunks(ranges))
+            if out.size <= _CHUNK_BYTES:
+                bad = sum(map(fill, chunks))
+            else:
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    bad = sum(pool.map(fill, chunks))
+        if bad:
+            raise CheckpointError(
+                f"{self._name} holds NaN or infinity in {bad} of {out.size} places",
+                where=self._shard.path,
+                remedy="download this shard again; if the published file holds them too, it cannot be used",
+            )
+        return out
+
+    def _chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """First row, last row and place in the result, none across the border of two blocks of scales."""
+        step = max(1, _CHUNK_BYTES // max(1, self._row_bytes))
+        border = self._scale.block[0] if self._scale else None
+        place = 0
+        for start, last in ranges:
+            while start < last:
+                stop = min(last, start + step)
+                if border is not None:
+                    stop = min(stop, (start // border + 1) * border)
+                yield start, stop, place
+                place += stop - start
+                start = stop
+
+
+def _convert(stored: NDArray[Any], out: NDArray[np.float32]) -> int:
+    """Write stored values into `out` as float32; returns how many of them are not finite."""
+    if stored is not out:
+        with np.errstate(over="ignore"):
+            np.copyto(out, stored, casting="unsafe")
+    # A maximum is NaN where any value is.
+    if not out.size or (math.isfinite(out.max()) and math.isfinite(out.min())):
+        return 0
+    return out.size - int(np.count_nonzero(np.isfinite(out)))
