@@ -1,29 +1,101 @@
-"""A model's shape, read from its Hugging Face `config.json`."""
+"""A model's shape, as its Hugging Face `config.json` gives it."""
 
 from dataclasses import field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
-from msquant.errors import CheckpointError, ModelError
-from msquant.models.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family
-from msquant.models.rope import rotary_tables
+from msquant.errors import CheckpointError
+from msquant.models.families import (
+    EMBEDDING,
+    FEED_FORWARD,
+    FINAL_NORM,
+    GROUPED_QUERY,
+    HEAD,
+    LATENT,
+    LATENT_FULL_RANK_QUERY,
+    Family,
+    SmoothGroup,
+)
+
+_STRICT = ConfigDict(strict=True)
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True))
+@dataclass(frozen=True, config=_STRICT)
+class LatentSizes:
+    """The sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Attributes:
+        q_lora_rank: channels that queries are compressed to; None where they are not.
+        kv_lora_rank: channels that keys and values are compressed to.
+        qk_nope_head_dim: channels of a head's queries and keys without a position.
+        qk_rope_head_dim: channels of a head's queries and keys that are rotated; all heads share such keys.
+        v_head_dim: channels of a head's values.
+        rope_interleave: whether the pairs that are rotated lie side by side, and not half a head apart.
+    """
+
+    q_lora_rank: PositiveInt | None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    rope_interleave: bool
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ExpertSizes:
+    """A mixture of experts, and how its router chooses among them.
+
+    Attributes:
+        count: routed experts of a layer.
+        per_token: how many of them compute each token.
+        intermediate_size: of each routed expert.
+        shared: experts that compute every token, stored as one of `shared * intermediate_size`.
+        groups: the experts are ranked in this many groups of equal size.
+        groups_per_token: only experts of the best so many groups are chosen from.
+        group_score: a group is worth the sum of its best so many experts.
+        normalize: whether the chosen experts' weights are scaled to a sum of 1.
+        scaling_factor: of the chosen experts' weights.
+    """
+
+    count: PositiveInt
+    per_token: PositiveInt
+    intermediate_size: PositiveInt
+    shared: NonNegativeInt = 0
+    groups: PositiveInt = 1
+    groups_per_token: PositiveInt = 1
+    group_score: PositiveInt = 1
+    normalize: bool = False
+    scaling_factor: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """What the decoder layers and the two ends of a model need to know; sizes are in elements.
 
     Attributes:
         family: the names and options that its architecture implies.
-        shapes: of every tensor of the unquantized model, by name.
+        head_dim: of queries, keys and values; with latent attention, of their rotated part.
+        shapes: of every tensor of the unquantized model, by name, experts one by one.
+        extra_shapes: of the multi-token-prediction layers that the model may come with; never computed here.
+        raw: the content of `config.json`, as it is.
         rope_scaling: the `rope_scaling` section of `config.json`; empty for plain rotary embedding.
         dtype: storage dtype of the floating-point tensors: `bfloat16`, `float16` or `float32`.
         eos_token_ids: tokens that end a generation.
+        latent: the sizes of multi-head latent attention, where the family has it.
+        experts: the mixture of experts, where the family has one.
+        fp8_block: rows and columns that share a scale in a checkpoint with FP8 weights; None for others.
     """
 
     family: Family
@@ -39,14 +111,89 @@ class ModelConfig:
     max_position_embeddings: PositiveInt
     tie_word_embeddings: bool
     dtype: Literal["bfloat16", "float16", "float32"]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
+    extra_shapes: Shapes = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    latent: LatentSizes | None = None
+    experts: ExpertSizes | None = None
+    num_nextn_predict_layers: NonNegativeInt = 0
+    fp8_block: tuple[PositiveInt, PositiveInt] | None = None
+
+    @property
+    def attention_groups(self) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of attention, in the order of computation."""
+        if self.latent is None:
+            return GROUPED_QUERY
+        return LATENT_FULL_RANK_QUERY if self.latent.q_lora_rank is None else LATENT
+
+    @property
+    def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of a dense layer's feed-forward block, in the order of computation."""
+        return FEED_FORWARD
+
+    @property
+    def groups(self) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of a dense layer, in the order of computation."""
+        return self.attention_groups + self.feed_forward_groups
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """Channels of a head's keys without a position: the key rows in each head of `kv_b_proj`."""
+        return self.latent.qk_nope_head_dim if self.latent else 0
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.latent.v_head_dim if self.latent else self.head_dim
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer that has them; 0 for a dense model."""
+        return self.experts.count if self.experts else 0
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many routed experts compute each token; 0 for a dense model."""
+        return self.experts.per_token if self.experts else 0
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Intermediate size of each routed expert; 0 for a dense model."""
+        return self.experts.intermediate_size if self.experts else 0
 
     @property
     def end_names(self) -> tuple[str, ...]:
         """The tensors outside of the decoder layers."""
         return tuple(name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in self.shapes)
+
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        """The tensors of the multi-token-prediction layers, which a checkpoint may lack."""
+        return tuple(self.extra_shapes)
+
+    @property
+    def extra_layers(self) -> tuple[Shapes, ...]:
+        """The shapes of each multi-token-prediction layer, by full name."""
+        first = self.num_hidden_layers
+        layers = (self.layer_shapes(first + i) for i in range(self.num_nextn_predict_layers))
+        return tuple(shapes for shapes in layers if shapes)
+
+    def layer_shapes(self, index: int) -> Shapes:
+        """Shapes of all tensors of one decoder layer, or multi-token-prediction layer, by full name."""
+        return self._by_layer.get(self.family.layer_name(index), {})
+
+    def has_experts(self, index: int) -> bool:
+        """Whether the feed-forward block of a layer is a mixture of experts."""
+        return f"{self.family.layer_name(index)}.mlp.gate.weight" in self.layer_shapes(index)
+
+    @cached_property
+    def _by_layer(self) -> dict[str, Shapes]:
+        layers: dict[str, Shapes] = {}
+        for name, shape in (self.shapes | self.extra_shapes).items():
+            layers.setdefault(".".join(name.split(".")[:3]), {})[name] = shape
+        return layers
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -57,115 +204,31 @@ class ModelConfig:
             ModelError: the architecture, or an option of it, is not supported.
         """
         path = Path(folder) / "config.json"
-        raw = read_json(path)
-        family = FAMILIES.get(str(raw.get("model_type")))
-        if family is None:
-            raise ModelError(
-                f"model_type {raw.get('model_type')!r} is not supported",
-                where=path,
-                remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
-            )
-        return _from_raw(raw, family, path)
+        return cls.from_raw(read_json(path), path)
+
+    @classmethod
+    def from_raw(cls, raw: dict[str, Any], where: Path | str = "config.json") -> "ModelConfig":
+        """Build it from the content of a `config.json`; `where` is what errors name.
+
+        Raises:
+            CheckpointError: the values contradict one another.
+            ModelError: the architecture, or an option of it, is not supported.
+        """
+        from msquant.models.config_json import parse_config
+
+        return parse_config(raw, where)
 
 
 def check_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> None:
     """Check a tensor that was read against `config.json`.
 
     Raises:
-        CheckpointError: the shapes differ; names the tensor and both.
+        CheckpointError: the shapes differ, or there is no such tensor; names the tensor and both shapes.
     """
-    if shape != config.shapes[name]:
+    expected = config.shapes.get(name)
+    if shape != expected:
+        says = "has no such tensor" if expected is None else f"says {list(expected)}"
         raise CheckpointError(
-            f"{name} has shape {list(shape)}, config.json says {list(config.shapes[name])}",
+            f"{name} has shape {list(shape)}, config.json {says}",
             remedy="use the config.json that belongs to these weights",
         )
-
-
-def _from_raw(raw: dict[str, Any], family: Family, path: Path) -> ModelConfig:
-    from transformers import AutoConfig
-
-    _refuse_options(raw, path)
-    raw = _with_rope_of_transformers_4(raw)
-    if not isinstance(raw.get("rope_scaling"), dict | None):
-        raise CheckpointError(f"rope_scaling is {raw['rope_scaling']!r}", where=path, remedy=_CHECK)
-    try:
-        shapes = expected_shapes(raw) or {}
-        config = AutoConfig.for_model(**raw)
-        heads = config.num_attention_heads
-        eos = config.eos_token_id
-        built = ModelConfig(
-            family=family,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=config.tie_word_embeddings,
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-            shapes=shapes,
-            rope_scaling=config.rope_scaling or {},
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        )
-    except CheckpointError as error:
-        raise CheckpointError(error.what, where=path, remedy=_CHECK) from error
-    except ValidationError as error:
-        details = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (it is {e['input']!r})" for e in error.errors()
-        ]
-        raise CheckpointError("; ".join(details), where=path, remedy=_CHECK) from error
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"not a valid config: {error}", where=path, remedy=_CHECK) from error
-    _check_heads(built, "head_dim" in raw, path)
-    return built
-
-
-_CHECK = "check the file against the published one"
-
-
-def _check_heads(config: ModelConfig, explicit_head_dim: bool, path: Path) -> None:
-    heads, size = config.num_attention_heads, config.hidden_size
-    if heads % config.num_key_value_heads or config.head_dim % 2 or (size % heads and not explicit_head_dim):
-        raise CheckpointError(
-            f"{heads} attention heads do not go with hidden_size {size}, "
-            f"head_dim {config.head_dim} and {config.num_key_value_heads} key-value heads",
-            where=path,
-            remedy=_CHECK,
-        )
-    # Refuses an unknown scaling variant now, and not at the first layer.
-    rotary_tables(config, 0, 1)
-
-
-def _with_rope_of_transformers_4(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps the base and the scaling of the rotary embedding in one section."""
-    parameters = raw.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return raw
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {
-        **raw,
-        "rope_theta": parameters.get("rope_theta", raw.get("rope_theta")),
-        "rope_scaling": None if plain else scaling,
-    }
-
-
-def _refuse_options(raw: dict[str, Any], path: Path) -> None:
-    """Refuse what would silently change the arithmetic of the decoder layers."""
-    unsupported = {
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "pretraining_tp": raw.get("pretraining_tp", 1) not in (None, 1),
-        "quantization_config": bool(raw.get("quantization_config")),
-        "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0),
-    }
-    for option, refused in unsupported.items():
-        if refused:
-            raise ModelError(
-                f"{option} = {raw[option]!r} is not supported",
-                where=path,
-                remedy="start from the unquantized checkpoint" if option == "quantization_config" else None,
-            )

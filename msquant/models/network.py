@@ -8,32 +8,41 @@ from mindspore import Tensor, ops
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
+from msquant.models.attention import KeyValueCache
+from msquant.models.cells import norm_cell
 from msquant.models.config import ModelConfig, check_shape
 from msquant.models.families import EMBEDDING, FINAL_NORM, HEAD
-from msquant.models.layers import DecoderLayer, KeyValueCache, RMSNorm, positions
+from msquant.models.layers import DecoderLayer
+from msquant.models.positions import positions
 
 
 class Embedding:
-    """Token ids to hidden states."""
+    """Token ids to hidden states, reading the rows of the tokens at hand and no others."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, dtype: Any) -> None:
-        self._table = _table(config, source, EMBEDDING)
-        self._dtype = dtype
+        self._config, self._source, self._dtype = config, source, dtype
 
     def __call__(self, tokens: NDArray[np.integer]) -> Tensor:
-        """`[B, T]` to `[B, T, H]`; the rows are picked on the host."""
-        return Tensor(self._table[tokens], self._dtype)
+        """`[B, T]` to `[B, T, H]`.
+
+        Raises:
+            CheckpointError: the table is missing or damaged, or its rows are not of the hidden size.
+        """
+        unique, places = np.unique(tokens, return_inverse=True)
+        rows = self._source.rows(EMBEDDING, unique)
+        check_shape(self._config, EMBEDDING, (self._config.vocab_size, *rows.shape[1:]))
+        return Tensor(rows[places].reshape(*tokens.shape, -1), self._dtype)
 
 
 class Head:
     """Hidden states to logits: the final norm and the output projection."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, dtype: Any) -> None:
-        norm = source.tensor(FINAL_NORM)
-        check_shape(config, FINAL_NORM, norm.shape)
-        self._norm = RMSNorm(norm, config.rms_norm_eps, dtype)
+        self._norm = norm_cell(config, source, FINAL_NORM.removesuffix(".weight"), dtype)
         name = EMBEDDING if config.tie_word_embeddings else HEAD
-        self._weight = Tensor(_table(config, source, name), dtype)
+        table = source.tensor(name)
+        check_shape(config, name, table.shape)
+        self._weight = Tensor(table, dtype)
         self._matmul = ops.MatMul(transpose_b=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -56,8 +65,7 @@ class CausalLM:
         self._dtype = dtype
         self._embedding = Embedding(config, source, dtype)
         self._layers = [
-            DecoderLayer(config, source, config.family.layer_name(i), dtype)
-            for i in range(config.num_hidden_layers)
+            DecoderLayer(config, source, i, dtype, resident=True) for i in range(config.num_hidden_layers)
         ]
         self._head = Head(config, source, dtype)
 
@@ -91,9 +99,3 @@ class CausalLM:
         if last_only:
             hidden = hidden[:, -1:]
         return self._head(hidden).asnumpy().reshape(batch, -1, self.config.vocab_size)
-
-
-def _table(config: ModelConfig, source: WeightSource, name: str) -> NDArray[np.float32]:
-    table = source.tensor(name)
-    check_shape(config, name, table.shape)
-    return table

@@ -94,7 +94,7 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(tiny_llama: Pa
         assert inputs.pop() % previous == 0
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v3", None, 3])
+@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v32", None, 3])
 def test_an_unsupported_architecture_names_the_supported_ones(
     model_type: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +110,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="quantization_config") as caught:
         read(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert caught.value.remedy == "start from the unquantized checkpoint"
+    assert "start from the unquantized checkpoint" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize(

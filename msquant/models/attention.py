@@ -1,0 +1,87 @@
+"""Causal self-attention with grouped queries, and the key-value cache."""
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from msquant.checkpoint.weights import WeightSource
+from msquant.models.cells import norm_cell, projection
+from msquant.models.config import ModelConfig
+from msquant.models.positions import Positions
+
+
+class KeyValueCache:
+    """Keys and values of one decoder layer, `[B, key-value heads, past, channels]`, each of its own width."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens and return all of them."""
+        if self._keys is not None and self._values is not None:
+            keys = ops.cat((self._keys, keys), axis=2)
+            values = ops.cat((self._values, values), axis=2)
+        self._keys, self._values = keys, values
+        return keys, values
+
+
+class ScaledDotProduct(nn.Cell):
+    """`softmax(queries keys^T * scale + causal mask) values` (arXiv 1706.03762), the softmax in float32."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+
+    def construct(self, queries: Tensor, keys: Tensor, values: Tensor, places: Positions) -> Tensor:
+        """Queries `[B, heads, T, D]`, keys `[B, groups, S, D]`, values `[B, groups, S, V]`.
+
+        Returns:
+            `[B*T, heads * V]`.
+        """
+        batch, heads, length, channels = queries.shape
+        groups = keys.shape[1]
+        # The query heads of one key-value head are stacked along the tokens instead of repeating the keys.
+        rows = heads // groups * length
+        scores = self.scores(queries.reshape(batch, groups, rows, channels), keys)
+        scores = scores.astype(ms.float32) * self.scale
+        scores = places.hide_future(scores.reshape(batch, heads, length, -1))
+        weights = ops.softmax(scores, axis=-1).astype(values.dtype)
+        mixed = self.mix(weights.reshape(batch, groups, rows, -1), values)
+        mixed = mixed.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+        return mixed.reshape(batch * length, -1)
+
+
+class Attention(nn.Cell):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
+        super().__init__()
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = projection(config, source, f"{name}.q_proj", dtype)
+        self.k_proj = projection(config, source, f"{name}.k_proj", dtype)
+        self.v_proj = projection(config, source, f"{name}.v_proj", dtype)
+        self.o_proj = projection(config, source, f"{name}.o_proj", dtype)
+        self.q_norm = self.k_norm = None
+        if config.family.query_key_norms:
+            self.q_norm = norm_cell(config, source, f"{name}.q_norm", dtype)
+            self.k_norm = norm_cell(config, source, f"{name}.k_norm", dtype)
+        self.attend = ScaledDotProduct(config.head_dim**-0.5)
+
+    def context(self, x: Tensor, batch: int, places: Positions, cache: KeyValueCache | None) -> Tensor:
+        """The input of `o_proj`: `[B*T, H]` to `[B*T, heads * head_dim]`."""
+        queries = places.rotate(self._split(self.q_proj(x), batch, self.heads, self.q_norm))
+        keys = places.rotate(self._split(self.k_proj(x), batch, self.groups, self.k_norm))
+        values = self._split(self.v_proj(x), batch, self.groups)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        return self.attend(queries, keys, values, places)
+
+    def _split(self, x: Tensor, batch: int, heads: int, norm: nn.Cell | None = None) -> Tensor:
+        if norm is not None:
+            x = norm(x.reshape(-1, self.head_dim))
+        return x.reshape(batch, -1, heads, self.head_dim).transpose(0, 2, 1, 3)

@@ -1,0 +1,69 @@
+"""The small cells that every block is made of, read from a source and checked against `config.json`."""
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import WeightSource
+from msquant.errors import CheckpointError
+from msquant.models.config import ModelConfig, check_shape
+from msquant.models.linear import linear_cell
+
+
+class RMSNorm(nn.Cell):
+    """`x / sqrt(mean(x^2) + eps) * weight`, the mean in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, weight: NDArray[np.float32], eps: float, dtype: Any) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(weight, dtype))
+        self.eps = eps
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.outer = ops.MatMul()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """`[T, H]` to the same."""
+        wide = x.astype(ms.float32)
+        scale = ops.rsqrt(self.mean(ops.square(wide), -1) + self.eps)
+        # An outer product, because on a CPU an operator that broadcasts takes 20 times longer.
+        factors = self.outer(scale, self.weight.astype(ms.float32).reshape(1, -1))
+        return (wide * factors).astype(x.dtype)
+
+
+def norm_cell(
+    config: ModelConfig, source: WeightSource, name: str, dtype: Any, eps: float | None = None
+) -> RMSNorm:
+    """Build the norm called `name`, for example `model.layers.0.input_layernorm`.
+
+    Args:
+        config: the model's shape.
+        source: its weights.
+        name: of the norm, without `.weight`.
+        dtype: compute dtype.
+        eps: added to the mean square; that of the config if None.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or its shape is not that of the config.
+    """
+    weight = source.tensor(f"{name}.weight")
+    check_shape(config, f"{name}.weight", weight.shape)
+    return RMSNorm(weight, config.rms_norm_eps if eps is None else eps, dtype)
+
+
+def projection(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> nn.Cell:
+    """Build the linear layer called `name`, in floating point or in W8A8 as the source has it.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or its shape or bias is not that of the config.
+    """
+    linear = source.linear(name)
+    check_shape(config, f"{name}.weight", linear.weight.shape)
+    if (linear.bias is not None) != (f"{name}.bias" in config.shapes):
+        found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
+        raise CheckpointError(
+            f"{name} {found} bias, config.json asks for {asked}",
+            remedy="use the config.json that belongs to these weights",
+        )
+    return linear_cell(linear, dtype)

@@ -1,0 +1,235 @@
+"""From the content of a `config.json` to a `ModelConfig`; what is not computed here is refused."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
+from msquant.errors import CheckpointError, ModelError
+from msquant.models.config import ExpertSizes, LatentSizes, ModelConfig
+from msquant.models.families import FAMILIES, Family
+from msquant.models.rope import rotary_tables
+
+Where = Path | str
+_CHECK = "check the file against the published one"
+_WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+def parse_config(raw: dict[str, Any], where: Where) -> ModelConfig:
+    """Build a `ModelConfig`; see `ModelConfig.from_raw`."""
+    from transformers import AutoConfig
+
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        raise ModelError(
+            f"model_type {raw.get('model_type')!r} is not supported",
+            where=where,
+            remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
+        )
+    _refuse_options(raw, family, where)
+    fp8_block = _fp8_block(raw, where)
+    original = raw
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    raw = _with_rope_of_transformers_4(raw)
+    if not isinstance(raw.get("rope_scaling"), dict | None):
+        raise CheckpointError(f"rope_scaling is {raw['rope_scaling']!r}", where=where, remedy=_CHECK)
+    try:
+        shapes, extra = expected_shapes(raw) or {}, extra_shapes(raw)
+        # A copy, because transformers adds entries to nested sections.
+        config = AutoConfig.for_model(**{**raw, "rope_scaling": dict(raw.get("rope_scaling") or {}) or None})
+        _refuse_windows(config, family, where)
+        heads = config.num_attention_heads
+        eos = config.eos_token_id
+        latent = _latent_sizes(config, family)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        built = ModelConfig(
+            family=family,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads or heads,
+            head_dim=latent.qk_rope_head_dim if latent else head_dim,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+            shapes=shapes,
+            extra_shapes=extra,
+            raw=original,
+            rope_scaling=getattr(config, "rope_scaling", None) or {},
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            latent=latent,
+            experts=_expert_sizes(config, family),
+            num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
+            fp8_block=fp8_block,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=where, remedy=_CHECK) from error
+    except ValidationError as error:
+        details = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (it is {e['input']!r})" for e in error.errors()
+        ]
+        raise CheckpointError("; ".join(details), where=where, remedy=_CHECK) from error
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"not a valid config: {error}", where=where, remedy=_CHECK) from error
+    _check_heads(built, "head_dim" in raw, where)
+    _check_experts(built, where)
+    # Refuses an unknown scaling variant now, and not at the first layer.
+    rotary_tables(built, 0, 1)
+    return built
+
+
+def _latent_sizes(config: Any, family: Family) -> LatentSizes | None:
+    if family.attention != "latent":
+        return None
+    return LatentSizes(
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+        rope_interleave=getattr(config, "rope_interleave", True),
+    )
+
+
+def _expert_sizes(config: Any, family: Family) -> ExpertSizes | None:
+    if family.router is None:
+        return None
+    deepseek = family.attention == "latent"
+    # DeepSeek-V2 counts groups even where its greedy router does not look at them.
+    grouped = deepseek and getattr(config, "topk_method", None) != "greedy"
+    return ExpertSizes(
+        count=getattr(config, EXPERT_COUNT[family.model_type]),
+        per_token=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        shared=config.n_shared_experts if deepseek else 0,
+        groups=config.n_group if grouped else 1,
+        groups_per_token=config.topk_group if grouped else 1,
+        group_score=2 if family.correction_bias else 1,
+        normalize=config.norm_topk_prob,
+        scaling_factor=float(config.routed_scaling_factor) if deepseek else 1.0,
+    )
+
+
+def _check_heads(config: ModelConfig, explicit_head_dim: bool, where: Where) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = config.hidden_size
+    if config.latent is not None:
+        wrong = config.head_dim % 2 or heads != kv_heads
+    else:
+        wrong = heads % kv_heads or config.head_dim % 2 or (size % heads and not explicit_head_dim)
+    if wrong:
+        raise CheckpointError(
+            f"{heads} attention heads do not go with hidden_size {size}, "
+            f"head_dim {config.head_dim} and {kv_heads} key-value heads",
+            where=where,
+            remedy=_CHECK,
+        )
+
+
+def _check_experts(config: ModelConfig, where: Where) -> None:
+    experts = config.experts
+    if experts is None:
+        return
+    count, groups = experts.count, experts.groups
+    if count % groups or (experts.group_score > count // groups and groups > 1):
+        raise ModelError(f"{count} experts do not divide into {groups} groups", where=where, remedy=_CHECK)
+    if experts.groups_per_token > groups:
+        raise ModelError(
+            f"{experts.groups_per_token} groups of experts a token are asked for (topk_group), "
+            f"there are {groups} (n_group)",
+            where=where,
+            remedy=_CHECK,
+        )
+    available = count // groups * experts.groups_per_token
+    if experts.per_token > available:
+        raise ModelError(
+            f"{experts.per_token} experts a token are asked for (num_experts_per_tok), "
+            f"the router can choose among {available}",
+            where=where,
+            remedy=_CHECK,
+        )
+
+
+def _with_rope_of_transformers_4(raw: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps the base and the scaling of the rotary embedding in one section."""
+    parameters = raw.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return raw
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {
+        **raw,
+        "rope_theta": parameters.get("rope_theta", raw.get("rope_theta")),
+        "rope_scaling": None if plain else scaling,
+    }
+
+
+# What a family's router can be asked for: the values that are computed here, and a missing entry.
+_ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v2": {
+        "topk_method": (None, "greedy", "group_limited_greedy"),
+        "scoring_func": (None, "softmax"),
+        "norm_topk_prob": (None, False),
+        "moe_layer_freq": (None, 1),
+    },
+    "deepseek_v3": {
+        "topk_method": (None, "noaux_tc"),
+        "scoring_func": (None, "sigmoid"),
+        "moe_layer_freq": (None, 1),
+    },
+}
+
+
+def _refuse_options(raw: dict[str, Any], family: Family, where: Where) -> None:
+    """Refuse what would silently change the arithmetic of the decoder layers."""
+    supported = {
+        "hidden_act": (None, "silu"),
+        "pretraining_tp": (None, 1),
+        "partial_rotary_factor": (None, 1),
+        **_ROUTERS.get(family.model_type, {}),
+    }
+    for option, values in supported.items():
+        if raw.get(option) not in values:
+            raise ModelError(f"{option} = {raw[option]!r} is not supported", where=where)
+
+
+def _refuse_windows(config: Any, family: Family, where: Where) -> None:
+    """Refuse attention that does not see all earlier tokens."""
+    if family.model_type not in _WINDOWED:
+        return
+    window = config.sliding_window
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or (window is not None and window < config.max_position_embeddings):
+        what = f"sliding_window = {window!r}" if window is not None else f"layer_types {sorted(kinds)}"
+        raise ModelError(
+            f"{what} is not supported: every layer here attends to all earlier tokens",
+            where=where,
+            remedy="use a version of the model without sliding windows, for example Mistral-7B v0.3",
+        )
+
+
+def _fp8_block(raw: dict[str, Any], where: Where) -> tuple[int, int] | None:
+    """Rows and columns of a block of FP8 weights, the one quantization that can be started from."""
+    section = raw.get("quantization_config")
+    if not section:
+        return None
+    block = section.get("weight_block_size") if isinstance(section, dict) else None
+    if (
+        not isinstance(section, dict)
+        or section.get("quant_method") != "fp8"
+        or section.get("fmt", "e4m3") != "e4m3"
+        or not isinstance(block, list)
+        or len(block) != 2
+        or any(type(size) is not int or size <= 0 for size in block)
+    ):
+        raise ModelError(
+            f"quantization_config = {section!r} is not supported",
+            where=where,
+            remedy="start from the unquantized checkpoint, or from one with FP8 weights in blocks",
+        )
+    return block[0], block[1]

@@ -1,0 +1,79 @@
+"""Where tokens stand: rotary tables and the causal mask, in the shapes that decoder layers ask for."""
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from numpy.typing import NDArray
+
+from msquant.models.config import ModelConfig
+from msquant.models.rope import rotary_tables
+
+
+class Positions:
+    """What a decoder layer knows of its tokens' places.
+
+    Tables are kept in full shape for the next layer: on a CPU an operator that broadcasts takes 20 times
+    longer.
+
+    Args:
+        cos: float32 `[T, R]`, R channels of a head being rotated; its second half repeats the first.
+        sin: float32 `[T, R]`, likewise.
+        mask: float32 `[T, past + T]`, 0 where a token may look and a large negative number where not.
+        dtype: compute dtype.
+        interleave: whether the two channels of a rotated pair lie side by side, and not R / 2 apart.
+    """
+
+    def __init__(
+        self,
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        mask: NDArray[np.float32],
+        dtype: Any,
+        interleave: bool = False,
+    ) -> None:
+        half = cos.shape[1] // 2
+        channels = np.arange(2 * half)
+        pairs = channels.reshape(-1, 2).T.ravel() if interleave else channels
+        cos, sin = cos.copy(), sin.copy()
+        # Rotating is then `x * cos + partner * sin`: the minus sign is in the table.
+        cos[:, pairs], sin[:, pairs] = cos.copy(), np.concatenate([-sin[:, :half], sin[:, half:]], axis=1)
+        self._cos, self._sin, self._mask, self._dtype = cos, sin, mask, dtype
+        self._partners = np.empty_like(pairs)
+        self._partners[pairs] = np.roll(pairs, half)
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._gather = ops.Gather()
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate the last R channels of queries or keys, `[B, heads, T, R or more]`."""
+        plain = x.shape[3] - self._cos.shape[1]
+        partners = self._keep("partners", x.shape[3:], lambda: self._partner_channels(plain), ms.int32)
+        cos = self._keep("cos", x.shape, lambda: _widen(self._cos, plain, 1.0), self._dtype)
+        sin = self._keep("sin", x.shape, lambda: _widen(self._sin, plain, 0.0), self._dtype)
+        return x * cos + self._gather(x, partners, 3) * sin
+
+    def hide_future(self, scores: Tensor) -> Tensor:
+        """Add the causal mask to attention scores, `[B, heads, T, past + T]`."""
+        return scores + self._keep("mask", scores.shape, lambda: self._mask, ms.float32)
+
+    def _partner_channels(self, plain: int) -> NDArray[np.integer]:
+        return np.concatenate([np.arange(plain), plain + self._partners])
+
+    def _keep(self, name: str, shape: tuple[int, ...], table: Any, dtype: Any) -> Tensor:
+        if (name, shape) not in self._kept:
+            self._kept[name, shape] = Tensor(np.broadcast_to(table(), shape).copy(), dtype)
+        return self._kept[name, shape]
+
+
+def positions(config: ModelConfig, length: int, dtype: Any, past: int = 0) -> Positions:
+    """Rotary tables and causal mask for `length` tokens that follow `past` cached ones."""
+    cos, sin = rotary_tables(config, past, length)
+    visible = np.arange(past + length)[None, :] <= np.arange(past, past + length)[:, None]
+    mask = np.where(visible, 0, np.finfo(np.float32).min).astype(np.float32)
+    interleave = config.latent is not None and config.latent.rope_interleave
+    return Positions(cos, sin, mask, dtype, interleave)
+
+
+def _widen(table: NDArray[np.float32], plain: int, value: float) -> NDArray[np.float32]:
+    return np.pad(table, ((0, 0), (plain, 0)), constant_values=value)

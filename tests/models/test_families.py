@@ -1,0 +1,84 @@
+"""Every family against transformers on torch, with what its real config switches on."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msquant.models.config import ModelConfig
+from tests.fixtures import tiny_model
+from tests.fixtures.tiny_families import SETTINGS, write_tiny
+from tests.models.test_network import TOLERANCE, decode, our_model, random_tokens, torch_model
+
+YARN = SETTINGS["deepseek_v3"]["rope_scaling"]
+CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in SETTINGS},
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3-biases-yarn": (
+        "qwen3",
+        {
+            "attention_bias": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ),
+    "qwen3_moe-every-second": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "layers": 4}),
+    "qwen3_moe-unnormalized": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0},
+    ),
+    "deepseek_v2-biases": (
+        "deepseek_v2",
+        {"q_lora_rank": 48, "attention_bias": True, "mlp_bias": True, "rope_scaling": None},
+    ),
+    "deepseek_v3-full-rank-queries": ("deepseek_v3", {"q_lora_rank": None}),
+    "deepseek_v3-halves": ("deepseek_v3", {"rope_interleave": False}),
+    "deepseek_v3-one-group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    "deepseek_v3-two-mscales": ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": 0.5}}),
+    "deepseek_v3-plain-rope": ("deepseek_v3", {"rope_scaling": None, "attention_bias": True}),
+    "deepseek_v3-all-experts": ("deepseek_v3", {"first_k_dense_replace": 0, "layers": 3}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outlier channels amplify float32 rounding beyond the tolerance, in torch as well."""
+    monkeypatch.setattr(tiny_model, "OUTLIER_FACTOR", 1.0)
+
+
+def write(case: str, folder: Path) -> Path:
+    model_type, settings = CASES[case]
+    return write_tiny(folder, model_type, **settings)
+
+
+def reference(folder: Path) -> Any:
+    """The model of transformers, with DeepSeek's own softmax scale where transformers leaves it out."""
+    model, config = torch_model(folder), ModelConfig.from_folder(folder)
+    for layer in model.model.layers:
+        if config.family.model_type == "deepseek_v2" and config.rope_scaling:
+            layer.self_attn.scaling *= (0.1 * math.log(config.rope_scaling["factor"]) + 1) ** 2
+        if config.family.model_type == "deepseek_v3" and hasattr(layer.mlp, "gate"):
+            # Its router answers in float32, which its experts in float64 do not take.
+            layer.mlp.gate.register_forward_hook(lambda _, __, chosen: (chosen[0], chosen[1].double()))
+    return model
+
+
+def logits_of(model: Any, tokens: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_cached_decoding_equal_transformers(case: str, tmp_path: Path, dtype: Any) -> None:
+    folder = write(case, tmp_path)
+    tokens = random_tokens()
+    expected = logits_of(reference(folder), tokens)
+    model = our_model(folder, dtype)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(model.logits(tokens), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(decode(model, tokens, [29, 11]), expected, rtol=0, atol=TOLERANCE)
