@@ -1,6 +1,10 @@
 """Recipes: everything that affects a result, typed and closed, found by name in configs/ or by path."""
 
 import difflib
+import os
+from collections.abc import Hashable
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +12,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import msquant
-from msquant.errors import RecipeError
+from msquant.errors import OutputError, RecipeError
+from msquant.hub.published import configs_folder, published_name
 from msquant.quantization.policy import QuantizationPolicy
 
 SUFFIXES = (".yaml", ".yml")
+
+_WILDCARDS = set("*?[")
 
 
 class CalibrationSettings(BaseModel):
@@ -33,7 +39,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str = Field("", description="One line for people.")
-    model: str = Field(description="A bundled model's name, or a local Hugging Face folder.")
+    model: str = Field(description="A bundled model's name, a hub id, or a local Hugging Face folder.")
     quantization: QuantizationPolicy = Field(default_factory=QuantizationPolicy)
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     format: Literal["golden-stick"] = Field("golden-stick", description="The checkpoint contract to write.")
@@ -50,25 +56,109 @@ class Recipe(BaseModel):
 
 
 def find_recipe(name: str) -> Recipe:
-    """Load a recipe by its name in `configs/`, by its path, or make the default one for a model's folder.
+    """Load a recipe by its path or its name, or make the default one for a model's folder.
+
+    Args:
+        name: a recipe file (`.yaml`), a model's folder, or whatever `find_shipped_recipe` takes. The exact
+            name of a recipe that comes with msquant wins over a folder that is called the same.
 
     Raises:
         RecipeError: there is none of that name, or it is not valid.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix in SUFFIXES:
         return load_recipe(path)
-    known = shipped_recipes()
-    if name in known:
-        return load_recipe(known[name])
-    if path.is_dir():
+    if name and name not in shipped_recipes() and os.path.isdir(path):
         return Recipe(model=str(path))
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise RecipeError(
-        f"{name!r} is neither a recipe nor a folder",
-        remedy=f"{hint}recipes: {', '.join(known)}; or give a recipe file (.yaml) or a model's folder",
-    )
+    return load_recipe(find_shipped_recipe(name))
+
+
+def find_shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with msquant.
+
+    Args:
+        name: its name (`deepseek-r1`), the hub id of its model (`deepseek-ai/DeepSeek-R1`), or a pattern that
+            matches one name (`*-llama-70b`); upper and lower case are the same.
+
+    Raises:
+        RecipeError: there is none, or several match the pattern; names the nearest, or the matching ones.
+    """
+    known = shipped_recipes()
+    wanted = published_name(name) or name.lower()
+    if wanted in known:
+        return known[wanted]
+    if _WILDCARDS & set(name):
+        matching = matching_recipes(name)
+        if len(matching) == 1:
+            return next(iter(matching.values()))
+        raise RecipeError(
+            f"{name!r} matches {len(matching)} recipes", remedy=f"choose one of {', '.join(matching)}"
+        )
+    raise _no_recipe(name)
+
+
+def matching_recipes(pattern: str) -> dict[str, Path]:
+    """The recipes that come with msquant whose name matches a shell pattern (`deepseek-r1-distill-*`).
+
+    Raises:
+        RecipeError: none does.
+    """
+    matching = {name: path for name, path in shipped_recipes().items() if fnmatchcase(name, pattern.lower())}
+    if not matching:
+        raise _no_recipe(pattern)
+    return matching
+
+
+def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
+    """Copy a recipe that comes with msquant to a file of one's own, whole or not at all.
+
+    Args:
+        name: as for `find_shipped_recipe`.
+        target: the file to make; its name ends in `.yaml` or `.yml`.
+        overwrite: replace the file if there is one.
+
+    Raises:
+        RecipeError: there is no such recipe, or the file's name would not be taken for a recipe's.
+        OutputError: the file exists, or cannot be written.
+    """
+    source = find_shipped_recipe(name)
+    if target.suffix not in SUFFIXES:
+        raise RecipeError(
+            "a recipe's file name ends in .yaml", where=target, remedy=f"call it {target.name}.yaml"
+        )
+    folder = os.path.isdir(target)
+    if folder or (os.path.lexists(target) and not overwrite):
+        raise OutputError(
+            "is a folder" if folder else "exists already",
+            where=target,
+            remedy="give a file name" if folder else "give another name, or --overwrite",
+        )
+    temporary = target.with_name(f".msquant.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(source.read_bytes())
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written: {error.strerror or error}",
+            where=target,
+            remedy="give a file in a folder that exists and may be written to",
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would take the last of two equal keys in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if [other.value for other, _ in node.value].count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+        return mapping
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -78,7 +168,7 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: it cannot be read, or a key or value is not valid; names the nearest known key.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"cannot be read as YAML: {error}", where=path) from error
     return validate_recipe(raw, path)
@@ -102,10 +192,16 @@ def validate_recipe(raw: Any, where: str | Path) -> Recipe:
 @cache
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with msquant, by name."""
-    package = Path(msquant.__file__).parent
-    # In the wheel the folder lies in the package, in a checkout beside it.
-    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(configs_folder().glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def _no_recipe(name: str) -> RecipeError:
+    close = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], shipped_recipes(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return RecipeError(
+        f"{name!r} is neither a recipe nor a folder",
+        remedy=f"{hint}see all with: msquant recipes list; or give a recipe file (.yaml) or a model's folder",
+    )
 
 
 def _problem(detail: Any) -> str:

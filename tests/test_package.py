@@ -187,6 +187,10 @@ def test_the_wheel_holds_the_modules_and_the_recipes(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"msquant/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
     assert "msquant/configs/smollm2-135m.yaml" in recipes
-    assert recipes <= names
+    configs = {
+        f"msquant/configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json")
+    }
+    assert "msquant/configs/models/deepseek-r1.json" in configs
+    assert recipes | configs <= names
     assert {f"msquant/{name_of(path)}" for path in MODULES} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)

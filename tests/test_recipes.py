@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from msquant.errors import RecipeError
-from msquant.recipes import Recipe, find_recipe, load_recipe, shipped_recipes
+from msquant.calibration.sources import load_texts
+from msquant.errors import OutputError, RecipeError
+from msquant.recipes import (
+    Recipe,
+    copy_recipe,
+    find_recipe,
+    find_shipped_recipe,
+    load_recipe,
+    matching_recipes,
+    shipped_recipes,
+)
 
 
 def test_every_shipped_recipe_is_valid() -> None:
@@ -22,10 +31,75 @@ def test_a_name_a_file_and_a_folder(tmp_path: Path) -> None:
     assert find_recipe(str(tmp_path)) == Recipe(model=str(tmp_path))
 
 
-def test_an_unknown_name_suggests_the_nearest() -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("deepseek-r1", "deepseek-r1"),
+        ("DeepSeek-R1", "deepseek-r1"),
+        ("deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+        ("deepseek-ai/deepseek-r1-0528", "deepseek-r1-0528"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
+        ("deepseek-r1-distill-*-70b", "deepseek-r1-distill-llama-70b"),
+        ("Qwen3-30B*", "qwen3-30b-a3b"),
+        ("qwen3-[38]b", "qwen3-8b"),
+        ("SMOLLM2-135m", "smollm2-135m"),
+    ],
+)
+def test_a_shipped_recipe_has_several_names(name: str, recipe: str) -> None:
+    assert find_shipped_recipe(name) == shipped_recipes()[recipe]
+    assert find_recipe(name) == load_recipe(shipped_recipes()[recipe])
+
+
+def test_a_pattern_that_matches_several_names_them() -> None:
+    with pytest.raises(RecipeError, match="matches 6 recipes") as caught:
+        find_recipe("deepseek-r1-distill-*")
+    assert "deepseek-r1-distill-qwen-7b" in (caught.value.remedy or "")
+    assert len(matching_recipes("DeepSeek-R1-Distill-*")) == 6
+    assert matching_recipes("*") == shipped_recipes()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("smollm-135m", "smollm2-135m"),
+        ("deepsek-r1", "deepseek-r1"),
+        ("DeepSeekR1", "deepseek-r1"),
+        ("unsloth/Qwen3-8B", "qwen3-8b"),
+        ("qwen3-30ba3b", "qwen3-30b-a3b"),
+        ("qwen3-8x*", "qwen3-8b"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(RecipeError, match="neither a recipe nor a folder") as caught:
-        find_recipe("smollm-135m")
-    assert "did you mean smollm2-135m?" in str(caught.value)
+        find_recipe(name)
+    assert f"did you mean {nearest}?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "zzzzzz", "../configs/deepseek-r1", "~no-such-user", "a\0b", "x" * 5000]
+)
+def test_a_name_that_is_like_none(name: str) -> None:
+    with pytest.raises(RecipeError, match="neither a recipe nor a folder") as caught:
+        find_recipe(name)
+    assert "msquant recipes list" in (caught.value.remedy or "")
+
+
+def test_a_folder_that_is_called_like_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen3-8b").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
+    assert find_recipe("qwen3-8b").model == "Qwen/Qwen3-8B"
+    assert find_recipe("./qwen3-8b").model == "qwen3-8b"
+    assert find_recipe("Qwen/Qwen3-8B") == Recipe(model="Qwen/Qwen3-8B")
+
+
+def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
+    characters = sum(len(text) for domain in load_texts("builtin") for text in domain.texts)
+    for path in shipped_recipes().values():
+        settings = load_recipe(path).calibration
+        # A token of English is about four characters; ten leave room for stretches that cannot be used.
+        assert settings.source == "builtin"
+        assert 10 * settings.samples * settings.sequence_length < characters
 
 
 @pytest.mark.parametrize(
@@ -40,7 +114,11 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         ("model: a\nquantization: {smooth_alpha: [0.5, 0.2]}\n", "ascending"),
         ("model: a\nquantization: {weight_clip_ratio: [0]}\n", "quantization.weight_clip_ratio.0"),
         ("description: no model\n", "model: Field required"),
+        ("model: a\nmodel: b\n", "the key model stands twice"),
+        ("model: a\ncalibration: {seed: 1, samples: 2, seed: 3}\n", "the key seed stands twice"),
         ("- a\n- list\n", "holds a list"),
+        ("1: a\nmodel: a\n", "1: Keys should be strings"),
+        ("[a]: b\n", "cannot be read as YAML"),
         ("model: [\n", "cannot be read as YAML"),
         ("!!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
     ],
@@ -65,3 +143,40 @@ def test_options_replace_only_what_is_given() -> None:
     assert recipe.calibration.seed == 0
     with pytest.raises(RecipeError, match=r"the options given: calibration\.samples"):
         recipe.replace("calibration", samples=-1)
+
+
+def test_a_copy_is_the_same_text(tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    copy_recipe("DeepSeek-R1", target)
+    assert target.read_bytes() == shipped_recipes()["deepseek-r1"].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_copy_replaces_nothing_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    target.write_text("mine")
+    with pytest.raises(OutputError, match="exists already") as caught:
+        copy_recipe("qwen3-8b", target)
+    assert "--overwrite" in (caught.value.remedy or "")
+    assert target.read_text() == "mine"
+    copy_recipe("qwen3-8b", target, overwrite=True)
+    assert load_recipe(target).model == "Qwen/Qwen3-8B"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_copy_that_cannot_be_made_leaves_nothing(overwrite: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    for target, complaint in (
+        (folder, "is a folder"),
+        (tmp_path / "none" / "mine.yaml", "cannot be written"),
+        (tmp_path / ("n" * 300 + ".yaml"), "cannot be written"),
+    ):
+        with pytest.raises(OutputError, match=complaint) as caught:
+            copy_recipe("qwen3-8b", target, overwrite=overwrite)
+        assert caught.value.where == str(target)
+    with pytest.raises(RecipeError, match=r"ends in \.yaml"):
+        copy_recipe("qwen3-8b", tmp_path / "mine", overwrite=overwrite)
+    with pytest.raises(RecipeError, match="did you mean qwen3-8b"):
+        copy_recipe("qwen3-8", tmp_path / "mine.yaml", overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.yaml"]

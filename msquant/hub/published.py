@@ -1,0 +1,78 @@
+"""The published `config.json` of the models that msquant has a recipe for: known without any weights."""
+
+from functools import cache
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import msquant
+from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
+from msquant.checkpoint.json_file import read_json
+
+HUB_IDS = {
+    "deepseek-r1": "deepseek-ai/DeepSeek-R1",
+    "deepseek-r1-0528": "deepseek-ai/DeepSeek-R1-0528",
+    "deepseek-r1-distill-llama-70b": "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
+    "deepseek-r1-distill-llama-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-r1-distill-qwen-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "deepseek-r1-distill-qwen-14b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+    "deepseek-r1-distill-qwen-32b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+    "deepseek-r1-distill-qwen-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "deepseek-v3-0324": "deepseek-ai/DeepSeek-V3-0324",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+"""Of each published model: its name here, which is its recipe's, and where its makers publish it."""
+
+_BF16_BYTES, _F32_BYTES = 2, 4
+_FP8_LINEARS = ("_proj.weight", "_proj_with_mqa.weight")
+_MTP_PROJECTION = "eh_proj.weight"
+
+
+def published_name(model: str) -> str | None:
+    """The name here of a model that is given by that name or by its hub id, in any case; None if unknown."""
+    wanted = model.lower()
+    return next((name for name, hub_id in HUB_IDS.items() if wanted in (name, hub_id.lower())), None)
+
+
+def published_config(model: str) -> dict[str, Any] | None:
+    """The published `config.json` of a model, given by name (`deepseek-r1`) or hub id; None if unknown.
+
+    Raises:
+        CheckpointError: the file is missing from the installation.
+    """
+    name = published_name(model)
+    return None if name is None else read_json(configs_folder() / "models" / f"{name}.json")
+
+
+def published_bytes(model: str) -> int | None:
+    """About how many bytes the published weights have, computed from the shapes; None if unknown."""
+    config = published_config(model)
+    if config is None:
+        return None
+    shapes = (expected_shapes(config) or {}) | extra_shapes(config)
+    block = config.get("quantization_config", {}).get("weight_block_size")
+    return sum(_tensor_bytes(name, shape, block) for name, shape in shapes.items())
+
+
+@cache
+def configs_folder() -> Path:
+    """Where the recipes lie, and the published configs in `models/` below them."""
+    package = Path(msquant.__file__).parent
+    # In the wheel the folder lies in the package, in a checkout beside it.
+    return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], block: list[int] | None) -> int:
+    if block and name.endswith(_FP8_LINEARS) and not name.endswith(_MTP_PROJECTION):
+        scales = prod(ceil(size / step) for size, step in zip(shape, block, strict=True))
+        return prod(shape) + _F32_BYTES * scales
+    return _BF16_BYTES * prod(shape)

@@ -1,0 +1,189 @@
+"""The published configs: the whole tensor list of each, against transformers and the published counts.
+
+No weights are needed: transformers builds its own model on torch's meta device.
+"""
+
+from collections import defaultdict
+from math import ceil, prod
+from typing import Any
+
+import pytest
+
+from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
+from msquant.hub.published import HUB_IDS, configs_folder, published_bytes, published_config, published_name
+from msquant.models.config import ModelConfig
+from msquant.recipes import find_recipe, shipped_recipes
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Parameters of the published weights, multi-token-prediction layers left out.
+PARAMETERS = {
+    "deepseek-r1": 671_026_419_200,
+    "deepseek-r1-0528": 671_026_419_200,
+    "deepseek-r1-distill-llama-70b": 70_553_706_496,
+    "deepseek-r1-distill-llama-8b": 8_030_261_248,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "deepseek-r1-distill-qwen-14b": 14_770_033_664,
+    "deepseek-r1-distill-qwen-32b": 32_763_876_352,
+    "deepseek-r1-distill-qwen-7b": 7_615_616_512,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,
+    "deepseek-v3-0324": 671_026_419_200,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-8b-instruct": 8_030_261_248,
+    "mistral-7b-instruct-v0.3": 7_248_023_552,
+    "qwen2.5-7b-instruct": 7_615_616_512,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-8b": 8_190_735_360,
+}
+LARGE = [
+    name for name in PARAMETERS if name.startswith(("deepseek-r1", "deepseek-v3")) and "distill" not in name
+]
+
+# Of the checkpoint of DeepSeek-V3 and R1: the entries of its index, and its parameters with the FP8 scales.
+R1_TENSORS = 91_991
+R1_STORED = 684_531_386_000
+
+
+def config_of(name: str) -> dict[str, Any]:
+    config = published_config(name)
+    assert config is not None
+    return config
+
+
+def shapes_of(config: dict[str, Any]) -> Shapes:
+    shapes = expected_shapes(config)
+    assert shapes is not None
+    return shapes
+
+
+def by_layer(shapes: Shapes) -> dict[int, Shapes]:
+    """The tensors of each decoder layer, without its prefix."""
+    layers: dict[int, Shapes] = defaultdict(dict)
+    for name, shape in shapes.items():
+        if name.startswith("model.layers."):
+            _, _, index, rest = name.split(".", 3)
+            layers[int(index)][rest] = shape
+    return layers
+
+
+def shapes_in_transformers(config: dict[str, Any]) -> Shapes:
+    """Names and shapes of what transformers would load, of a model that takes no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compared_layers(config: dict[str, Any]) -> int:
+    """How many layers show every kind: a mixture of experts has two, and many modules in each."""
+    experts = "num_experts" in config or "n_routed_experts" in config
+    return config.get("first_k_dense_replace", 0) + 1 if experts else config["num_hidden_layers"]
+
+
+def fp8_matrices(shapes: Shapes) -> Shapes:
+    """What DeepSeek stores in FP8 blocks: all matrices but embeddings, heads, routers and the MTP input."""
+    plain = ("embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight")
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(plain)}
+
+
+def test_every_recipe_but_the_bundled_one_has_its_published_config() -> None:
+    files = {path.stem for path in (configs_folder() / "models").glob("*.json")}
+    assert files == set(HUB_IDS) == set(PARAMETERS) == set(shipped_recipes()) - {"smollm2-135m"}
+
+
+@pytest.mark.parametrize("name", HUB_IDS)
+def test_a_config_is_found_by_name_and_by_hub_id(name: str) -> None:
+    hub_id = HUB_IDS[name]
+    assert find_recipe(name).model == hub_id
+    assert published_name(hub_id) == published_name(name.upper()) == name
+    assert published_config(hub_id) == published_config(name) == config_of(name)
+
+
+@pytest.mark.parametrize(
+    "model", ["", "smollm2-135m", "someone-else/DeepSeek-R1", "DeepSeek", "../deepseek-r1"]
+)
+def test_there_is_no_config_for_anything_else(model: str) -> None:
+    assert published_config(model) is None
+    assert published_bytes(model) is None
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_are_as_many_as_published(name: str) -> None:
+    assert sum(map(prod, shapes_of(config_of(name)).values())) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_transformers_has_the_same_names_and_shapes(name: str) -> None:
+    config = config_of(name)
+    short = config | {"num_hidden_layers": compared_layers(config)}
+    assert shapes_of(short) == shapes_in_transformers(short)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_layers_that_were_not_compared_repeat_the_last_that_was(name: str) -> None:
+    config = config_of(name)
+    shapes = shapes_of(config)
+    layers, last = by_layer(shapes), compared_layers(config) - 1
+    assert list(layers) == list(range(config["num_hidden_layers"]))
+    assert all(layer == layers[last] for index, layer in layers.items() if index > last)
+    outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert len(shapes) == sum(map(len, layers.values())) + len(outside)
+    assert outside <= set(shapes)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_config_is_accepted(name: str) -> None:
+    config, raw = ModelConfig.from_raw(config_of(name)), config_of(name)
+    assert (config.hidden_size, config.num_hidden_layers) == (raw["hidden_size"], raw["num_hidden_layers"])
+    assert config.dtype == "bfloat16"
+    assert config.shapes == shapes_of(raw)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_fp8_checkpoint_is_counted_to_the_last_tensor_and_parameter(name: str) -> None:
+    config = config_of(name)
+    shapes = shapes_of(config) | extra_shapes(config)
+    rows, columns = config["quantization_config"]["weight_block_size"]
+    scales = {
+        f"{tensor}_scale_inv": (ceil(shape[0] / rows), ceil(shape[1] / columns))
+        for tensor, shape in fp8_matrices(shapes).items()
+    }
+    stored = shapes | scales
+    assert len(stored) == R1_TENSORS
+    assert sum(map(prod, stored.values())) == R1_STORED
+    assert stored["model.layers.60.mlp.experts.255.down_proj.weight_scale_inv"] == (56, 16)
+    assert stored["model.layers.61.eh_proj.weight"] == (7168, 14336)
+    assert stored["model.layers.61.shared_head.head.weight"] == (129280, 7168)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("deepseek-r1", 688.6), ("qwen3-8b", 16.4), ("deepseek-r1-distill-llama-70b", 141.1)],
+)
+def test_the_size_of_the_weights_is_about_right(name: str, gigabytes: float) -> None:
+    assert published_bytes(name) == pytest.approx(gigabytes * 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_gives_every_matrix_the_scheme_it_says(name: str) -> None:
+    policy = find_recipe(name).quantization
+    config = config_of(name)
+    matrices = [
+        tensor.removesuffix(".weight") for tensor, shape in shapes_of(config).items() if len(shape) == 2
+    ]
+    linears = [m for m in matrices if not m.endswith(("embed_tokens", "mlp.gate"))]
+    experts = "num_experts" in config or "n_routed_experts" in config
+    for linear in linears:
+        if linear == "lm_head" or linear.endswith("kv_b_proj"):
+            expected = "float"
+        else:
+            expected = "dynamic" if experts and ".mlp." in linear else "static"
+        assert policy.scheme(linear) == expected, linear
+    for part in (*policy.skip, *policy.dynamic):
+        assert any(part in linear for linear in linears), f"{part} names no linear of {name}"
