@@ -1,36 +1,57 @@
 """A model's name, as a person types it, to a folder that holds it."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from msquant.checkpoint.cache import cache_folder
 from msquant.errors import ModelError
 from msquant.hub.bundled import SMOLLM2_NAME, smollm2_folder
+from msquant.hub.published import HUB_IDS, published_bytes, published_name
 
 BUNDLED_MODELS = {SMOLLM2_NAME: smollm2_folder}
 
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}")
+
 
 def resolve_model(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Return the Hugging Face folder of a model.
+    """Return the Hugging Face folder of a model; nothing is downloaded.
 
     Args:
-        name: a bundled model's name (`smollm2-135m`) or a local folder that holds `config.json`. A bundled
-            name wins; write `./smollm2-135m` for a folder that is called the same.
+        name: a bundled model's name (`smollm2-135m`), a local folder that holds `config.json`, or a hub id
+            (`deepseek-ai/DeepSeek-R1`) whose weights are in msquant's or Hugging Face's cache. A bundled name
+            wins, then a folder; write `./smollm2-135m` for a folder that is called like a bundled model.
         progress: called with the number of tensors done and their total while a bundled model is converted.
 
     Raises:
-        ModelError: there is no such model, the folder holds none, or the bundled model is not installed.
+        ModelError: there is no such model, the folder holds none, the weights are not on this machine, or the
+            bundled model is not installed.
         OutputError: the bundled model cannot be written into the cache.
     """
     if name in BUNDLED_MODELS:
         return BUNDLED_MODELS[name](progress)
-    bundled = " or ".join(BUNDLED_MODELS)
-    folder = Path(name).expanduser()
-    if not name or not folder.exists():
+    folder = os.path.expanduser(name)
+    if name and os.path.exists(folder):
+        return _checked(Path(folder))
+    hub_id = HUB_IDS.get(published_name(name) or "", name)
+    if not is_hub_id(hub_id):
         raise ModelError(
-            "no such model: it is neither the name of a bundled model nor a local folder",
+            "no such model: it is neither a bundled model's name, a local folder nor a hub id (org/name)",
             where=name or "model",
-            remedy=f"Give the path of a Hugging Face model folder, or {bundled}.",
+            remedy=f"Give the path of a Hugging Face model folder, or {' or '.join(BUNDLED_MODELS)}.",
         )
+    return _cached(hub_id)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `org/name` that hubs use, so that it cannot leave a cache folder."""
+    forbidden = ".." in name or "--" in name or name.endswith(".git")
+    return _HUB_ID.fullmatch(name) is not None and not forbidden
+
+
+def _checked(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelError(
             "a model is a folder, and this is a file",
@@ -41,6 +62,48 @@ def resolve_model(name: str, progress: Callable[[int, int], None] | None = None)
         raise ModelError(
             "the folder holds no config.json, so it is not a Hugging Face model",
             where=folder,
-            remedy=f"Give the folder that holds config.json and the .safetensors files, or {bundled}.",
+            remedy="Give the folder that holds config.json and the .safetensors files, or "
+            f"{' or '.join(BUNDLED_MODELS)}.",
         )
     return folder
+
+
+def _cached(hub_id: str) -> Path:
+    own = cache_folder() / "models" / hub_id
+    folder = own if own.is_dir() else _hugging_face_cache(hub_id)
+    if folder is None:
+        raise _not_here(hub_id)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"the download of {hub_id} is incomplete: config.json or the .safetensors files are missing",
+            where=folder,
+            remedy=_download(hub_id),
+        )
+    return folder
+
+
+def _hugging_face_cache(hub_id: str) -> Path | None:
+    """The snapshot of `main` in the cache that HF_HOME or HF_HUB_CACHE names, as it is; without a network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _not_here(hub_id: str) -> ModelError:
+    size = published_bytes(hub_id)
+    about = f" They are about {size / 1e9:,.0f} GB." if size else ""
+    return ModelError(
+        f"the weights of this model are not on this machine.{about}",
+        where=hub_id,
+        remedy=_download(hub_id),
+    )
+
+
+def _download(hub_id: str) -> str:
+    name = published_name(hub_id)
+    then = f"msquant quantize {name} --source FOLDER" if name else "msquant quantize FOLDER"
+    return f"Download them where there is a network, hf download {hub_id} --local-dir FOLDER, then: {then}"
