@@ -8,6 +8,7 @@ from msquant import __version__
 from msquant.cli import console
 from msquant.cli.inspect import inspect
 from msquant.cli.quantize import quantize
+from msquant.cli.recipes import recipes
 from msquant.cli.run import run
 from msquant.errors import MsquantError
 
@@ -42,6 +43,7 @@ def _options(
 
 for _command in (quantize, run, inspect):
     app.command()(_command)
+app.add_typer(recipes)
 
 
 def main() -> None:
