@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from msquant.checkpoint.disk import sync_folder, writing
+from msquant.checkpoint.journal import JOURNAL_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.checkpoint.writer import is_temporary
 from msquant.errors import OutputError
 
 LOCK_NAME = ".msquant.lock"
@@ -20,8 +23,9 @@ class OutputFolder:
     """Collects a result in `<target>.partial` and gives it its name when it is complete.
 
     Use as a context manager: write into `path`, then call `finish()`. Leaving without `finish()`, by an
-    exception or by Ctrl-C, removes the partial folder. What a killed process left behind is replaced by the
-    next one; a partial folder that a living process works in is refused.
+    exception or by Ctrl-C, removes the partial folder, unless `keep` was set. What a killed process left
+    behind is there again for the next one if it holds a journal, and is removed if it does not: then nobody
+    could tell what it is. A partial folder that a living process works in is refused.
 
     Args:
         target: the result's final name; it must not hold anything, unless `overwrite`.
@@ -33,11 +37,13 @@ class OutputFolder:
     Attributes:
         target: the final name.
         path: the partial folder, to write into.
+        keep: leave the partial folder to a later run that continues it, if this one does not finish.
     """
 
     def __init__(self, target: Path | str, *, overwrite: bool = False) -> None:
         self.target = Path(os.path.abspath(target))
         self.path = self.target.with_name(self.target.name + ".partial")
+        self.keep = False
         self._overwrite = overwrite
         self._lock: int | None = None
 
@@ -47,8 +53,9 @@ class OutputFolder:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
+                resumable = (self.path / JOURNAL_NAME).is_file()
                 for leftover in self.path.iterdir():
-                    if leftover.name != LOCK_NAME:
+                    if leftover.name != LOCK_NAME and (not resumable or is_temporary(leftover.name)):
                         _remove(leftover)
             except BaseException:
                 self._release()
@@ -60,6 +67,9 @@ class OutputFolder:
     ) -> None:
         if self._lock is None:
             return
+        if self.keep:
+            self._release()
+            return
         # Renamed first, so that no other process can lock a folder that is being removed.
         discarded = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
@@ -70,8 +80,23 @@ class OutputFolder:
         finally:
             self._release()
 
-    def finish(self) -> Path:
+    def clear(self) -> None:
+        """Remove everything that the partial folder holds. Raises OutputError if it cannot be removed."""
+        with writing(self.path):
+            # The journal first: a folder without one is never continued.
+            (self.path / JOURNAL_NAME).unlink(missing_ok=True)
+            for leftover in self.path.iterdir():
+                if leftover.name != LOCK_NAME:
+                    _remove(leftover)
+
+    def finish(self, scratch: Iterable[str] = ()) -> Path:
         """Give the complete folder its final name, and return that.
+
+        The journal goes only after that: a process that is killed on the way leaves a folder that can be
+        continued or one that is finished, in which nothing but the journal and the lock may be too many.
+
+        Args:
+            scratch: files and folders in it that are no part of the result; removed first.
 
         Raises:
             OutputError: the target was taken meanwhile, or the disk cannot be written.
@@ -80,6 +105,9 @@ class OutputFolder:
             raise OutputError("the folder is not open for writing", where=self.target)
         self._check_target()
         with writing(self.target):
+            for name in scratch:
+                if os.path.lexists(self.path / name):
+                    _remove(self.path / name)
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
             replaced = self._move_aside()
@@ -89,7 +117,9 @@ class OutputFolder:
                 if replaced is not None:
                     os.rename(replaced, self.target)
                 raise
-            (self.target / LOCK_NAME).unlink(missing_ok=True)
+            for name in (JOURNAL_NAME, LOCK_NAME):
+                (self.target / name).unlink(missing_ok=True)
+            sync_folder(self.target)
             sync_folder(self.target.parent)
         self._release()
         if replaced is not None:
