@@ -136,8 +136,12 @@ def _check_experts(config: ModelConfig, where: Where) -> None:
     if experts is None:
         return
     count, groups = experts.count, experts.groups
-    if count % groups or (experts.group_score > count // groups and groups > 1):
-        raise ModelError(f"{count} experts do not divide into {groups} groups", where=where, remedy=_CHECK)
+    if count % groups or (groups > 1 and count // groups < experts.group_score):
+        raise ModelError(
+            f"{count} experts do not divide into {groups} groups of at least {experts.group_score}",
+            where=where,
+            remedy=_CHECK,
+        )
     if experts.groups_per_token > groups:
         raise ModelError(
             f"{experts.groups_per_token} groups of experts a token are asked for (topk_group), "

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msquant.checkpoint.reader import Checkpoint
+from msquant.errors import CheckpointError
 from msquant.hub.bundled import smollm2_folder
 from msquant.models.config import ModelConfig
-from msquant.models.network import CausalLM
+from msquant.models.network import CausalLM, Embedding
 from tests.fixtures import tiny_model
 from tests.fixtures.tiny_model import VOCABULARY_SIZE, write_tiny_llama
+from tests.models.folders import Replaced, with_config
 
 TOLERANCE = 1e-4
 LENGTH = 48
@@ -141,6 +143,38 @@ def test_sequences_of_a_batch_do_not_mix(tiny_llama: Path, dtype: Any) -> None:
     for row in range(2):
         alone = model.logits(tokens[row : row + 1])[0]
         np.testing.assert_allclose(together[row], alone, rtol=0, atol=TOLERANCE)
+
+
+class RowsAlone(Replaced):
+    """Refuses to give whole tables."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        super().__init__(source, {})
+        self.asked: list[list[int]] = []
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        raise AssertionError(f"{name} was read as a whole")
+
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        self.asked.append(indices.tolist())
+        return super().rows(name, indices)
+
+
+def test_the_embedding_reads_the_rows_of_its_tokens_once(tiny_llama: Path, dtype: Any) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    source = RowsAlone(checkpoint)
+    embedding = Embedding(ModelConfig.from_folder(tiny_llama), source, dtype)
+    tokens = np.array([[7, 3, 7], [500, 3, 7]])
+    hidden = embedding(tokens)
+    assert source.asked == [[3, 7, 500]]
+    np.testing.assert_array_equal(hidden.asnumpy(), checkpoint.tensor("model.embed_tokens.weight")[tokens])
+
+
+def test_an_embedding_of_another_width_is_named(tiny_llama: Path, tmp_path: Path, dtype: Any) -> None:
+    folder = with_config(tiny_llama, tmp_path / "model", hidden_size=48, head_dim=16)
+    embedding = Embedding(ModelConfig.from_folder(folder), Checkpoint.open(folder), dtype)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \[512, 64\].* \[512, 48\]"):
+        embedding(np.array([[1, 2]]))
 
 
 def test_last_only_returns_the_last_tokens_logits(tiny_llama: Path, dtype: Any) -> None:
