@@ -1,81 +1,125 @@
-"""The golden-stick checkpoint of vLLM-MindSpore's native backend: written, read back, validated."""
+"""The golden-stick checkpoint of vLLM-MindSpore: written, read back, validated."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Linear
+from msquant.checkpoint.rope_rows import RopeRows, RowOrder, model_rope_rows
+from msquant.checkpoint.weights import FloatLinear, Linear
 from msquant.errors import CheckpointError
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
-    FLOAT,
+    DYNAMIC_PARTS,
     MODEL_DTYPES,
+    PER_COLUMN,
     QUANT_METHOD,
     QUANTIZED_PARTS,
     SERVED_DTYPES,
-    W8A8,
     cast,
     decode_linear,
     describe,
     encode_linear,
     model_dtype,
 )
-from msquant.formats.golden_stick_rules import read_description, validate
-from msquant.formats.golden_stick_tensors import Finding, check_layout
+from msquant.formats.golden_stick_rules import read_description, read_variant, validate
+from msquant.formats.golden_stick_schemes import (
+    FLOAT,
+    VARIANTS,
+    W8A8,
+    W8A8_DYNAMIC,
+    Finding,
+    Variant,
+    serving_notes,
+    variant_of,
+)
+from msquant.formats.golden_stick_tensors import check_layout
 
 __all__ = [
     "DESCRIPTION_NAME",
+    "DYNAMIC_PARTS",
     "FLOAT",
     "MODEL_DTYPES",
     "QUANTIZED_PARTS",
     "QUANT_METHOD",
     "SERVED_DTYPES",
+    "VARIANTS",
     "W8A8",
+    "W8A8_DYNAMIC",
     "Finding",
     "GoldenStickCheckpoint",
+    "Variant",
     "cast",
     "decode_linear",
     "describe",
     "encode_linear",
     "model_dtype",
     "read_description",
+    "read_variant",
+    "serving_notes",
     "validate",
+    "variant_of",
 ]
+
+_NOTHING = RopeRows({}, 0)
 
 
 class GoldenStickCheckpoint:
     """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
 
+    Rows that MindFormers wants de-interleaved are given back in the Hugging Face order.
+
     Attributes:
         checkpoint: its tensors.
-        description: `W8A8` or `FLOAT` by tensor name.
+        description: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name.
+        variant: the backend the folder is for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, description: dict[str, str]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        description: dict[str, str],
+        variant: Variant = "native",
+        rope_rows: RopeRows = _NOTHING,
+    ) -> None:
         self.checkpoint = checkpoint
         self.description = description
+        self.variant = variant
+        self._rope_rows = rope_rows
 
     @classmethod
     def open(cls, folder: Path | str) -> "GoldenStickCheckpoint":
         """Open a folder without validating it; `validate` does that.
 
         Raises:
-            CheckpointError: as `Checkpoint.open` and `read_description`.
+            CheckpointError: as `Checkpoint.open` and `read_description`; or `config.json` or the manifest
+                cannot be understood.
         """
-        return cls(Checkpoint.open(folder), read_description(Path(folder)))
+        folder = Path(folder)
+        checkpoint, description = Checkpoint.open(folder), read_description(folder)
+        config: dict[str, Any] = {}
+        if (folder / "config.json").exists():
+            config = read_json(folder / "config.json")
+        variant = read_variant(folder, config)
+        rows = model_rope_rows(config) if variant == "mindformers" else _NOTHING
+        return cls(checkpoint, description, variant, rows)
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoint
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.tensor(name)
+        order = self._order(name)
+        values = self.checkpoint.tensor(name)
+        return values if order is None else values[order.interleaved()]
 
     def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
         """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.rows(name, indices)
+        order = self._order(name)
+        return self.checkpoint.rows(name, indices if order is None else order.interleaved()[indices])
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`; a layer that is not described is in floating point, as for the engine.
@@ -83,14 +127,32 @@ class GoldenStickCheckpoint:
         Raises:
             CheckpointError: a part is missing, or of a dtype or shape that does not fit.
         """
-        if self.description.get(f"{module}.weight", FLOAT) != W8A8:
-            return self.checkpoint.linear(module)
-        if findings := check_layout(self.checkpoint, module):
+        scheme = self.description.get(f"{module}.weight", FLOAT)
+        if scheme not in (W8A8, W8A8_DYNAMIC):
+            linear = self.checkpoint.linear(module)
+            order = self._order(f"{module}.weight")
+            if order is None:
+                return linear
+            back = order.interleaved()
+            return FloatLinear(linear.weight[back], None if linear.bias is None else linear.bias[back])
+        if findings := check_layout(self.checkpoint, module, scheme=scheme):
             raise CheckpointError(
                 findings[0].problem,
                 where=f"{self.checkpoint.folder}, {findings[0].where}",
                 remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
             )
-        parts = [*QUANTIZED_PARTS, *(["bias"] if f"{module}.bias" in self.checkpoint else [])]
-        names = [f"{module}.{part}" for part in parts]
-        return decode_linear(module, {name: self.checkpoint.raw(name) for name in names})
+        parts = [*(QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS)]
+        parts += ["bias"] if f"{module}.bias" in self.checkpoint else []
+        tensors = {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
+        if order := self._order(f"{module}.weight"):
+            back = order.interleaved()
+            tensors = {
+                name: array if name.endswith(PER_COLUMN) else array[back] for name, array in tensors.items()
+            }
+        return decode_linear(module, tensors)
+
+    def _order(self, name: str) -> RowOrder | None:
+        order = self._rope_rows.of(name.rpartition(".")[0])
+        if order is not None and self.checkpoint.shape(name)[:1] != (order.rows,):
+            self.checkpoint.expect(name, (order.rows, *self.checkpoint.shape(name)[1:]))
+        return order

@@ -1,12 +1,17 @@
 """The tensors of one linear layer in the golden-stick layout, written and read back.
 
-The layout is that of vLLM-MindSpore's `A8W8LinearMethod` (vllm_mindspore 0.5.1,
-model_executor/layers/quantization/golden_stick/a8w8.py), which computes, with int32 accumulation,
+With static activations the layout is that of vLLM-MindSpore's `A8W8LinearMethod` (vllm_mindspore 0.5.1,
+model_executor/layers/quantization/golden_stick/a8w8.py, and its namesake in mindformers 1.7.0), which
+computes, with int32 accumulation,
 
     y = deq_scale * (weight @ x_q + quant_bias) + bias,    x_q = clamp(round(x / input_scale) + input_offset)
+
+With per-token activations it is that of MindFormers' `A8W8DynamicLinearMethod` (golden_stick/a8dynw8.py):
+
+    y = weight_scale * s * (weight @ round(x / s)) + bias,    s = max|x| / 127 of each token
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,16 +20,24 @@ from numpy.typing import DTypeLike, NDArray
 
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
 
 QUANT_METHOD = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
 
 DESCRIPTION_NAME = "quantization_description.json"
-W8A8 = "W8A8"
-FLOAT = "FLOAT"
 
 QUANTIZED_PARTS = ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
+
+DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
+"""The tensors of a W8A8_DYNAMIC linear layer, likewise."""
+
+PER_COLUMN = (".input_scale", ".input_offset")
+"""How the parts end that have one number for each column; all others have one, or a row, for each row."""
+
+FLOAT32_SUFFIX = "e_score_correction_bias"
+"""How the one tensor ends that is always float32: bfloat16 would round differences between experts away."""
 
 MODEL_DTYPES: dict[str, DTypeLike] = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -69,7 +82,14 @@ def cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return rounded
 
 
-def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[Any]]:
+def stored_dtype(name: str, dtype: str) -> str:
+    """The dtype that a floating-point tensor of a model in `dtype` is stored in."""
+    return "float32" if name.endswith(FLOAT32_SUFFIX) else dtype
+
+
+def encode_linear(
+    module: str, linear: Linear, dtype: str, variant: Variant = "native"
+) -> dict[str, NDArray[Any]]:
     """The tensors that `linear` is stored as.
 
     `input_scale` is stored in the model's dtype, so it is rounded first and `deq_scale` is computed from the
@@ -78,18 +98,21 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
 
     Args:
         module: its name, for example `model.layers.0.self_attn.q_proj`.
-        linear: in floating point, or W8A8 with static activations.
+        linear: in floating point, or W8A8 with static or per-token activations.
         dtype: the model's: `bfloat16`, `float16` or `float32`.
+        variant: the backend that will read it.
 
     Returns:
         Arrays by full tensor name. Floating point: `weight` and `bias` in `dtype`. W8A8, with s_x the rounded
         input scale, s_w the weight scales and zp the input's zero point: `weight` int8 [N, K]; `deq_scale` =
         s_x s_w float32 [N]; `quant_bias` = -sum_k zp W int32 [N]; `input_scale` = s_x in `dtype` [K];
-        `input_offset` = zp int8 [K]; `bias`, if there is one, in `dtype` [N].
+        `input_offset` = zp int8 [K]. W8A8_DYNAMIC: `weight` int8 [N, K]; `weight_scale` = s_w and
+        `weight_offset` = 0, float32 [N]. `bias`, if there is one, in `dtype` [N].
 
     Raises:
-        CheckpointError: activations are quantized per token; a scale is not positive and finite; the zero
-            point is no int8; a sum does not fit int32; a value does not fit `dtype`.
+        CheckpointError: activations are quantized per token, but the variant is native; a scale is not
+            positive and finite; the zero point is no int8; a sum does not fit int32; a value does not fit
+            `dtype`.
     """
     tensors: dict[str, NDArray[Any]] = {}
     if linear.bias is not None:
@@ -98,11 +121,14 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
         tensors[f"{module}.weight"] = cast(f"{module}.weight", linear.weight, dtype)
         return tensors
     if linear.input_scale is None or linear.input_offset is None:
-        raise CheckpointError(
-            "its activations are quantized per token, which this layout cannot express",
-            where=module,
-            remedy="quantize it with static activations, or keep it in floating point",
-        )
+        if W8A8_DYNAMIC not in ACCEPTED[variant]:
+            raise CheckpointError(
+                "its activations are quantized per token, which the native backend of vLLM-MindSpore cannot "
+                f"run: it accepts {' and '.join(ACCEPTED[variant])}",
+                where=module,
+                remedy="quantize it with static activations, or keep it in floating point",
+            )
+        return {**tensors, **_encode_dynamic(module, linear)}
     columns = linear.weight.shape[1]
     input_scale = cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)
     exact_scale = input_scale.astype(np.float64)
@@ -129,17 +155,39 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
     return tensors
 
 
-def decode_linear(module: str, tensors: dict[str, NDArray[Any]]) -> QuantizedLinear:
-    """The W8A8 layer that `encode_linear` stored; `weight_scale` is `deq_scale / input_scale`, in float64.
+def _encode_dynamic(module: str, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    # float32 loads as it is or, in a bfloat16 model, is rounded by the engine: nothing is lost before that.
+    weight_scale = _without_zero_rows(linear).astype(np.float32)
+    if not (np.isfinite(weight_scale) & (weight_scale > 0)).all():
+        raise CheckpointError(
+            f"its weight scales are not positive and finite (from {linear.weight_scale.min():.4g} to "
+            f"{linear.weight_scale.max():.4g})",
+            where=module,
+            remedy="keep this layer in floating point",
+        )
+    return {
+        f"{module}.weight": linear.weight,
+        f"{module}.weight_scale": weight_scale,
+        f"{module}.weight_offset": np.zeros_like(weight_scale),
+    }
+
+
+def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+    """The quantized layer that `encode_linear` stored.
 
     Args:
         module: its name.
-        tensors: at least the five parts by full name, and the bias if there is one.
+        tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
+            activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
 
     Raises:
-        CheckpointError: the scales are not positive and finite, or the input scales or offsets differ among
-            the columns, because a smooth scale was folded into them.
+        CheckpointError: the scales are not positive and finite; the input scales or offsets differ among the
+            columns, because a smooth scale was folded into them; a `weight_offset` is not 0.
     """
+    bias = tensors.get(f"{module}.bias")
+    bias = None if bias is None else bias.astype(np.float32)
+    if f"{module}.deq_scale" not in tensors:
+        return _decode_dynamic(module, tensors, bias)
     scales = tensors[f"{module}.input_scale"].astype(np.float32)
     offsets = tensors[f"{module}.input_offset"]
     if not (scales == scales[0]).all() or not (offsets == offsets[0]).all():
@@ -149,14 +197,27 @@ def decode_linear(module: str, tensors: dict[str, NDArray[Any]]) -> QuantizedLin
     deq_scale = tensors[f"{module}.deq_scale"].astype(np.float64)
     if not (np.isfinite(deq_scale) & (deq_scale > 0)).all() or not 0 < scales[0] < np.inf:
         raise CheckpointError("its scales are not positive and finite", where=module)
-    bias = tensors.get(f"{module}.bias")
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
         weight_scale=(deq_scale / np.float64(scales[0])).astype(np.float32),
-        bias=None if bias is None else bias.astype(np.float32),
+        bias=bias,
         input_scale=scales[:1].copy(),
         input_offset=offsets[:1].astype(np.int32),
     )
+
+
+def _decode_dynamic(
+    module: str, tensors: Mapping[str, NDArray[Any]], bias: NDArray[np.float32] | None
+) -> QuantizedLinear:
+    # Other tools store [N, 1], and in the model's dtype.
+    scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise CheckpointError("its scales are not positive and finite", where=module)
+    if tensors[f"{module}.weight_offset"].any():
+        raise CheckpointError(
+            "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
+        )
+    return QuantizedLinear(weight=tensors[f"{module}.weight"], weight_scale=scale, bias=bias)
 
 
 def quantized_bias(
@@ -184,18 +245,19 @@ def quantized_bias(
     return sums.astype(np.int32)
 
 
-def describe(names: Iterable[str], quantized: Iterable[str]) -> dict[str, str]:
+def describe(names: Iterable[str], quantized: Iterable[str], dynamic: Iterable[str] = ()) -> dict[str, str]:
     """The content of `quantization_description.json`.
 
     Args:
         names: every tensor that is stored; an output head that shares the embedding's weight is not.
         quantized: names of the W8A8 modules, whose tensors (a bias too) are all `W8A8`.
+        dynamic: names of the W8A8_DYNAMIC modules, likewise.
 
     Returns:
-        `W8A8` or `FLOAT` by tensor name, sorted.
+        `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name, sorted.
     """
-    modules = set(quantized)
-    return {name: W8A8 if name.rpartition(".")[0] in modules else FLOAT for name in sorted(names)}
+    values = {**dict.fromkeys(quantized, W8A8), **dict.fromkeys(dynamic, W8A8_DYNAMIC)}
+    return {name: values.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)}
 
 
 def _without_zero_rows(linear: QuantizedLinear) -> NDArray[np.float32]:

@@ -1,27 +1,32 @@
 """The rules a golden-stick folder must keep for vLLM-MindSpore 0.5.1 to load and compute it correctly.
 
-Each rule is taken from what the engine does: vllm 0.11.0 (`get_quant_config`, `_get_quantization_config`) and
-vllm_mindspore 0.5.1 (`GoldenStickConfig`, `A8W8LinearMethod`, `load_weights`, the loaders in linear.py).
+Each rule is taken from what the engine does: vllm 0.11.0 (`get_quant_config`, `_get_quantization_config`),
+vllm_mindspore 0.5.1 (`GoldenStickConfig`, `A8W8LinearMethod`, `load_weights`, the loaders in linear.py) and
+mindformers 1.7.0 (parallel_core/inference: quantization, tensor_parallel, model_utils.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msquant.checkpoint.decoder_layout import expected_shapes
+from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick_layout import (
-    DESCRIPTION_NAME,
+from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SERVED_DTYPES, model_dtype
+from msquant.formats.golden_stick_schemes import (
+    ACCEPTED,
     FLOAT,
-    SERVED_DTYPES,
     W8A8,
-    model_dtype,
+    Finding,
+    Variant,
+    check_schemes,
+    folder_variant,
+    variant_of,
 )
-from msquant.formats.golden_stick_tensors import Finding, check_tensors, fused_groups
+from msquant.formats.golden_stick_tensors import check_tensors
 
 DESCRIPTION_NAMES = (DESCRIPTION_NAME, "quant_model_description.json")
 
@@ -34,7 +39,7 @@ def description_files(folder: Path) -> list[Path]:
 
 
 def read_description(folder: Path) -> dict[str, str]:
-    """`W8A8` or `FLOAT` by tensor name.
+    """`W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name.
 
     Raises:
         CheckpointError: there is not exactly one description, or it does not map names to strings.
@@ -55,6 +60,23 @@ def read_description(folder: Path) -> dict[str, str]:
     return {name: value for name, value in description.items() if "." in name}
 
 
+def read_variant(folder: Path, config: Mapping[str, Any]) -> Variant:
+    """The backend a folder is for: what its manifest records, else that of its architecture.
+
+    Args:
+        folder: the checkpoint, with or without a manifest.
+        config: the content of its `config.json`.
+
+    Raises:
+        CheckpointError: the manifest records an unknown variant.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST_NAME)
+    except CheckpointError:
+        manifest = {}
+    return folder_variant(config, manifest)
+
+
 def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
     """Check a folder against every rule, reading each tensor once and holding one module at a time.
 
@@ -73,12 +95,15 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     findings.extend(_check_manifest(folder, verify_hashes))
     if config is not None:
         findings.extend(_check_config(config))
+    variant = _attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
     if checkpoint is not None and description is not None:
-        findings.extend(_check_names(checkpoint, description))
-        findings.extend(_check_schemes(description))
-        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
+        findings.extend(_check_names(checkpoint, description, variant))
+        findings.extend(_check_schemes(description, variant, config or {}))
+        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {}), variant))
+    if checkpoint is not None and variant == "mindformers":
+        findings.extend(_check_stray_files(folder, checkpoint))
     if checkpoint is not None and config is not None:
-        shapes = _attempt(findings, lambda: expected_shapes(config))
+        shapes = _attempt(findings, lambda: _expected(config, checkpoint))
         findings.extend(_check_shapes(checkpoint, shapes or {}))
     return findings
 
@@ -105,39 +130,52 @@ def _check_config(config: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _check_names(checkpoint: Checkpoint, description: dict[str, str]) -> Iterator[Finding]:
+def _check_names(checkpoint: Checkpoint, description: dict[str, str], variant: Variant) -> Iterator[Finding]:
     for name in checkpoint.names():
         if name not in description:
             yield Finding(name, "stored, but not described")
     for name, value in description.items():
         if name not in checkpoint:
             yield Finding(name, "described, but not stored")
-        if value not in (W8A8, FLOAT):
-            yield Finding(name, f"described as {value!r}: only {W8A8} and {FLOAT} are known")
+        if value not in ACCEPTED[variant]:
+            *most, last = ACCEPTED[variant]
+            known = f"{', '.join(most)} and {last}"
+            yield Finding(name, f"described as {value!r}: only {known} are known")
     for file_name, shard in checkpoint.shards.items():
         for name in shard.entries:
             if checkpoint.weight_map.get(name) != file_name:
                 yield Finding(name, f"stored in {file_name}, but {INDEX_NAME} does not say so")
 
 
-def _check_schemes(description: dict[str, str]) -> Iterator[Finding]:
+def _check_schemes(
+    description: dict[str, str], variant: Variant, config: Mapping[str, Any]
+) -> Iterator[Finding]:
     schemes: dict[str, str] = {}
     for name, value in description.items():
         module = name.rpartition(".")[0]
         if schemes.setdefault(module, value) != value:
             yield Finding(name, f"described as {value}, but another tensor of the layer as {schemes[module]}")
-    for module, value in schemes.items():
-        if value == W8A8 and module.endswith(("lm_head", "embed_tokens")):
-            yield Finding(
-                module, "described as W8A8: the engine never quantizes embeddings and the output head"
-            )
-    for first, *others in fused_groups(schemes):
-        for other in others:
-            if schemes[other] != schemes[first]:
-                yield Finding(
-                    other,
-                    f"described as {schemes[other]}, {first} as {schemes[first]}: they run as one layer",
-                )
+    # An unknown word was reported with its tensor.
+    known = {module: value for module, value in schemes.items() if value in ACCEPTED[variant]}
+    yield from check_schemes(known, variant, config)
+
+
+def _check_stray_files(folder: Path, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """MindFormers loads every shard in the folder, and takes a description by a part of its path."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in checkpoint.shards:
+            yield Finding(path.name, f"{INDEX_NAME} does not name it, but MindFormers would load it")
+    for path in sorted(folder.glob("*.json")):
+        stems = [name for name in DESCRIPTION_NAMES if Path(name).stem in path.name]
+        if stems and not path.name.endswith(DESCRIPTION_NAMES):
+            yield Finding(path.name, "MindFormers takes it for a description because of its name")
+
+
+def _expected(config: dict[str, Any], checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the model's tensors; those of prediction layers, which may be left out, if one is there."""
+    extra = extra_shapes(config)
+    present = any(name in checkpoint for name in extra)
+    return {**(expected_shapes(config) or {}), **(extra if present else {})}
 
 
 def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:

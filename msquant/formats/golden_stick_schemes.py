@@ -1,0 +1,191 @@
+"""Which backend of vLLM-MindSpore a folder is for, and which linear layers that can run in which scheme.
+
+Read in vllm_mindspore 0.5.1 (`GoldenStickConfig`, `_validate_quantization_consistency`) for the native
+backend, and in mindformers 1.7.0 (parallel_core/inference/quantization/golden_stick/config.py,
+`get_quant_method`; transformer/multi_latent_attention.py; transformer/moe/experts.py) for MindFormers.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from msquant.checkpoint.weights import Scheme
+from msquant.errors import CheckpointError
+
+W8A8 = "W8A8"
+W8A8_DYNAMIC = "W8A8_DYNAMIC"
+FLOAT = "FLOAT"
+
+DESCRIBED: dict[Scheme, str] = {"float": FLOAT, "static": W8A8, "dynamic": W8A8_DYNAMIC}
+"""The word `quantization_description.json` has for each scheme."""
+
+Variant = Literal["native", "mindformers"]
+"""The backend of vLLM-MindSpore that a folder is for."""
+
+VARIANTS: tuple[Variant, ...] = ("native", "mindformers")
+
+ACCEPTED: dict[Variant, tuple[str, ...]] = {
+    "native": (W8A8, FLOAT),
+    "mindformers": (W8A8, W8A8_DYNAMIC, FLOAT),
+}
+"""Descriptions of a tensor that each backend runs and msquant reads."""
+
+_MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
+
+_FUSED: dict[Variant, tuple[tuple[str, ...], ...]] = {
+    "native": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    "mindformers": (
+        ("q_proj", "k_proj", "v_proj"),
+        ("gate_proj", "up_proj"),
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+    ),
+}
+
+# Never built as a quantized layer: tables, the router, which is a plain parameter, and the projection whose
+# weight latent attention takes apart (`MLASelfAttention.process_weights_after_loading`).
+_FLOAT_ONLY = {
+    "lm_head": "the output head",
+    "embed_tokens": "embeddings",
+    "mlp.gate": "the router",
+    "kv_b_proj": "kv_b_proj, which it folds into the attention",
+}
+
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken rule.
+
+    Attributes:
+        where: the tensor, layer or file.
+        problem: what is wrong with it.
+    """
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def variant_of(config: Mapping[str, Any]) -> Variant:
+    """The backend a model is served with: MindFormers for DeepSeek and Qwen3-MoE, else the native one."""
+    return "mindformers" if config.get("model_type") in _MINDFORMERS_MODEL_TYPES else "native"
+
+
+def folder_variant(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Variant:
+    """The variant that a folder's manifest records, or that of its architecture if it records none.
+
+    Args:
+        config: the content of `config.json`.
+        manifest: the content of `msquant.json`; empty if there is none.
+
+    Raises:
+        CheckpointError: the manifest records an unknown one.
+    """
+    recorded = manifest.get("variant")
+    if recorded is None:
+        return variant_of(config)
+    for variant in VARIANTS:
+        if recorded == variant:
+            return variant
+    raise CheckpointError(
+        f"variant is {recorded!r}, one of {', '.join(VARIANTS)} is expected", where="msquant.json"
+    )
+
+
+def serving_notes(config: Mapping[str, Any]) -> list[str]:
+    """What keeps today's MindFormers from serving a correct folder of this architecture; often nothing."""
+    model_type = config.get("model_type")
+    if model_type == "qwen3_moe":
+        return [
+            "MindFormers 1.7.0 and 1.8.0 build Qwen3-MoE without quantization, and the native backend has no "
+            "quantized experts: this folder keeps the format, but needs a later engine"
+        ]
+    if model_type == "deepseek_v2":
+        return ["MindFormers 1.7.0 and 1.8.0 have no DeepSeek-V2: this folder needs a later engine"]
+    if model_type == "deepseek_v3" and config.get("q_lora_rank", 0) is None:
+        return [
+            "MindFormers 1.7.0 and 1.8.0 do not load the q_proj of DeepSeek-V3: this folder, without "
+            "q_lora_rank, needs a later engine"
+        ]
+    return []
+
+
+def fused_groups(modules: Iterable[str], variant: Variant = "native") -> Iterator[list[str]]:
+    """Of the given layers, those that run as one, for example q, k and v of one attention."""
+    parents: dict[str, set[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        parents.setdefault(parent, set()).add(name)
+    for parent in sorted(parents):
+        for group in _FUSED[variant]:
+            # The q_proj of a latent attention without q_lora_rank runs alone: it has no k_proj and v_proj.
+            members = [f"{parent}.{name}" for name in group if name in parents[parent]]
+            if len(members) > 1:
+                yield members
+
+
+def check_schemes(
+    schemes: Mapping[str, str], variant: Variant, config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Check that the backend can run the layers of a model in the given schemes together.
+
+    Args:
+        schemes: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by module; only what has a weight counts.
+        variant: the backend.
+        config: the content of `config.json`.
+    """
+    for module, value in schemes.items():
+        if value not in ACCEPTED[variant]:
+            known = " and ".join(ACCEPTED[variant])
+            yield Finding(module, f"described as {value!r}: the {variant} backend knows only {known}")
+        elif value != FLOAT:
+            yield from _check_quantized(module, value)
+    if variant == "mindformers":
+        yield from _check_experts(schemes, config)
+    for first_name, *others in fused_groups(schemes, variant):
+        for other in others:
+            if schemes[other] != schemes[first_name]:
+                yield Finding(
+                    other,
+                    f"described as {schemes[other]}, {first_name} as {schemes[first_name]}: "
+                    "they run as one layer",
+                )
+
+
+def _check_quantized(module: str, value: str) -> Iterator[Finding]:
+    for suffix, what in _FLOAT_ONLY.items():
+        if module == suffix or module.endswith(f".{suffix}"):
+            yield Finding(module, f"described as {value}: the engine never quantizes {what}")
+
+
+def _check_experts(schemes: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
+    """All experts of a layer are one grouped product; multi-token-prediction layers are never quantized."""
+    layers = config.get("num_hidden_layers")
+    experts: dict[str, str] = {}
+    for module, value in schemes.items():
+        layer = _LAYER.match(module)
+        if layer and type(layers) is int and int(layer[1]) >= layers:
+            if value != FLOAT:
+                yield Finding(
+                    module,
+                    f"described as {value}: the engine builds multi-token-prediction layers unquantized",
+                )
+        elif found := _EXPERT.match(module):
+            first = experts.setdefault(found[1], value)
+            if value != first:
+                yield Finding(
+                    module, f"described as {value}, experts before it as {first}: they run as one layer"
+                )
+    if any(value != FLOAT for value in schemes.values()):
+        for parent, value in experts.items():
+            if value != W8A8_DYNAMIC:
+                yield Finding(
+                    parent,
+                    f"described as {value}: the engine runs the experts of a quantized model as "
+                    f"{W8A8_DYNAMIC} only",
+                )
