@@ -23,19 +23,7 @@ from msquant.formats.golden_stick_layout import (
     describe,
     encode_linear,
 )
-
-# What a tokenizer and its generation defaults are made of, in any of the forms transformers saves.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+from msquant.formats.golden_stick_stream import COMPANIONS
 
 
 class GoldenStickWriter:
