@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from msquant.formats.summary import LayerSummary, ModuleSummary, Summary
 
 SHOWN_FINDINGS = 20
+SCHEME_NAMES = {
+    "W8A8": "W8A8, static activations",
+    "W8A8_DYNAMIC": "W8A8, activations per token",
+    "FLOAT": "floating point",
+}
 
 
 def inspect(
@@ -58,6 +63,11 @@ def _as_document(summary: "Summary") -> dict[str, Any]:
         "nbytes": summary.nbytes,
         "parameters": summary.parameters,
         "quantized_parameters": summary.quantized_parameters,
+        "experts": summary.experts,
+        "schemes": {
+            scheme: {"modules": modules, "parameters": parameters}
+            for scheme, (modules, parameters) in summary.schemes().items()
+        },
     }
     return {"valid": not summary.findings, "totals": totals, **asdict(summary)}
 
@@ -68,18 +78,23 @@ def _render(summary: "Summary", verified: bool) -> None:
         kinds = [(kind, modules) for (kind, *_), modules in summary.kinds().items()]
         rows = [_row(kind, modules) for kind, modules in kinds]
         console.print_table(_title(summary), columns, rows, caption=_caption(summary))
+        if summary.quantization:
+            _render_schemes(summary)
         if scales := [_scale_row(kind, modules) for kind, modules in kinds if modules[0].weight_scale]:
             console.print_table("Scales", ["module", "weights", "activations", "zero point"], scales)
     if summary.layers:
         _render_layers(summary.layers)
     for finding in summary.findings[:SHOWN_FINDINGS]:
         console.print_line(f"{finding.where}: {finding.problem}")
+    for note in summary.notes:
+        console.print_line(f"Note: {note}.")
     if (more := len(summary.findings) - SHOWN_FINDINGS) > 0:
         console.print_line(f"and {more} more: see them with --json")
     if summary.quantization and not summary.findings:
         hashes = ", all file hashes match" if verified and summary.has_manifest else ""
         console.print_line(
-            f"Valid: keeps vLLM-MindSpore's contract for quantization={summary.quantization!r}{hashes}."
+            f"Valid: keeps vLLM-MindSpore's contract for quantization={summary.quantization!r}"
+            f" ({summary.variant} backend){hashes}."
         )
 
 
@@ -106,8 +121,20 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
     weights = [bound for module in modules for bound in module.weight_scale or ()]
     inputs = [bound for module in modules for bound in module.input_scale or ()]
     offsets = [module.input_offset for module in modules if module.input_offset is not None]
-    ranges = [f"{min(bounds):.1e} to {max(bounds):.1e}" for bounds in (weights, inputs)]
-    return [kind, *ranges, f"{min(offsets)} to {max(offsets)}" if offsets else "by column"]
+    weight_range = f"{min(weights):.1e} to {max(weights):.1e}"
+    if not inputs:
+        return [kind, weight_range, "by token", ""]
+    zero_points = f"{min(offsets)} to {max(offsets)}" if offsets else "by column"
+    return [kind, weight_range, f"{min(inputs):.1e} to {max(inputs):.1e}", zero_points]
+
+
+def _render_schemes(summary: "Summary") -> None:
+    rows = [
+        [SCHEME_NAMES.get(scheme, scheme), modules, round(parameters / 1e6, 2)]
+        for scheme, (modules, parameters) in summary.schemes().items()
+    ]
+    experts = f"{summary.experts:,} routed experts" if summary.experts else None
+    console.print_table("Schemes", ["scheme", "modules", "M parameters"], rows, caption=experts)
 
 
 def _render_layers(layers: "list[LayerSummary]") -> None:

@@ -1,5 +1,7 @@
 """What a checkpoint folder holds and whether it keeps its contract, as plain data."""
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,14 +18,20 @@ from msquant.formats.golden_stick import (
     FLOAT,
     QUANT_METHOD,
     W8A8,
+    W8A8_DYNAMIC,
     Finding,
+    Variant,
     model_dtype,
     read_description,
+    read_variant,
+    serving_notes,
     validate,
+    variant_of,
 )
 from msquant.formats.golden_stick_rules import description_files
 
 _LAYERS = "model.layers."
+_EXPERT = re.compile(r".*\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,15 @@ class ModuleSummary:
 
     Attributes:
         name: for example `model.layers.0.self_attn.q_proj`.
-        kind: the name without the layer, for example `self_attn.q_proj`.
+        kind: the name without the layer and the expert's number, for example `mlp.experts.*.up_proj`.
         layer: the decoder layer it is in; None outside of the decoder.
-        scheme: `W8A8` or `FLOAT`.
+        scheme: `W8A8`, `W8A8_DYNAMIC` or `FLOAT`.
         dtype: safetensors dtype of the weight.
         shape: of the weight.
         nbytes: of all its tensors on disk.
-        weight_scale: smallest and largest `deq_scale / input_scale`; None in floating point.
-        input_scale: smallest and largest; None in floating point.
-        input_offset: the zero point; None in floating point, and where the columns differ.
+        weight_scale: smallest and largest of its rows; None in floating point.
+        input_scale: smallest and largest; None without static activations.
+        input_offset: the zero point; None without static activations, and where the columns differ.
     """
 
     name: str
@@ -83,6 +91,8 @@ class Summary:
         layers: from `msquant.json`; empty if that says nothing of them.
         has_manifest: whether `msquant.json` is there.
         findings: the broken rules of the contract; always empty for a model in floating point.
+        variant: the backend of vLLM-MindSpore that it is for, or None for a model in floating point.
+        notes: what may keep that backend from serving a folder that breaks no rule.
     """
 
     folder: str
@@ -93,6 +103,8 @@ class Summary:
     layers: list[LayerSummary] = field(default_factory=list)
     has_manifest: bool = False
     findings: list[Finding] = field(default_factory=list)
+    variant: Variant | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +119,21 @@ class Summary:
     @property
     def quantized_parameters(self) -> int:
         """Elements of the weights in int8."""
-        return sum(_elements(module) for module in self.modules if module.scheme == W8A8)
+        return sum(_elements(module) for module in self.modules if module.scheme != FLOAT)
+
+    @property
+    def experts(self) -> int:
+        """Number of routed experts, over all layers."""
+        found = (_EXPERT.match(module.name) for module in self.modules)
+        return len({match[0] for match in found if match})
+
+    def schemes(self) -> dict[str, tuple[int, int]]:
+        """Number of modules and elements of their weights, by scheme."""
+        counts: dict[str, tuple[int, int]] = {}
+        for module in self.modules:
+            modules, elements = counts.get(module.scheme, (0, 0))
+            counts[module.scheme] = (modules + 1, elements + _elements(module))
+        return dict(sorted(counts.items()))
 
     def kinds(self) -> dict[tuple[str, str, str, tuple[int, ...]], list[ModuleSummary]]:
         """Modules that are alike but for their layer, by kind, scheme, dtype and shape."""
@@ -160,11 +186,20 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False) -> Summary:
         layers=list(_layers(_manifest(folder))),
         has_manifest=bool(_manifest(folder)),
         findings=findings,
+        variant=_variant(folder, config) if quantized else None,
+        notes=serving_notes(config) if quantized else [],
     )
 
 
+def _variant(folder: Path, config: dict[str, Any]) -> Variant:
+    try:
+        return read_variant(folder, config)
+    except CheckpointError:
+        return variant_of(config)
+
+
 def _elements(module: ModuleSummary) -> int:
-    return int(np.prod(module.shape, dtype=np.int64))
+    return math.prod(module.shape)
 
 
 def _is_golden_stick(folder: Path) -> bool:
@@ -207,7 +242,11 @@ def _modules(checkpoint: Checkpoint, described: dict[str, str]) -> Iterator[Modu
         weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
         scheme = described.get(weight, FLOAT)
         layer, kind = _place(module)
-        scales = _scales(checkpoint, module) if scheme == W8A8 else {}
+        scales: dict[str, Any] = {}
+        if scheme == W8A8:
+            scales = _static_scales(checkpoint, module)
+        elif scheme == W8A8_DYNAMIC:
+            scales = _dynamic_scales(checkpoint, module)
         yield ModuleSummary(
             name=module,
             kind=kind,
@@ -220,7 +259,14 @@ def _modules(checkpoint: Checkpoint, described: dict[str, str]) -> Iterator[Modu
         )
 
 
-def _scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
+def _dynamic_scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
+    if f"{module}.weight_scale" not in checkpoint:
+        return {}
+    scale = checkpoint.raw(f"{module}.weight_scale").astype(np.float64)
+    return {"weight_scale": (float(scale.min()), float(scale.max()))} if scale.size else {}
+
+
+def _static_scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
     parts = [f"{module}.{part}" for part in ("deq_scale", "input_scale", "input_offset")]
     if not all(part in checkpoint for part in parts):
         return {}
@@ -235,10 +281,10 @@ def _scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
 
 
 def _place(module: str) -> tuple[int | None, str]:
-    """The decoder layer's number and the name below it."""
+    """The decoder layer's number and the name below it, without an expert's number."""
     number, _, kind = module.removeprefix(_LAYERS).partition(".")
     if module.startswith(_LAYERS) and number.isdecimal():
-        return int(number), kind
+        return int(number), re.sub(r"\bexperts\.\d+\.", "experts.*.", kind)
     return None, module
 
 

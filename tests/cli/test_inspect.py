@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.writer import write_json, write_shard
+from tests.formats.expert_folders import DEEPSEEK, QWEN, write_experts
 from tests.formats.folders import change_tensors, write_folder
 
 
@@ -37,8 +38,8 @@ def test_a_correct_folder_is_shown_and_found_valid(folder: Path) -> None:
     ):
         assert text in run.stdout
     assert (
-        "Valid: keeps vLLM-MindSpore's contract for quantization='golden-stick', all file hashes match."
-        in run.stdout
+        "Valid: keeps vLLM-MindSpore's contract for quantization='golden-stick' (native backend), "
+        "all file hashes match." in run.stdout
     )
 
 
@@ -109,3 +110,29 @@ def test_help_has_an_example() -> None:
     run = msquant("inspect", "--help")
     assert run.returncode == 0
     assert "Example: msquant inspect" in run.stdout
+
+
+def test_experts_are_shown_by_kind_and_scheme(tmp_path: Path) -> None:
+    write_experts(tmp_path / "model", DEEPSEEK)
+    run = msquant("inspect", tmp_path / "model")
+    assert run.returncode == 0, run.stderr
+    for text in (
+        "mlp.experts.*.gate_proj",
+        "W8A8, activations per token",
+        "6 routed experts",
+        "by token",
+        "(mindformers backend)",
+    ):
+        assert text in run.stdout
+    assert "experts.0." not in run.stdout
+    document = json.loads(msquant("inspect", tmp_path / "model", "--json").stdout)
+    assert document["variant"] == "mindformers"
+    assert document["totals"]["experts"] == 6
+    assert document["totals"]["schemes"]["W8A8_DYNAMIC"]["modules"] == 15
+
+
+def test_what_no_engine_serves_yet_is_told(tmp_path: Path) -> None:
+    write_experts(tmp_path / "model", QWEN)
+    run = msquant("inspect", tmp_path / "model")
+    assert run.returncode == 0, run.stderr
+    assert "Note: MindFormers 1.7.0 and 1.8.0 build Qwen3-MoE without quantization" in run.stdout
