@@ -139,6 +139,11 @@ class ModelConfig:
         return self.attention_groups + self.feed_forward_groups
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of all linears within a dense decoder layer, in the order of computation."""
+        return tuple(name for group in self.groups for name in group.linears)
+
+    @property
     def qk_nope_head_dim(self) -> int:
         """Channels of a head's keys without a position: the key rows in each head of `kv_b_proj`."""
         return self.latent.qk_nope_head_dim if self.latent else 0

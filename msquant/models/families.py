@@ -21,7 +21,6 @@ class SmoothGroup:
     previous: str
 
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
