@@ -1,6 +1,7 @@
 """`msquant.json`: everything that a result came from, and what the pass chose."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -8,43 +9,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
+from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.report import LayerReport
 from msquant.recipes import Recipe
 
 RECORDED = ("msquant", "mindspore", "mindspore-gs", "transformers", "numpy", "safetensors")
 
 
-def build_manifest(
-    recipe: Recipe, source: Checkpoint, tokens: NDArray[np.int32], reports: list[LayerReport]
+def job_identity(
+    recipe: Recipe, source: Checkpoint, tokens: NDArray[np.int32], device: str
 ) -> dict[str, Any]:
-    """The manifest of a result, without the format and the files, which the format adds.
+    """What two runs must have in common for one to continue the other.
 
-    It holds neither times nor paths of this machine, so that equal inputs give equal bytes.
+    It holds neither times nor paths of this machine but the model's, so equal inputs give equal bytes.
 
     Args:
         recipe: what was asked for.
-        source: the checkpoint that was quantized.
+        source: the checkpoint to quantize.
         tokens: `[samples, sequence_length]`, the calibration batches.
-        reports: one a decoder layer.
+        device: `cpu` or `ascend`.
     """
     return {
-        "msquant": version("msquant"),
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": recipe.calibration.seed,
         "versions": {package: version(package) for package in RECORDED},
-        "source": {
-            "tensors": len(source.names()),
-            "bytes": sum(source.nbytes(name) for name in source.names()),
-            "shards": {name: shard.path.stat().st_size for name, shard in sorted(source.shards.items())},
-        },
+        "recipe": recipe.model_dump(mode="json"),
+        "source": source.fingerprint(),
         "calibration": {"shape": list(tokens.shape), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
-        "layers": [layer_record(index, report) for index, report in enumerate(reports)],
+        "device": device,
     }
 
 
-def layer_record(index: int, report: LayerReport) -> dict[str, Any]:
-    """What is kept of one decoder layer's report."""
+def build_manifest(
+    recipe: Recipe, identity: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The manifest of a result, without the format and the files, which the format adds.
+
+    Args:
+        recipe: what was asked for.
+        identity: from `job_identity`.
+        layers: from `layer_record`, one a decoder layer.
+    """
     return {
+        "msquant": version("msquant"),
+        **identity,
+        "seed": recipe.calibration.seed,
+        "layers": list(layers),
+        "experts_with_few_tokens": {
+            str(layer["index"]): layer["experts"]["few_tokens"]
+            for layer in layers
+            if layer.get("experts", {}).get("few_tokens")
+        },
+    }
+
+
+def layer_record(index: int, report: LayerReport, policy: QuantizationPolicy) -> dict[str, Any]:
+    """What is kept of one decoder layer's report."""
+    record: dict[str, Any] = {
         "index": index,
         "error": report.error,
         "groups": [{"name": group.name, "alpha": group.alpha, "loss": group.loss} for group in report.groups],
@@ -52,3 +71,7 @@ def layer_record(index: int, report: LayerReport) -> dict[str, Any]:
             name: round(float(ratios.mean()), 4) for name, ratios in report.clip_ratios.items()
         },
     }
+    if report.expert_tokens:
+        few = [i for i, tokens in enumerate(report.expert_tokens) if tokens < policy.min_expert_tokens]
+        record["experts"] = {"tokens": report.expert_tokens, "few_tokens": few}
+    return record

@@ -1,13 +1,15 @@
 """The flow of `msquant quantize`: a recipe and a source checkpoint in, a verified folder out.
 
 One decoder layer is in memory at a time. The next layer's inputs are the unquantized layer's outputs, as in
-golden-stick, so layers are independent of one another once the floating-point pass has been made.
+golden-stick; they are kept on disk beside a journal of the finished layers, so a run that was killed
+continues with the layer it was in and ends with the same bytes.
 """
 
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,27 @@ from numpy.typing import NDArray
 from msquant.calibration.sources import load_texts
 from msquant.calibration.tokens import calibration_batches
 from msquant.checkpoint.disk import require_free_space
+from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.journal import JOURNAL_NAME, Journal
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.formats.golden_stick_writer import GoldenStickWriter
-from msquant.hub.models import resolve_model
-from msquant.manifest import build_manifest
-from msquant.models.config import ModelConfig
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import LayerReport
+from msquant.formats.golden_stick_plan import FolderPlan
+from msquant.formats.golden_stick_stream import GoldenStickStream
+from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.recipes import Recipe
+from msquant.source import Source, folder_plan, open_source, scratch_bytes
 
 # Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough
 # for the search to give up a losing candidate early.
 BATCH_TOKENS = 512
+
+# Of a tensor that is carried through in floating point.
+BLOCK_BYTES = 64 << 20
+
+MEMORY_BUDGET = 1 << 30
+"""Bytes of hidden states held in memory; what is beyond stays on disk."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,15 @@ class Progress:
 
     Attributes:
         stage: called with a line that says what begins.
-        layers: called with the number of decoder layers, before the first.
-        layer: called with a decoder layer's index and report when its shard is written.
+        layers: called with the number of decoder layers and how many an earlier run has finished.
+        layer: called with a decoder layer's record when its shards are written and journaled.
+        step: called with what goes on within a layer.
     """
 
     stage: Callable[[str], None] = lambda text: None
-    layers: Callable[[int], None] = lambda count: None
-    layer: Callable[[int, LayerReport], None] = lambda index, report: None
+    layers: Callable[[int, int], None] = lambda count, done: None
+    layer: Callable[[dict[str, Any]], None] = lambda record: None
+    step: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,15 @@ class QuantizeResult:
 
     Attributes:
         folder: the written folder.
-        reports: one a decoder layer.
+        layers: the manifest's record of every decoder layer.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors written.
-        seconds: wall time.
+        seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
     """
 
     folder: Path
-    reports: list[LayerReport]
+    layers: list[dict[str, Any]]
     source_bytes: int
     output_bytes: int
     seconds: float
@@ -75,73 +85,71 @@ def quantize(
     recipe: Recipe,
     output: Path,
     *,
+    source: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Quantize a model by a recipe into a new folder.
+    """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
 
     Args:
         recipe: everything that affects the result.
         output: the folder to make; it appears only when it is complete.
+        source: folder of the weights, in place of the recipe's model.
         overwrite: replace an earlier result of msquant there.
+        restart: forget what an interrupted call has finished.
         device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
         progress: callbacks.
 
     Raises:
-        MsquantError: the input is bad, or the output cannot be written; nothing that looks finished is left.
+        MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
+            finished layers are kept in `<output>.partial`, and the same call continues with them.
     """
     started = time.monotonic()
     progress = progress or Progress()
     with OutputFolder(output, overwrite=overwrite) as target:
-        progress.stage(f"reading {recipe.model}")
-        source, config, checkpoint = open_source(recipe.model)
-        source_bytes = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-        # W8A8 is smaller than any floating-point source.
-        require_free_space(target.path, source_bytes)
-
+        # What an earlier run has finished outlives every error, until --restart.
+        target.keep = (target.path / JOURNAL_NAME).is_file()
+        progress.stage(f"reading {source or recipe.model}")
+        model = open_source(source or recipe.model)
+        plan = folder_plan(recipe, model)
         progress.stage(f"calibration from {recipe.calibration.source}")
-        tokens = calibration_tokens(recipe, source)
-
-        progress.stage("loading MindSpore and golden-stick")
-        reports: list[LayerReport] = []
-        writer = GoldenStickWriter(target.path, config.dtype, shards=config.num_hidden_layers + 1)
-        layers = quantized_layers(config, checkpoint, tokens, recipe.quantization, device, verbose)
-        progress.layers(config.num_hidden_layers)
-        for index, result in enumerate(layers):
-            writer.write_shard(result.norms, result.linears)
-            reports.append(result.report)
-            progress.layer(index, result.report)
-
-        progress.stage("writing embeddings, tokenizer and manifest")
-        writer.write_shard({name: checkpoint.tensor(name) for name in config.end_names}, {})
-        writer.finish(source, build_manifest(recipe, checkpoint, tokens, reports))
-        folder = target.finish()
+        tokens = calibration_tokens(recipe, model.folder)
+        if restart or not target.keep:
+            target.clear()
+        identity = job_identity(recipe, model.checkpoint, tokens, device)
+        journal = Journal.open(target.path, identity)
+        require_free_space(target.path, _bytes_to_come(plan, journal) + scratch_bytes(model.config, tokens))
+        with _resumable(target, journal, model.config.num_hidden_layers), deferred_interrupts():
+            writer = GoldenStickStream(target.path, plan)
+            for record in journal.records:
+                writer.restore(record["group"], record["files"])
+            # First, because what is wrong with them should not be found out hours later.
+            progress.stage("writing embeddings and output head")
+            _write_rest(model, journal, writer)
+            store = HiddenStateStore(target.path / SCRATCH, memory_budget)
+            _write_layers(recipe, model, tokens, journal, writer, store, device, verbose, progress)
+            progress.stage("writing tokenizer and manifest")
+            layers = _finished_layers(journal)
+            writer.finish(model.folder, build_manifest(recipe, identity, layers))
+        folder = target.finish(scratch=[SCRATCH])
     remember_result(folder)
     return QuantizeResult(
         folder=folder,
-        reports=reports,
-        source_bytes=source_bytes,
-        output_bytes=writer.total_size,
+        layers=layers,
+        source_bytes=model.nbytes,
+        output_bytes=plan.tensor_bytes,
         seconds=time.monotonic() - started,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-def open_source(model: str) -> tuple[Path, ModelConfig, Checkpoint]:
-    """Find a model and check from the headers alone that it is whole and that its config describes it.
-
-    Raises:
-        MsquantError: there is no such model, or a file, tensor or shape is wrong.
-    """
-    folder = resolve_model(model)
-    config = ModelConfig.from_folder(folder)
-    checkpoint = Checkpoint.open(folder)
-    for name, shape in config.shapes.items():
-        checkpoint.expect(name, shape)
-    return folder, config, checkpoint
+SCRATCH = "scratch"
 
 
 def calibration_tokens(recipe: Recipe, source: Path) -> NDArray[np.int32]:
@@ -160,42 +168,84 @@ def calibration_tokens(recipe: Recipe, source: Path) -> NDArray[np.int32]:
     )
 
 
-def quantized_layers(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
+def _write_layers(
+    recipe: Recipe,
+    source: Source,
     tokens: NDArray[np.int32],
-    policy: QuantizationPolicy,
-    device: str = "cpu",
-    verbose: bool = False,
-) -> Iterator[Any]:
-    """Quantize the decoder layers one after another; yields a `LayerResult` each, with its error measured.
-
-    Raises:
-        MsquantError: the device is not there, a tensor holds NaN, or the search finds nothing.
-    """
+    journal: Journal,
+    writer: GoldenStickStream,
+    store: HiddenStateStore,
+    device: str,
+    verbose: bool,
+    progress: Progress,
+) -> None:
+    """Quantize, write and journal the decoder layers that are not finished yet."""
+    config, checkpoint = source.config, source.checkpoint
+    count, done = config.num_hidden_layers, len(_finished_layers(journal))
+    if done >= count:
+        return
+    progress.stage("loading MindSpore and golden-stick")
     from msquant.models.device import use_device
-    from msquant.models.layers import DecoderLayer, positions
     from msquant.models.network import Embedding
     from msquant.quantization import golden_stick
-    from msquant.quantization.layer_pass import output_error, quantize_layer
+    from msquant.quantization.decoder_pass import DecoderPass
 
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
     # golden-stick collects garbage many times a layer; what is loaded by now is not worth looking at again.
     gc.freeze()
+    progress.layers(count, done)
     samples, length = tokens.shape
-    places = positions(config, length, dtype)
-    step = max(1, BATCH_TOKENS // length)
-    embedding = Embedding(config, checkpoint, dtype)
-    hidden = [embedding(tokens[start : start + step]) for start in range(0, samples, step)]
-    del embedding
-    for index in range(config.num_hidden_layers):
-        name = config.family.layer_name(index)
-        layer = DecoderLayer(config, checkpoint, name, dtype)
-        outputs = [layer(batch, places) for batch in hidden]
-        result = quantize_layer(config, name, layer, hidden, places, policy)
-        layer = DecoderLayer(config, result, name, dtype)
-        # A sample of the calibration tokens: enough for a figure to compare layers by.
-        result.report.error = output_error(hidden[:1], outputs[:1], layer, places)
-        yield result
-        hidden = outputs
+    decoder = DecoderPass(config, checkpoint, recipe.quantization, length, dtype, store, progress.step)
+    if not done:
+        step = max(1, BATCH_TOKENS // length)
+        embedding = Embedding(config, checkpoint, dtype)
+        with store.write(0) as hidden:
+            for start in range(0, samples, step):
+                hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+    for index in range(done, count):
+        with writer.group(index) as shards, store.write(index + 1) as outputs:
+            report = decoder.run(index, store.open(index), outputs.append, shards)
+        record = layer_record(index, report, recipe.quantization)
+        journal.append({"group": index, "layer": record, "files": shards.files})
+        store.discard(index)
+        progress.layer(record)
+        check_interrupt()
+
+
+def _write_rest(source: Source, journal: Journal, writer: GoldenStickStream) -> None:
+    """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
+    groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
+    finished = {record["group"] for record in journal.records}
+    for group, names in enumerate(groups, start=source.config.num_hidden_layers):
+        if group in finished:
+            continue
+        with writer.group(group) as shards:
+            for name in names:
+                check_interrupt()
+                for start, block in source.checkpoint.row_blocks(name, BLOCK_BYTES):
+                    shards.tensor_rows(name, start, block)
+        journal.append({"group": group, "files": shards.files})
+
+
+def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
+    return [record["layer"] for record in journal.records if "layer" in record]
+
+
+def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:
+    written = sum(entry["size"] for record in journal.records for entry in record["files"].values())
+    return max(0, plan.file_bytes - written)
+
+
+@contextmanager
+def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[None]:
+    """Keep what is finished when the work is interrupted, and say so."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if done := len(_finished_layers(journal)):
+            target.keep = True
+            error.add_note(
+                f"{done} of {count} decoder layers are finished in {target.path}; the same command continues"
+            )
+        raise

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from msquant.errors import OutputError, RecipeError
+from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
+from msquant.checkpoint.json_file import read_json
+from msquant.errors import CheckpointError, OutputError, RecipeError
 from msquant.hub.published import configs_folder, published_name
 from msquant.quantization.policy import QuantizationPolicy
 
@@ -69,8 +71,30 @@ def find_recipe(name: str) -> Recipe:
     if path.suffix in SUFFIXES:
         return load_recipe(path)
     if name and name not in shipped_recipes() and os.path.isdir(path):
-        return Recipe(model=str(path))
+        return Recipe(model=str(path), quantization=default_policy(_model_type(path)))
     return load_recipe(find_shipped_recipe(name))
+
+
+def default_policy(model_type: str | None) -> QuantizationPolicy:
+    """What is done to a model without a recipe: all static where the engine serves that.
+
+    Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
+    its products (see `formats/golden_stick_schemes.py`).
+    """
+    raw: dict[str, Any] = {}
+    if model_type in LATENT_TYPES:
+        raw["skip"] = ("lm_head", "kv_b_proj")
+    if model_type in EXPERT_COUNT:
+        raw["dynamic"] = ("mlp.",)
+    return QuantizationPolicy(**raw)
+
+
+def _model_type(folder: Path) -> str | None:
+    """None where there is no readable config.json, which whoever opens the model reports."""
+    try:
+        return read_json(folder / "config.json").get("model_type")
+    except CheckpointError:
+        return None
 
 
 def find_shipped_recipe(name: str) -> Path:

@@ -34,13 +34,14 @@ HEAVY = {
 }
 
 # What each part of the package may import, besides itself.
-_BOTTOM = {"errors", "__version__"}
+_BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
-_FLOWS = {"pipeline", "generation", "recipes", "manifest"}
+_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest"}
 ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
+    "interrupts": set[str](),
     "checkpoint": _BOTTOM,
     "hub": _FOUNDATION,
     "calibration": _FOUNDATION,
@@ -51,7 +52,8 @@ ALLOWED = {
     "evaluation": _FOUNDATION | {"models"},
     "recipes": _FOUNDATION | _PARTS,
     "manifest": _FOUNDATION | _PARTS | {"recipes"},
-    "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest"},
+    "source": _FOUNDATION | _PARTS | {"recipes"},
+    "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source"},
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},

@@ -150,7 +150,10 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "missing shard": (lambda f: drop(f, sorted(f.glob("*.safetensors"))[0].name), [".safetensors"]),
     "missing index": (lambda f: drop(f, "model.safetensors.index.json"), ["model.safetensors.index.json"]),
     "wrong shape": (lambda f: rewrite(f, UP, lambda a: a[:, :-1].copy()), [UP, "[128, 63]", "[128, 64]"]),
-    "NaN in a decoder layer": (lambda f: rewrite(f, UP, set_nan), [UP, "NaN"]),
+    "NaN in the first decoder layer": (
+        lambda f: rewrite(f, UP.replace("1", "0"), set_nan),
+        [UP.replace("1", "0"), "NaN"],
+    ),
     "NaN in the embedding": (
         lambda f: rewrite(f, "model.embed_tokens.weight", set_nan),
         ["model.embed_tokens.weight", "NaN"],
@@ -202,14 +205,61 @@ def test_an_occupied_output_is_left_alone(source: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "thesis.txt"]
 
 
-def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    def interrupt(index: int, report: object) -> None:
-        assert (tmp_path / "out.partial" / "model-00001-of-00003.safetensors").exists()
+def test_ctrl_c_before_a_layer_is_finished_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def interrupt(count: int, done: int) -> None:
+        assert (tmp_path / "out.partial" / "model-00003-of-00003.safetensors").exists()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(short_recipe(source), tmp_path / "out", progress=Progress(layer=interrupt))
+        quantize(short_recipe(source), tmp_path / "out", progress=Progress(layers=interrupt))
     assert list(tmp_path.iterdir()) == []
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in folder.iterdir()}
+
+
+BAD_LATER: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "NaN": (lambda f: rewrite(f, UP, set_nan), [UP, "NaN"]),
+    "truncated meanwhile": (
+        lambda f: os.truncate(Checkpoint.open(f).shard_path(UP), 900),
+        [".safetensors", "truncated"],
+    ),
+    "replaced meanwhile": (
+        lambda f: rewrite(f, UP, lambda a: a[::-1].copy()),
+        [".safetensors", "written to"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LATER)
+def test_what_is_finished_survives_an_error_in_a_later_layer(
+    source: Path, result: Path, tmp_path: Path, case: str
+) -> None:
+    damage, words = BAD_LATER[case]
+    model = shutil.copytree(source, tmp_path / "model")
+    if "meanwhile" in case:
+        progress = Progress(layer=lambda record: damage(model))
+    else:
+        progress = Progress()
+        damage(model)
+    with pytest.raises(MsquantError) as caught:
+        quantize(short_recipe(model), tmp_path / "out", progress=progress)
+    for word in words:
+        assert word in str(caught.value)
+    assert "1 of 2 decoder layers are finished" in caught.value.__notes__[0]
+    assert not (tmp_path / "out").exists()
+
+    shutil.rmtree(model)
+    shutil.copytree(source, model)
+    seen: list[tuple[int, int]] = []
+    progress = Progress(layers=lambda count, done: seen.append((count, done)))
+    quantize(short_recipe(model), tmp_path / "out", progress=progress)
+    assert seen == [(2, 1)]
+    ours, expected = files(tmp_path / "out"), files(result)
+    # The manifest names the model's folder.
+    assert ours.pop("msquant.json") != expected.pop("msquant.json")
+    assert ours == expected
 
 
 RUN = """
@@ -220,7 +270,7 @@ if sys.argv[3] == "full":
     # Stands for a full disk without the right to mount one: no file may grow beyond this.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-progress = Progress(layer=lambda i, _: print("layer", i, flush=True))
+progress = Progress(layer=lambda record: print("layer", record["index"], flush=True))
 quantize(short_recipe(sys.argv[1]), sys.argv[2], progress=progress)
 """
 

@@ -180,3 +180,23 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(overwrite: bool, tmp_path: Pa
     with pytest.raises(RecipeError, match="did you mean qwen3-8b"):
         copy_recipe("qwen3-8", tmp_path / "mine.yaml", overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "skip", "dynamic"),
+    [
+        ("llama", ("lm_head",), ()),
+        ("qwen3_moe", ("lm_head",), ("mlp.",)),
+        ("deepseek_v3", ("lm_head", "kv_b_proj"), ("mlp.",)),
+        (None, ("lm_head",), ()),
+    ],
+)
+def test_a_folder_gets_what_the_engine_serves(
+    model_type: str | None, skip: tuple[str, ...], dynamic: tuple[str, ...], tmp_path: Path
+) -> None:
+    if model_type:
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    recipe = find_recipe(str(tmp_path))
+    assert recipe.model == str(tmp_path)
+    assert recipe.quantization.skip == skip
+    assert recipe.quantization.dynamic == dynamic

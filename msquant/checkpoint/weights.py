@@ -82,3 +82,20 @@ class WeightSource(Protocol):
             CheckpointError: as for `tensor`, or its parts do not fit together.
         """
         ...
+
+
+class LayerSink(Protocol):
+    """Where a quantized decoder layer's weights go, one at a time, by their Hugging Face names."""
+
+    def tensor(self, name: str, values: NDArray[np.float32]) -> None:
+        """Take a floating-point tensor.
+
+        Raises:
+            OutputError: the disk is full or cannot be written.
+            CheckpointError: a value does not fit the dtype it is stored in.
+        """
+        ...
+
+    def linear(self, module: str, linear: Linear) -> None:
+        """Take the linear layer called `module`. Raises as `tensor`."""
+        ...

@@ -1,6 +1,9 @@
 """Assembles the `msquant` command line and turns exceptions into messages and exit codes."""
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -41,8 +44,22 @@ def _options(
     """Options that belong to no command."""
 
 
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Say what an interrupted command leaves behind; typer itself would end it without a word."""
+
+    @functools.wraps(command)
+    def run_command(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt as error:
+            console.print_interrupted(error)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+    return run_command
+
+
 for _command in (quantize, run, inspect):
-    app.command()(_command)
+    app.command()(_interruptible(_command))
 app.add_typer(recipes)
 
 
@@ -53,6 +70,3 @@ def main() -> None:
     except MsquantError as error:
         console.print_error(error, as_json="--json" in sys.argv)
         sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        console.stderr.print("interrupted")
-        sys.exit(EXIT_INTERRUPTED)

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from msquant.errors import MsquantError
+from msquant.errors import MsquantError, RecipeError
 
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -49,13 +49,47 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]], *, captio
 
 def print_error(error: MsquantError, *, as_json: bool = False) -> None:
     """Write an error with its place and remedy: to stderr for people, to stdout as JSON for scripts."""
+    notes = getattr(error, "__notes__", [])
     if as_json:
-        print_json({"error": {"what": error.what, "where": error.where, "remedy": error.remedy}})
+        details = {"what": error.what, "where": error.where, "remedy": error.remedy, "notes": notes}
+        print_json({"error": details})
         return
     place = f"{escape(error.where)}: " if error.where else ""
     stderr.print(f"[bold red]error:[/bold red] {place}{escape(error.what)}")
     if error.remedy:
         stderr.print(f"  [bold]try:[/bold] {escape(error.remedy)}")
+    _print_notes(notes)
+
+
+def print_interrupted(error: KeyboardInterrupt) -> None:
+    """Write that Ctrl-C ended the command, and what its notes say about that."""
+    stderr.print("interrupted")
+    _print_notes(getattr(error, "__notes__", []))
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        stderr.print(f"  [bold]note:[/bold] {escape(note)}")
+
+
+def print_warning(text: str) -> None:
+    """Write a warning to stderr."""
+    stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(text)}")
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """A number of bytes as people write it, `4GB` or `512MiB`. Raises RecipeError if it is none."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        count = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise RecipeError(
+            f"{text!r} is not a size", where=option, remedy="write it as 4GB or 512MiB"
+        ) from error
+    if count <= 0:
+        raise RecipeError(f"{text!r} is not a positive size", where=option, remedy="write it as 4GB")
+    return count
 
 
 def as_bytes(count: int) -> str:
@@ -80,7 +114,7 @@ class LayerProgress:
             disable=not stderr.is_terminal,
         )
         self._task: TaskID | None = None
-        self._count = 0
+        self._count = self._done = 0
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -94,16 +128,24 @@ class LayerProgress:
         """Say what begins now."""
         stderr.print(text, markup=False, style="dim")
 
-    def start(self, count: int) -> None:
-        """Begin with `count` layers ahead."""
-        self._count = count
+    def start(self, count: int, done: int = 0) -> None:
+        """Begin with `count` layers in all, of which `done` are there already."""
+        self._count, self._done = count, done
         self._started = time.monotonic()
-        self._task = self._progress.add_task("decoder layers", total=count, note="")
+        if done:
+            self.stage(f"continuing after decoder layer {done}/{count}")
+        self._task = self._progress.add_task("decoder layers", total=count, completed=done, note="")
+
+    def step(self, text: str) -> None:
+        """Say what goes on within a layer, where there is a bar to say it in."""
+        if self._task is not None:
+            self._progress.update(self._task, note=text)
 
     def advance(self, index: int, note: str) -> None:
         """Layer `index` is done; `note` says what came out."""
         if self._task is not None:
             self._progress.update(self._task, advance=1, note=note)
         if not stderr.is_terminal:
-            left = (time.monotonic() - self._started) / (index + 1) * (self._count - index - 1)
+            each = (time.monotonic() - self._started) / (index + 1 - self._done)
+            left = each * (self._count - index - 1)
             stderr.print(f"decoder layer {index + 1}/{self._count}  {note}  ETA {left:.0f} s", markup=False)

@@ -1,7 +1,6 @@
 """`msquant quantize`: a model to W8A8."""
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,6 @@ from msquant.cli import console
 
 if TYPE_CHECKING:
     from msquant.pipeline import QuantizeResult
-    from msquant.quantization.report import LayerReport
 
 
 def quantize(
@@ -34,13 +32,27 @@ def quantize(
         str | None, typer.Option(help="fast, or reference: golden-stick's own modules, slow.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or ascend.")] = "cpu",
+    source: Annotated[
+        str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")
+    ] = None,
+    memory_budget: Annotated[
+        str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
+    ] = "1GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over where an interrupted run would be continued.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")] = False,
 ) -> None:
     """Quantize a model to W8A8 and write the checkpoint that vLLM-MindSpore serves.
 
+    One decoder layer is in memory at a time. Finished layers are kept when the run is interrupted or killed:
+    the same command continues with the next one.
+
     Example: msquant quantize smollm2-135m --algo osl
+
+    Example: msquant quantize deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8
 
     Example: msquant quantize ./Llama-3.1-8B --algo osl --calibration texts.jsonl --samples 32
     """
@@ -62,19 +74,23 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
-    target = output or Path(f"{Path(model).stem}-{recipe.quantization.algorithm}")
+    target = output or default_output(model, recipe.quantization.algorithm)
 
     with console.LayerProgress() as display:
         result = quantize_model(
             recipe,
             target,
+            source=source,
             overwrite=overwrite,
+            restart=restart,
             device=device,
+            memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             verbose=verbose,
             progress=Progress(
                 stage=display.stage,
                 layers=display.start,
-                layer=lambda index, report: display.advance(index, _alphas(report)),
+                layer=lambda record: display.advance(record["index"], _alphas(record)),
+                step=display.step,
             ),
         )
     if as_json:
@@ -83,8 +99,15 @@ def quantize(
         _print_result(result)
 
 
-def _alphas(report: "LayerReport") -> str:
-    return " ".join(f"{group.name} {group.alpha:.2f}" for group in report.groups)
+def default_output(model: str, algorithm: str) -> Path:
+    """MODEL-ALGO in the current folder; only a recipe file's suffix is left out: `qwen2.5-7b` stays whole."""
+    path = Path(model)
+    name = path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
+    return Path(f"{name}-{algorithm}")
+
+
+def _alphas(record: dict[str, Any]) -> str:
+    return " ".join(f"{group['name']} {group['alpha']:.2f}" for group in record["groups"])
 
 
 def _as_json(result: "QuantizeResult") -> dict[str, Any]:
@@ -94,18 +117,20 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
         "output_bytes": result.output_bytes,
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory,
-        "layers": [
-            {"index": index, "error": report.error, "groups": [asdict(group) for group in report.groups]}
-            for index, report in enumerate(result.reports)
-        ],
+        "layers": result.layers,
     }
 
 
 def _print_result(result: "QuantizeResult") -> None:
-    groups = [group.name for group in result.reports[0].groups]
+    alphas = [{group["name"]: group["alpha"] for group in layer["groups"]} for layer in result.layers]
+    groups = list(dict.fromkeys(name for layer in alphas for name in layer))
     rows = [
-        [index, *(f"{group.alpha:.2f}" for group in report.groups), f"{report.error:.2e}"]
-        for index, report in enumerate(result.reports)
+        [
+            record["index"],
+            *(f"{layer[name]:.2f}" if name in layer else "" for name in groups),
+            f"{record['error']:.2e}",
+        ]
+        for record, layer in zip(result.layers, alphas, strict=True)
     ]
     console.print_table(
         "Chosen alpha of each group, and the relative error of each decoder layer's output",
@@ -118,11 +143,20 @@ def _print_result(result: "QuantizeResult") -> None:
         ["", ""],
         [
             ["folder", result.folder],
-            ["decoder layers", len(result.reports)],
+            ["decoder layers", len(result.layers)],
             ["size before", console.as_bytes(result.source_bytes)],
             ["size after", f"{console.as_bytes(result.output_bytes)} ({saved:.0%} less)"],
             ["time", f"{result.seconds:.0f} s"],
             ["peak memory", console.as_bytes(result.peak_memory)],
         ],
     )
+    few = {
+        layer["index"]: len(layer["experts"]["few_tokens"]) for layer in result.layers if "experts" in layer
+    }
+    if any(few.values()):
+        console.print_warning(
+            f"{sum(few.values())} experts in {sum(map(bool, few.values()))} decoder layers got too few "
+            "calibration tokens and were quantized from their weights alone; msquant.json lists them, "
+            "--samples and --sequence-length give them more"
+        )
     console.print_line(f"Next: msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")

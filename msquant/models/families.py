@@ -68,16 +68,6 @@ class Family:
     router: Literal["softmax", "sigmoid"] | None = None
     correction_bias: bool = False
 
-    @property
-    def groups(self) -> tuple[SmoothGroup, ...]:
-        """The smooth groups of a dense layer, in the order in which a decoder layer computes them."""
-        return (GROUPED_QUERY if self.attention == "grouped-query" else LATENT) + FEED_FORWARD
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The names of all linears within a dense decoder layer, in the order of computation."""
-        return tuple(name for group in self.groups for name in group.linears)
-
     @staticmethod
     def layer_name(index: int) -> str:
         """The name of decoder layer `index` in a checkpoint."""

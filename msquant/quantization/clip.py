@@ -15,6 +15,7 @@ from mindspore_gs.ptq.quant_cells.mindone import ClipLinearCell
 from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
+from msquant.interrupts import check_interrupt
 from msquant.quantization.fake_quant import fake_quantize, weight_scale
 from msquant.quantization.report import LayerReport
 
@@ -106,6 +107,7 @@ def best_clip_values(
     best = highest.copy()
     least = np.full_like(highest, 1e9)
     for ratio in ratios:
+        check_interrupt()
         limit = highest * np.float32(ratio)
         clipped = np.clip(weight, -limit, limit)
         clipped = fake_quantize(clipped, weight_scale(clipped))

@@ -23,6 +23,7 @@ def load() -> None:
         from mindspore_gs.ptq.quant_cells.mindone import (
             AllQuantLinearCell,
             ClipLinearCell,
+            DynamicQuantLinearCell,
             OSLSmoothQuantLinearCell,
         )
 
@@ -31,7 +32,7 @@ def load() -> None:
     logger_module._find_real_caller = _caller
     # Its bar would count to one for every decoder layer; msquant shows its own.
     quant.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)
-    for cell in (OSLSmoothQuantLinearCell, ClipLinearCell, AllQuantLinearCell):
+    for cell in (OSLSmoothQuantLinearCell, ClipLinearCell, AllQuantLinearCell, DynamicQuantLinearCell):
         cell.reg_self()
 
 

@@ -1,5 +1,7 @@
 """The golden-stick pass over one decoder layer: `PTQ.apply` on a network that holds nothing else."""
 
+import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,21 +13,24 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
 from msquant.models.config import ModelConfig
-from msquant.models.families import NORMS
+from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.quantization import golden_stick
 from msquant.quantization.fake_quant import activation_parameters
 from msquant.quantization.policy import QuantizationPolicy, ptq_config
 from msquant.quantization.report import LayerReport
 
+KEY_VALUE_UP = "self_attn.kv_b_proj"
+"""Of multi-head latent attention: its rows are keys and values of every head in turn."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """A quantized decoder layer, which is also the `WeightSource` it can be built from again.
+    """A quantized decoder layer, or its attention, which is also the `WeightSource` to build it from again.
 
     Attributes:
         linears: by their full names.
-        norms: smoothed weights, float32 `[H]`, by their full tensor names.
+        norms: smoothed weights, float32, by their full tensor names.
         report: what the search chose.
     """
 
@@ -51,7 +56,7 @@ class LayerResult:
 
 def quantize_layer(
     config: ModelConfig,
-    name: str,
+    index: int,
     layer: DecoderLayer,
     hidden: Sequence[Tensor],
     places: Positions,
@@ -61,14 +66,14 @@ def quantize_layer(
 
     Args:
         config: the model's shape.
-        name: the layer's full name, for example `model.layers.0`.
-        layer: in floating point; consumed, its linears are replaced.
+        index: of the layer.
+        layer: in floating point, whole or its attention alone; consumed, its linears are replaced.
         hidden: its inputs, batches of samples `[B, T, H]`.
         places: the tokens' positions, the same for every sample.
         policy: what to do.
 
     Returns:
-        The quantized layer; its `report.error` is yet to be measured, with `output_error`.
+        The quantized layer; its `report.error` is yet to be measured, with `relative_error`.
 
     Raises:
         CalibrationError: no candidate gives a finite error.
@@ -81,6 +86,9 @@ def quantize_layer(
     from msquant.quantization.clip import FastClipper, ReferenceClipper
     from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
 
+    name = config.family.layer_name(index)
+    groups = [group for group in config.groups if group.name in layer.step_of]
+    linears = [linear for group in groups for linear in group.linears]
     report = LayerReport(name)
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
@@ -88,46 +96,43 @@ def quantize_layer(
         modules: tuple[Any, Any] = (ReferenceOSLSmoother, ReferenceClipper)
     else:
         modules = (FastOSLSmoother, FastClipper)
-    model = _OneLayerModel(config, layer, hidden, places)
+    model = _OneLayerModel(config, groups, layer, hidden, places)
+    cells: dict[str, list[str]] = {"float": [], "static": [], "dynamic": []}
+    for linear in linears:
+        cells[policy.scheme(f"{name}.{linear}")].append(f"network.layer.{linear}")
+    per_token = ptq_config(policy, per_token=True)
+    policies = OrderedDict((f"{re.escape(cell)}$", per_token) for cell in cells["dynamic"])
     with golden_stick.pipeline([*(partial(module, report=report) for module in modules), Quantizer]):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
-        PTQ(ptq_config(policy)).apply(model, datasets=items, framework="mindone")
+        ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
+        ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
-        linears={f"{name}.{linear}": _result(_find(layer, linear)) for linear in config.family.linears},
-        norms={f"{name}.{norm}.weight": _find(layer, norm).weight.asnumpy() for norm in NORMS},
+        linears={f"{name}.{linear}": _result(_find(layer, linear)) for linear in linears},
+        norms={
+            f"{name}.{norm}.weight": _find(layer, norm).weight.asnumpy()
+            for norm in _norms(config, index)
+            if getattr(layer, norm.partition(".")[0]) is not None
+        },
         report=report,
     )
-
-
-def output_error(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], layer: DecoderLayer, places: Positions
-) -> float:
-    """Squared error of a quantized layer's output, relative to the square of what it adds to its input.
-
-    Args:
-        inputs: batches of samples `[B, T, H]`.
-        outputs: what the layer makes of them in floating point.
-        layer: the quantized layer.
-        places: the tokens' positions.
-    """
-    error = added = 0.0
-    for before, after in zip(inputs, outputs, strict=True):
-        wrong, change = (layer(before, places) - after).asnumpy(), (after - before).asnumpy()
-        error += float(np.vdot(wrong, wrong))
-        added += float(np.vdot(change, change))
-    return error / added if added else 0.0
 
 
 class _OneLayerModel:
     """What golden-stick's mindone path asks of a model, for a network of a single decoder layer."""
 
     def __init__(
-        self, config: ModelConfig, layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions
+        self,
+        config: ModelConfig,
+        groups: Sequence[SmoothGroup],
+        layer: DecoderLayer,
+        hidden: Sequence[Tensor],
+        places: Positions,
     ) -> None:
         self.network = _Network(layer)
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
-        self._groups = config.family.groups
+        self._config = config
+        self._groups = groups
         self._hidden = hidden
         self._places = places
 
@@ -142,10 +147,22 @@ class _OneLayerModel:
 
         return [
             GroupCells(
-                group.name, step, _find(layer, group.previous), [_find(layer, n) for n in group.linears]
+                group.name,
+                layer.step_of[group.name],
+                self._previous(layer, group),
+                [_find(layer, name) for name in group.linears],
             )
-            for step, group in enumerate(self._groups, start=1)
+            for group in self._groups
         ]
+
+    def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
+        from msquant.quantization.value_rows import ValueRows
+
+        cell = _find(layer, group.previous)
+        sizes = self._config.latent
+        if sizes is None or group.previous != KEY_VALUE_UP:
+            return cell
+        return ValueRows(cell, self._config.num_attention_heads, sizes.qk_nope_head_dim, sizes.v_head_dim)
 
 
 class _Network(nn.Cell):
@@ -161,19 +178,23 @@ def _find(layer: DecoderLayer, name: str) -> Any:
     return cell
 
 
+def _norms(config: ModelConfig, index: int) -> list[str]:
+    """The names of a decoder layer's norms, within the layer."""
+    prefix, suffix = f"{config.family.layer_name(index)}.", ".weight"
+    names = [name.removeprefix(prefix) for name in config.layer_shapes(index)]
+    return [name.removesuffix(suffix) for name in names if name.endswith(f"norm{suffix}")]
+
+
 def _result(cell: Any) -> Linear:
     """The weights of a linear after the pass, whether golden-stick quantized it or was told to skip it."""
     bias = cell.bias.asnumpy() if cell.has_bias else None
     if isinstance(cell, nn.Dense):
         return FloatLinear(cell.weight.asnumpy(), bias)
+    weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy().reshape(-1)
+    if not hasattr(cell, "input_scale"):
+        return QuantizedLinear(weight, weight_scale, bias)
     scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
-    return QuantizedLinear(
-        weight=cell.weight.asnumpy(),
-        weight_scale=cell.weight_scale.asnumpy().reshape(-1),
-        bias=bias,
-        input_scale=scale,
-        input_offset=offset,
-    )
+    return QuantizedLinear(weight, weight_scale, bias, input_scale=scale, input_offset=offset)
 
 
 def in_int8(

@@ -18,6 +18,7 @@ from mindspore_gs.ptq.quant_cells.mindone import OSLSmoothQuantLinearCell
 from numpy.typing import NDArray
 
 from msquant.errors import CalibrationError
+from msquant.interrupts import check_interrupt
 from msquant.models.layers import DecoderLayer
 from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
 from msquant.quantization.report import GroupReport, LayerReport
@@ -62,6 +63,7 @@ class ReferenceOSLSmoother(OSLSmoother):
         return scale, alpha
 
     def _loss(self, preds: Any, grounds: Any) -> float:
+        check_interrupt()
         loss = super()._loss(preds, grounds)
         self._losses.append(loss)
         return loss
@@ -150,8 +152,10 @@ class _GroupLoss:
         self._candidate: tuple[float, list[Tensor]] | None = None
 
     def __call__(self, alpha: float, index: int) -> float:
+        check_interrupt()
         batch = self._batches[index]
-        state = (batch.states[self._group.step][0], self._inputs[index].quantized(self._scales[alpha]))
+        before, _, *others = batch.states[self._group.step]
+        state = (before, self._inputs[index].quantized(self._scales[alpha]), *others)
         for cell, weight in zip(self._group.curr_layer, self._weights(alpha), strict=True):
             cell.candidate = weight
         try:

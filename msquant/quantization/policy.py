@@ -1,5 +1,6 @@
 """What the quantization pass does, as the `quantization` section of a recipe, and its golden-stick config."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -48,6 +49,18 @@ class QuantizationPolicy(BaseModel):
         description="Linears whose name contains one of these get a scale per token, not a static one.",
     )
 
+    feed_forward_alpha: Alpha | None = Field(
+        None,
+        description="Migration strength of smoothing in feed-forward blocks with a scale per token, experts "
+        "included; null: they are not smoothed.",
+    )
+    min_expert_tokens: int = Field(
+        8,
+        ge=1,
+        description="An expert that got fewer calibration tokens is listed, and quantized from its weights "
+        "alone.",
+    )
+
     def scheme(self, linear: str) -> Scheme:
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
         if any(name in linear for name in self.skip):
@@ -55,22 +68,29 @@ class QuantizationPolicy(BaseModel):
         return "dynamic" if any(name in linear for name in self.dynamic) else "static"
 
 
-def ptq_config(policy: QuantizationPolicy) -> Any:
-    """Translate the policy to golden-stick's `PTQConfig`."""
+def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequence[str] = ()) -> Any:
+    """Translate the policy to golden-stick's `PTQConfig`.
+
+    Args:
+        policy: what was asked for.
+        per_token: for linears with a scale per token, which are not searched.
+        skip: cells whose name contains one of these stay in floating point.
+    """
     from mindspore import dtype
     from mindspore_gs.common import BackendTarget
     from mindspore_gs.ptq import PTQConfig, PTQMode
     from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
 
+    suppression = OutliersSuppressionType
     return PTQConfig(
         mode=PTQMode.QUANTIZE,
         backend=BackendTarget.ASCEND,
-        opname_blacklist=list(policy.skip),
+        opname_blacklist=list(skip),
         weight_quant_dtype=dtype.int8,
         act_quant_dtype=dtype.int8,
-        outliers_suppression=OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+        outliers_suppression=suppression.NONE if per_token else suppression.OUTLIER_SUPPRESSION_LITE,
         weight_quant_granularity=QuantGranularity.PER_CHANNEL,
-        act_quant_granularity=QuantGranularity.PER_TENSOR,
+        act_quant_granularity=QuantGranularity.PER_TOKEN if per_token else QuantGranularity.PER_TENSOR,
         algo_args={
             "smooth_alpha": list(policy.smooth_alpha),
             "weight_clip_ratio": list(policy.weight_clip_ratio),

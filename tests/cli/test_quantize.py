@@ -79,7 +79,7 @@ def test_verbose_shows_golden_sticks_log(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no-such-model"], ["no-such-model", "smollm2-135m"]),
+        (["no-such-model"], ["no-such-model", "msquant recipes list"]),
         (["smollm2-135m", "--algo", "gptq"], ["gptq", "osl"]),
         (["smollm2-135m", "--samples", "0"], ["calibration.samples"]),
         (["smollm2-135m", "--search", "quick"], ["quick", "reference"]),

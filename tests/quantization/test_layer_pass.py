@@ -10,8 +10,9 @@ from msquant.models.config import ModelConfig
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization import golden_stick
-from msquant.quantization.layer_pass import in_int8, output_error, quantize_layer
+from msquant.quantization.layer_pass import in_int8, quantize_layer
 from msquant.quantization.policy import QuantizationPolicy
+from msquant.quantization.report import relative_error
 
 NAME = "model.layers.0"
 LENGTH = 16
@@ -29,13 +30,18 @@ def parts(tiny_llama):
     return config, layer, [hidden], positions(config, LENGTH, dtype), dtype
 
 
+def error(hidden, output, layer, places):
+    """The relative error of a layer's output."""
+    return relative_error(hidden[0].asnumpy(), output, layer(hidden[0], places).asnumpy())
+
+
 def test_every_linear_is_int8_and_the_output_is_close(parts):
     config, layer, hidden, places, dtype = parts
-    outputs = [layer(batch, places) for batch in hidden]
+    output = layer(hidden[0], places).asnumpy()
 
-    result = quantize_layer(config, NAME, layer, hidden, places, QuantizationPolicy(**GRID))
+    result = quantize_layer(config, 0, layer, hidden, places, QuantizationPolicy(**GRID))
 
-    assert list(result.linears) == [f"{NAME}.{name}" for name in config.family.linears]
+    assert list(result.linears) == [f"{NAME}.{name}" for name in config.linears]
     for name, linear in result.linears.items():
         assert isinstance(linear, QuantizedLinear)
         assert linear.weight.dtype == np.int8
@@ -45,28 +51,42 @@ def test_every_linear_is_int8_and_the_output_is_close(parts):
         assert (linear.weight_scale > 0).all()
         assert linear.input_scale.shape == linear.input_offset.shape == (1,)
     quantized = DecoderLayer(config, result, NAME, dtype)
-    assert 0 < output_error(hidden, outputs, quantized, places) < 0.01
+    assert 0 < error(hidden, output, quantized, places) < 0.01
 
 
 def test_the_error_is_zero_for_the_layer_itself_and_one_for_no_layer(parts):
     _, layer, hidden, places, _ = parts
-    outputs = [layer(batch, places) for batch in hidden]
-    assert output_error(hidden, outputs, layer, places) == 0
-    assert output_error(hidden, outputs, lambda batch, places: batch, places) == pytest.approx(1)
+    output = layer(hidden[0], places).asnumpy()
+    assert error(hidden, output, layer, places) == 0
+    assert error(hidden, output, lambda batch, places: batch, places) == pytest.approx(1)
 
 
 def test_skipped_linears_stay_in_floating_point(parts):
     config, layer, hidden, places, dtype = parts
-    outputs = [layer(batch, places) for batch in hidden]
+    output = layer(hidden[0], places).asnumpy()
     policy = QuantizationPolicy(**GRID, skip=("lm_head", "down_proj"))
 
-    result = quantize_layer(config, NAME, layer, hidden, places, policy)
+    result = quantize_layer(config, 0, layer, hidden, places, policy)
 
     kinds = {name.rsplit(".", 1)[1]: type(linear) for name, linear in result.linears.items()}
     assert kinds.pop("down_proj") is FloatLinear
     assert set(kinds.values()) == {QuantizedLinear}
     assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
-    assert output_error(hidden, outputs, DecoderLayer(config, result, NAME, dtype), places) < 0.01
+    assert error(hidden, output, DecoderLayer(config, result, NAME, dtype), places) < 0.01
+
+
+def test_linears_with_a_scale_per_token_are_not_searched(parts):
+    config, layer, hidden, places, dtype = parts
+    output = layer(hidden[0], places).asnumpy()
+    policy = QuantizationPolicy(**GRID, dynamic=("down_proj",))
+
+    result = quantize_layer(config, 0, layer, hidden, places, policy)
+
+    static = {name.rsplit(".", 1)[1]: linear.is_static for name, linear in result.linears.items()}
+    assert static.pop("down_proj") is False
+    assert all(static.values())
+    assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
+    assert 0 < error(hidden, output, DecoderLayer(config, result, NAME, dtype), places) < 0.01
 
 
 @pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-9.0, -8.5), (0.5, 300.0)])

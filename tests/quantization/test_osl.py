@@ -15,8 +15,10 @@ from msquant.quantization import golden_stick
 from msquant.quantization.layer_pass import quantize_layer
 from msquant.quantization.osl import least_loss
 from msquant.quantization.policy import QuantizationPolicy
+from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
+INDEX = 1
 NAME = "model.layers.1"
 SAMPLES, LENGTH = 4, 24
 
@@ -29,31 +31,36 @@ def hidden_states(size):
     return ms.Tensor(hidden)
 
 
-def run_pass(folder, batch, **policy):
+def run_pass(folder, batch, part="whole", **policy):
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
     config = ModelConfig.from_folder(folder)
-    layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype)
+    layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype, part)
     hidden = hidden_states(config.hidden_size)
     batches = [hidden[start : start + batch] for start in range(0, SAMPLES, batch)]
     places = positions(config, LENGTH, dtype)
-    return quantize_layer(config, NAME, layer, batches, places, QuantizationPolicy(**policy))
+    return quantize_layer(config, INDEX, layer, batches, places, QuantizationPolicy(**policy))
 
 
-@pytest.fixture(
-    params=[
-        {},
+CASES = {
+    "grouped queries": ("llama", "whole", {}),
+    "one key per query, biases": (
+        "llama",
+        "whole",
         {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
-    ],
-    ids=["grouped queries", "one key per query, biases"],
-)
-def folder(request, tmp_path):
-    return write_tiny_llama(tmp_path / "model", **request.param)
+    ),
+    "query and key norms": ("qwen3", "whole", {}),
+    "latent attention": ("deepseek_v3", "attention", {}),
+    "latent attention, queries of full rank": ("deepseek_v3", "attention", {"q_lora_rank": None}),
+}
 
 
-def test_fast_search_equals_golden_sticks_own(folder):
-    reference = run_pass(folder, 2, search="reference")
-    fast = run_pass(folder, 2, search="fast")
+@pytest.mark.parametrize("case", CASES)
+def test_fast_search_equals_golden_sticks_own(case, tmp_path):
+    model_type, part, overrides = CASES[case]
+    folder = write_tiny(tmp_path / "model", model_type, **overrides)
+    reference = run_pass(folder, 2, part, search="reference")
+    fast = run_pass(folder, 2, part, search="fast")
 
     expected = {group.name: group.alpha for group in reference.report.groups}
     assert {group.name: group.alpha for group in fast.report.groups} == expected
@@ -93,7 +100,7 @@ def test_weights_without_a_finite_error_are_refused(tmp_path, search):
     places = positions(config, LENGTH, dtype)
     policy = QuantizationPolicy(search=search, smooth_alpha=(0.5,))
     with pytest.raises(CalibrationError, match="no alpha gives a finite error") as caught:
-        quantize_layer(config, NAME, layer, [hidden_states(config.hidden_size)], places, policy)
+        quantize_layer(config, INDEX, layer, [hidden_states(config.hidden_size)], places, policy)
     assert NAME in str(caught.value)
 
 

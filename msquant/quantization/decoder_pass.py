@@ -1,0 +1,151 @@
+"""One decoder layer from floating point to int8: what the pipeline does to each in turn.
+
+A layer whose feed-forward block has static scales goes through golden-stick whole, as in its own mindone
+path. Where that block is quantized per token, or is a mixture of experts, golden-stick gets the attention
+block alone and its search compares the attention block's output: to compare the layer's would take every
+expert once for every candidate. The feed-forward block then goes expert by expert.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.weights import LayerSink, WeightSource
+from msquant.interrupts import check_interrupt
+from msquant.models.config import ModelConfig
+from msquant.models.layers import DecoderLayer, Part, Positions, positions
+from msquant.quantization.feed_forward import FeedForwardPass
+from msquant.quantization.layer_pass import LayerResult, quantize_layer
+from msquant.quantization.policy import QuantizationPolicy
+from msquant.quantization.report import LayerReport, relative_error
+
+Floats = NDArray[np.float32]
+
+BETWEEN = 99_999
+"""The boundary between the two blocks of the layer at hand, among those before and after decoder layers."""
+
+
+class DecoderPass:
+    """Quantizes the decoder layers of one model, each from the floating-point outputs of the one before.
+
+    Args:
+        config: the model's shape.
+        source: its weights.
+        policy: what to do.
+        length: tokens in each sample.
+        dtype: compute dtype, as `use_device` returned it.
+        store: where an attention block's outputs go; its budget bounds the tokens that a feed-forward block
+            computes at once.
+        step: called with what goes on within a layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        policy: QuantizationPolicy,
+        length: int,
+        dtype: Any,
+        store: HiddenStateStore,
+        step: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
+        self._places: Positions = positions(config, length, dtype)
+        self._store, self._step = store, step
+
+    def run(
+        self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
+    ) -> LayerReport:
+        """Quantize layer `index`.
+
+        Args:
+            index: of the layer.
+            hidden: its inputs, batches of samples `[B, T, H]`.
+            put: takes the layer's floating-point outputs, batch by batch, in the same shapes.
+            sink: takes its quantized weights.
+
+        Raises:
+            MsquantError: a tensor is missing, damaged or of a wrong shape, or holds NaN; the search finds
+                nothing; the disk is full.
+        """
+        if in_two_blocks(self._config, self._policy, index):
+            return self._two_blocks(index, hidden, put, sink)
+        layer = self._layer(self._source, index, "whole")
+        first: list[Floats] = []
+        for batch in hidden:
+            check_interrupt()
+            output = self._compute(layer, batch)
+            first = first or [output]
+            put(output)
+        result = self._golden_stick(index, layer, hidden, sink)
+        del layer
+        quantized = self._compute(self._layer(result, index, "whole"), hidden[0])
+        result.report.error = relative_error(hidden[0], first[0], quantized)
+        return result.report
+
+    def _two_blocks(
+        self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
+    ) -> LayerReport:
+        attention = self._layer(self._source, index, "attention")
+        with self._store.write(BETWEEN) as between:
+            for batch in hidden:
+                check_interrupt()
+                between.append(self._compute(attention, batch))
+        result = self._golden_stick(index, attention, hidden, sink)
+        del attention
+        sample = self._compute(self._layer(result, index, "attention"), hidden[0])
+        report = result.report
+        del result
+        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype)
+        first: list[Floats] = []
+        for batches in self._rounds(self._store.open(BETWEEN)):
+            flat = np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+            outputs = block.forward(flat)
+            for batch in batches:
+                output, outputs = np.split(outputs, [batch.size // batch.shape[-1]])
+                output = output.reshape(batch.shape)
+                first = first or [output]
+                put(output)
+        self._store.discard(BETWEEN)
+        quantized = block.quantize(sample.reshape(-1, sample.shape[-1]), sink)
+        report.expert_tokens = block.expert_tokens
+        report.error = relative_error(hidden[0], first[0], quantized.reshape(sample.shape))
+        return report
+
+    def _layer(self, source: WeightSource, index: int, part: Part) -> DecoderLayer:
+        return DecoderLayer(self._config, source, index, self._dtype, part=part)
+
+    def _compute(self, layer: DecoderLayer, batch: Floats) -> Floats:
+        return layer(Tensor(batch, self._dtype), self._places).asnumpy().astype(np.float32, copy=False)
+
+    def _golden_stick(
+        self, index: int, layer: DecoderLayer, hidden: Sequence[Floats], sink: LayerSink
+    ) -> LayerResult:
+        inputs = [Tensor(batch, self._dtype) for batch in hidden]
+        result = quantize_layer(self._config, index, layer, inputs, self._places, self._policy)
+        for name, values in result.norms.items():
+            sink.tensor(name, values)
+        for module, linear in result.linears.items():
+            sink.linear(module, linear)
+        return result
+
+    def _rounds(self, batches: Sequence[Floats]) -> Iterator[list[Floats]]:
+        """As many batches at once as the budget takes, with their normalized inputs and their outputs."""
+        held: list[Floats] = []
+        for batch in batches:
+            if held and 3 * sum(b.nbytes for b in [*held, batch]) > self._store.budget_bytes:
+                yield held
+                held = []
+            held.append(batch)
+        yield held
+
+
+def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -> bool:
+    """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
+    name = config.family.layer_name(index)
+    linears = [linear for group in config.feed_forward_groups for linear in group.linears]
+    return config.has_experts(index) or all(policy.scheme(f"{name}.{n}") != "static" for n in linears)

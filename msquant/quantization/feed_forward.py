@@ -1,0 +1,237 @@
+"""The feed-forward block of a decoder layer quantized per token, one expert in memory at a time.
+
+The weights are read twice: once for the floating-point outputs, which the next layer needs, and for the
+ranges that smoothing asks for; once to be quantized. A dense block is treated as a single expert that gets
+all tokens, and so is a shared one.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    INT8_MIN,
+    FloatLinear,
+    LayerSink,
+    Linear,
+    QuantizedLinear,
+    WeightSource,
+)
+from msquant.interrupts import check_interrupt
+from msquant.models.cells import RMSNorm
+from msquant.models.config import ModelConfig
+from msquant.models.feed_forward import MLP
+from msquant.models.moe import Router, tokens_of
+from msquant.quantization.fake_quant import STEPS
+from msquant.quantization.policy import QuantizationPolicy
+from msquant.quantization.smoothing import power_of_two, smooth_scale
+from msquant.quantization.weights import column_maxima, quantize_weight
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class _Expert:
+    """One gated block.
+
+    Attributes:
+        name: its full name, for example `model.layers.3.mlp.experts.7`.
+        number: of a routed expert; None for a block that gets all tokens.
+        tokens: how many it got.
+        gated: greatest magnitude of each input channel of its `down_proj`, `[K]`; empty without a token.
+        down: greatest magnitude of each column of its `down_proj`, `[K]`; likewise.
+    """
+
+    name: str
+    number: int | None
+    tokens: int = 0
+    gated: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    down: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+class FeedForwardPass:
+    """Both readings of one feed-forward block: `forward` for all tokens, then `quantized`.
+
+    Args:
+        config: the model's shape.
+        source: its weights.
+        index: of the decoder layer.
+        policy: what to do.
+        dtype: compute dtype.
+
+    Attributes:
+        expert_tokens: calibration tokens of each routed expert; empty for a dense block.
+    """
+
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, index: int, policy: QuantizationPolicy, dtype: Any
+    ) -> None:
+        layer = config.family.layer_name(index)
+        self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
+        self._norm_name = f"{layer}.post_attention_layernorm.weight"
+        self._name = f"{layer}.mlp"
+        self._norm = RMSNorm(source.tensor(self._norm_name), config.rms_norm_eps, dtype)
+        names = config.layer_shapes(index)
+        self._router_names = [name for name in names if name.startswith(f"{self._name}.gate.")]
+        self._router = None
+        if config.has_experts(index):
+            self._router = Router(config, source, f"{self._name}.gate", dtype)
+            self._experts = [
+                _Expert(f"{self._name}.experts.{number}", number) for number in range(config.num_experts)
+            ]
+            if f"{self._name}.shared_experts.gate_proj.weight" in names:
+                self._experts.append(_Expert(f"{self._name}.shared_experts", None))
+        else:
+            self._experts = [_Expert(self._name, None)]
+        # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
+        self._inputs = np.zeros(config.hidden_size, np.float32)
+        self._columns: Floats | None = None
+
+    @property
+    def expert_tokens(self) -> list[int]:
+        return [expert.tokens for expert in self._experts if expert.number is not None]
+
+    def forward(self, hidden: Floats) -> Floats:
+        """The block's output with the residual, in floating point.
+
+        May be called several times, with as many tokens at once as memory takes: each call reads the weights.
+
+        Args:
+            hidden: `[T, H]`, the attention block's output.
+
+        Returns:
+            float32 `[T, H]`.
+        """
+        x = self._normalize(hidden)
+        smooth = self._policy.feed_forward_alpha is not None
+        first = smooth and self._columns is None
+        columns = np.zeros(self._config.hidden_size, np.float32)
+        output = hidden.copy()
+        for expert, rows, factors in self._dispatch(x):
+            expert.tokens += len(rows)
+            if not len(rows) and not first:
+                continue
+            mlp = MLP(self._config, self._source, expert.name, self._dtype)
+            if first:
+                for linear in (mlp.gate_proj, mlp.up_proj):
+                    np.maximum(columns, column_maxima(linear.weight.asnumpy()), out=columns)
+            if not len(rows):
+                continue
+            gated = mlp.gated(Tensor(x[rows], self._dtype))
+            if smooth:
+                highest = column_maxima(gated.asnumpy())
+                expert.down = column_maxima(mlp.down_proj.weight.asnumpy())
+                expert.gated = np.maximum(expert.gated, highest) if expert.gated.size else highest
+            output[rows] += mlp.down_proj(gated).asnumpy() * factors
+        if smooth:
+            self._columns = columns if first else self._columns
+            np.maximum(self._inputs, column_maxima(x), out=self._inputs)
+        return output
+
+    def quantize(self, sample: Floats, sink: LayerSink) -> Floats:
+        """The second reading: quantize every linear and pass it on; `forward` must have seen all tokens.
+
+        Args:
+            sample: `[T, H]`, outputs of the quantized attention block to compute the quantized output for.
+            sink: takes the linears, the norm and the router.
+
+        Returns:
+            The quantized block's output with the residual, `[T, H]`; its integer sums are rounded to float32.
+        """
+        shared = self._shared_scale()
+        sink.tensor(self._norm_name, self._source.tensor(self._norm_name) / shared)
+        for name in self._router_names:
+            values = self._source.tensor(name)
+            sink.tensor(name, values * shared if values.ndim == 2 else values)
+        x = self._normalize(sample)
+        output = sample.copy()
+        for expert, rows, factors in self._dispatch(x):
+            inner = self._inner_scale(expert)
+            given = x[rows] / shared
+            gate = self._linear(expert, "gate_proj", sink, columns=shared)
+            product = _silu(_apply(gate, given))
+            del gate
+            up = self._linear(expert, "up_proj", sink, columns=shared, rows=inner)
+            product *= _apply(up, given)
+            del up
+            down = self._linear(expert, "down_proj", sink, columns=inner)
+            output[rows] += _apply(down, product) * factors
+        return output
+
+    def _linear(
+        self,
+        expert: _Expert,
+        name: str,
+        sink: LayerSink,
+        columns: Floats | None = None,
+        rows: Floats | None = None,
+    ) -> Linear:
+        """Read, smooth (columns times one scale, rows by another), quantize and pass on one linear."""
+        module = f"{expert.name}.{name}"
+        source = self._source.linear(module)
+        assert isinstance(source, FloatLinear)
+        weight, bias = source.weight, source.bias
+        if columns is not None:
+            weight *= columns
+        if rows is not None:
+            weight /= rows[:, None]
+            bias = None if bias is None else bias / rows
+        linear: Linear = FloatLinear(weight, bias)
+        if self._policy.scheme(module) == "dynamic":
+            linear = QuantizedLinear(*quantize_weight(weight), bias)
+        sink.linear(module, linear)
+        return linear
+
+    def _shared_scale(self) -> Floats:
+        """Of the norm's output, which gate, up and the router share; powers of two change no router."""
+        alpha = self._policy.feed_forward_alpha
+        if alpha is None or self._columns is None:
+            return np.ones(self._config.hidden_size, np.float32)
+        return power_of_two(smooth_scale(self._inputs, self._columns, alpha))
+
+    def _inner_scale(self, expert: _Expert) -> Floats | None:
+        """Of an expert's gated product; None, from the weights alone, where too few tokens were seen."""
+        alpha = self._policy.feed_forward_alpha
+        if alpha is None or expert.tokens < self._policy.min_expert_tokens:
+            return None
+        return smooth_scale(expert.gated, expert.down, alpha)
+
+    def _dispatch(self, x: Floats) -> Iterator[tuple[_Expert, Any, Any]]:
+        """Every expert with the rows of x that it gets and the factors of its outputs, `[n, 1]`."""
+        if self._router is not None:
+            ids, weights = self._router.route(Tensor(x, self._dtype))
+        for expert in self._experts:
+            check_interrupt()
+            # Cells refer to themselves, so only the collector frees the weights of the expert before.
+            gc.collect()
+            if expert.number is None:
+                yield expert, np.arange(len(x)), np.float32(1)
+            else:
+                rows, factors = tokens_of(ids, weights, expert.number)
+                yield expert, rows, factors[:, None]
+
+    def _normalize(self, hidden: Floats) -> Floats:
+        return self._norm(Tensor(hidden, self._dtype)).asnumpy().astype(np.float32, copy=False)
+
+
+def _apply(linear: Linear, x: Floats) -> Floats:
+    """`[T, K]` to `[T, N]`: per-token int8 as in `models.linear.Int8Linear`, but for sums' last digits."""
+    if isinstance(linear, FloatLinear):
+        y = x @ linear.weight.T
+    else:
+        # The greatest value lies on a tie, 127.5: the same rounding decides it as in the engine.
+        scale = np.abs(x).max(axis=1, keepdims=True, initial=0) * np.float32(2) / np.float32(STEPS)
+        scale[scale == 0] = 1
+        y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ linear.weight.T.astype(np.float32)
+        y *= linear.weight_scale * scale
+    return y if linear.bias is None else y + linear.bias
+
+
+def _silu(x: Floats) -> Floats:
+    return x / (1 + np.exp(-x))

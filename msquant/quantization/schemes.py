@@ -1,0 +1,28 @@
+"""How every linear of a model is computed by a policy."""
+
+from msquant.checkpoint.weights import Scheme
+from msquant.models.config import ModelConfig
+from msquant.quantization.policy import QuantizationPolicy
+
+
+def layer_schemes(config: ModelConfig, policy: QuantizationPolicy, index: int) -> dict[str, Scheme]:
+    """The scheme of every linear within a decoder layer, by full name.
+
+    A router is not among them: it is never quantized.
+    """
+    router = f"{config.family.layer_name(index)}.mlp.gate.weight"
+    modules = [
+        tensor.removesuffix(".weight")
+        for tensor, shape in config.layer_shapes(index).items()
+        if len(shape) == 2 and tensor != router
+    ]
+    return {module: policy.scheme(module) for module in modules}
+
+
+def model_schemes(config: ModelConfig, policy: QuantizationPolicy) -> dict[str, Scheme]:
+    """As `layer_schemes`, of all decoder layers."""
+    return {
+        module: scheme
+        for index in range(config.num_hidden_layers)
+        for module, scheme in layer_schemes(config, policy, index).items()
+    }

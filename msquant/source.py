@@ -1,0 +1,87 @@
+"""A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.errors import CheckpointError
+from msquant.formats.golden_stick_plan import FolderPlan, plan_folder
+from msquant.hub.models import resolve_model
+from msquant.models.config import ModelConfig
+from msquant.quantization.schemes import model_schemes
+from msquant.recipes import Recipe
+
+# Old checkpoints store what follows from the config.
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to quantize, checked from its headers alone.
+
+    Attributes:
+        folder: where it lies.
+        config: its shape.
+        checkpoint: its tensors.
+        extras: the tensors of each multi-token-prediction layer it holds.
+    """
+
+    folder: Path
+    config: ModelConfig
+    checkpoint: Checkpoint
+    extras: list[dict[str, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names())
+
+
+def open_source(model: str) -> Source:
+    """Find a model and check from the headers alone that it is whole and that its config describes it.
+
+    Raises:
+        MsquantError: there is no such model, or a file, tensor or shape is wrong.
+    """
+    folder = resolve_model(model)
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint.open(folder)
+    for name, shape in config.shapes.items():
+        checkpoint.expect(name, shape)
+    extras = []
+    for shapes in config.extra_layers:
+        # Many conversions leave these layers out, but none leaves out a part of one.
+        if any(name in checkpoint for name in shapes):
+            for name, shape in shapes.items():
+                checkpoint.expect(name, shape)
+            extras.append(shapes)
+    known = config.shapes.keys() | {name for shapes in extras for name in shapes}
+    unknown = [name for name in checkpoint.parameters() if name not in known and not name.endswith(_COMPUTED)]
+    if unknown:
+        raise CheckpointError(
+            f"{unknown[0]} and {len(unknown) - 1} other tensors are here, which config.json does not ask for",
+            where=checkpoint.shard_path(unknown[0]),
+            remedy="use the config.json that belongs to these weights",
+        )
+    return Source(folder, config, checkpoint, extras)
+
+
+def folder_plan(recipe: Recipe, source: Source) -> FolderPlan:
+    """Every tensor and shard that the recipe will make of a source.
+
+    Raises:
+        RecipeError: the policy contradicts itself, or the format cannot express it.
+    """
+    config = source.config
+    ends = {name: config.shapes[name] for name in config.end_names}
+    layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
+    schemes = model_schemes(config, recipe.quantization)
+    return plan_folder([*layers, *source.extras, ends], schemes, source.config.raw, config.dtype)
+
+
+def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:
+    """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them."""
+    return 3 * tokens.size * config.hidden_size * 4

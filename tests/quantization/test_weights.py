@@ -1,0 +1,53 @@
+"""Weights to int8 beside golden-stick's own quantizer."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from msquant.quantization import golden_stick, weights
+from msquant.quantization.weights import column_maxima, for_blocks, quantize_weight
+
+
+def random_weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    scales = np.exp(generator.normal(size=(rows, 1)) * 3)
+    return (generator.normal(size=(rows, columns)) * scales).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (64, 96), (300, 1000)])
+def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    golden_stick.load()
+    from mindspore_gs.ptq.basic_functions.basic_quant_func import quant_tensor
+
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 10_000)
+    weight = random_weight(*shape)
+    weight[0, :4] = [1.0, -1.0, 0.5, 0.0]
+    theirs_scale, _, theirs = quant_tensor(
+        ms.Tensor(weight), ms.ops.min, ms.ops.max, False, True, False, 0, ms.int8, 0
+    )
+    ours, scale = quantize_weight(weight)
+    assert ours.dtype == np.int8
+    assert scale.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs.asnumpy())
+    np.testing.assert_array_equal(scale, theirs_scale.asnumpy().reshape(-1).astype(np.float32))
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    weight = random_weight(4, 16)
+    weight[2] = 0
+    rounded, scale = quantize_weight(weight)
+    assert not rounded[2].any()
+    assert scale[2] == 1
+
+
+def test_column_maxima_are_of_the_magnitude() -> None:
+    np.testing.assert_array_equal(column_maxima(np.array([[1, -3], [-2, 2]], np.float32)), [2, 3])
+    np.testing.assert_array_equal(column_maxima(np.zeros((0, 3), np.float32)), [0, 0, 0])
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    def work(rows: slice) -> None:
+        raise OSError("in a thread")
+
+    with pytest.raises(OSError, match="in a thread"):
+        for_blocks(np.zeros((4, 4), np.float32), work)

@@ -1,0 +1,172 @@
+"""A quantization that is killed, at any moment, ends with the bytes of one that is not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msquant.checkpoint.writer import file_sha256
+from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_model import write_tiny_llama
+
+LAYERS = 4
+RECIPE = """
+model: {model}
+quantization:
+  smooth_alpha: [0.4, 0.6]
+  weight_clip_ratio: [1.0, 0.9]
+  dynamic: {dynamic}
+calibration:
+  samples: 4
+  sequence_length: 32
+"""
+
+
+def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "msquant", "quantize", str(recipe), "--output", str(output), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    )
+
+
+def finish(recipe: Path, output: Path, *options: str) -> str:
+    process = start(recipe, output, *options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def journaled(output: Path) -> int:
+    """Decoder layers that the journal of an unfinished result holds."""
+    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
+    return sum('"layer"' in line for line in journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    model = write_tiny_llama(folder / "model", layers=LAYERS, dtype="bfloat16")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model, dynamic="[]"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path) -> dict[str, str]:
+    """What a run that nobody disturbs writes."""
+    finish(recipe, recipe.parent / "whole")
+    return digests(recipe.parent / "whole")
+
+
+def wait_for_layers(process: subprocess.Popen[str], output: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while journaled(output) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_run_continues_with_the_layer_it_was_in(
+    recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(recipe, output)
+    wait_for_layers(process, output, 2)
+    kill_after(process, 0)
+    done = journaled(output)
+    assert not output.exists()
+
+    errors = finish(recipe, output)
+    assert f"continuing after decoder layer {done}/{LAYERS}" in errors
+    assert errors.count(f"/{LAYERS}  ") == LAYERS - done
+    assert digests(output) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
+    recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(recipe, output)
+    wait_for_layers(process, output, 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    finish(recipe, output)
+    assert digests(output) == expected
+
+
+def test_another_recipe_is_refused_until_it_starts_over(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(recipe, output)
+    wait_for_layers(process, output, 1)
+    kill_after(process, 0)
+
+    refused = start(recipe, output, "--seed", "3")
+    _, errors = refused.communicate(timeout=60)
+    assert refused.returncode == 1
+    assert "seed" in errors
+    assert "--restart" in errors
+    assert journaled(output) >= 1, "being refused must not lose what is finished"
+
+    finish(recipe, output, "--seed", "3", "--restart")
+    assert json.loads((output / "msquant.json").read_text())["seed"] == 3
+
+
+def test_a_second_process_is_told_who_works_on_the_output(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(recipe, output)
+    wait_for_layers(process, output, 1)
+    second = start(recipe, output)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"process {process.pid}" in errors
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
+def test_twenty_kills_at_random_moments(kind: str, tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", kind, layers=LAYERS, dtype="bfloat16")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=model, dynamic="[mlp.]" if kind == "deepseek_v3" else "[]"))
+    began = time.monotonic()
+    finish(recipe, tmp_path / "whole")
+    whole = time.monotonic() - began
+    expected = digests(tmp_path / "whole")
+
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        runs += 1
+        output = tmp_path / f"out{runs}"
+        while not output.exists():
+            before = journaled(output)
+            process = start(recipe, output)
+            kill_after(process, moments.uniform(0, whole) if kills < 20 else 120)
+            if process.returncode == -signal.SIGKILL:
+                kills += 1
+                assert journaled(output) >= before
+        assert digests(output) == expected
+        assert not output.with_name(output.name + ".partial").exists()
