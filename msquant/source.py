@@ -1,5 +1,6 @@
 """A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,13 +76,33 @@ def folder_plan(recipe: Recipe, source: Source) -> FolderPlan:
     Raises:
         RecipeError: the policy contradicts itself, or the format cannot express it.
     """
-    config = source.config
+    return shapes_plan(recipe, source.config, source.extras)
+
+
+def shapes_plan(
+    recipe: Recipe, config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
+) -> FolderPlan:
+    """As `folder_plan`, of a model that is known by its config alone.
+
+    Args:
+        recipe: what is done to it.
+        config: its shape.
+        extras: the tensors of each multi-token-prediction layer that comes with it.
+
+    Raises:
+        RecipeError: the policy contradicts itself, or the format cannot express it.
+    """
     ends = {name: config.shapes[name] for name in config.end_names}
     layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
     schemes = model_schemes(config, recipe.quantization)
-    return plan_folder([*layers, *source.extras, ends], schemes, source.config.raw, config.dtype)
+    return plan_folder([*layers, *extras, ends], schemes, config.raw, config.dtype)
 
 
 def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:
     """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them."""
-    return 3 * tokens.size * config.hidden_size * 4
+    return hidden_bytes(config, tokens.size)
+
+
+def hidden_bytes(config: ModelConfig, tokens: int) -> int:
+    """As `scratch_bytes`, of so many calibration tokens."""
+    return 3 * tokens * config.hidden_size * 4

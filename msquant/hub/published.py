@@ -1,5 +1,6 @@
 """The published `config.json` of the models that msquant has a recipe for: known without any weights."""
 
+from collections.abc import Sequence
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
@@ -60,7 +61,7 @@ def published_bytes(model: str) -> int | None:
         return None
     shapes = (expected_shapes(config) or {}) | extra_shapes(config)
     block = config.get("quantization_config", {}).get("weight_block_size")
-    return sum(_tensor_bytes(name, shape, block) for name, shape in shapes.items())
+    return sum(stored_bytes(name, shape, block) for name, shape in shapes.items())
 
 
 @cache
@@ -71,7 +72,14 @@ def configs_folder() -> Path:
     return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
 
 
-def _tensor_bytes(name: str, shape: tuple[int, ...], block: list[int] | None) -> int:
+def stored_bytes(name: str, shape: tuple[int, ...], block: Sequence[int] | None) -> int:
+    """About how many bytes a tensor has as it is published.
+
+    Args:
+        name: its full name.
+        shape: its shape.
+        block: rows and columns of a block of FP8 weights; None for a model in bfloat16.
+    """
     if block and name.endswith(_FP8_LINEARS) and not name.endswith(_MTP_PROJECTION):
         scales = prod(ceil(size / step) for size, step in zip(shape, block, strict=True))
         return prod(shape) + _F32_BYTES * scales

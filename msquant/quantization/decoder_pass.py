@@ -22,6 +22,7 @@ from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.report import LayerReport, relative_error
+from msquant.quantization.schemes import in_two_blocks
 
 Floats = NDArray[np.float32]
 
@@ -142,10 +143,3 @@ class DecoderPass:
                 held = []
             held.append(batch)
         yield held
-
-
-def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -> bool:
-    """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
-    name = config.family.layer_name(index)
-    linears = [linear for group in config.feed_forward_groups for linear in group.linears]
-    return config.has_experts(index) or all(policy.scheme(f"{name}.{n}") != "static" for n in linears)

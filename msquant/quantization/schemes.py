@@ -26,3 +26,10 @@ def model_schemes(config: ModelConfig, policy: QuantizationPolicy) -> dict[str, 
         for index in range(config.num_hidden_layers)
         for module, scheme in layer_schemes(config, policy, index).items()
     }
+
+
+def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -> bool:
+    """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
+    name = config.family.layer_name(index)
+    linears = [linear for group in config.feed_forward_groups for linear in group.linears]
+    return config.has_experts(index) or all(policy.scheme(f"{name}.{n}") != "static" for n in linears)
