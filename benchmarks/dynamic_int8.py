@@ -11,7 +11,7 @@ logits of 8 x 512 held-out tokens:
     round to nearest            4.37e-4   what llm-compressor 0.14.0.1 wrote, in the same arithmetic: 4.34e-4
     SmoothQuant                 3.44e-4   3.29e-4
 
-Between near-equal settings these figures move by up to ten percent: rounding to nearest routes 14 % of 1,024
+Between near-equal settings these figures move by up to 25 %: rounding to nearest routes 14 % of 1,024
 tokens to another expert somewhere, and these make up 77 % of the error.
 """
 
