@@ -33,8 +33,8 @@ from msquant.recipes import Recipe
 from msquant.source import Source, folder_plan, open_source, scratch_bytes
 
 # Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough
-# for the search to give up a losing candidate early.
-BATCH_TOKENS = 512
+# for the search to give up a losing candidate early. Wide layers are efficient with fewer.
+BATCH_TOKENS, WIDE_BATCH_TOKENS, WIDE = 512, 128, 2048
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
@@ -198,7 +198,8 @@ def _write_layers(
     samples, length = tokens.shape
     decoder = DecoderPass(config, checkpoint, recipe.quantization, length, dtype, store, progress.step)
     if not done:
-        step = max(1, BATCH_TOKENS // length)
+        wide = config.hidden_size >= WIDE
+        step = max(1, (WIDE_BATCH_TOKENS if wide else BATCH_TOKENS) // length)
         embedding = Embedding(config, checkpoint, dtype)
         with store.write(0) as hidden:
             for start in range(0, samples, step):

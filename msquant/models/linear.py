@@ -6,12 +6,16 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.nn.utils import no_init_parameters
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
 
 # float32 holds integers exactly up to this.
 EXACT = 2**24
+
+# Channels that an exact product is cut at multiples of: 64 * 128 * 255 is far below 2 ** 24.
+_STEP = 64
 
 
 def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
@@ -22,12 +26,20 @@ def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
 
 
 def dense(linear: FloatLinear, dtype: Any) -> nn.Dense:
-    """Build the `nn.Dense` that golden-stick's registries know."""
+    """Build the `nn.Dense` that golden-stick's registries know; in float32 it shares the array's memory."""
     n, k = linear.weight.shape
     bias = None if linear.bias is None else Tensor(linear.bias, dtype)
-    return nn.Dense(
-        k, n, weight_init=Tensor(linear.weight, dtype), bias_init=bias, has_bias=bias is not None, dtype=dtype
-    )
+    weight = Tensor.from_numpy(np.ascontiguousarray(linear.weight))
+    # Given to the constructor, the weight would be copied twice.
+    with no_init_parameters():
+        cell = nn.Dense(k, n, has_bias=bias is not None, dtype=dtype)
+    cell.weight.set_data(weight if dtype == ms.float32 else weight.astype(dtype))
+    if bias is not None:
+        cell.bias.set_data(bias)
+    for parameter in cell.get_parameters():
+        # Otherwise a clone of it would be initialized at random.
+        parameter.init_mode = None
+    return cell
 
 
 class Int8Linear(nn.Cell):
@@ -49,12 +61,12 @@ class Int8Linear(nn.Cell):
             offset = int(linear.input_offset[0])
         # The offset is taken off before the product: x_q - z lies between these.
         self.lowest, self.highest = float(INT8_MIN - offset), float(INT8_MAX - offset)
-        weight = Tensor(linear.weight, ms.float32)
         bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
         self.parts = list(pairwise(bounds))
-        self.weights = [weight]
-        if len(self.parts) > 1:
-            self.weights = [weight[:, start:stop].contiguous() for start, stop in self.parts]
+        self.weights = [
+            Tensor.from_numpy(np.asarray(linear.weight[:, start:stop], dtype=np.float32, order="C"))
+            for start, stop in self.parts
+        ]
         self.weight_scale = Tensor(linear.weight_scale, ms.float32)
         if self.input_scale is not None:
             self.output_scale = self.weight_scale * self.input_scale
@@ -89,11 +101,19 @@ class Int8Linear(nn.Cell):
 
 
 def exact_parts(weight: NDArray[np.int8], largest: float) -> list[int]:
-    """Bounds of the fewest runs of channels whose products with inputs up to `largest` stay exact."""
-    sums = np.cumsum(np.abs(weight.astype(np.int64)), axis=1)
+    """Bounds of runs of channels whose products with inputs up to `largest` stay exact.
+
+    The runs are as long as they can be in steps of a few channels, which no input up to 255 can overflow.
+    """
+    channels = weight.shape[1]
+    starts = np.arange(0, channels, _STEP)
+    # Of magnitudes up to 128 in int8, -128 included: as uint8 they do not overflow.
+    magnitudes = np.abs(weight).view(np.uint8)
+    steps = np.add.reduceat(magnitudes, starts, axis=1, dtype=np.int32)
+    sums = np.cumsum(steps, axis=1, out=steps)
     bounds = [0]
-    while bounds[-1] < weight.shape[1]:
+    while bounds[-1] < len(starts):
         before = sums[:, bounds[-1] - 1 : bounds[-1]] if bounds[-1] else 0
         fits = ((sums - before) * largest <= EXACT).all(axis=0)
         bounds.append(int(np.count_nonzero(fits)))
-    return bounds
+    return [*(int(starts[bound]) for bound in bounds[:-1]), channels]

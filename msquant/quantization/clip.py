@@ -16,8 +16,8 @@ from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
 from msquant.interrupts import check_interrupt
-from msquant.quantization.fake_quant import fake_quantize, weight_scale
 from msquant.quantization.report import LayerReport
+from msquant.quantization.weights import clipping_change, row_maxima
 
 # golden-stick's `n_sample_tokens`.
 SEARCH_TOKENS = 512
@@ -30,10 +30,13 @@ class ReferenceClipLinearCell(ClipLinearCell):
 
     def _apply_clip(self, clip_val: Tensor) -> None:
         """Clamp the weight to `clip_val`, `[N, 1, 1]`."""
-        highest = np.abs(self.layer.weight.asnumpy()).max(axis=1)
+        highest = row_maxima(self.layer.weight.asnumpy())
         chosen = clip_val.asnumpy().reshape(-1)
         self.clip_ratio = np.divide(chosen, highest, out=np.ones_like(chosen), where=highest > 0)
-        super()._apply_clip(clip_val)
+        self._clamp(chosen)
+
+    def _clamp(self, limit: NDArray[np.float32]) -> None:
+        super()._apply_clip(Tensor(limit.reshape(-1, 1, 1)))
 
 
 class FastClipLinearCell(ReferenceClipLinearCell):
@@ -45,6 +48,11 @@ class FastClipLinearCell(ReferenceClipLinearCell):
         root = input_root(inputs[:: max(1, len(inputs) // SEARCH_TOKENS)])
         values = best_clip_values(self.layer.weight.asnumpy(), root, weight_clip_ratio)
         return Tensor(values.reshape(-1, 1, 1))
+
+    def _clamp(self, limit: NDArray[np.float32]) -> None:
+        weight, limit = self.layer.weight.asnumpy(), limit[:, None]
+        # On the host, as in the smoother: MindSpore would keep the memory of the old weight for itself.
+        self.layer.weight.set_data(Tensor.from_numpy(np.clip(weight, -limit, limit)))
 
 
 class ReferenceClipper(LinearClipper):
@@ -103,16 +111,14 @@ def best_clip_values(
     Returns:
         float32 `[N]`.
     """
-    highest = np.abs(weight).max(axis=1, keepdims=True)
+    highest = row_maxima(weight)[:, None]
     best = highest.copy()
     least = np.full_like(highest, 1e9)
+    change = np.empty_like(weight)
     for ratio in ratios:
         check_interrupt()
         limit = highest * np.float32(ratio)
-        clipped = np.clip(weight, -limit, limit)
-        clipped = fake_quantize(clipped, weight_scale(clipped))
-        clipped -= weight
-        error = np.square(clipped @ root.T).sum(axis=1, keepdims=True)
+        error = np.square(clipping_change(weight, limit, change) @ root.T).sum(axis=1, keepdims=True)
         better = error < least
         best[better], least[better] = limit[better], error[better]
     return best.reshape(-1)

@@ -39,9 +39,14 @@ def weight_scale(weight: Floats) -> Floats:
     return np.where(scale == 0, 1.0, scale).astype(np.float32)
 
 
-def fake_quantize(x: Floats, scale: Floats, offset: Floats | float = 0.0) -> Floats:
-    """`s * (clamp(round(x / s + z)) - z)` in the shape of `x`, against which the others broadcast."""
-    y = x / scale
+def fake_quantize(
+    x: Floats, scale: Floats, offset: Floats | float = 0.0, out: Floats | None = None
+) -> Floats:
+    """`s * (clamp(round(x / s + z)) - z)` in the shape of `x`, against which the others broadcast.
+
+    With `out`, which may be `x` itself, no memory is taken.
+    """
+    y = np.divide(x, scale, out=out)
     if np.any(offset):
         y += offset
     np.rint(y, out=y)

@@ -85,6 +85,7 @@ def quantize_layer(
 
     from msquant.quantization.clip import FastClipper, ReferenceClipper
     from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
+    from msquant.quantization.quantizer import FastQuantizer
 
     name = config.family.layer_name(index)
     groups = [group for group in config.groups if group.name in layer.step_of]
@@ -93,16 +94,17 @@ def quantize_layer(
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
-        modules: tuple[Any, Any] = (ReferenceOSLSmoother, ReferenceClipper)
+        modules: tuple[Any, Any, Any] = (ReferenceOSLSmoother, ReferenceClipper, Quantizer)
     else:
-        modules = (FastOSLSmoother, FastClipper)
+        modules = (FastOSLSmoother, FastClipper, FastQuantizer)
     model = _OneLayerModel(config, groups, layer, hidden, places)
     cells: dict[str, list[str]] = {"float": [], "static": [], "dynamic": []}
     for linear in linears:
         cells[policy.scheme(f"{name}.{linear}")].append(f"network.layer.{linear}")
     per_token = ptq_config(policy, per_token=True)
     policies = OrderedDict((f"{re.escape(cell)}$", per_token) for cell in cells["dynamic"])
-    with golden_stick.pipeline([*(partial(module, report=report) for module in modules), Quantizer]):
+    *searches, quantizer = modules
+    with golden_stick.pipeline([*(partial(module, report=report) for module in searches), quantizer]):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
         ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
         ptq.apply(model, datasets=items, framework="mindone")

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from msquant.errors import CalibrationError
 from msquant.interrupts import check_interrupt
 from msquant.models.layers import DecoderLayer
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
+from msquant.quantization.fake_quant import activation_parameters, fake_quantize
 from msquant.quantization.report import GroupReport, LayerReport
+from msquant.quantization.weights import column_maxima, smoothed_and_rounded
 
 
 @dataclass(eq=False)
@@ -99,6 +100,19 @@ class FastOSLSmoother(OSLSmoother):
         """Wrap what golden-stick would wrap, in our cell."""
         return SearchLinearCell if super().get_wrapper_layer(layer_type, config) else None
 
+    def _get_weight_stats(self, layer_info: GroupCells, heads: int, key_value_heads: int) -> Tensor:
+        """The greatest magnitude of each column of a group, over the query heads of one key-value head."""
+        columns = [column_maxima(cell.layer.weight.asnumpy()) for cell in layer_info.curr_layer]
+        highest = np.maximum.reduce(columns)
+        if self.is_gqa_wo_layer:
+            highest = highest.reshape(key_value_heads, heads // key_value_heads, -1).max(axis=1).reshape(-1)
+        return Tensor(highest)
+
+    def _apply_smooth_scale_to_curr_layer(self, layer: Any, smooth_scale: Tensor) -> None:
+        # On the host: an operator's output stays MindSpore's own when the weight is long gone.
+        weight = layer.layer.weight
+        weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
+
     def _search_best_ratio(
         self, name: str, layer: DecoderLayer, group: GroupCells, search_inputs: Any, *heads: int
     ) -> tuple[Tensor, float]:
@@ -169,8 +183,13 @@ class _GroupLoss:
     def _weights(self, alpha: float) -> list[Tensor]:
         """The group's weights, smoothed, quantized and dequantized; kept until another alpha is asked for."""
         if self._candidate is None or self._candidate[0] != alpha:
-            scaled = [cell.layer.weight.asnumpy() * self._scales[alpha] for cell in self._group.curr_layer]
-            self._candidate = alpha, [Tensor(fake_quantize(w, weight_scale(w))) for w in scaled]
+            # Let go of the one before first: together they would be the greatest use of memory.
+            self._candidate = None
+            weights = [
+                smoothed_and_rounded(cell.layer.weight.asnumpy(), self._scales[alpha])
+                for cell in self._group.curr_layer
+            ]
+            self._candidate = alpha, [Tensor.from_numpy(weight) for weight in weights]
         return self._candidate[1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN
-from msquant.quantization.fake_quant import weight_scale
+from msquant.quantization.fake_quant import fake_quantize, weight_scale
 
 # Of float32: a block and its temporaries stay in a core's cache.
 BLOCK_BYTES = 1 << 20
@@ -40,6 +40,46 @@ def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
 
     for_blocks(weight, block)
     return rounded, scales
+
+
+def smoothed_and_rounded(
+    weight: NDArray[np.float32], smooth_scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What int8 keeps of a weight whose columns are multiplied by a smooth scale: `[N, K]` to the same."""
+    result = np.empty_like(weight)
+
+    def block(rows: slice) -> None:
+        # In place: memory that comes and goes in every block would be cleared by the system every time.
+        smoothed = np.multiply(weight[rows], smooth_scale, out=result[rows])
+        fake_quantize(smoothed, weight_scale(smoothed), out=smoothed)
+
+    for_blocks(weight, block)
+    return result
+
+
+def clipping_change(
+    weight: NDArray[np.float32], limit: NDArray[np.float32], out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What int8 makes of a weight clipped at `limit`, less the weight.
+
+    Args:
+        weight: `[N, K]`.
+        limit: of each row, `[N, 1]`.
+        out: `[N, K]`, for the result.
+    """
+
+    def block(rows: slice) -> None:
+        clipped = np.clip(weight[rows], -limit[rows], limit[rows], out=out[rows])
+        fake_quantize(clipped, weight_scale(clipped), out=clipped)
+        clipped -= weight[rows]
+
+    for_blocks(weight, block)
+    return out
+
+
+def row_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The greatest magnitude in each row: `[N, K]` to `[N]`."""
+    return np.maximum(values.max(axis=1), -values.min(axis=1))
 
 
 def column_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:

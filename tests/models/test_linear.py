@@ -8,7 +8,7 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
-from msquant.models.linear import linear_cell
+from msquant.models.linear import dense, linear_cell
 
 SIZES = [64, 1024, 1500, 3000]
 N, T = 24, 10
@@ -123,3 +123,10 @@ def test_floating_point_layers(bias: bool, dtype: Any) -> None:
     x = random_input(64)
     expected = x.astype(np.float64) @ weight.T + (0 if added is None else added)
     np.testing.assert_allclose(run(FloatLinear(weight, added), x, dtype), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_dense_cell_is_cloned_with_its_values(dtype: Any) -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(4, 3)
+    cell = dense(FloatLinear(weight, np.arange(4, dtype=np.float32)), dtype)
+    np.testing.assert_array_equal(cell.weight.clone().asnumpy(), weight)
+    np.testing.assert_array_equal(cell.bias.clone().asnumpy(), np.arange(4))

@@ -1,0 +1,44 @@
+"""golden-stick's last module, which rounds the weights, with msquant's rounding in its cells."""
+
+from typing import Any
+
+from mindspore import Parameter, Tensor
+from mindspore_gs.ptq.algo_modules import Quantizer
+from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuantLinearCell
+from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
+
+from msquant.quantization.weights import quantize_weight
+
+
+class FastWeightCell(WeightQuantLinearCell):
+    """Rounds a weight as its parent does, without that one's five arrays of the weight's size."""
+
+    def quant(self) -> None:
+        """Replace the floating-point weight by `weight`, `weight_scale` and, if there is one, `bias`."""
+        weight, scale = quantize_weight(self.layer.weight.asnumpy())
+        self.layer.weight = None
+        self.weight = Parameter(Tensor.from_numpy(weight))
+        self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))
+        self.has_bias = self.layer.has_bias
+        if self.has_bias:
+            self.bias = self.layer.bias
+            self.layer.bias = None
+
+
+class FastStaticCell(AllQuantLinearCell, FastWeightCell):
+    """golden-stick's static linear, by whose `super().quant()` the weight comes to `FastWeightCell`."""
+
+
+class FastDynamicCell(DynamicQuantLinearCell, FastWeightCell):
+    """golden-stick's linear with a scale per token, likewise."""
+
+
+class FastQuantizer(Quantizer):
+    """golden-stick's quantizer with these cells."""
+
+    cells = {AllQuantLinearCell: FastStaticCell, DynamicQuantLinearCell: FastDynamicCell}  # noqa: RUF012
+
+    def get_wrapper_layer(self, layer_type: Any, config: Any) -> type | None:
+        """Wrap what golden-stick would wrap, in our cell."""
+        wrapper = super().get_wrapper_layer(layer_type, config)
+        return self.cells.get(wrapper, wrapper)
