@@ -6,8 +6,12 @@ import sys
 from typing import Any
 
 
-def msquant(*arguments: object) -> dict[str, Any]:
+def msquant(*arguments: object, expected: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """Run `msquant ... --json`.
+
+    Args:
+        arguments: of the command.
+        expected: exit codes that are no failure.
 
     Returns:
         What it printed.
@@ -20,7 +24,7 @@ def msquant(*arguments: object) -> dict[str, Any]:
     # shell in between replaces it, and starts the program from its own small memory.
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *command]
     process = subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=False)
-    if process.returncode:
+    if process.returncode not in expected:
         raise SystemExit(f"{' '.join(command)} failed")
     result: dict[str, Any] = json.loads(process.stdout)
     return result
