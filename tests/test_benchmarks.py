@@ -1,4 +1,4 @@
-"""The benchmarks meet their targets on the real model (about fifteen minutes: `make test-slow`)."""
+"""The benchmarks meet their targets (about an hour, and 30 GB of disk for a while: `make test-slow`)."""
 
 import importlib
 
