@@ -37,7 +37,7 @@ HEAVY = {
 _BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
-_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest"}
+_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest", "plan", "costs", "footprint", "probe"}
 ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
@@ -54,6 +54,10 @@ ALLOWED = {
     "manifest": _FOUNDATION | _PARTS | {"recipes"},
     "source": _FOUNDATION | _PARTS | {"recipes"},
     "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source"},
+    "costs": _FOUNDATION | _PARTS,
+    "footprint": _FOUNDATION | _PARTS | {"costs"},
+    "probe": _FOUNDATION | _PARTS | {"costs"},
+    "plan": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline", "costs", "footprint"},
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
@@ -147,7 +151,7 @@ def test_without_arguments_the_help_is_shown() -> None:
     result = run(script())
     assert result.stdout + result.stderr == run(script(), "--help").stdout
     assert "Usage: msquant" in result.stdout + result.stderr
-    for command in ("quantize", "run", "inspect"):
+    for command in ("quantize", "plan", "run", "inspect"):
         assert f"\n  {command} " in result.stdout + result.stderr
 
 

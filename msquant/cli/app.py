@@ -10,6 +10,7 @@ import typer
 from msquant import __version__
 from msquant.cli import console
 from msquant.cli.inspect import inspect
+from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
 from msquant.cli.recipes import recipes
 from msquant.cli.run import run
@@ -58,7 +59,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, run, inspect):
+for _command in (quantize, plan, run, inspect):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 

@@ -42,6 +42,10 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over where an interrupted run would be continued.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and what it takes, as msquant plan does."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")] = False,
 ) -> None:
@@ -75,6 +79,12 @@ def quantize(
         seed=seed,
     )
     target = output or default_output(model, recipe.quantization.algorithm)
+    budget = console.parse_bytes(memory_budget, "--memory-budget")
+    if dry_run:
+        from msquant.cli.plan import show_plan
+
+        show_plan(recipe, target, source, budget, probe=True, as_json=as_json)
+        return
 
     with console.LayerProgress() as display:
         result = quantize_model(
@@ -84,7 +94,7 @@ def quantize(
             overwrite=overwrite,
             restart=restart,
             device=device,
-            memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
+            memory_budget=budget,
             verbose=verbose,
             progress=Progress(
                 stage=display.stage,
@@ -117,6 +127,7 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
         "output_bytes": result.output_bytes,
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory,
+        "layer_seconds": [round(seconds, 3) for seconds in result.layer_seconds],
         "layers": result.layers,
     }
 

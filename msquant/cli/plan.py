@@ -1,0 +1,178 @@
+"""`msquant plan`: what quantizing a model would make and take."""
+
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msquant.cli import console
+from msquant.errors import OutputError
+
+if TYPE_CHECKING:
+    from msquant.checkpoint.reader import Checkpoint
+    from msquant.checkpoint.weights import Scheme
+    from msquant.costs import Rates
+    from msquant.models.config import ModelConfig
+    from msquant.plan import PartPlan, Plan
+    from msquant.recipes import Recipe
+
+_CAPTION = (
+    "Linears by scheme, sizes and seconds are of one layer. prediction: multi-token prediction, carried "
+    "through; ends: embeddings, last norm, output head."
+)
+_SCHEMES: "tuple[Scheme, ...]" = ("static", "dynamic", "float")
+_WORK = {
+    "read": "reading",
+    "converted": "converting to float32",
+    "products": "matrix products",
+    "streamed": "weights through products",
+    "scores": "attention scores",
+    "rounded": "searches' roundings of weights",
+    "inputs": "searches' roundings of inputs",
+    "quantized": "rounding to int8",
+    "written": "writing",
+    "other": "overhead",
+}
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face)."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")] = None,
+    memory_budget: Annotated[
+        str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
+    ] = "1GB",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure this machine, to estimate the time.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what quantizing a model would make, what it takes, and what of that does not fit here.
+
+    From config.json and the shards' headers alone; a published model is planned without its weights. Exits
+    with 1 if something does not fit.
+
+    Example: msquant plan deepseek-r1
+
+    Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
+    """
+    from msquant.cli.quantize import default_output
+    from msquant.models.device import silence_libraries
+    from msquant.recipes import find_recipe
+
+    silence_libraries()
+    recipe = find_recipe(model)
+    recipe = recipe.replace("calibration", samples=samples, sequence_length=sequence_length)
+    target = output or default_output(model, recipe.quantization.algorithm)
+    budget = console.parse_bytes(memory_budget, "--memory-budget")
+    show_plan(recipe, target, source, budget, probe=probe, as_json=as_json)
+
+
+def show_plan(
+    recipe: "Recipe", output: Path, source: str | None, memory_budget: int, *, probe: bool, as_json: bool
+) -> None:
+    """Make a plan and print it; exits with 1 if something does not fit.
+
+    Args:
+        recipe: everything that affects the result.
+        output: the folder that would be made.
+        source: folder of the weights, in place of the recipe's model.
+        memory_budget: bytes of hidden states held in memory.
+        probe: measure this machine, to estimate the time.
+        as_json: print JSON.
+    """
+    from msquant.plan import make_plan
+
+    def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Rates":
+        from msquant.probe import measure_rates
+
+        console.LayerProgress().stage("measuring this machine")
+        return measure_rates(config, output, checkpoint)
+
+    made = make_plan(
+        recipe, output, source=source, memory_budget=memory_budget, probe=measure if probe else None
+    )
+    if as_json:
+        console.print_json(_as_json(made))
+    else:
+        _print(made)
+    if made.problems:
+        raise typer.Exit(1)
+
+
+def _as_json(plan: "Plan") -> dict[str, Any]:
+    document = asdict(plan)
+    document["source"] = None if plan.source is None else str(plan.source)
+    document["output"] = str(plan.output)
+    return document | {"disk_bytes": plan.disk_bytes, "fits": not plan.problems}
+
+
+def _print(plan: "Plan") -> None:
+    columns = ["layers", "kind", "static", "token", "float", "before", "after"]
+    timed = plan.seconds is not None
+    rows = [_row(list(parts), timed) for _, parts in groupby(plan.parts, key=_alike)]
+    each = ["seconds"] if timed else []
+    console.print_table(
+        f"{plan.model}: {plan.architecture}, {plan.parameters / 1e9:,.2f} B parameters, {plan.stored}",
+        columns + each,
+        rows,
+        caption=_CAPTION,
+    )
+    free = "unknown" if plan.free_disk is None else console.as_bytes(plan.free_disk)
+    available = "unknown" if plan.available_memory is None else console.as_bytes(plan.available_memory)
+    rows = [
+        ["output", plan.output],
+        ["format", f"golden-stick ({plan.variant} backend)"],
+        ["calibration", f"{plan.samples} x {plan.sequence_length} tokens"],
+        ["size before", console.as_bytes(plan.source_bytes)],
+        ["size after", console.as_bytes(plan.output_bytes)],
+        ["scratch", console.as_bytes(plan.scratch_bytes)],
+        ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
+        ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
+        ["time", "not estimated" if plan.seconds is None else f"about {_duration(plan.seconds)}"],
+    ]
+    console.print_table("What it takes", ["", ""], rows)
+    if plan.seconds_by_work is not None:
+        most = sorted(plan.seconds_by_work.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{_WORK[name]} {_duration(seconds)}" for name, seconds in most[:4])
+        console.print_line(f"Most of the time: {parts}.")
+    for note in plan.notes:
+        console.print_line(f"Note: {note}")
+    for problem in plan.problems:
+        console.print_error(OutputError(f"does not fit: {problem}"))
+
+
+def _alike(part: "PartPlan") -> tuple[Any, ...]:
+    """What parts of one row have in common; a few bytes of a header make no difference."""
+    return part.kind, tuple(part.linears.items()), part.parameters, part.source_bytes
+
+
+def _row(parts: "list[PartPlan]", timed: bool) -> list[Any]:
+    first, last = parts[0], parts[-1]
+    layers = "" if first.index is None else f"{first.index}"
+    if first is not last:
+        layers += f"-{last.index}"
+    kind = f"{first.experts} experts" if first.experts else first.kind
+    sizes = [console.as_bytes(first.source_bytes), console.as_bytes(first.output_bytes)]
+    seconds = sum(part.seconds or 0 for part in parts) / len(parts)
+    linears = [first.linears.get(scheme, 0) for scheme in _SCHEMES]
+    row = [layers, kind, *linears, *sizes]
+    return [*row, round(seconds, 1)] if timed else row
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

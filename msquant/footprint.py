@@ -1,0 +1,71 @@
+"""The memory that quantizing takes at its peak, and what this machine has."""
+
+from math import ceil
+from pathlib import Path
+
+from msquant.costs import LayerBlocks, Tokens, feed_forward_rounds, weights_of
+
+BASE_BYTES = 800_000_000
+"""Of a process that has loaded MindSpore and golden-stick."""
+
+# What allocators keep of what was freed.
+SLACK = 1.1
+
+_FLOAT = 4
+
+
+def layer_bytes(blocks: LayerBlocks, tokens: Tokens, memory_budget: int) -> int:
+    """Peak of one decoder layer's weights and activations, without `BASE_BYTES`.
+
+    The two blocks of a layer are never in memory together, so the larger one counts.
+
+    Args:
+        blocks: the layer.
+        tokens: the calibration tokens.
+        memory_budget: bytes of hidden states held in memory.
+    """
+    hidden = _FLOAT * tokens.count * blocks.config.hidden_size
+    attention = _golden_stick(blocks, tokens) + 2 * hidden
+    rounds = feed_forward_rounds(blocks.config, tokens, memory_budget)
+    feed_forward = _feed_forward(blocks, ceil(tokens.batches / rounds) * tokens.first) if blocks.inner else 0
+    return int(SLACK * (max(attention, feed_forward) + min(3 * hidden, memory_budget)))
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can use: what the system has left, or its control group if that is less."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        found.append(max(0, limit))
+    except (OSError, ValueError, IndexError):
+        # No such group, or one without a limit: "max".
+        pass
+    return min(found, default=None)
+
+
+def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:
+    """Without the inputs, of which golden-stick makes two copies."""
+    config = blocks.config
+    groups = [group for group in blocks.groups if group[0].scheme == "static"]
+    # Beside the weights: a candidate of a whole group, or what clipping makes of one linear.
+    candidate = max((weights_of(group) for group in groups), default=0)
+    clipped = max((2 * linear.size for group in groups for linear in group), default=0)
+    # Inputs that golden-stick records, and what our search keeps before each of the layer's steps.
+    recorded = sum(linear.columns for group in groups for linear in group)
+    states = sum(group[0].columns + config.hidden_size for group in blocks.groups)
+    if config.latent is not None:
+        states += config.num_attention_heads * config.latent.qk_head_dim
+    scores = 4 * tokens.first * tokens.length * config.num_attention_heads
+    weights = weights_of(blocks.searched)
+    return _FLOAT * (weights + max(candidate, clipped) + tokens.count * (recorded + states) + scores)
+
+
+def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
+    largest = max(weights_of(block) for block in blocks.inner.values())
+    widest = max(linear.size for linear in blocks.streamed)
+    # A block that gets all tokens, as a dense one and a shared expert do.
+    inner = max(block[0].rows for block in blocks.inner.values())
+    return _FLOAT * (largest + 2 * widest + tokens * (4 * blocks.config.hidden_size + 3 * inner))

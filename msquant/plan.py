@@ -1,0 +1,262 @@
+"""What `msquant quantize` would do to a model, from `config.json` and the shards' headers alone."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from msquant.checkpoint.disk import free_bytes
+from msquant.checkpoint.fp8 import SCALE_SUFFIX
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.shard_stream import shard_bytes
+from msquant.checkpoint.weights import Scheme
+from msquant.costs import START_SECONDS, LayerBlocks, Rates, Tokens, Work, carried_work, layer_work
+from msquant.errors import ModelError, OutputError
+from msquant.footprint import BASE_BYTES, available_memory, layer_bytes
+from msquant.formats.golden_stick_plan import FolderPlan
+from msquant.hub.published import published_config, stored_bytes
+from msquant.models.config import ModelConfig
+from msquant.pipeline import BATCH_TOKENS, MEMORY_BUDGET
+from msquant.quantization.schemes import layer_schemes
+from msquant.recipes import Recipe
+from msquant.source import hidden_bytes, open_source, shapes_plan
+
+Kind = Literal["dense", "experts", "prediction", "ends"]
+Probe = Callable[[ModelConfig, Checkpoint | None], Rates]
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of the model that is written together.
+
+    Attributes:
+        kind: a decoder layer, "dense" or with "experts"; a multi-token-prediction layer; or the two "ends",
+            embeddings, last norm and output head.
+        index: number of the layer; None for the ends.
+        linears: linear layers to compute in each scheme; none where all is carried through.
+        experts: routed experts.
+        parameters: without the scales of FP8 blocks.
+        source_bytes: of its tensors in the source.
+        output_bytes: of its shards.
+        seconds: None where nothing was measured.
+    """
+
+    kind: Kind
+    index: int | None
+    linears: dict[Scheme, int]
+    experts: int
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization would take and make. Bytes are bytes, whole runs are counted from their start.
+
+    Attributes:
+        model: as the recipe or the caller named it.
+        source: folder of the weights; None if only the published config is known.
+        output: the folder to make.
+        architecture: as `config.json` names the type of model.
+        stored: how the source stores its matrices.
+        variant: the backend that serves the output.
+        samples: calibration sequences.
+        sequence_length: tokens in each.
+        parts: the decoder layers in order, the multi-token-prediction layers, the ends.
+        parameters: of all parts.
+        source_bytes: of all tensors of the source; by the published shapes where it is not here.
+        output_bytes: of all shards.
+        scratch_bytes: of hidden states beside the output, gone at the end.
+        free_disk: on the output's disk; None if that cannot be told.
+        peak_memory: resident at most, an estimate.
+        available_memory: on this machine; None if that cannot be told.
+        seconds: an estimate from rates measured here; None where nothing was measured.
+        seconds_by_work: the same by kind of work, see `costs.Work`.
+        notes: what the plan takes for granted.
+        problems: what would not fit, with both numbers and a remedy.
+    """
+
+    model: str
+    source: Path | None
+    output: Path
+    architecture: str
+    stored: str
+    variant: str
+    samples: int
+    sequence_length: int
+    parts: tuple[PartPlan, ...]
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    scratch_bytes: int
+    free_disk: int | None
+    peak_memory: int
+    available_memory: int | None
+    seconds: float | None
+    seconds_by_work: dict[str, float] | None
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Needed on the output's disk."""
+        return self.output_bytes + self.scratch_bytes
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is planned for, with or without its weights."""
+
+    folder: Path | None
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+    extras: Sequence[Mapping[str, tuple[int, ...]]]
+    note: str | None = None
+
+    def source_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        if self.checkpoint is None:
+            return stored_bytes(name, shape, self.config.fp8_block)
+        scale = name + SCALE_SUFFIX
+        scales = self.checkpoint.nbytes(scale) if scale in self.checkpoint else 0
+        return self.checkpoint.nbytes(name) + scales
+
+    @property
+    def stored(self) -> str:
+        block = self.config.fp8_block
+        return f"FP8 in blocks of {block[0]} x {block[1]}" if block else self.config.dtype
+
+
+def make_plan(
+    recipe: Recipe,
+    output: Path,
+    *,
+    source: str | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    probe: Probe | None = None,
+) -> Plan:
+    """Plan a quantization; no weight is read but in part by the probe, and nothing is left behind.
+
+    Args:
+        recipe: everything that affects the result.
+        output: the folder that is to be made.
+        source: folder of the weights, in place of the recipe's model. A published model is planned without
+            its weights if neither is here.
+        memory_budget: bytes of hidden states held in memory.
+        probe: measures this machine once the model is known to be whole; without it no time is estimated.
+
+    Raises:
+        MsquantError: the model is unknown, incomplete or not supported, or the recipe does not fit it.
+    """
+    subject = _subject(recipe, source)
+    config, settings = subject.config, recipe.calibration
+    folder = shapes_plan(recipe, config, subject.extras)
+    batch = max(1, BATCH_TOKENS // settings.sequence_length)
+    tokens = Tokens(settings.samples, settings.sequence_length, batch)
+    notes = [subject.note] if subject.note else []
+    rates = None
+    if probe is not None and recipe.quantization.search == "fast":
+        try:
+            rates = probe(config, subject.checkpoint)
+        except OutputError as error:
+            notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
+    elif probe is not None:
+        notes.append("the time of golden-stick's own search is not estimated; it is some 50 times slower")
+    works, peaks, parts = [], [0], []
+    for group, (kind, index, shapes) in enumerate(_parts(subject)):
+        sources = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
+        written = sum(shard_bytes(shard.specs) for shard in folder.groups[group])
+        schemes: dict[str, Scheme] = {}
+        if index is not None and index < config.num_hidden_layers:
+            blocks = LayerBlocks(config, recipe.quantization, index)
+            schemes = layer_schemes(config, recipe.quantization, index)
+            work = layer_work(blocks, tokens, sources, written, memory_budget)
+            peaks.append(layer_bytes(blocks, tokens, memory_budget))
+        else:
+            work = carried_work(sum(sources.values()), shapes.values(), written)
+        works.append(work)
+        parts.append(
+            PartPlan(
+                kind=kind,
+                index=index,
+                linears=dict(Counter(schemes.values())),
+                experts=config.num_experts if kind == "experts" else 0,
+                parameters=sum(map(prod, shapes.values())),
+                source_bytes=sum(sources.values()),
+                output_bytes=written,
+                seconds=None if rates is None else rates.seconds(work),
+            )
+        )
+    times = None
+    if rates is not None:
+        times = rates.parts(sum(works, Work(seconds=START_SECONDS)))
+    scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
+    free, available = free_bytes(output.absolute()), available_memory()
+    return Plan(
+        model=source or recipe.model,
+        source=subject.folder,
+        output=output,
+        architecture=config.family.model_type,
+        stored=subject.stored,
+        variant=folder.variant,
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        parts=tuple(parts),
+        parameters=sum(part.parameters for part in parts),
+        source_bytes=sum(part.source_bytes for part in parts),
+        output_bytes=folder.file_bytes,
+        scratch_bytes=scratch,
+        free_disk=free,
+        peak_memory=peak,
+        available_memory=available,
+        seconds=None if times is None else sum(times.values()),
+        seconds_by_work=times,
+        notes=tuple(notes),
+        problems=tuple(_problems(folder, scratch, free, peak, available)),
+    )
+
+
+def _subject(recipe: Recipe, source: str | None) -> _Subject:
+    try:
+        found = open_source(source or recipe.model)
+    except ModelError as error:
+        raw = None if source else published_config(recipe.model)
+        if raw is None:
+            raise
+        config = ModelConfig.from_raw(raw, "the published config.json")
+        note = f"planned from the published config.json alone: {error.what}"
+        return _Subject(None, config, None, config.extra_layers, note)
+    return _Subject(found.folder, found.config, found.checkpoint, found.extras)
+
+
+def _parts(subject: _Subject) -> list[tuple[Kind, int | None, Mapping[str, tuple[int, ...]]]]:
+    """Kind, number and tensors of every group of the folder's plan, in its order."""
+    config = subject.config
+    parts: list[tuple[Kind, int | None, Mapping[str, tuple[int, ...]]]] = []
+    for index in range(config.num_hidden_layers):
+        kind: Kind = "experts" if config.has_experts(index) else "dense"
+        parts.append((kind, index, config.layer_shapes(index)))
+    for place, shapes in enumerate(subject.extras):
+        parts.append(("prediction", config.num_hidden_layers + place, shapes))
+    return [*parts, ("ends", None, {name: config.shapes[name] for name in config.end_names})]
+
+
+def _problems(
+    folder: FolderPlan, scratch: int, free: int | None, peak: int, available: int | None
+) -> list[str]:
+    problems = []
+    needed = folder.file_bytes + scratch
+    if free is not None and needed > free:
+        problems.append(
+            f"disk: {needed:,} bytes are needed for the output and scratch, {free:,} are free there; free "
+            "some space, or choose another disk with --output"
+        )
+    if available is not None and peak > available:
+        problems.append(
+            f"memory: about {peak:,} bytes are needed at the peak, {available:,} are available; use fewer "
+            "--samples, a shorter --sequence-length or a smaller --memory-budget, or a larger machine"
+        )
+    return problems

@@ -1,0 +1,131 @@
+"""Counts of work agree with what the code does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msquant.checkpoint.float_rows import FloatRows
+from msquant.costs import (
+    SEARCH_TOKENS,
+    LayerBlocks,
+    Rates,
+    Tokens,
+    Work,
+    carried_work,
+    feed_forward_rounds,
+    layer_work,
+)
+from msquant.hub.published import published_config
+from msquant.models.config import ModelConfig
+from msquant.pipeline import BATCH_TOKENS, MEMORY_BUDGET, quantize
+from msquant.quantization import feed_forward, osl, quantizer
+from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
+from msquant.recipes import find_recipe
+from msquant.source import open_source
+from tests.fixtures.tiny_families import write_tiny
+
+SAMPLES, LENGTH = 12, 128
+
+
+class Counts:
+    """What a real run did, by wrapping the functions that do it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read = self.quantized = self.losses = 0
+        read, quantize_weight, loss = FloatRows._read, quantizer.quantize_weight, osl._GroupLoss.__call__
+
+        def counted_read(rows: FloatRows, ranges: Any) -> Any:
+            values = read(rows, ranges)
+            if rows._name.startswith("model.layers."):
+                self.read += values.size * rows._dtype.itemsize
+            return values
+
+        def counted_quantize(weight: Any) -> Any:
+            self.quantized += weight.size
+            return quantize_weight(weight)
+
+        def counted_loss(group: Any, alpha: float, index: int) -> float:
+            self.losses += 1
+            return loss(group, alpha, index)
+
+        monkeypatch.setattr(FloatRows, "_read", counted_read)
+        for module in (quantizer, feed_forward):
+            monkeypatch.setattr(module, "quantize_weight", counted_quantize)
+        monkeypatch.setattr(osl._GroupLoss, "__call__", counted_loss)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_reading_and_rounding_are_counted_as_they_happen(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny(tmp_path / "model", model_type, dtype="bfloat16")
+    recipe = find_recipe(str(folder)).replace("quantization", smooth_alpha=[0.3, 0.5, 0.7, 0.9])
+    recipe = recipe.replace("calibration", samples=SAMPLES, sequence_length=LENGTH)
+    tokens = Tokens(SAMPLES, LENGTH, BATCH_TOKENS // LENGTH)
+    source = open_source(str(folder))
+    config, total = source.config, Work()
+    groups = 0
+    for index in range(config.num_hidden_layers):
+        blocks = LayerBlocks(config, recipe.quantization, index)
+        groups += sum(group[0].scheme == "static" for group in blocks.groups)
+        stored = {name: source.checkpoint.nbytes(name) for name in config.layer_shapes(index)}
+        total += layer_work(blocks, tokens, stored, 0, MEMORY_BUDGET)
+    counts = Counts(monkeypatch)
+    quantize(recipe, tmp_path / "out")
+    # The norm and the router of a feed-forward block are small.
+    assert counts.read == pytest.approx(total.read, rel=0.02)
+    assert counts.quantized == total.quantized
+    assert 4 * groups < counts.losses <= 4 * groups * tokens.batches
+
+
+def test_a_dense_layer_by_hand() -> None:
+    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    recipe = find_recipe("llama-3.1-8b")
+    tokens = Tokens(4, 128, 4)
+    names = config.layer_shapes(0)
+    work = layer_work(LayerBlocks(config, recipe.quantization, 0), tokens, dict.fromkeys(names, 10), 7, 1)
+    weights = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert work.read == 10 * len(names)
+    assert work.written == 7
+    assert work.quantized == weights
+    # 20 candidates of every group in one batch, and 10 ratios of every linear.
+    assert work.rounded == (20 + 10) * weights
+    down = 4096 * 14336
+    steps = weights + (weights - 4096**2 - 2 * 4096 * 1024) + 3 * down + down
+    clip = 10 * 2 * weights * 512
+    assert work.products == 6 * 2 * 512 * weights + 20 * 2 * 512 * steps + clip + 2 * 512 * weights
+
+
+def test_experts_are_read_twice_and_again_for_every_round() -> None:
+    config = ModelConfig.from_raw(published_config("deepseek-r1") or {})
+    policy = find_recipe("deepseek-r1").quantization
+    dense, experts = LayerBlocks(config, policy, 0), LayerBlocks(config, policy, 3)
+    assert list(dense.inner) == ["mlp"]
+    assert len(experts.inner) == 257
+    tokens = Tokens(32, 512, 1)
+    assert feed_forward_rounds(config, tokens, 1 << 40) == 1
+    batch = 3 * 4 * 512 * 7168
+    assert feed_forward_rounds(config, tokens, 8 * batch) == 4
+    assert feed_forward_rounds(config, tokens, 1) == 32
+    stored = dict.fromkeys(config.layer_shapes(3), 1)
+    inner = sum(".mlp." in name for name in stored)
+    once = layer_work(experts, tokens, stored, 0, 1 << 40)
+    assert once.read == len(stored) + inner
+    four = layer_work(experts, tokens, stored, 0, 8 * batch)
+    assert four.read == len(stored) + 4 * inner
+    assert four.products == once.products
+
+
+def test_work_adds_up_and_rates_divide() -> None:
+    assert Work(read=1, seconds=2) + Work(read=3, written=4) == Work(read=4, seconds=2, written=4)
+    rates = Rates(*(2.0,) * 9)
+    assert rates.seconds(Work(read=4, products=6, seconds=1)) == 6
+    assert rates.parts(Work(written=3))["written"] == 1.5
+    assert carried_work(10, [(2, 3), (4,)], 20) == Work(read=10, converted=20, written=20)
+
+
+def test_the_clip_search_keeps_as_many_inputs() -> None:
+    assert SEARCH_TOKENS == CLIP_TOKENS
+    assert Tokens(5, 128, 4).batches == 2
+    assert Tokens(5, 128, 4).first == 512

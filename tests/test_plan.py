@@ -1,0 +1,188 @@
+"""A plan says what `quantize` then does: the same bytes, and no file of either where it does not fit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.costs import Rates
+from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
+from msquant.hub.published import published_bytes
+from msquant.pipeline import quantize
+from msquant.plan import Plan, make_plan
+from msquant.recipes import Recipe, find_recipe
+from tests.fixtures.fp8 import to_fp8
+from tests.fixtures.tiny_families import SETTINGS, write_tiny
+
+RATES = Rates(*(1e9,) * 9)
+
+
+def short_recipe(model: Path | str, **calibration: object) -> Recipe:
+    """The recipe of a model with a coarse grid and few tokens."""
+    recipe = find_recipe(str(model)).replace("quantization", smooth_alpha=[0.5], weight_clip_ratio=[1.0, 0.9])
+    return recipe.replace("calibration", **({"samples": 2, "sequence_length": 16} | calibration))
+
+
+def shard_sizes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def check_against_the_result(folder: Path, tmp_path: Path) -> Plan:
+    recipe = short_recipe(folder)
+    plan = make_plan(recipe, tmp_path / "out")
+    assert list(tmp_path.glob("out*")) == []
+    result = quantize(recipe, tmp_path / "out")
+    assert plan.output_bytes == shard_sizes(tmp_path / "out")
+    assert plan.output_bytes == sum(part.output_bytes for part in plan.parts)
+    assert plan.source_bytes == result.source_bytes
+    layers = [part for part in plan.parts if part.kind in ("dense", "experts")]
+    assert [layer.index for layer in layers] == [record["index"] for record in result.layers]
+    assert [layer.kind == "experts" for layer in layers] == ["experts" in r for r in result.layers]
+    return plan
+
+
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_the_planned_size_is_that_of_the_written_shards(model_type: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", model_type, dtype="bfloat16", max_shard_size="100KB")
+    plan = check_against_the_result(folder, tmp_path)
+    assert plan.architecture == model_type
+    assert plan.stored == "bfloat16"
+    assert plan.problems == ()
+
+
+def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
+    plain = write_tiny(tmp_path / "plain", "deepseek_v3", dtype="bfloat16", prediction_layers=1)
+    folder = to_fp8(plain, tmp_path / "fp8", (32, 32))
+    plan = check_against_the_result(folder, tmp_path)
+    assert [part.kind for part in plan.parts] == ["dense", "experts", "prediction", "ends"]
+    assert plan.stored == "FP8 in blocks of 32 x 32"
+    assert plan.parts[1].linears == {"static": 4, "float": 1, "dynamic": 3 * (8 + 1)}
+    assert plan.parts[2].linears == {}
+
+
+def test_deepseek_r1_is_planned_from_its_published_config(tmp_path: Path) -> None:
+    started = time.monotonic()
+    plan = make_plan(find_recipe("deepseek-r1"), tmp_path / "out")
+    assert time.monotonic() - started < 5
+    kinds = [part.kind for part in plan.parts]
+    assert kinds == ["dense"] * 3 + ["experts"] * 58 + ["prediction", "ends"]
+    assert plan.parts[3].linears == {"static": 4, "float": 1, "dynamic": 3 * 257}
+    assert plan.parts[0].linears == {"static": 4, "float": 1, "dynamic": 3}
+    # 671 billion, as its makers publish them, and 14 in the prediction layer with copies of the two ends.
+    prediction = plan.parts[61].parameters
+    assert plan.parameters - prediction == pytest.approx(671e9, rel=1e-3)
+    # Published: 688.6 GB; the prediction layer and kv_b_proj grow from FP8 to bfloat16.
+    assert plan.source_bytes == pytest.approx(688.6e9, rel=1e-3)
+    assert 690e9 < plan.output_bytes < 705e9
+    assert plan.source is None
+    assert "published config.json alone" in plan.notes[0]
+    assert plan.seconds is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "llama-3.1-8b", "deepseek-v2-lite", "qwen2.5-7b-instruct"])
+def test_published_models_are_planned_without_weights(name: str, tmp_path: Path) -> None:
+    plan = make_plan(find_recipe(name), tmp_path / "out")
+    assert plan.source_bytes == published_bytes(name)
+    assert 0.45 < plan.output_bytes / plan.source_bytes < 0.65
+
+
+def test_planning_does_not_load_mindspore(tiny_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from msquant.plan import make_plan; "
+        "from msquant.recipes import find_recipe; "
+        "make_plan(find_recipe(sys.argv[1]), Path(sys.argv[2])); print('mindspore' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_llama), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_told_with_both_numbers(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = short_recipe(tiny_llama)
+    fitting = make_plan(recipe, tmp_path / "out")
+    assert fitting.problems == ()
+    monkeypatch.setattr("msquant.plan.free_bytes", lambda path: fitting.disk_bytes - 1)
+    monkeypatch.setattr("msquant.plan.available_memory", lambda: 1_000)
+    disk, memory = make_plan(recipe, tmp_path / "out").problems
+    for word in ("disk", f"{fitting.disk_bytes:,}", f"{fitting.disk_bytes - 1:,}", "--output"):
+        assert word in disk
+    for word in ("memory", f"{fitting.peak_memory:,}", "1,000", "--samples"):
+        assert word in memory
+    monkeypatch.setattr("msquant.plan.free_bytes", lambda path: fitting.disk_bytes)
+    monkeypatch.setattr("msquant.plan.available_memory", lambda: None)
+    assert make_plan(recipe, tmp_path / "out").problems == ()
+
+
+def test_quantize_refuses_before_it_starts(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = short_recipe(tiny_llama)
+    needed = make_plan(recipe, tmp_path / "out").disk_bytes
+    monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: needed - 1)
+    with pytest.raises(OutputError, match=rf"{needed - 1} bytes are free on its disk, {needed} are needed"):
+        quantize(recipe, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: needed)
+    assert quantize(recipe, tmp_path / "out").folder.is_dir()
+
+
+def test_time_follows_the_rates(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = []
+
+    def probe(*of: object) -> Rates:
+        asked.append(of)
+        return RATES
+
+    plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=probe)
+    assert plan.seconds is not None
+    assert plan.seconds_by_work is not None
+    assert plan.seconds == pytest.approx(sum(plan.seconds_by_work.values()))
+    assert sum(part.seconds or 0 for part in plan.parts) < plan.seconds
+    assert isinstance(asked[0][1], Checkpoint)
+    longer = make_plan(short_recipe(tiny_llama, samples=64), tmp_path / "out", probe=probe)
+    assert longer.seconds is not None
+    assert longer.seconds > plan.seconds
+    assert make_plan(find_recipe("llama-3.1-8b"), tmp_path / "out", probe=probe).seconds
+    assert asked[-1][1] is None
+
+
+def test_where_no_time_can_be_estimated_the_plan_says_why(tiny_llama: Path, tmp_path: Path) -> None:
+    def full(*of: object) -> Rates:
+        raise OutputError("the disk is full")
+
+    plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=full)
+    assert plan.seconds is None
+    assert "the disk is full" in plan.notes[0]
+    recipe = short_recipe(tiny_llama).replace("quantization", search="reference")
+    plan = make_plan(recipe, tmp_path / "out", probe=lambda *_: RATES)
+    assert plan.seconds is None
+    assert "golden-stick's own search" in plan.notes[0]
+
+
+def test_a_bad_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    shard = model / "model.safetensors"
+    recipe = short_recipe(tiny_llama)
+    os.truncate(shard, 100)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*bytes"):
+        make_plan(recipe, tmp_path / "out", source=str(model))
+    shard.write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match="header"):
+        make_plan(recipe, tmp_path / "out", source=str(model))
+    # A folder that was named is never replaced by the published config.
+    with pytest.raises(ModelError, match=r"config\.json"):
+        make_plan(find_recipe("deepseek-r1"), tmp_path / "out", source=str(tmp_path))
+    with pytest.raises(ModelError, match="not on this machine"):
+        make_plan(recipe.model_copy(update={"model": "nobody/no-such-model"}), tmp_path / "out")
+    with pytest.raises(RecipeError, match="cannot serve this"):
+        make_plan(
+            find_recipe("deepseek-r1").replace("quantization", dynamic=["self_attn."]), tmp_path / "out"
+        )
