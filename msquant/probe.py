@@ -19,7 +19,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.costs import Rates
 from msquant.models.config import ModelConfig
 
-# Of the matrix that is read, converted, multiplied and rounded, `[N, K]`.
+# Of the matrix that is read, converted and rounded, `[N, K]`.
 ROWS, COLUMNS = 8192, 2048
 
 MANY, FEW = 512, 16
@@ -53,7 +53,7 @@ def measure_rates(config: ModelConfig, output: Path, checkpoint: Checkpoint | No
     written, converted, read = _disk(config, output, weight)
     # MindSpore 2.7.1 crashes at exit if a reshaped transpose is what it computed last: products come after.
     scores = _scores(config)
-    products, streamed = _products(inputs, weight)
+    products, streamed = _products(config)
     smooth, limit = np.full(COLUMNS, 1.5, np.float32), np.full((ROWS, 1), 2.0, np.float32)
     change = np.empty_like(weight)
     rounded = _best(lambda: smoothed_and_rounded(weight, smooth))
@@ -129,19 +129,25 @@ def _read(path: Path, start: int, size: int) -> float:
         os.close(descriptor)
 
 
-def _products(inputs: Floats, weight: Floats) -> tuple[float, float]:
-    """Floating-point operations, and weights read, in a second.
+def _products(config: ModelConfig) -> tuple[float, float]:
+    """Floating-point operations, and weights read, in a second, with a matrix as the model has them.
 
     Two products, of many rows and of few, give both: seconds are taken as `operations / a + weights / b`.
     """
     from mindspore import Tensor, ops
 
-    product, matrix = ops.MatMul(transpose_b=True), Tensor(weight)
-    many, few = Tensor(inputs), Tensor(inputs[:FEW])
-    slow, fast = _best(lambda: product(many, matrix).asnumpy()), _best(lambda: product(few, matrix).asnumpy())
-    operation = max(slow - fast, slow / 10) / (2 * (MANY - FEW) * weight.size)
-    reading = max(fast - operation * 2 * FEW * weight.size, fast / 10)
-    return 1 / operation, weight.size / reading
+    columns = min(config.hidden_size, ROWS)
+    rows = min(config.intermediate_size, ROWS * COLUMNS // columns)
+    product, matrix = ops.MatMul(transpose_b=True), Tensor(np.ones((rows, columns), np.float32))
+
+    def seconds(tokens: int) -> float:
+        inputs = Tensor(np.ones((tokens, columns), np.float32))
+        return _best(lambda: product(inputs, matrix).asnumpy())
+
+    slow, fast = seconds(MANY), seconds(FEW)
+    operation = max(slow - fast, slow / 10) / (2 * (MANY - FEW) * matrix.size)
+    reading = max(fast - operation * 2 * FEW * matrix.size, fast / 10)
+    return 1 / operation, matrix.size / reading
 
 
 def _scores(config: ModelConfig) -> float:
