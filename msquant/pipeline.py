@@ -67,6 +67,7 @@ class QuantizeResult:
     Attributes:
         folder: the written folder.
         layers: the manifest's record of every decoder layer.
+        layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors written.
         seconds: wall time of this run.
@@ -75,6 +76,7 @@ class QuantizeResult:
 
     folder: Path
     layers: list[dict[str, Any]]
+    layer_seconds: list[float]
     source_bytes: int
     output_bytes: int
     seconds: float
@@ -133,7 +135,7 @@ def quantize(
             progress.stage("writing embeddings and output head")
             _write_rest(model, journal, writer)
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            _write_layers(recipe, model, tokens, journal, writer, store, device, verbose, progress)
+            seconds = _write_layers(recipe, model, tokens, journal, writer, store, device, verbose, progress)
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
@@ -142,6 +144,7 @@ def quantize(
     return QuantizeResult(
         folder=folder,
         layers=layers,
+        layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
         seconds=time.monotonic() - started,
@@ -178,12 +181,12 @@ def _write_layers(
     device: str,
     verbose: bool,
     progress: Progress,
-) -> None:
-    """Quantize, write and journal the decoder layers that are not finished yet."""
+) -> list[float]:
+    """Quantize, write and journal the decoder layers that are not finished; returns each one's seconds."""
     config, checkpoint = source.config, source.checkpoint
     count, done = config.num_hidden_layers, len(_finished_layers(journal))
     if done >= count:
-        return
+        return []
     progress.stage("loading MindSpore and golden-stick")
     from msquant.models.device import use_device
     from msquant.models.network import Embedding
@@ -204,14 +207,18 @@ def _write_layers(
         with store.write(0) as hidden:
             for start in range(0, samples, step):
                 hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+    seconds: list[float] = []
     for index in range(done, count):
+        started = time.monotonic()
         with writer.group(index) as shards, store.write(index + 1) as outputs:
             report = decoder.run(index, store.open(index), outputs.append, shards)
         record = layer_record(index, report, recipe.quantization)
         journal.append({"group": index, "layer": record, "files": shards.files})
         store.discard(index)
+        seconds.append(time.monotonic() - started)
         progress.layer(record)
         check_interrupt()
+    return seconds
 
 
 def _write_rest(source: Source, journal: Journal, writer: GoldenStickStream) -> None:

@@ -91,6 +91,7 @@ class DecoderPass:
     def _two_blocks(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
     ) -> LayerReport:
+        self._step("attention")
         attention = self._layer(self._source, index, "attention")
         with self._store.write(BETWEEN) as between:
             for batch in hidden:
@@ -101,7 +102,7 @@ class DecoderPass:
         sample = self._compute(self._layer(result, index, "attention"), hidden[0])
         report = result.report
         del result
-        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype)
+        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
         first: list[Floats] = []
         for batches in self._rounds(self._store.open(BETWEEN)):
             flat = np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])

@@ -6,7 +6,7 @@ all tokens, and so is a shared one.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,16 +64,24 @@ class FeedForwardPass:
         index: of the decoder layer.
         policy: what to do.
         dtype: compute dtype.
+        step: called with what goes on.
 
     Attributes:
         expert_tokens: calibration tokens of each routed expert; empty for a dense block.
     """
 
     def __init__(
-        self, config: ModelConfig, source: WeightSource, index: int, policy: QuantizationPolicy, dtype: Any
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        index: int,
+        policy: QuantizationPolicy,
+        dtype: Any,
+        step: Callable[[str], None] = lambda text: None,
     ) -> None:
         layer = config.family.layer_name(index)
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
+        self._step = step
         self._norm_name = f"{layer}.post_attention_layernorm.weight"
         self._name = f"{layer}.mlp"
         self._norm = RMSNorm(source.tensor(self._norm_name), config.rms_norm_eps, dtype)
@@ -113,7 +121,7 @@ class FeedForwardPass:
         first = smooth and self._columns is None
         columns = np.zeros(self._config.hidden_size, np.float32)
         output = hidden.copy()
-        for expert, rows, factors in self._dispatch(x):
+        for expert, rows, factors in self._dispatch(x, "computing"):
             expert.tokens += len(rows)
             if not len(rows) and not first:
                 continue
@@ -151,7 +159,7 @@ class FeedForwardPass:
             sink.tensor(name, values * shared if values.ndim == 2 else values)
         x = self._normalize(sample)
         output = sample.copy()
-        for expert, rows, factors in self._dispatch(x):
+        for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
             gate = self._linear(expert, "gate_proj", sink, columns=shared)
@@ -202,12 +210,13 @@ class FeedForwardPass:
             return None
         return smooth_scale(expert.gated, expert.down, alpha)
 
-    def _dispatch(self, x: Floats) -> Iterator[tuple[_Expert, Any, Any]]:
+    def _dispatch(self, x: Floats, doing: str) -> Iterator[tuple[_Expert, Any, Any]]:
         """Every expert with the rows of x that it gets and the factors of its outputs, `[n, 1]`."""
         if self._router is not None:
             ids, weights = self._router.route(Tensor(x, self._dtype))
-        for expert in self._experts:
+        for place, expert in enumerate(self._experts, start=1):
             check_interrupt()
+            self._step(f"{doing} expert {place}/{len(self._experts)}")
             # Cells refer to themselves, so only the collector frees the weights of the expert before.
             gc.collect()
             if expert.number is None:
