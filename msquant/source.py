@@ -45,25 +45,27 @@ def open_source(model: str) -> Source:
     """Find a model and check from the headers alone that it is whole and that its config describes it.
 
     Raises:
-        MsquantError: there is no such model, or a file, tensor or shape is wrong.
+        MsquantError: there is no such model; or a file, tensor, dtype or shape is wrong, those of the scales
+            of FP8 included.
     """
     folder = resolve_model(model)
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
     for name, shape in config.shapes.items():
-        checkpoint.expect(name, shape)
+        checkpoint.expect_weight(name, shape)
     extras = []
     for shapes in config.extra_layers:
         # Many conversions leave these layers out, but none leaves out a part of one.
         if any(name in checkpoint for name in shapes):
             for name, shape in shapes.items():
-                checkpoint.expect(name, shape)
+                checkpoint.expect_weight(name, shape)
             extras.append(shapes)
     known = config.shapes.keys() | {name for shapes in extras for name in shapes}
     unknown = [name for name in checkpoint.parameters() if name not in known and not name.endswith(_COMPUTED)]
     if unknown:
+        others = f" and {len(unknown) - 1} other tensors are" if unknown[1:] else " is"
         raise CheckpointError(
-            f"{unknown[0]} and {len(unknown) - 1} other tensors are here, which config.json does not ask for",
+            f"{unknown[0]}{others} here, which config.json does not ask for",
             where=checkpoint.shard_path(unknown[0]),
             remedy="use the config.json that belongs to these weights",
         )

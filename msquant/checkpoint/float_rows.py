@@ -3,20 +3,35 @@
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.fp8 import BlockScale, dequantize
+from msquant.checkpoint.fp8 import FP8, BlockScale, dequantize
 from msquant.checkpoint.shard import DTYPES, Shard
 from msquant.errors import CheckpointError
 
-FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+_DTYPES = frozenset({"F16", "BF16", "F32", "F64", FP8})
 
 # A chunk and its float32 values stay in a core's cache.
 _CHUNK_BYTES = 1 << 20
 _THREADS = 2
+
+
+def check_dtype(name: str, dtype: str, where: Path) -> None:
+    """Check that a tensor is stored in a dtype that `FloatRows` reads; `where` is its file.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{name} is stored as {dtype}, a floating-point tensor is expected",
+            where=where,
+            remedy="start from the unquantized checkpoint (bfloat16, float16, float32 or FP8 in blocks)",
+        )
 
 
 class FloatRows:

@@ -47,33 +47,13 @@ class BlockScale:
 
     @classmethod
     def checked(
-        cls,
-        name: str,
-        shape: tuple[int, ...],
-        values: NDArray[np.float32],
-        block: tuple[int, int],
-        where: Path,
+        cls, name: str, values: NDArray[np.float32], block: tuple[int, int], where: Path
     ) -> "BlockScale":
-        """Check the scales of the matrix `name` of `shape`; `where` is the file that holds the scales.
+        """Check the scales of the matrix `name`, which have the right shape; `where` is their file.
 
         Raises:
-            CheckpointError: it is no matrix; the scales are of another shape, or not positive, or so large
-                that a value would overflow float32.
+            CheckpointError: one is not positive, or so large that a value would overflow float32.
         """
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"{name} is stored as {FP8} of shape {list(shape)}: only matrices have block scales",
-                where=where,
-            )
-        expected = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
-        if values.shape != expected:
-            raise CheckpointError(
-                f"{name}{SCALE_SUFFIX} has shape {list(values.shape)}; for {name} of shape {list(shape)} in "
-                f"blocks of {list(block)}, {list(expected)} is expected",
-                where=where,
-                remedy="use the config.json that belongs to these weights: its "
-                "quantization_config.weight_block_size says the block's size",
-            )
         with np.errstate(over="ignore"):
             bad = ~((values > 0) & np.isfinite(values * _LARGEST))
         if bad.any():
@@ -85,6 +65,38 @@ class BlockScale:
                 remedy="download this shard again; if the published file holds it too, it cannot be used",
             )
         return cls(values, block)
+
+
+def check_scale_shape(
+    name: str, shape: tuple[int, ...], found: tuple[int, ...], block: tuple[int, int], where: Path
+) -> None:
+    """Check the shape of a matrix's scales.
+
+    Args:
+        name: of the matrix.
+        shape: of the matrix.
+        found: shape of the scales.
+        block: `(bn, bk)`.
+        where: the file that holds the scales.
+
+    Raises:
+        CheckpointError: it is no matrix, or the scales are of another shape.
+    """
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{name} is stored as {FP8} of shape {list(shape)}: only matrices have block scales",
+            where=where,
+            remedy="start from a checkpoint that stores all but its matrices in bfloat16",
+        )
+    expected = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
+    if found != expected:
+        raise CheckpointError(
+            f"{name}{SCALE_SUFFIX} has shape {list(found)}; for {name} of shape {list(shape)} in "
+            f"blocks of {list(block)}, {list(expected)} is expected",
+            where=where,
+            remedy="use the config.json that belongs to these weights: its "
+            "quantization_config.weight_block_size says the block's size",
+        )
 
 
 def dequantize(codes: NDArray[np.uint8], scale: NDArray[np.float32], out: NDArray[np.float32]) -> int:

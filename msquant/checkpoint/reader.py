@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.float_rows import FLOAT_DTYPES, FloatRows
-from msquant.checkpoint.fp8 import FP8, SCALE_SUFFIX, BlockScale, read_block_size
+from msquant.checkpoint.float_rows import FloatRows, check_dtype
+from msquant.checkpoint.fp8 import FP8, SCALE_SUFFIX, BlockScale, check_scale_shape, read_block_size
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.shard import Shard
 from msquant.checkpoint.weights import FloatLinear
@@ -110,6 +110,16 @@ class Checkpoint:
                 remedy="use the config.json that belongs to these weights",
             )
 
+    def expect_weight(self, name: str, shape: tuple[int, ...]) -> None:
+        """As `expect`, and check from the headers alone that `tensor` finds what it needs.
+
+        Raises:
+            CheckpointError: as `expect`; it is stored as integers; it is FP8 and its scales are missing or of
+                another shape.
+        """
+        self.expect(name, shape)
+        self._scale_name(name)
+
     def raw(self, name: str) -> NDArray[Any]:
         """Return a tensor in the dtype it is stored in (bfloat16 and float8 as `ml_dtypes`), unchecked.
 
@@ -196,26 +206,30 @@ class Checkpoint:
         return read_block_size(self.folder)
 
     def _float_rows(self, name: str) -> FloatRows:
-        dtype = self.dtype(name)
-        if dtype in FLOAT_DTYPES:
+        scale_name = self._scale_name(name)
+        if scale_name is None:
             return FloatRows(self._shard(name), name)
+        values, where = self.tensor(scale_name), self.shard_path(scale_name)
+        scale = BlockScale.checked(name, values, self._block_size, where)
+        return FloatRows(self._shard(name), name, scale)
+
+    def _scale_name(self, name: str) -> str | None:
+        """The scales of an FP8 matrix, checked as far as headers tell; None for other dtypes."""
+        dtype, where = self.dtype(name), self.shard_path(name)
+        check_dtype(name, dtype, where)
         if dtype != FP8:
-            raise CheckpointError(
-                f"{name} is stored as {dtype}, a floating-point tensor is expected",
-                where=self.shard_path(name),
-                remedy="start from the unquantized checkpoint (bfloat16, float16, float32 or FP8 in blocks)",
-            )
+            return None
         scale_name = name + SCALE_SUFFIX
         if scale_name not in self:
             raise CheckpointError(
                 f"{name} is stored as {dtype}, but its scales {scale_name} are missing",
-                where=self.shard_path(name),
+                where=where,
                 remedy="download the checkpoint again, or start from an unquantized one",
             )
-        scale = BlockScale.checked(
-            name, self.shape(name), self.tensor(scale_name), self._block_size, self.shard_path(scale_name)
-        )
-        return FloatRows(self._shard(name), name, scale)
+        self._scale_name(scale_name)
+        where = self.shard_path(scale_name)
+        check_scale_shape(name, self.shape(name), self.shape(scale_name), self._block_size, where)
+        return scale_name
 
     def _shard(self, name: str) -> Shard:
         if name not in self.weight_map:
