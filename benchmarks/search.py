@@ -9,7 +9,6 @@ from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
 
 LAYER, SAMPLES, LENGTH, MIN_RATIO = 3, 4, 128, 20
-NAME = f"model.layers.{LAYER}"
 
 
 def measure() -> list[dict[str, Any]]:
@@ -36,14 +35,14 @@ def measure() -> list[dict[str, Any]]:
     places = positions(config, LENGTH, dtype)
     hidden = Embedding(config, checkpoint, dtype)(tokens)
     for index in range(LAYER):
-        hidden = DecoderLayer(config, checkpoint, f"model.layers.{index}", dtype)(hidden, places)
+        hidden = DecoderLayer(config, checkpoint, index, dtype)(hidden, places)
 
     seconds, results = {}, {}
     for search in ("fast", "reference"):
-        layer = DecoderLayer(config, checkpoint, NAME, dtype)
+        layer = DecoderLayer(config, checkpoint, LAYER, dtype)
         started = time.monotonic()
         policy = QuantizationPolicy(search=search)
-        results[search] = quantize_layer(config, NAME, layer, [hidden], places, policy)
+        results[search] = quantize_layer(config, LAYER, layer, [hidden], places, policy)
         seconds[search] = time.monotonic() - started
     ratio = seconds["reference"] / seconds["fast"]
     return [
