@@ -30,11 +30,7 @@ from msquant.formats.golden_stick_stream import GoldenStickStream
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.recipes import Recipe
-from msquant.source import Source, folder_plan, open_source, scratch_bytes
-
-# Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough
-# for the search to give up a losing candidate early. Wide layers are efficient with fewer.
-BATCH_TOKENS, WIDE_BATCH_TOKENS, WIDE = 512, 128, 2048
+from msquant.source import Source, batch_samples, folder_plan, open_source, scratch_bytes
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
@@ -201,8 +197,7 @@ def _write_layers(
     samples, length = tokens.shape
     decoder = DecoderPass(config, checkpoint, recipe.quantization, length, dtype, store, progress.step)
     if not done:
-        wide = config.hidden_size >= WIDE
-        step = max(1, (WIDE_BATCH_TOKENS if wide else BATCH_TOKENS) // length)
+        step = batch_samples(config, length)
         embedding = Embedding(config, checkpoint, dtype)
         with store.write(0) as hidden:
             for start in range(0, samples, step):

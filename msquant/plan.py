@@ -18,10 +18,10 @@ from msquant.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.formats.golden_stick_plan import FolderPlan
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
-from msquant.pipeline import BATCH_TOKENS, MEMORY_BUDGET
+from msquant.pipeline import MEMORY_BUDGET
 from msquant.quantization.schemes import layer_schemes
 from msquant.recipes import Recipe
-from msquant.source import hidden_bytes, open_source, shapes_plan
+from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plan
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
 Probe = Callable[[ModelConfig, Checkpoint | None], Rates]
@@ -154,7 +154,7 @@ def make_plan(
     subject = _subject(recipe, source)
     config, settings = subject.config, recipe.calibration
     folder = shapes_plan(recipe, config, subject.extras)
-    batch = max(1, BATCH_TOKENS // settings.sequence_length)
+    batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.samples, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []
     rates = None

@@ -15,6 +15,10 @@ from msquant.models.config import ModelConfig
 from msquant.quantization.schemes import model_schemes
 from msquant.recipes import Recipe
 
+# Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough
+# for the search to give up a losing candidate early. Wide layers are efficient with fewer.
+BATCH_TOKENS, WIDE_BATCH_TOKENS, WIDE = 512, 128, 2048
+
 # Old checkpoints store what follows from the config.
 _COMPUTED = ".rotary_emb.inv_freq"
 
@@ -108,3 +112,9 @@ def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:
 def hidden_bytes(config: ModelConfig, tokens: int) -> int:
     """As `scratch_bytes`, of so many calibration tokens."""
     return 3 * tokens * config.hidden_size * 4
+
+
+def batch_samples(config: ModelConfig, length: int) -> int:
+    """How many samples of so many tokens are computed together."""
+    tokens = WIDE_BATCH_TOKENS if config.hidden_size >= WIDE else BATCH_TOKENS
+    return max(1, tokens // length)

@@ -17,8 +17,8 @@ def run(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder. Without it: the newest result of `quantize` or `download`; "
-            "if there is none, DeepSeek-R1-W8A8 in the current folder."
+            help="Model folder. Without it: the newest result of `quantize`; if there is none, "
+            "DeepSeek-R1-W8A8 in the current folder."
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Generate at most so many tokens a prompt.")] = 16,
