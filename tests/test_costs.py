@@ -18,11 +18,11 @@ from msquant.costs import (
 )
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
-from msquant.pipeline import BATCH_TOKENS, MEMORY_BUDGET, quantize
+from msquant.pipeline import MEMORY_BUDGET, quantize
 from msquant.quantization import feed_forward, osl, quantizer
 from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.recipes import find_recipe
-from msquant.source import open_source
+from msquant.source import BATCH_TOKENS, open_source
 from tests.fixtures.tiny_families import write_tiny
 
 SAMPLES, LENGTH = 12, 128
