@@ -38,6 +38,6 @@ def quantized() -> dict[str, Any]:
     result = msquant(
         *("quantize", "smollm2-135m", "--algo", "osl"),
         *("--samples", SAMPLES, "--sequence-length", SEQUENCE_LENGTH),
-        *("--output", output, "--overwrite"),
+        *("--output", output, "--overwrite", "--restart"),
     )
     return result | {"wall_seconds": time.monotonic() - started}
