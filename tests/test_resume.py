@@ -21,6 +21,7 @@ model: {model}
 quantization:
   smooth_alpha: [0.4, 0.6]
   weight_clip_ratio: [1.0, 0.9]
+  skip: [lm_head, kv_b_proj]
   dynamic: {dynamic}
 calibration:
   samples: 4

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
+from msquant.errors import CheckpointError
 from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
@@ -73,15 +74,25 @@ class DecoderPass:
             MsquantError: a tensor is missing, damaged or of a wrong shape, or holds NaN; the search finds
                 nothing; the disk is full.
         """
+
+        def put_finite(output: Floats) -> None:
+            if not np.isfinite(output).all():
+                raise CheckpointError(
+                    "computes NaN or infinity from finite weights",
+                    where=self._config.family.layer_name(index),
+                    remedy="check that config.json belongs to these weights",
+                )
+            put(output)
+
         if in_two_blocks(self._config, self._policy, index):
-            return self._two_blocks(index, hidden, put, sink)
+            return self._two_blocks(index, hidden, put_finite, sink)
         layer = self._layer(self._source, index, "whole")
         first: list[Floats] = []
         for batch in hidden:
             check_interrupt()
             output = self._compute(layer, batch)
             first = first or [output]
-            put(output)
+            put_finite(output)
         result = self._golden_stick(index, layer, hidden, sink)
         del layer
         quantized = self._compute(self._layer(result, index, "whole"), hidden[0])

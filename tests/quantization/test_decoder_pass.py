@@ -1,0 +1,73 @@
+"""What a decoder layer gives to the next one, and in how many rounds its experts are read."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.reader import Checkpoint
+from msquant.errors import CheckpointError
+from msquant.models.config import ModelConfig
+from msquant.models.device import use_device
+from msquant.quantization import golden_stick
+from msquant.quantization.decoder_pass import DecoderPass
+from msquant.quantization.policy import QuantizationPolicy
+from tests.fixtures.tiny_families import write_tiny
+
+LENGTH = 16
+
+
+class Discard:
+    """A sink for tests that look at something else."""
+
+    def tensor(self, name: str, values: Any) -> None: ...
+
+    def linear(self, module: str, linear: Any) -> None: ...
+
+
+def run(
+    folder: Path, scratch: Path, hidden: list[np.ndarray], budget: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """Outputs of layer 1, which has experts, and what was said to go on."""
+    dtype = use_device()
+    golden_stick.set_log_level(verbose=False)
+    policy = QuantizationPolicy(
+        smooth_alpha=(0.5,), weight_clip_ratio=(1.0,), skip=("kv_b_proj",), dynamic=("mlp.",)
+    )
+    steps: list[str] = []
+    outputs: list[np.ndarray] = []
+    config = ModelConfig.from_folder(folder)
+    store = HiddenStateStore(scratch, budget)
+    decoder = DecoderPass(config, Checkpoint.open(folder), policy, LENGTH, dtype, store, steps.append)
+    decoder.run(1, hidden, outputs.append, Discard())
+    return outputs, steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "deepseek", "deepseek_v3")
+
+
+def test_a_small_budget_takes_more_rounds_to_the_same_outputs(folder: Path, tmp_path: Path) -> None:
+    hidden = [np.random.default_rng(i).normal(size=(2, LENGTH, 64)).astype(np.float32) for i in range(3)]
+    whole, at_once = run(folder, tmp_path / "a", hidden, 1 << 30)
+    parts, in_rounds = run(folder, tmp_path / "b", hidden, 4 * hidden[0].nbytes)
+    assert sum(step.startswith("computing expert 1/") for step in at_once) == 1
+    assert sum(step.startswith("computing expert 1/") for step in in_rounds) == 3
+    for one, other in zip(whole, parts, strict=True):
+        assert one.shape == other.shape == (2, LENGTH, 64)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_outputs_that_overflow_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.shared_experts.down_proj.weight"] *= np.float32(1e38)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    hidden = [np.random.default_rng(0).normal(size=(1, LENGTH, 64)).astype(np.float32)]
+    with pytest.raises(CheckpointError, match=r"model.layers.1: computes NaN or infinity"):
+        run(model, tmp_path / "scratch", hidden, 1 << 30)
