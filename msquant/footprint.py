@@ -68,4 +68,6 @@ def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
     widest = max(linear.size for linear in blocks.streamed)
     # A block that gets all tokens, as a dense one and a shared expert do.
     inner = max(block[0].rows for block in blocks.inner.values())
-    return _FLOAT * (largest + 2 * widest + tokens * (4 * blocks.config.hidden_size + 3 * inner))
+    # While it is read: all of it, and the largest matrix as it is stored. While it is quantized: one matrix.
+    weights = max(largest + widest // 2, 3 * widest)
+    return _FLOAT * (weights + tokens * (4 * blocks.config.hidden_size + 3 * inner))

@@ -144,7 +144,7 @@ def quantize(
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
         seconds=time.monotonic() - started,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=_peak_memory(),
     )
 
 
@@ -233,6 +233,15 @@ def _write_rest(source: Source, journal: Journal, writer: GoldenStickStream) -> 
 
 def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
     return [record["layer"] for record in journal.records if "layer" in record]
+
+
+def _peak_memory() -> int:
+    """Greatest resident set of this process; ru_maxrss would hold that of a large parent before it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:
