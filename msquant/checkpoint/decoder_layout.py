@@ -1,6 +1,6 @@
 """Which tensors a decoder must have, and their shapes, from its `config.json`, without any weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from msquant.errors import CheckpointError
@@ -17,6 +17,7 @@ PROJECTIONS = (
 """The linear layers of a decoder layer of the Llama kind, below `model.layers.<i>`."""
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
+"""Values of `model_type` with multi-head latent attention."""
 EXPERT_COUNT = {
     "qwen3_moe": "num_experts",
     "deepseek_v2": "n_routed_experts",
@@ -52,14 +53,14 @@ def expected_shapes(config: dict[str, Any]) -> Shapes | None:
     if config.get("model_type") not in MODEL_TYPES:
         return None
     config = _with_defaults(config)
-    hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
+    hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     shapes: Shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocabulary, hidden)
-    for index in range(_size(config, "num_hidden_layers")):
+    for index in range(positive(config, "num_hidden_layers")):
         shapes |= _layer(config, index)
     return shapes
 
@@ -77,10 +78,10 @@ def extra_shapes(config: dict[str, Any]) -> Shapes:
     if config.get("model_type") != "deepseek_v3" or count == 0:
         return {}
     config = _with_defaults(config)
-    hidden, vocabulary = _size(config, "hidden_size"), _size(config, "vocab_size")
-    first = _size(config, "num_hidden_layers")
+    hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
+    first = positive(config, "num_hidden_layers")
     shapes: Shapes = {}
-    for index in range(first, first + _size(config, "num_nextn_predict_layers")):
+    for index in range(first, first + positive(config, "num_nextn_predict_layers")):
         name = f"model.layers.{index}"
         shapes |= {
             f"{name}.embed_tokens.weight": (vocabulary, hidden),
@@ -99,7 +100,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer(config: dict[str, Any], index: int) -> Shapes:
-    prefix, hidden = f"model.layers.{index}", _size(config, "hidden_size")
+    prefix, hidden = f"model.layers.{index}", positive(config, "hidden_size")
     latent = config["model_type"] in LATENT_TYPES
     shapes: Shapes = {
         f"{prefix}.input_layernorm.weight": (hidden,),
@@ -110,13 +111,16 @@ def _layer(config: dict[str, Any], index: int) -> Shapes:
     for norm, size in _attention_norms(config, hidden):
         shapes[f"{prefix}.self_attn.{norm}.weight"] = (size,)
     if not _has_experts(config, index):
-        return shapes | _feed_forward(config, f"{prefix}.mlp", hidden, _size(config, "intermediate_size"))
-    inner, count = _size(config, "moe_intermediate_size"), _size(config, EXPERT_COUNT[config["model_type"]])
+        return shapes | _feed_forward(config, f"{prefix}.mlp", hidden, positive(config, "intermediate_size"))
+    inner, count = (
+        positive(config, "moe_intermediate_size"),
+        positive(config, EXPERT_COUNT[config["model_type"]]),
+    )
     shapes[f"{prefix}.mlp.gate.weight"] = (count, hidden)
     if config["model_type"] == "deepseek_v3":
         shapes[f"{prefix}.mlp.gate.e_score_correction_bias"] = (count,)
     if latent:
-        shared = inner * _size(config, "n_shared_experts")
+        shared = inner * positive(config, "n_shared_experts")
         shapes |= _feed_forward(config, f"{prefix}.mlp.shared_experts", hidden, shared)
     for expert in range(count):
         shapes |= _feed_forward(config, f"{prefix}.mlp.experts.{expert}", hidden, inner)
@@ -124,9 +128,9 @@ def _layer(config: dict[str, Any], index: int) -> Shapes:
 
 
 def _attention(config: dict[str, Any], hidden: int) -> Iterator[_Linear]:
-    heads = _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    head_size = _size(config, "head_dim", hidden // heads)
+    heads = positive(config, "num_attention_heads")
+    kv_heads = positive(config, "num_key_value_heads", heads)
+    head_size = positive(config, "head_dim", hidden // heads)
     model_type, asked = config["model_type"], bool(config.get("attention_bias"))
     inputs = {"qwen2": True, "mistral": False}.get(model_type, asked)
     yield "q_proj", heads * head_size, hidden, inputs
@@ -137,13 +141,13 @@ def _attention(config: dict[str, Any], hidden: int) -> Iterator[_Linear]:
 
 def _latent_attention(config: dict[str, Any], hidden: int) -> Iterator[_Linear]:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
-    heads, bias = _size(config, "num_attention_heads"), bool(config.get("attention_bias"))
-    rope, nope = _size(config, "qk_rope_head_dim"), _size(config, "qk_nope_head_dim")
-    value, kv_rank = _size(config, "v_head_dim"), _size(config, "kv_lora_rank")
+    heads, bias = positive(config, "num_attention_heads"), bool(config.get("attention_bias"))
+    rope, nope = positive(config, "qk_rope_head_dim"), positive(config, "qk_nope_head_dim")
+    value, kv_rank = positive(config, "v_head_dim"), positive(config, "kv_lora_rank")
     if config["q_lora_rank"] is None:
         yield "q_proj", heads * (nope + rope), hidden, False
     else:
-        q_rank = _size(config, "q_lora_rank")
+        q_rank = positive(config, "q_lora_rank")
         yield "q_a_proj", q_rank, hidden, bias
         yield "q_b_proj", heads * (nope + rope), q_rank, False
     yield "kv_a_proj_with_mqa", kv_rank + rope, hidden, bias
@@ -154,10 +158,10 @@ def _latent_attention(config: dict[str, Any], hidden: int) -> Iterator[_Linear]:
 def _attention_norms(config: dict[str, Any], hidden: int) -> Iterator[tuple[str, int]]:
     if config["model_type"] in LATENT_TYPES:
         if config["q_lora_rank"] is not None:
-            yield "q_a_layernorm", _size(config, "q_lora_rank")
-        yield "kv_a_layernorm", _size(config, "kv_lora_rank")
+            yield "q_a_layernorm", positive(config, "q_lora_rank")
+        yield "kv_a_layernorm", positive(config, "kv_lora_rank")
     elif config["model_type"] in ("qwen3", "qwen3_moe"):
-        head_size = _size(config, "head_dim", hidden // _size(config, "num_attention_heads"))
+        head_size = positive(config, "head_dim", hidden // positive(config, "num_attention_heads"))
         yield "q_norm", head_size
         yield "k_norm", head_size
 
@@ -184,10 +188,11 @@ def _has_experts(config: dict[str, Any], index: int) -> bool:
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise _wrong("mlp_only_layers", dense, "a list of layer numbers")
-    return index not in dense and (index + 1) % _size(config, "decoder_sparse_step", 1) == 0
+    return index not in dense and (index + 1) % positive(config, "decoder_sparse_step", 1) == 0
 
 
-def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """An entry of `config.json`. Raises CheckpointError if it is no positive integer."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or value <= 0:

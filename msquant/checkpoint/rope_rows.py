@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.decoder_layout import LATENT_TYPES, positive
 from msquant.errors import CheckpointError
-
-LATENT_MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
-"""Values of `model_type` with multi-head latent attention."""
 
 _LAYERS = "model.layers."
 
@@ -87,15 +85,15 @@ def rope_rows(config: Mapping[str, Any]) -> dict[str, RowOrder]:
     Raises:
         CheckpointError: a size is missing or no positive integer, or `qk_rope_head_dim` is odd.
     """
-    if config.get("model_type") not in LATENT_MODEL_TYPES or config.get("rope_interleave") is False:
+    if config.get("model_type") not in LATENT_TYPES or config.get("rope_interleave") is False:
         return {}
-    rope = _size(config, "qk_rope_head_dim")
+    rope = positive(config, "qk_rope_head_dim")
     if rope % 2:
         raise CheckpointError(f"qk_rope_head_dim is {rope}, an even number is expected", where="config.json")
     query = RowOrder(
-        _size(config, "num_attention_heads"), _size(config, "qk_nope_head_dim", minimum=0) + rope, rope
+        positive(config, "num_attention_heads"), positive(config, "qk_nope_head_dim") + rope, rope
     )
-    latent = RowOrder(1, _size(config, "kv_lora_rank") + rope, rope)
+    latent = RowOrder(1, positive(config, "kv_lora_rank") + rope, rope)
     query_name = "q_proj" if config.get("q_lora_rank", 0) is None else "q_b_proj"
     return {f"self_attn.{query_name}": query, "self_attn.kv_a_proj_with_mqa": latent}
 
@@ -103,15 +101,4 @@ def rope_rows(config: Mapping[str, Any]) -> dict[str, RowOrder]:
 def model_rope_rows(config: Mapping[str, Any]) -> RopeRows:
     """`rope_rows` with the number of layers it applies to. Raises CheckpointError as that does."""
     orders = rope_rows(config)
-    return RopeRows(orders, _size(config, "num_hidden_layers") if orders else 0)
-
-
-def _size(config: Mapping[str, Any], key: str, minimum: int = 1) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < minimum:
-        raise CheckpointError(
-            f"{key} is {value!r}, a{' positive' if minimum else 'n'} integer is expected",
-            where="config.json",
-            remedy="copy config.json of the original model again",
-        )
-    return value
+    return RopeRows(orders, positive(config, "num_hidden_layers") if orders else 0)
