@@ -17,6 +17,7 @@ from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.costs import Rates
+from msquant.formats.golden_stick_layout import MODEL_DTYPES
 from msquant.models.config import ModelConfig
 
 # Of the matrix that is read, converted and rounded, `[N, K]`.
@@ -103,8 +104,7 @@ def _disk(config: ModelConfig, output: Path, weight: Floats) -> tuple[float, flo
 
 def _stored(config: ModelConfig, weight: Floats) -> dict[str, NDArray[Any]]:
     if config.fp8_block is None:
-        types: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-        return {"weight": weight.astype(types[config.dtype])}
+        return {"weight": weight.astype(MODEL_DTYPES[config.dtype])}
     # The block's size that a folder without config.json stands for.
     scales = np.full((ROWS // 128, COLUMNS // 128), 0.01, np.float32)
     return {"weight": weight.astype(ml_dtypes.float8_e4m3fn), f"weight{SCALE_SUFFIX}": scales}

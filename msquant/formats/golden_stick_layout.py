@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from msquant.checkpoint.tensor_spec import dtype_code
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
@@ -45,6 +46,9 @@ MODEL_DTYPES: dict[str, DTypeLike] = {
     "float32": np.float32,
 }
 """NumPy's type of the dtypes a `config.json` may name."""
+
+DTYPE_CODES = {name: dtype_code(np.dtype(dtype)) for name, dtype in MODEL_DTYPES.items()}
+"""The safetensors code of each."""
 
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""

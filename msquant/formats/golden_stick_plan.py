@@ -11,10 +11,8 @@ from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError, RecipeError
-from msquant.formats.golden_stick_layout import SERVED_DTYPES, describe, stored_dtype
+from msquant.formats.golden_stick_layout import DTYPE_CODES, SERVED_DTYPES, describe, stored_dtype
 from msquant.formats.golden_stick_schemes import DESCRIBED, Variant, check_schemes, variant_of
-
-_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 Shape = tuple[int, ...]
 
@@ -103,7 +101,7 @@ def plan_folder(
                 missing.pop(module, None)
                 _check_linear(name, shape, shapes.get(f"{module}.bias"))
             if scheme == "float" or part == "bias":
-                specs[-1].append(TensorSpec(name, _CODES[stored_dtype(name, stored)], tuple(shape)))
+                specs[-1].append(TensorSpec(name, DTYPE_CODES[stored_dtype(name, stored)], tuple(shape)))
             elif part == "weight":
                 specs[-1] += _quantized(module, tuple(shape), scheme, stored)
             else:
@@ -126,7 +124,7 @@ def _quantized(module: str, shape: Shape, scheme: Scheme, dtype: str) -> list[Te
         parts += [("weight_scale", "F32", rows), ("weight_offset", "F32", rows)]
     else:
         parts += [("deq_scale", "F32", rows), ("quant_bias", "I32", rows)]
-        parts += [("input_scale", _CODES[dtype], columns), ("input_offset", "I8", columns)]
+        parts += [("input_scale", DTYPE_CODES[dtype], columns), ("input_offset", "I8", columns)]
     return [TensorSpec(f"{module}.{part}", code, part_shape) for part, code, part_shape in parts]
 
 

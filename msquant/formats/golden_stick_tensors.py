@@ -6,11 +6,10 @@ import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick_layout import DYNAMIC_PARTS, QUANTIZED_PARTS, quantized_bias
+from msquant.formats.golden_stick_layout import DTYPE_CODES, DYNAMIC_PARTS, QUANTIZED_PARTS, quantized_bias
 from msquant.formats.golden_stick_schemes import FLOAT, W8A8_DYNAMIC, Finding, Variant, fused_groups
 
-_DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_FLOAT_CODES = set(_DTYPE_CODES.values())
+_FLOAT_CODES = set(DTYPE_CODES.values())
 
 # Bytes of a floating-point tensor that are looked at in one piece: embeddings are never in memory whole.
 _PIECE_BYTES = 2**26
@@ -67,7 +66,7 @@ def check_layout(
     weight_shape = checkpoint.shape(f"{module}.weight")
     if len(weight_shape) != 2:
         return [Finding(f"{module}.weight", f"has shape {list(weight_shape)}, a matrix [N, K] is expected")]
-    code = _DTYPE_CODES.get(dtype or "")
+    code = DTYPE_CODES.get(dtype or "")
     rows, columns = weight_shape[:1], weight_shape[1:]
     expected: dict[str, tuple[set[str], tuple[int, ...]]] = {"weight": ({"I8"}, weight_shape)}
     model_codes = {code} if code else _FLOAT_CODES
