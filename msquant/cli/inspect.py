@@ -141,6 +141,6 @@ def _render_layers(layers: "list[LayerSummary]") -> None:
     groups = list(dict.fromkeys(group for layer in layers for group in layer.alphas))
     rows: list[list[Any]] = []
     for layer in layers:
-        error = "" if layer.relative_mse is None else f"{layer.relative_mse:.2e}"
+        error = "" if layer.error is None else f"{layer.error:.2e}"
         rows.append([layer.index, *(layer.alphas.get(group, "") for group in groups), error])
-    console.print_table("Chosen alpha by group", ["layer", *groups, "relative MSE"], rows)
+    console.print_table("Chosen alpha by group", ["layer", *groups, "relative error"], rows)

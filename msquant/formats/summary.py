@@ -70,12 +70,12 @@ class LayerSummary:
     Attributes:
         index: its number.
         alphas: the smoothing strength that was chosen for each group of linear layers.
-        relative_mse: error of the layer's output against floating point; None if it was not recorded.
+        error: relative error of the layer's output; None if it was not recorded.
     """
 
     index: int
     alphas: dict[str, float]
-    relative_mse: float | None
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _layers(manifest: dict[str, Any]) -> Iterator[LayerSummary]:
     try:
         for layer in manifest.get("layers", []):
-            error = layer.get("relative_mse")
+            error = layer.get("error")
             alphas = {str(group["name"]): float(group["alpha"]) for group in layer.get("groups", [])}
             yield LayerSummary(int(layer["index"]), alphas, None if error is None else float(error))
     except (AttributeError, KeyError, TypeError, ValueError):

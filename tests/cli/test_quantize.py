@@ -49,6 +49,8 @@ def test_a_person_sees_progress_a_table_and_the_next_step(recipe: Path, tmp_path
         assert word in done.stdout
     inspected = msquant("inspect", "tiny-osl", "--verify", cwd=tmp_path)
     assert inspected.returncode == 0, inspected.stdout + inspected.stderr
+    layers = json.loads((tmp_path / "tiny-osl" / "msquant.json").read_text())["layers"]
+    assert [f"{layer['error']:.2e}" in inspected.stdout for layer in layers] == [True, True]
 
 
 def test_a_script_reads_json_and_may_overwrite(recipe: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def write_manifest(folder: Path) -> None:
         if path.name != "msquant.json"
     }
     layers = [
-        {"index": index, "groups": [{"name": "qkv", "alpha": 0.55 + index}], "relative_mse": 1e-3}
+        {"index": index, "groups": [{"name": "qkv", "alpha": 0.55 + index}], "error": 1e-3}
         for index in range(2)
     ]
     manifest = {"msquant": "0", "format": "golden-stick", "layers": layers, "files": files}

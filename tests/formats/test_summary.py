@@ -34,9 +34,9 @@ def test_a_quantized_folder(tmp_path: Path) -> None:
     linear = 16 * 16 * 2 + 8 * 16 * 2 + 24 * 16 * 3
     assert summary.quantized_parameters == 2 * linear - 24 * 16
     assert summary.parameters == 2 * (linear + 32) + 16 + 32 * 16
-    assert [(layer.index, layer.alphas) for layer in summary.layers] == [
-        (0, {"qkv": 0.55}),
-        (1, {"qkv": 1.55}),
+    assert [(layer.index, layer.alphas, layer.error) for layer in summary.layers] == [
+        (0, {"qkv": 0.55}, 1e-3),
+        (1, {"qkv": 1.55}, 1e-3),
     ]
     assert len(summary.kinds()["mlp.up_proj", "W8A8", "I8", (24, 16)]) == 2
 
