@@ -16,8 +16,9 @@ from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
 from msquant.interrupts import check_interrupt
+from msquant.quantization.fake_quant import row_maxima
 from msquant.quantization.report import LayerReport
-from msquant.quantization.weights import clipping_change, row_maxima
+from msquant.quantization.weights import clipping_change
 
 # golden-stick's `n_sample_tokens`.
 SEARCH_TOKENS = 512

@@ -34,9 +34,13 @@ def activation_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
 
 def weight_scale(weight: Floats) -> Floats:
     """Symmetric scale of every output channel: `[N, K]` to `2 max|row| / 255`, `[N, 1]`; 1 for zeros."""
-    highest = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
-    scale = 2 * highest.astype(np.float64) / STEPS
+    scale = 2 * row_maxima(weight)[:, None].astype(np.float64) / STEPS
     return np.where(scale == 0, 1.0, scale).astype(np.float32)
+
+
+def row_maxima(values: Floats) -> Floats:
+    """The greatest magnitude in each row: `[N, K]` to `[N]`."""
+    return np.maximum(values.max(axis=1), -values.min(axis=1))
 
 
 def fake_quantize(

@@ -77,11 +77,6 @@ def clipping_change(
     return out
 
 
-def row_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The greatest magnitude in each row: `[N, K]` to `[N]`."""
-    return np.maximum(values.max(axis=1), -values.min(axis=1))
-
-
 def column_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """The greatest magnitude in each column: `[R, K]` to `[K]`; zeros where there are no rows."""
     if not len(values):
