@@ -145,6 +145,7 @@ class LayerBlocks:
     Attributes:
         config: as given.
         policy: as given.
+        schemes: of its linears, by full name.
         groups: the linears of golden-stick's block by smooth group, in the order of computation.
         attends: of each group, whether attention follows its linears.
         inner: the blocks that go one by one: the experts, or a dense feed-forward; by name, often none.
@@ -154,8 +155,9 @@ class LayerBlocks:
     def __init__(self, config: ModelConfig, policy: QuantizationPolicy, index: int) -> None:
         self.config, self.policy = config, policy
         name, shapes = f"{config.family.layer_name(index)}.", config.layer_shapes(index)
+        self.schemes = layer_schemes(config, policy, index)
         linears = {}
-        for module, scheme in layer_schemes(config, policy, index).items():
+        for module, scheme in self.schemes.items():
             rows, columns = shapes[f"{module}.weight"]
             linears[module.removeprefix(name)] = Linear(rows, columns, scheme)
         two = in_two_blocks(config, policy, index)

@@ -19,7 +19,6 @@ from msquant.formats.golden_stick_plan import FolderPlan
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
-from msquant.quantization.schemes import layer_schemes
 from msquant.recipes import Recipe
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plan
 
@@ -172,7 +171,7 @@ def make_plan(
         schemes: dict[str, Scheme] = {}
         if index is not None and index < config.num_hidden_layers:
             blocks = LayerBlocks(config, recipe.quantization, index)
-            schemes = layer_schemes(config, recipe.quantization, index)
+            schemes = blocks.schemes
             work = layer_work(blocks, tokens, sources, written, memory_budget)
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
         else:
