@@ -21,7 +21,7 @@ from msquant.calibration.sources import load_texts
 from msquant.calibration.tokens import calibration_batches
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.hidden_states import HiddenStateStore
-from msquant.checkpoint.journal import JOURNAL_NAME, Journal
+from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
@@ -111,14 +111,12 @@ def quantize(
     started = time.monotonic()
     progress = progress or Progress()
     with OutputFolder(output, overwrite=overwrite) as target:
-        # What an earlier run has finished outlives every error, until --restart.
-        target.keep = (target.path / JOURNAL_NAME).is_file()
         progress.stage(f"reading {source or recipe.model}")
         model = open_source(source or recipe.model)
         plan = folder_plan(recipe, model)
         progress.stage(f"calibration from {recipe.calibration.source}")
         tokens = calibration_tokens(recipe, model.folder)
-        if restart or not target.keep:
+        if restart:
             target.clear()
         identity = job_identity(recipe, model.checkpoint, tokens, device)
         journal = Journal.open(target.path, identity)

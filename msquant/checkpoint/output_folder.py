@@ -23,7 +23,7 @@ class OutputFolder:
     """Collects a result in `<target>.partial` and gives it its name when it is complete.
 
     Use as a context manager: write into `path`, then call `finish()`. Leaving without `finish()`, by an
-    exception or by Ctrl-C, removes the partial folder, unless `keep` was set. What a killed process left
+    exception or by Ctrl-C, removes the partial folder, unless `keep` is set. What a killed process left
     behind is there again for the next one if it holds a journal, and is removed if it does not: then nobody
     could tell what it is. A partial folder that a living process works in is refused.
 
@@ -37,7 +37,8 @@ class OutputFolder:
     Attributes:
         target: the final name.
         path: the partial folder, to write into.
-        keep: leave the partial folder to a later run that continues it, if this one does not finish.
+        keep: leave the partial folder to a later run that continues it, if this one does not finish; true on
+            entering one that an earlier run left so.
     """
 
     def __init__(self, target: Path | str, *, overwrite: bool = False) -> None:
@@ -53,9 +54,9 @@ class OutputFolder:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
-                resumable = (self.path / JOURNAL_NAME).is_file()
+                self.keep = (self.path / JOURNAL_NAME).is_file()
                 for leftover in self.path.iterdir():
-                    if leftover.name != LOCK_NAME and (not resumable or is_temporary(leftover.name)):
+                    if leftover.name != LOCK_NAME and (not self.keep or is_temporary(leftover.name)):
                         _remove(leftover)
             except BaseException:
                 self._release()

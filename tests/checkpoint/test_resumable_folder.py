@@ -48,6 +48,7 @@ def test_a_folder_with_a_journal_is_there_again(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "result") as output:
         assert names(output.path) == RESULT | {"scratch", JOURNAL_NAME, LOCK_NAME}
         assert len(Journal.open(output.path, IDENTITY).records) == 1
+    with OutputFolder(tmp_path / "result") as output:
         output.finish(scratch=["scratch", "never-made"])
     assert names(tmp_path) == {"result"}
     assert names(tmp_path / "result") == RESULT
