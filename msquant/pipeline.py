@@ -35,7 +35,7 @@ from msquant.source import Source, batch_samples, folder_plan, open_source, scra
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
 
-MEMORY_BUDGET = 1 << 30
+MEMORY_BUDGET = 10**9
 """Bytes of hidden states held in memory; what is beyond stays on disk."""
 
 

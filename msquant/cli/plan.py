@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import OutputError
 
 if TYPE_CHECKING:
@@ -38,21 +38,14 @@ _WORK = {
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face)."),
-    ],
+    model: options.Model,
     output: Annotated[
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")] = None,
-    memory_budget: Annotated[
-        str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
-    ] = "1GB",
+    source: options.Source = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure this machine, to estimate the time.")
     ] = True,
@@ -67,14 +60,13 @@ def plan(
 
     Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
     """
-    from msquant.cli.quantize import default_output
     from msquant.models.device import silence_libraries
     from msquant.recipes import find_recipe
 
     silence_libraries()
     recipe = find_recipe(model)
     recipe = recipe.replace("calibration", samples=samples, sequence_length=sequence_length)
-    target = output or default_output(model, recipe.quantization.algorithm)
+    target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     show_plan(recipe, target, source, budget, probe=probe, as_json=as_json)
 

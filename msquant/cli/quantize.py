@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 
 if TYPE_CHECKING:
     from msquant.pipeline import QuantizeResult
 
 
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face)."),
-    ],
+    model: options.Model,
     algo: Annotated[str | None, typer.Option(help="Algorithm: osl (OutlierSuppressionLite).")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
@@ -25,19 +22,15 @@ def quantize(
         str | None, typer.Option(help="Text to calibrate on: builtin, or a .txt, .jsonl or .parquet file.")
     ] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of the text in .jsonl and .parquet.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")] = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of calibration sequences.")] = None,
     search: Annotated[
         str | None, typer.Option(help="fast, or reference: golden-stick's own modules, slow.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or ascend.")] = "cpu",
-    source: Annotated[
-        str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")
-    ] = None,
-    memory_budget: Annotated[
-        str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
-    ] = "1GB",
+    source: options.Source = None,
+    memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over where an interrupted run would be continued.")
@@ -78,7 +71,7 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
-    target = output or default_output(model, recipe.quantization.algorithm)
+    target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     if dry_run:
         from msquant.cli.plan import show_plan
@@ -107,13 +100,6 @@ def quantize(
         console.print_json(_as_json(result))
     else:
         _print_result(result)
-
-
-def default_output(model: str, algorithm: str) -> Path:
-    """MODEL-ALGO in the current folder; only a recipe file's suffix is left out: `qwen2.5-7b` stays whole."""
-    path = Path(model)
-    name = path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
-    return Path(f"{name}-{algorithm}")
 
 
 def _alphas(record: dict[str, Any]) -> str:
