@@ -1,6 +1,5 @@
 """Perplexity, one decoder layer in memory at a time."""
 
-import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +54,6 @@ def perplexity(
         for j, hidden in enumerate(batches):
             batches[j] = layer(hidden, places)
         del layer
-        # Cells refer to themselves, so only the collector frees their weights.
-        gc.collect()
         if on_layer is not None:
             on_layer(i + 1, config.num_hidden_layers)
     head = Head(config, source, dtype)

@@ -59,26 +59,27 @@ class DecoderLayer(nn.Cell):
         index = int(index.rsplit(".", 1)[1]) if isinstance(index, str) else index
         name = config.family.layer_name(index)
         self.input_layernorm = norm_cell(config, source, f"{name}.input_layernorm", dtype)
-        steps: list[tuple[str, Callable[..., State]]] = [("", self._normalize)]
+        # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
+        steps: list[tuple[str, Callable[..., State]]] = [("", DecoderLayer._normalize)]
         if config.latent is None:
             self.self_attn: Any = Attention(config, source, f"{name}.self_attn", dtype)
-            steps += [("qkv", self._attend)]
+            steps += [("qkv", DecoderLayer._attend)]
         else:
             self.self_attn = LatentAttention(config, config.latent, source, f"{name}.self_attn", dtype)
-            steps += [("q_kv_a", self._compress)]
-            steps += [("q_b", self._expand_queries)] if self.self_attn.compresses_queries else []
-            steps += [("kv_b", self._attend_latent)]
+            steps += [("q_kv_a", DecoderLayer._compress)]
+            steps += [("q_b", DecoderLayer._expand_queries)] if self.self_attn.compresses_queries else []
+            steps += [("kv_b", DecoderLayer._attend_latent)]
         self.post_attention_layernorm: RMSNorm | None = None
-        steps += [("o", self._project)]
+        steps += [("o", DecoderLayer._project)]
         if part == "whole":
             norm = f"{name}.post_attention_layernorm"
             self.post_attention_layernorm = norm_cell(config, source, norm, dtype)
             if config.has_experts(index):
                 self.mlp: Any = MoE(config, source, f"{name}.mlp", dtype, resident)
-                steps += [("", self._mix)]
+                steps += [("", DecoderLayer._mix)]
             else:
                 self.mlp = MLP(config, source, f"{name}.mlp", dtype)
-                steps += [("gate_up", self._gate), ("down", self._finish)]
+                steps += [("gate_up", DecoderLayer._gate), ("down", DecoderLayer._finish)]
         self._steps = tuple(step for _, step in steps)
         self.step_of = {group: i for i, (group, _) in enumerate(steps) if group}
 
@@ -107,7 +108,7 @@ class DecoderLayer(nn.Cell):
         The first state is `(hidden [B*T, H],)`, the last `(output [B*T, H],)`.
         """
         for step in self._steps[start:stop]:
-            state = step(state, batch, places, cache)
+            state = step(self, state, batch, places, cache)
         return state
 
     def _normalize(self, state: State, *_: Any) -> State:

@@ -39,6 +39,8 @@ def dense(linear: FloatLinear, dtype: Any) -> nn.Dense:
     for parameter in cell.get_parameters():
         # Otherwise a clone of it would be initialized at random.
         parameter.init_mode = None
+        # Through this it refers to itself, and its memory would wait for the garbage collector.
+        parameter.param_info.obj = None
     return cell
 
 

@@ -6,6 +6,7 @@ block alone and its search compares the attention block's output: to compare the
 expert once for every candidate. The feed-forward block then goes expert by expert.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -113,6 +114,8 @@ class DecoderPass:
         sample = self._compute(self._layer(result, index, "attention"), hidden[0])
         report = result.report
         del result
+        # golden-stick's own cells refer to themselves, so only the collector frees them.
+        gc.collect()
         block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
         first: list[Floats] = []
         for batches in self._rounds(self._store.open(BETWEEN)):

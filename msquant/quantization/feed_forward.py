@@ -5,7 +5,6 @@ ranges that smoothing asks for; once to be quantized. A dense block is treated a
 all tokens, and so is a shared one.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,8 +216,6 @@ class FeedForwardPass:
         for place, expert in enumerate(self._experts, start=1):
             check_interrupt()
             self._step(f"{doing} expert {place}/{len(self._experts)}")
-            # Cells refer to themselves, so only the collector frees the weights of the expert before.
-            gc.collect()
             if expert.number is None:
                 yield expert, np.arange(len(x)), np.float32(1)
             else:

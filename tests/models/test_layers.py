@@ -1,11 +1,12 @@
 """Decoder layers: their steps, and weights that do not fit `config.json`."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from safetensors.numpy import load_file, save_file
 
 from msquant.checkpoint.reader import Checkpoint
@@ -174,6 +175,18 @@ def test_the_names_of_cells_are_those_of_the_tensors(kind: str, folders: dict[st
         layer = DecoderLayer(config, source, index, dtype, resident=True)
         for name, shape in config.layer_shapes(index).items():
             assert cell_of(layer, name.removeprefix(f"model.layers.{index}.")).shape == shape, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_go_with_their_layer(
+    kind: str, folders: dict[str, Path], dtype: Any, no_garbage_collection: None
+) -> None:
+    layer, hidden, places = layer_and_input(folders[kind], dtype)
+    layer.run((hidden,), 2, places)
+    linears = [cell for _, cell in layer.cells_and_names() if isinstance(cell, nn.Dense)]
+    weights = [weakref.ref(linear.weight) for linear in linears]
+    del layer, linears
+    assert [weight for weight in weights if weight() is not None] == []
 
 
 def cell_of(layer: DecoderLayer, name: str) -> Any:

@@ -1,5 +1,6 @@
 """Routers against the classes of transformers, and the mixture of experts."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Confi
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError, ModelError
+from msquant.models import moe
 from msquant.models.config import ExpertSizes, ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE, Router, choose, tokens_of
@@ -137,6 +139,23 @@ def block_by_hand(config: ModelConfig, source: Checkpoint, x: NDArray[np.float32
             gate, up = parts[0] @ x[token], parts[1] @ x[token]
             expected[token] += weight * (parts[2] @ (gate / (1 + np.exp(-gate)) * up))
     return expected
+
+
+def test_an_expert_is_freed_before_the_next_is_read(
+    deepseek: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch, no_garbage_collection: None
+) -> None:
+    weights: list[weakref.ref[Any]] = []
+
+    def read(*given: Any) -> MLP:
+        assert [weight for weight in weights if weight() is not None] == []
+        expert = MLP(*given)
+        weights.extend(weakref.ref(weight) for weight in expert.get_parameters())
+        return expert
+
+    block = MoE(ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek), NAME, dtype, resident=False)
+    monkeypatch.setattr(moe, "MLP", read)
+    block(Tensor(inputs()))
+    assert len(weights) > 3
 
 
 @pytest.mark.parametrize("resident", [True, False])
