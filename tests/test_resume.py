@@ -37,11 +37,15 @@ def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(recipe: Path, output: Path, *options: str) -> str:
-    process = start(recipe, output, *options)
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it wrote to stderr, when it has ended with that exit code."""
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
     return errors
+
+
+def finish(recipe: Path, output: Path, *options: str, code: int = 0) -> str:
+    return ended(start(recipe, output, *options), code)
 
 
 def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
@@ -78,21 +82,22 @@ def expected(recipe: Path) -> dict[str, str]:
     return digests(recipe.parent / "whole")
 
 
-def wait_for_layers(process: subprocess.Popen[str], output: Path, count: int) -> None:
+def start_layers(recipe: Path, output: Path, count: int) -> subprocess.Popen[str]:
+    """A process that has finished so many decoder layers, and goes on."""
+    process = start(recipe, output)
     deadline = time.monotonic() + 120
     while journaled(output) < count:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return process
 
 
 def test_a_killed_run_continues_with_the_layer_it_was_in(
     recipe: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    process = start(recipe, output)
-    wait_for_layers(process, output, 2)
-    kill_after(process, 0)
+    kill_after(start_layers(recipe, output, 2), 0)
     done = journaled(output)
     assert not output.exists()
 
@@ -107,11 +112,9 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     recipe: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    process = start(recipe, output)
-    wait_for_layers(process, output, 1)
+    process = start_layers(recipe, output, 1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    errors = ended(process, 130)
     assert "the same command continues" in errors
     assert "Traceback" not in errors
     finish(recipe, output)
@@ -120,13 +123,9 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
 
 def test_another_recipe_is_refused_until_it_starts_over(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = start(recipe, output)
-    wait_for_layers(process, output, 1)
-    kill_after(process, 0)
+    kill_after(start_layers(recipe, output, 1), 0)
 
-    refused = start(recipe, output, "--seed", "3")
-    _, errors = refused.communicate(timeout=60)
-    assert refused.returncode == 1
+    errors = finish(recipe, output, "--seed", "3", code=1)
     assert "seed" in errors
     assert "--restart" in errors
     assert journaled(output) >= 1, "being refused must not lose what is finished"
@@ -137,14 +136,9 @@ def test_another_recipe_is_refused_until_it_starts_over(recipe: Path, tmp_path: 
 
 def test_a_second_process_is_told_who_works_on_the_output(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = start(recipe, output)
-    wait_for_layers(process, output, 1)
-    second = start(recipe, output)
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert f"process {process.pid}" in errors
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    process = start_layers(recipe, output, 1)
+    assert f"process {process.pid}" in finish(recipe, output, code=1)
+    ended(process)
 
 
 @pytest.mark.slow
