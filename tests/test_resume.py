@@ -137,7 +137,9 @@ def test_another_recipe_is_refused_until_it_starts_over(recipe: Path, tmp_path: 
 def test_a_second_process_is_told_who_works_on_the_output(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_layers(recipe, output, 1)
+    process.send_signal(signal.SIGSTOP)
     assert f"process {process.pid}" in finish(recipe, output, code=1)
+    process.send_signal(signal.SIGCONT)
     ended(process)
 
 
