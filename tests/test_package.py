@@ -37,7 +37,7 @@ HEAVY = {
 _BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
-_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest", "plan", "costs", "footprint", "probe"}
+_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest", "planning"}
 ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
@@ -54,10 +54,7 @@ ALLOWED = {
     "manifest": _FOUNDATION | _PARTS | {"recipes"},
     "source": _FOUNDATION | _PARTS | {"recipes"},
     "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source"},
-    "costs": _FOUNDATION | _PARTS,
-    "footprint": _FOUNDATION | _PARTS | {"costs"},
-    "probe": _FOUNDATION | _PARTS | {"costs"},
-    "plan": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline", "costs", "footprint"},
+    "planning": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},

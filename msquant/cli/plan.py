@@ -13,9 +13,9 @@ from msquant.errors import OutputError
 if TYPE_CHECKING:
     from msquant.checkpoint.reader import Checkpoint
     from msquant.checkpoint.weights import Scheme
-    from msquant.costs import Rates
     from msquant.models.config import ModelConfig
-    from msquant.plan import PartPlan, Plan
+    from msquant.planning.costs import Rates
+    from msquant.planning.plan import PartPlan, Plan
     from msquant.recipes import Recipe
 
 _CAPTION = (
@@ -84,10 +84,10 @@ def show_plan(
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
     """
-    from msquant.plan import make_plan
+    from msquant.planning.plan import make_plan
 
     def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Rates":
-        from msquant.probe import measure_rates
+        from msquant.planning.probe import measure_rates
 
         console.LayerProgress().stage("measuring this machine")
         return measure_rates(config, output, checkpoint)

@@ -12,13 +12,13 @@ from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.weights import Scheme
-from msquant.costs import START_SECONDS, LayerBlocks, Rates, Tokens, Work, carried_work, layer_work
 from msquant.errors import ModelError, OutputError
-from msquant.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.formats.golden_stick_plan import FolderPlan
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
+from msquant.planning.costs import START_SECONDS, LayerBlocks, Rates, Tokens, Work, carried_work, layer_work
+from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.recipes import Recipe
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plan
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from msquant.costs import LayerBlocks, Tokens
-from msquant.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
-from msquant.plan import make_plan
+from msquant.planning.costs import LayerBlocks, Tokens
+from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
+from msquant.planning.plan import make_plan
 from msquant.recipes import find_recipe, load_recipe
 from tests.fixtures.tiny_model import write_tiny_llama
 

@@ -10,7 +10,7 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import OutputError
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
-from msquant.probe import measure_rates
+from msquant.planning.probe import measure_rates
 
 
 def test_all_rates_are_those_of_a_machine(tiny_llama: Path, tmp_path: Path) -> None:

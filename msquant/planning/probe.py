@@ -16,9 +16,9 @@ from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.costs import Rates
 from msquant.formats.golden_stick_layout import MODEL_DTYPES
 from msquant.models.config import ModelConfig
+from msquant.planning.costs import Rates
 
 # Of the matrix that is read, converted and rounded, `[N, K]`.
 ROWS, COLUMNS = 8192, 2048

@@ -3,7 +3,7 @@
 from math import ceil
 from pathlib import Path
 
-from msquant.costs import LayerBlocks, Tokens, feed_forward_rounds, weights_of
+from msquant.planning.costs import LayerBlocks, Tokens, feed_forward_rounds, weights_of
 
 BASE_BYTES = 800_000_000
 """Of a process that has loaded MindSpore and golden-stick."""

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.float_rows import FloatRows
-from msquant.costs import (
+from msquant.hub.published import published_config
+from msquant.models.config import ModelConfig
+from msquant.pipeline import MEMORY_BUDGET, quantize
+from msquant.planning.costs import (
     SEARCH_TOKENS,
     LayerBlocks,
     Rates,
@@ -16,9 +19,6 @@ from msquant.costs import (
     feed_forward_rounds,
     layer_work,
 )
-from msquant.hub.published import published_config
-from msquant.models.config import ModelConfig
-from msquant.pipeline import MEMORY_BUDGET, quantize
 from msquant.quantization import feed_forward, osl, quantizer
 from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.recipes import find_recipe
