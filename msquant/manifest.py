@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -66,7 +67,10 @@ def layer_record(index: int, report: LayerReport, policy: QuantizationPolicy) ->
     record: dict[str, Any] = {
         "index": index,
         "error": report.error,
-        "groups": [{"name": group.name, "alpha": group.alpha, "loss": group.loss} for group in report.groups],
+        "groups": [
+            {key: value for key, value in asdict(group).items() if value is not None}
+            for group in report.groups
+        ],
         "mean_clip_ratio": {
             name: round(float(ratios.mean()), 4) for name, ratios in report.clip_ratios.items()
         },

@@ -109,7 +109,16 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\ncalibration: {sample: 3}\n", "unknown key calibration.sample (did you mean samples?)"),
         ("model: a\ncalibration: {zzz: 3}\n", "unknown key calibration.zzz (known: source"),
         ("model: a\ncalibration: {samples: 0}\n", "calibration.samples: Input should be greater than"),
-        ("model: a\nquantization: {algorithm: awq}\n", "quantization.algorithm: Input should be 'osl'"),
+        (
+            "model: a\nquantization: {algorithm: awq}\n",
+            "be 'osl-robust', 'osl', 'smoothquant' or 'rtn'",
+        ),
+        ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
+        ("model: a\nquantization: {search: reference}\n", "golden-stick has no osl-robust"),
+        (
+            "model: a\nquantization: {algorithm: smoothquant, smoothquant_alpha: 0.7, search: reference}\n",
+            "golden-stick's smoothquant knows only smoothquant_alpha: 0.5",
+        ),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 0.2]}\n", "ascending"),
         ("model: a\nquantization: {weight_clip_ratio: [0]}\n", "quantization.weight_clip_ratio.0"),

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 INT8_MIN, INT8_MAX = -128, 127
 
-Scheme = Literal["float", "static", "dynamic"]
-"""How a linear layer is computed: in floating point, or in W8A8 with static or per-token input scales."""
+Scheme = Literal["float", "static", "dynamic", "weight_only"]
+"""How a linear layer is computed: in floating point; in W8A8 with static or per-token input scales; or with
+int8 weights on floating-point inputs (W8A16)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from msquant.checkpoint.reader import Checkpoint
     from msquant.checkpoint.weights import Scheme
     from msquant.models.config import ModelConfig
-    from msquant.planning.costs import Rates
     from msquant.planning.plan import PartPlan, Plan
+    from msquant.planning.work import Rates
     from msquant.recipes import Recipe
 
 _CAPTION = (

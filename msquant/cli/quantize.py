@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def quantize(
     model: options.Model,
-    algo: Annotated[str | None, typer.Option(help="Algorithm: osl (OutlierSuppressionLite).")] = None,
+    algo: Annotated[
+        str | None,
+        typer.Option(help="Algorithm: osl-robust, osl (OutlierSuppressionLite), smoothquant or rtn."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,

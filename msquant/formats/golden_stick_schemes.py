@@ -15,9 +15,15 @@ from msquant.errors import CheckpointError
 
 W8A8 = "W8A8"
 W8A8_DYNAMIC = "W8A8_DYNAMIC"
+W8A16 = "W8A16"
 FLOAT = "FLOAT"
 
-DESCRIBED: dict[Scheme, str] = {"float": FLOAT, "static": W8A8, "dynamic": W8A8_DYNAMIC}
+DESCRIBED: dict[Scheme, str] = {
+    "float": FLOAT,
+    "static": W8A8,
+    "dynamic": W8A8_DYNAMIC,
+    "weight_only": W8A16,
+}
 """The word `quantization_description.json` has for each scheme."""
 
 Variant = Literal["native", "mindformers"]

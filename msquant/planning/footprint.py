@@ -3,7 +3,8 @@
 from math import ceil
 from pathlib import Path
 
-from msquant.planning.costs import LayerBlocks, Tokens, feed_forward_rounds, weights_of
+from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
+from msquant.planning.costs import feed_forward_rounds
 
 BASE_BYTES = 800_000_000
 """Of a process that has loaded MindSpore and golden-stick."""

@@ -17,8 +17,10 @@ from msquant.formats.golden_stick_plan import FolderPlan
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
-from msquant.planning.costs import START_SECONDS, LayerBlocks, Rates, Tokens, Work, carried_work, layer_work
+from msquant.planning.blocks import LayerBlocks, Tokens
+from msquant.planning.costs import START_SECONDS, carried_work, layer_work
 from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
+from msquant.planning.work import Rates, Work
 from msquant.recipes import Recipe
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plan
 
@@ -74,7 +76,7 @@ class Plan:
         peak_memory: resident at most, an estimate.
         available_memory: on this machine; None if that cannot be told.
         seconds: an estimate from rates measured here; None where nothing was measured.
-        seconds_by_work: the same by kind of work, see `costs.Work`.
+        seconds_by_work: the same by kind of work, see `work.Work`.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
     """

@@ -18,7 +18,7 @@ from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.formats.golden_stick_layout import MODEL_DTYPES
 from msquant.models.config import ModelConfig
-from msquant.planning.costs import Rates
+from msquant.planning.work import Rates
 
 # Of the matrix that is read, converted and rounded, `[N, K]`.
 ROWS, COLUMNS = 8192, 2048

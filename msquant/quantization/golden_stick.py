@@ -12,7 +12,7 @@ from typing import Any
 
 @cache
 def load() -> None:
-    """Import golden-stick and register the cells and modules that the OSL pass needs, once a process.
+    """Import golden-stick and register the cells and modules that the pass needs, once a process.
 
     Does by hand what its `MindOneModelHubPlugin` does, without importing mindone's models.
     """
@@ -25,6 +25,7 @@ def load() -> None:
             ClipLinearCell,
             DynamicQuantLinearCell,
             OSLSmoothQuantLinearCell,
+            SmoothQuantLinearCell,
         )
 
     # The original reads the source of the whole stack for every message, even a suppressed one: 0.1 s each.
@@ -32,7 +33,13 @@ def load() -> None:
     logger_module._find_real_caller = _caller
     # Its bar would count to one for every decoder layer; msquant shows its own.
     quant.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)
-    for cell in (OSLSmoothQuantLinearCell, ClipLinearCell, AllQuantLinearCell, DynamicQuantLinearCell):
+    for cell in (
+        OSLSmoothQuantLinearCell,
+        SmoothQuantLinearCell,
+        ClipLinearCell,
+        AllQuantLinearCell,
+        DynamicQuantLinearCell,
+    ):
         cell.reg_self()
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.quantization import golden_stick
 from msquant.quantization.fake_quant import activation_parameters
-from msquant.quantization.policy import QuantizationPolicy, ptq_config
+from msquant.quantization.policy import Algorithm, QuantizationPolicy, ptq_config
 from msquant.quantization.report import LayerReport
 
 KEY_VALUE_UP = "self_attn.kv_b_proj"
@@ -81,11 +81,6 @@ def quantize_layer(
     golden_stick.load()
     from datasets import Dataset
     from mindspore_gs.ptq import PTQ
-    from mindspore_gs.ptq.algo_modules import Quantizer
-
-    from msquant.quantization.clip import FastClipper, ReferenceClipper
-    from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
-    from msquant.quantization.quantizer import FastQuantizer
 
     name = config.family.layer_name(index)
     groups = [group for group in config.groups if group.name in layer.step_of]
@@ -94,17 +89,13 @@ def quantize_layer(
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
-        modules: tuple[Any, Any, Any] = (ReferenceOSLSmoother, ReferenceClipper, Quantizer)
-    else:
-        modules = (FastOSLSmoother, FastClipper, FastQuantizer)
     model = _OneLayerModel(config, groups, layer, hidden, places)
     cells: dict[str, list[str]] = {"float": [], "static": [], "dynamic": []}
     for linear in linears:
         cells[policy.scheme(f"{name}.{linear}")].append(f"network.layer.{linear}")
     per_token = ptq_config(policy, per_token=True)
     policies = OrderedDict((f"{re.escape(cell)}$", per_token) for cell in cells["dynamic"])
-    *searches, quantizer = modules
-    with golden_stick.pipeline([*(partial(module, report=report) for module in searches), quantizer]):
+    with golden_stick.pipeline(_modules(policy, report)):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
         ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
         ptq.apply(model, datasets=items, framework="mindone")
@@ -117,6 +108,27 @@ def quantize_layer(
         },
         report=report,
     )
+
+
+def _modules(policy: QuantizationPolicy, report: LayerReport) -> list[Callable[..., Any]]:
+    """The algorithm modules that golden-stick runs, the quantizer last."""
+    from mindspore_gs.ptq.algo_modules import Quantizer
+
+    from msquant.quantization.clip import FastClipper, ReferenceClipper
+    from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
+    from msquant.quantization.quantizer import FastQuantizer
+    from msquant.quantization.robust import RobustOSLSmoother
+    from msquant.quantization.smoothquant import FastSmoothQuantSmoother, ReferenceSmoothQuantSmoother
+
+    fast = policy.search == "fast"
+    modules: dict[Algorithm, list[Any]] = {
+        "osl-robust": [RobustOSLSmoother],
+        "osl": [FastOSLSmoother, FastClipper] if fast else [ReferenceOSLSmoother, ReferenceClipper],
+        "smoothquant": [FastSmoothQuantSmoother if fast else ReferenceSmoothQuantSmoother],
+        "rtn": [],
+    }
+    reporting = [partial(module, report=report) for module in modules[policy.algorithm]]
+    return [*reporting, FastQuantizer if fast else Quantizer]
 
 
 class _OneLayerModel:

@@ -59,7 +59,7 @@ class ReferenceOSLSmoother(OSLSmoother):
         try:
             scale, alpha = super()._search_best_ratio(name, layer, group, *args)
         except ValueError as error:
-            raise _nothing_finite(group.name, self.report.name) from error
+            raise nothing_finite(group.name, self.report.name) from error
         self.report.groups.append(GroupReport(group.name, alpha, min(self._losses)))
         return scale, alpha
 
@@ -88,17 +88,10 @@ class SearchLinearCell(OSLSmoothQuantLinearCell):
         return y + self.layer.bias if self.layer.has_bias else y
 
 
-class FastOSLSmoother(OSLSmoother):
-    """The same search, in a fraction of the time; its items are batches of samples of equal length."""
+class HostSmoother:
+    """What of golden-stick's smoothers is done on the host; comes before one of them in a class's bases."""
 
-    def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
-        super().__init__(net_config, layer_policies)
-        self.report = report
-        self._batches: list[_Batch] = []
-
-    def get_wrapper_layer(self, layer_type: Any, config: Any) -> type | None:
-        """Wrap what golden-stick would wrap, in our cell."""
-        return SearchLinearCell if super().get_wrapper_layer(layer_type, config) else None
+    is_gqa_wo_layer: bool
 
     def _get_weight_stats(self, layer_info: GroupCells, heads: int, key_value_heads: int) -> Tensor:
         """The greatest magnitude of each column of a group, over the query heads of one key-value head."""
@@ -113,6 +106,25 @@ class FastOSLSmoother(OSLSmoother):
         weight = layer.layer.weight
         weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
 
+
+class FastOSLSmoother(HostSmoother, OSLSmoother):
+    """The same search, in a fraction of the time; its items are batches of samples of equal length."""
+
+    def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
+        super().__init__(net_config, layer_policies)
+        self.report = report
+        self._batches: list[Batch] = []
+
+    def get_wrapper_layer(self, layer_type: Any, config: Any) -> type | None:
+        """Wrap what golden-stick would wrap, in our cell."""
+        return SearchLinearCell if super().get_wrapper_layer(layer_type, config) else None
+
+    def batches_of(self, layer: DecoderLayer, search_inputs: Any) -> list["Batch"]:
+        """What the decoder layer makes of its inputs in floating point, computed once for all groups."""
+        if not self._batches:
+            self._batches = [Batch(layer, *args) for args in search_inputs.layer_args]
+        return self._batches
+
     def _search_best_ratio(
         self, name: str, layer: DecoderLayer, group: GroupCells, search_inputs: Any, *heads: int
     ) -> tuple[Tensor, float]:
@@ -121,17 +133,17 @@ class FastOSLSmoother(OSLSmoother):
             alpha: self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)
             for alpha in alphas
         }
-        if not self._batches:
-            self._batches = [_Batch(layer, *args) for args in search_inputs.layer_args]
-        loss = _GroupLoss(layer, group, self._batches, scales)
-        alpha, least = least_loss(alphas, len(self._batches), loss)
+        batches = self.batches_of(layer, search_inputs)
+        loss = _GroupLoss(layer, group, batches, scales)
+        alpha, least = least_loss(alphas, len(batches), loss)
         if not math.isfinite(least):
-            raise _nothing_finite(group.name, self.report.name)
+            raise nothing_finite(group.name, self.report.name)
         self.report.groups.append(GroupReport(group.name, alpha, least))
         return scales[alpha], alpha
 
 
-def _nothing_finite(group: str, layer: str) -> CalibrationError:
+def nothing_finite(group: str, layer: str) -> CalibrationError:
+    """The error for a group whose every candidate overflows."""
     return CalibrationError(
         f"no alpha gives a finite error for group {group!r}",
         where=layer,
@@ -139,7 +151,7 @@ def _nothing_finite(group: str, layer: str) -> CalibrationError:
     )
 
 
-class _Batch:
+class Batch:
     """Samples with all that the decoder layer's steps make of them in floating point."""
 
     def __init__(self, layer: DecoderLayer, hidden: Tensor, places: Any) -> None:
@@ -157,7 +169,7 @@ class _GroupLoss:
     """The loss of one group's candidates, in parts: one a batch, which add up to the mean over samples."""
 
     def __init__(
-        self, layer: DecoderLayer, group: GroupCells, batches: list[_Batch], scales: dict[float, Tensor]
+        self, layer: DecoderLayer, group: GroupCells, batches: list[Batch], scales: dict[float, Tensor]
     ) -> None:
         self._layer, self._group, self._batches = layer, group, batches
         self._scales = {alpha: scale.asnumpy() for alpha, scale in scales.items()}
@@ -196,7 +208,7 @@ class _GroupLoss:
 class _GroupInput:
     """What feeds a group's linears in one batch."""
 
-    def __init__(self, batch: _Batch, step: int) -> None:
+    def __init__(self, batch: Batch, step: int) -> None:
         self._samples = batch.samples
         self._x = batch.states[step][1].asnumpy()
         by_sample = self._x.reshape(self._samples, -1, self._x.shape[1])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from msquant.checkpoint.weights import Scheme
 
@@ -16,15 +16,24 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
+Quantile = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 
 
+Algorithm = Literal["osl-robust", "osl", "smoothquant", "rtn"]
+
+
 class QuantizationPolicy(BaseModel):
-    """W8A8 by OutlierSuppressionLite: int8 weights per channel, int8 activations static per tensor."""
+    """Int8 weights per channel, int8 activations static per tensor or with a scale per token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    algorithm: Literal["osl"] = Field("osl", description="How outliers are suppressed before quantization.")
+    algorithm: Algorithm = Field(
+        "osl-robust",
+        description="How outliers are suppressed before quantization. osl: golden-stick's "
+        "OutlierSuppressionLite; osl-robust: its search on held-out tokens, with a floor under the channels' "
+        "ranges; smoothquant: one alpha for all; rtn: not at all, round to nearest.",
+    )
     search: Literal["fast", "reference"] = Field(
         "fast",
         description="fast: msquant's search, the same arithmetic at a fraction of the time; "
@@ -33,17 +42,30 @@ class QuantizationPolicy(BaseModel):
     smooth_alpha: Annotated[tuple[Alpha, ...], AfterValidator(_ascending)] = Field(
         tuple(i / 20 for i in range(20)),
         min_length=1,
-        description="Grid of migration strengths: 0 leaves outliers to the activations, 1 to the weights.",
+        description="Grid of migration strengths: 0 leaves outliers to the activations, 1 to the weights; "
+        "of osl and osl-robust.",
     )
+    range_floor: Annotated[tuple[Quantile, ...], AfterValidator(_ascending)] = Field(
+        (0.0, 0.5, 0.75, 0.9, 0.95),
+        min_length=1,
+        description="Grid of floors under a channel's range, as quantiles over all channels; 0 is no floor; "
+        "of osl-robust.",
+    )
+    smoothquant_alpha: Alpha = Field(0.5, description="Migration strength of smoothquant.")
     weight_clip_ratio: tuple[Ratio, ...] = Field(
         tuple(1 - i / 20 for i in range(10)),
         min_length=1,
-        description="Grid of ratios that a weight row's range is clipped to.",
+        description="Grid of ratios that a weight row's range is clipped to; of osl.",
     )
     skip: tuple[str, ...] = Field(
         ("lm_head",), description="Linears whose name contains one of these stay in floating point."
     )
 
+    weight_only: tuple[str, ...] = Field(
+        (),
+        description="Linears whose name contains one of these get int8 weights and floating-point "
+        "activations (W8A16).",
+    )
     dynamic: tuple[str, ...] = Field(
         (),
         description="Linears whose name contains one of these get a scale per token, not a static one.",
@@ -65,7 +87,17 @@ class QuantizationPolicy(BaseModel):
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
         if any(name in linear for name in self.skip):
             return "float"
+        if any(name in linear for name in self.weight_only):
+            return "weight_only"
         return "dynamic" if any(name in linear for name in self.dynamic) else "static"
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> "QuantizationPolicy":
+        if self.search == "reference" and self.algorithm == "osl-robust":
+            raise ValueError("golden-stick has no osl-robust; search: reference takes osl, smoothquant, rtn")
+        if self.search == "reference" and self.algorithm == "smoothquant" and self.smoothquant_alpha != 0.5:
+            raise ValueError("golden-stick's smoothquant knows only smoothquant_alpha: 0.5")
+        return self
 
 
 def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequence[str] = ()) -> Any:
@@ -73,7 +105,8 @@ def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequen
 
     Args:
         policy: what was asked for.
-        per_token: for linears with a scale per token, which are not searched.
+        per_token: for linears with a scale per token. They are smoothed too, except by osl: golden-stick's
+            own configs for that one leave them as they are.
         skip: cells whose name contains one of these stay in floating point.
     """
     from mindspore import dtype
@@ -81,18 +114,27 @@ def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequen
     from mindspore_gs.ptq import PTQConfig, PTQMode
     from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
 
-    suppression = OutliersSuppressionType
+    suppression = {
+        "osl": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+        "osl-robust": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
+        "smoothquant": OutliersSuppressionType.SMOOTH,
+        "rtn": OutliersSuppressionType.NONE,
+    }[policy.algorithm]
+    if per_token and policy.algorithm == "osl":
+        suppression = OutliersSuppressionType.NONE
     return PTQConfig(
         mode=PTQMode.QUANTIZE,
         backend=BackendTarget.ASCEND,
         opname_blacklist=list(skip),
         weight_quant_dtype=dtype.int8,
         act_quant_dtype=dtype.int8,
-        outliers_suppression=suppression.NONE if per_token else suppression.OUTLIER_SUPPRESSION_LITE,
+        outliers_suppression=suppression,
         weight_quant_granularity=QuantGranularity.PER_CHANNEL,
         act_quant_granularity=QuantGranularity.PER_TOKEN if per_token else QuantGranularity.PER_TENSOR,
         algo_args={
             "smooth_alpha": list(policy.smooth_alpha),
             "weight_clip_ratio": list(policy.weight_clip_ratio),
+            "range_floor": list(policy.range_floor),
+            "smoothquant_alpha": policy.smoothquant_alpha,
         },
     )

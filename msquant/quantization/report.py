@@ -8,17 +8,20 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class GroupReport:
-    """The search over one smooth group.
+    """What was chosen for one smooth group.
 
     Attributes:
         name: the group's name in its family.
         alpha: the chosen migration strength.
-        loss: mean squared error of the decoder layer's output with only this group quantized.
+        loss: mean squared error of the decoder layer's output with only this group quantized; for osl-robust
+            the group's own relative error, see `held_out.py`; None where nothing is searched.
+        range_floor: quantile of the floor under the channels' ranges, for osl-robust.
     """
 
     name: str
     alpha: float
-    loss: float
+    loss: float | None = None
+    range_floor: float | None = None
 
 
 @dataclass

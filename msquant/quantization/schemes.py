@@ -32,4 +32,9 @@ def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -
     """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
     name = config.family.layer_name(index)
     linears = [linear for group in config.feed_forward_groups for linear in group.linears]
-    return config.has_experts(index) or all(policy.scheme(f"{name}.{n}") != "static" for n in linears)
+    if config.has_experts(index):
+        return True
+    # osl-robust searches linears with a scale per token too, unless the block's alpha is given.
+    searched = policy.algorithm == "osl-robust" and policy.feed_forward_alpha is None
+    kept = ("float",) if searched else ("float", "dynamic")
+    return all(policy.scheme(f"{name}.{linear}") in kept for linear in linears)

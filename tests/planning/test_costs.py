@@ -9,17 +9,11 @@ from msquant.checkpoint.float_rows import FloatRows
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET, quantize
-from msquant.planning.costs import (
-    SEARCH_TOKENS,
-    LayerBlocks,
-    Rates,
-    Tokens,
-    Work,
-    carried_work,
-    feed_forward_rounds,
-    layer_work,
-)
-from msquant.quantization import feed_forward, osl, quantizer
+from msquant.planning.blocks import LayerBlocks, Tokens
+from msquant.planning.costs import carried_work, feed_forward_rounds, layer_work
+from msquant.planning.search_costs import HELD_OUT_TOKENS, SEARCH_TOKENS
+from msquant.planning.work import Rates, Work
+from msquant.quantization import feed_forward, held_out, osl, quantizer
 from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.recipes import find_recipe
 from msquant.source import BATCH_TOKENS, open_source
@@ -60,7 +54,8 @@ def test_reading_and_rounding_are_counted_as_they_happen(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tiny(tmp_path / "model", model_type, dtype="bfloat16")
-    recipe = find_recipe(str(folder)).replace("quantization", smooth_alpha=[0.3, 0.5, 0.7, 0.9])
+    grid = [0.3, 0.5, 0.7, 0.9]
+    recipe = find_recipe(str(folder)).replace("quantization", algorithm="osl", smooth_alpha=grid)
     recipe = recipe.replace("calibration", samples=SAMPLES, sequence_length=LENGTH)
     tokens = Tokens(SAMPLES, LENGTH, BATCH_TOKENS // LENGTH)
     source = open_source(str(folder))
@@ -81,7 +76,7 @@ def test_reading_and_rounding_are_counted_as_they_happen(
 
 def test_a_dense_layer_by_hand() -> None:
     config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
-    recipe = find_recipe("llama-3.1-8b")
+    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl")
     tokens = Tokens(4, 128, 4)
     names = config.layer_shapes(0)
     work = layer_work(LayerBlocks(config, recipe.quantization, 0), tokens, dict.fromkeys(names, 10), 7, 1)
@@ -125,7 +120,30 @@ def test_work_adds_up_and_rates_divide() -> None:
     assert carried_work(10, [(2, 3), (4,)], 20) == Work(read=10, converted=20, written=20)
 
 
-def test_the_clip_search_keeps_as_many_inputs() -> None:
+def test_the_searches_keep_as_many_inputs() -> None:
     assert SEARCH_TOKENS == CLIP_TOKENS
+    assert HELD_OUT_TOKENS == held_out.SEARCH_TOKENS
+
+
+def test_the_held_out_search_by_hand() -> None:
+    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl-robust")
+    tokens = Tokens(16, 128, 1)
+    names = config.layer_shapes(0)
+    work = layer_work(LayerBlocks(config, recipe.quantization, 0), tokens, dict.fromkeys(names, 0), 0, 1)
+    weights = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    # 20 alphas and 4 more floors, twice, each with the ranges of both halves.
+    assert work.rounded == 28 * 2 * weights
+    assert work.products == (6 * 2 * 2048 + 29 * 2 * 1024 + 2 * 128) * weights
+
+
+@pytest.mark.parametrize("algorithm", ["smoothquant", "rtn"])
+def test_what_is_not_searched_costs_no_search(algorithm: str) -> None:
+    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm=algorithm)
+    names = config.layer_shapes(0)
+    blocks = LayerBlocks(config, recipe.quantization, 0)
+    work = layer_work(blocks, Tokens(16, 128, 1), dict.fromkeys(names, 0), 0, 1)
+    assert work.rounded == work.inputs == 0
     assert Tokens(5, 128, 4).batches == 2
     assert Tokens(5, 128, 4).first == 512

@@ -9,7 +9,7 @@ import pytest
 
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
-from msquant.planning.costs import LayerBlocks, Tokens
+from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.planning.plan import make_plan
 from msquant.recipes import find_recipe, load_recipe

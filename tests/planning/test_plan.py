@@ -13,8 +13,8 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
 from msquant.hub.published import published_bytes
 from msquant.pipeline import quantize
-from msquant.planning.costs import Rates
 from msquant.planning.plan import Plan, make_plan
+from msquant.planning.work import Rates
 from msquant.recipes import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
@@ -161,7 +161,7 @@ def test_where_no_time_can_be_estimated_the_plan_says_why(tiny_llama: Path, tmp_
     plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=full)
     assert plan.seconds is None
     assert "the disk is full" in plan.notes[0]
-    recipe = short_recipe(tiny_llama).replace("quantization", search="reference")
+    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl", search="reference")
     plan = make_plan(recipe, tmp_path / "out", probe=lambda *_: RATES)
     assert plan.seconds is None
     assert "golden-stick's own search" in plan.notes[0]

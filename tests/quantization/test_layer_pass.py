@@ -17,7 +17,7 @@ from msquant.quantization.report import relative_error
 NAME = "model.layers.0"
 LENGTH = 16
 # A short grid: these tests are about what is made of the choice.
-GRID = {"smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio": (1.0, 0.9)}
+GRID = {"algorithm": "osl", "smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio": (1.0, 0.9)}
 
 
 @pytest.fixture

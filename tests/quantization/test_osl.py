@@ -39,7 +39,8 @@ def run_pass(folder, batch, part="whole", **policy):
     hidden = hidden_states(config.hidden_size)
     batches = [hidden[start : start + batch] for start in range(0, SAMPLES, batch)]
     places = positions(config, LENGTH, dtype)
-    return quantize_layer(config, INDEX, layer, batches, places, QuantizationPolicy(**policy))
+    policy = QuantizationPolicy(**({"algorithm": "osl"} | policy))
+    return quantize_layer(config, INDEX, layer, batches, places, policy)
 
 
 CASES = {
@@ -90,15 +91,17 @@ def test_the_result_does_not_depend_on_the_batches(tmp_path):
             np.testing.assert_array_equal(linear.weight, other.linears[name].weight)
 
 
-@pytest.mark.parametrize("search", ["fast", "reference"])
-def test_weights_without_a_finite_error_are_refused(tmp_path, search):
+@pytest.mark.parametrize(
+    ("algorithm", "search"), [("osl", "fast"), ("osl", "reference"), ("osl-robust", "fast")]
+)
+def test_weights_without_a_finite_error_are_refused(tmp_path, algorithm, search):
     folder = write_tiny_llama(tmp_path / "model")
     dtype = use_device()
     config = ModelConfig.from_folder(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype)
     layer.mlp.down_proj.weight.set_data(layer.mlp.down_proj.weight * 1e36)
     places = positions(config, LENGTH, dtype)
-    policy = QuantizationPolicy(search=search, smooth_alpha=(0.5,))
+    policy = QuantizationPolicy(algorithm=algorithm, search=search, smooth_alpha=(0.5,))
     with pytest.raises(CalibrationError, match="no alpha gives a finite error") as caught:
         quantize_layer(config, INDEX, layer, [hidden_states(config.hidden_size)], places, policy)
     assert NAME in str(caught.value)

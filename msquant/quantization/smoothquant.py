@@ -1,0 +1,34 @@
+"""SmoothQuant (arXiv 2211.10438) as golden-stick modules: one alpha for every group, nothing searched."""
+
+from typing import Any
+
+from mindspore import Tensor
+from mindspore_gs.ptq.algo_modules.mindone import SmoothQuantSmoother
+
+from msquant.quantization.osl import HostSmoother
+from msquant.quantization.report import GroupReport, LayerReport
+
+
+class ReferenceSmoothQuantSmoother(SmoothQuantSmoother):
+    """golden-stick's own, whose alpha is 0.5, which also reports the groups."""
+
+    alpha = 0.5
+
+    def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
+        super().__init__(net_config, layer_policies)
+        self.report = report
+
+    def _compute_smooth_scale(self, **kwargs: Any) -> Tensor:
+        self.report.groups.append(GroupReport(kwargs["layer_info"].name, self.alpha))
+        return super()._compute_smooth_scale(**kwargs)
+
+
+class FastSmoothQuantSmoother(HostSmoother, ReferenceSmoothQuantSmoother):
+    """The same with the policy's alpha; weights are read and smoothed on the host."""
+
+    def _compute_smooth_scale(self, **kwargs: Any) -> Tensor:
+        group = kwargs["layer_info"]
+        alpha = self.get_layer_policy(group.curr_layer[0].layer_name).algo_args["smoothquant_alpha"]
+        self.report.groups.append(GroupReport(group.name, alpha))
+        heads = kwargs["num_attention_heads"], kwargs["num_key_value_heads"]
+        return self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)

@@ -1,0 +1,83 @@
+"""Every algorithm on one decoder layer: golden-stick's own arithmetic where it has one."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from msquant.checkpoint.weights import QuantizedLinear
+from tests.fixtures.tiny_families import write_tiny
+from tests.quantization.test_osl import CASES, SAMPLES, run_pass
+
+FLOORS = {"smooth_alpha": (0.3, 0.5, 0.7, 0.85), "range_floor": (0.0, 0.5, 0.9)}
+
+
+def same(ours, theirs):
+    for name, linear in theirs.linears.items():
+        np.testing.assert_array_equal(ours.linears[name].weight, linear.weight)
+        np.testing.assert_allclose(ours.linears[name].weight_scale, linear.weight_scale, rtol=1e-6)
+        assert (ours.linears[name].input_scale is None) == (linear.input_scale is None)
+        if linear.input_scale is not None:
+            np.testing.assert_allclose(ours.linears[name].input_scale, linear.input_scale, rtol=1e-6)
+            np.testing.assert_array_equal(ours.linears[name].input_offset, linear.input_offset)
+    for name, theirs_norm in theirs.norms.items():
+        np.testing.assert_allclose(ours.norms[name], theirs_norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [(), ("proj",)], ids=["static", "per token"])
+@pytest.mark.parametrize("algorithm", ["smoothquant", "rtn"])
+@pytest.mark.parametrize("case", ["grouped queries", "one key per query, biases", "latent attention"])
+def test_fast_equals_golden_sticks_own(case, algorithm, dynamic, tmp_path):
+    model_type, part, overrides = CASES[case]
+    folder = write_tiny(tmp_path / "model", model_type, **overrides)
+    policy = {"algorithm": algorithm, "dynamic": dynamic}
+    reference = run_pass(folder, 2, part, search="reference", **policy)
+    fast = run_pass(folder, 2, part, search="fast", **policy)
+    same(fast, reference)
+    expected = [] if algorithm == "rtn" else [0.5] * len(reference.report.groups)
+    assert [group.alpha for group in fast.report.groups] == expected
+    assert (algorithm == "rtn") == (not reference.report.groups)
+
+
+def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama")
+    half = run_pass(folder, 2, algorithm="smoothquant")
+    most = run_pass(folder, 2, algorithm="smoothquant", smoothquant_alpha=0.8)
+    assert {group.alpha for group in most.report.groups} == {0.8}
+    name = "model.layers.1.input_layernorm.weight"
+    assert not np.allclose(half.norms[name], most.norms[name])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_robust_search_chooses_for_every_group(case, tmp_path):
+    model_type, part, overrides = CASES[case]
+    folder = write_tiny(tmp_path / "model", model_type, **overrides)
+    result = run_pass(folder, 2, part, algorithm="osl-robust", **FLOORS)
+    osl = run_pass(folder, 2, part, algorithm="osl", smooth_alpha=(0.5,))
+    assert [group.name for group in result.report.groups] == [group.name for group in osl.report.groups]
+    for group in result.report.groups:
+        assert group.alpha in FLOORS["smooth_alpha"]
+        assert group.range_floor in FLOORS["range_floor"]
+        assert 0 < group.loss < 0.1
+
+
+def test_robust_search_does_not_depend_on_the_batches(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama")
+    results = [run_pass(folder, batch, algorithm="osl-robust", **FLOORS) for batch in (1, 2, SAMPLES)]
+    for one, other in pairwise(results):
+        assert [(g.alpha, g.range_floor) for g in one.report.groups] == [
+            (g.alpha, g.range_floor) for g in other.report.groups
+        ]
+        for name, linear in one.linears.items():
+            np.testing.assert_array_equal(linear.weight, other.linears[name].weight)
+
+
+def test_robust_search_smooths_linears_with_a_scale_per_token_too(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama")
+    result = run_pass(folder, 2, algorithm="osl-robust", dynamic=("down_proj",), **FLOORS)
+    assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up", "down"]
+    down = result.linears["model.layers.1.mlp.down_proj"]
+    assert isinstance(down, QuantizedLinear)
+    assert down.input_scale is None
+    rtn = run_pass(folder, 2, algorithm="rtn", dynamic=("down_proj",))
+    assert not np.array_equal(down.weight, rtn.linears["model.layers.1.mlp.down_proj"].weight)

@@ -1,0 +1,143 @@
+"""The search on held-out tokens: its loss against torch, and what it does about channels that wake up."""
+
+import numpy as np
+import pytest
+import torch
+
+from msquant.quantization.held_out import Choice, GroupInputs, HeldOutSearch, typical_magnitudes
+
+S, T, K, N = 4, 16, 24, 10
+
+
+def group(seed=0, residual=False, **values):
+    random = np.random.default_rng(seed)
+    x = random.standard_t(3, size=(S, T, K)).astype(np.float32) * np.geomspace(0.1, 30, K).astype(np.float32)
+    flat = x.reshape(-1, K)
+    given = {
+        "low": x.min(axis=1),
+        "high": x.max(axis=1),
+        "x": flat,
+        "sample": np.repeat(np.arange(S), T),
+        "residual": random.normal(size=(S * T, N)).astype(np.float32) if residual else None,
+        "typical": random.uniform(0.5, 2, size=K).astype(np.float32),
+    }
+    weights = [random.normal(size=(n, K)).astype(np.float32) for n in (N, N)[: 1 if residual else 2]]
+    return GroupInputs(**(given | values)), weights
+
+
+def torch_loss(inputs, weights, alpha, floor, per_token):
+    """The definition in held_out.py, written down once more in float64."""
+    x, low, high = (torch.tensor(v, dtype=torch.float64) for v in (inputs.x, inputs.low, inputs.high))
+    typical, sample = torch.tensor(inputs.typical, dtype=torch.float64), torch.tensor(inputs.sample)
+    weights = [torch.tensor(w, dtype=torch.float64) for w in weights]
+    total = 0.0
+    for half in (0, 1):
+        others, rows = torch.arange(S) % 2 != half, sample % 2 == half
+        least, most = low[others].amin(0), high[others].amax(0)
+        maxima = torch.maximum(least.abs(), most.abs())
+        if floor:
+            maxima = torch.maximum(maxima, torch.quantile(maxima / typical, floor) * typical)
+        columns = torch.cat(weights).abs().amax(0)
+        scale = maxima**alpha / columns ** (1 - alpha)
+        given = x[rows] / scale
+        if per_token:
+            # In float32: the greatest value lies on a tie, 127.5.
+            given = given.float()
+            step, offset = given.abs().amax(1, keepdim=True) * torch.tensor(2 / 255).float(), 0.0
+        else:
+            first, last = (least / scale).min(), (most / scale).max()
+            step = (last - first) / 255
+            offset = torch.round(-128 - first / step)
+        quantized = (torch.clamp(torch.round(given / step + offset), -128, 127) - offset).double() * step
+        for w in weights:
+            smoothed = w * scale
+            unit = 2 * smoothed.abs().amax(1, keepdim=True) / 255
+            rounded = torch.clamp(torch.round(smoothed / unit), -128, 127) * unit
+            exact = x[rows] @ w.T
+            read = exact if inputs.residual is None else exact + torch.tensor(inputs.residual)[rows]
+            total += ((quantized @ rounded.T - exact).square().sum(1) / read.square().sum(1)).sum()
+    return float(total) / (len(x) * len(weights))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("alpha", "floor"), [(0.5, 0.0), (0.85, 0.75)])
+def test_the_loss_is_what_torch_computes(alpha, floor, residual, per_token):
+    inputs, weights = group(residual=residual)
+    loss = HeldOutSearch(inputs, weights, per_token=per_token).loss(alpha, floor)
+    # A value on a tie may round the other way in float32.
+    assert loss == pytest.approx(torch_loss(inputs, weights, alpha, floor, per_token), rel=2e-2)
+
+
+def test_the_best_candidate_is_the_best_of_its_row_and_column():
+    inputs, weights = group()
+    search = HeldOutSearch(inputs, weights)
+    alphas, floors = (0.3, 0.5, 0.7, 0.9), (0.0, 0.5, 0.9)
+    choice = search.best(alphas, floors)
+    assert choice.loss == min(search.loss(choice.alpha, floor) for floor in floors)
+    first = min(floors, key=lambda floor: search.loss(0.9, floor))
+    assert choice.alpha == min(alphas, key=lambda alpha: search.loss(alpha, first))
+
+
+def test_channels_that_wake_up_in_other_samples_ask_for_a_floor():
+    random = np.random.default_rng(1)
+    x = random.normal(size=(S, T, K)).astype(np.float32)
+    # In every sample another quarter of the channels is loud.
+    for sample in range(S):
+        x[sample, :, sample::S] *= 30
+    inputs, weights = group(
+        low=x.min(axis=1), high=x.max(axis=1), x=x.reshape(-1, K), typical=np.ones(K, np.float32)
+    )
+    search = HeldOutSearch(inputs, weights)
+    grid = (0.5, 0.85)
+    with_floor, without = search.best(grid, (0.0, 0.9)), search.best(grid, (0.0,))
+    assert with_floor.range_floor == 0.9
+    assert with_floor.loss < without.loss / 3
+
+
+def test_a_floor_lifts_quiet_channels_alone():
+    inputs, weights = group(typical=np.ones(K, np.float32))
+    search = HeldOutSearch(inputs, weights)
+    maxima = np.maximum(-inputs.low.min(axis=0), inputs.high.max(axis=0))
+    loud = maxima >= np.quantile(maxima, 0.5)
+    ratio = search.scale(Choice(1.0, 0.5, 0)) / search.scale(Choice(1.0, 0.0, 0))
+    np.testing.assert_array_equal(ratio[loud], 1)
+    assert (ratio[~loud] > 1).all()
+
+
+def test_query_heads_of_one_key_value_head_share_their_scale():
+    inputs, weights = group(query_groups=(2, 3))
+    scale = HeldOutSearch(inputs, weights).scale(Choice(0.7, 0.75, 0)).reshape(2, 3, -1)
+    np.testing.assert_array_equal(scale, np.broadcast_to(scale[:, :1], scale.shape))
+    assert not np.array_equal(scale[0, 0], scale[1, 0])
+
+
+def test_one_sample_is_measured_on_itself():
+    inputs, weights = group()
+    one = GroupInputs(inputs.low[:1], inputs.high[:1], inputs.x[:T], inputs.sample[:T], None, inputs.typical)
+    assert 0 < HeldOutSearch(one, weights).best((0.5, 0.7), (0.0, 0.5)).loss < 1
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_overflowing_weights_have_no_finite_loss():
+    inputs, weights = group()
+    assert not np.isfinite(HeldOutSearch(inputs, [weights[0] * 1e38]).best((0.5,), (0.0,)).loss)
+
+
+def test_dead_channels_and_rows_change_nothing():
+    inputs, weights = group()
+    inputs.x[:, 3] = inputs.low[:, 3] = inputs.high[:, 3] = 0
+    inputs.x[5] = 0
+    search = HeldOutSearch(inputs, weights)
+    assert np.isfinite(search.best((0.5, 0.85), (0.0, 0.9)).loss)
+    assert np.isfinite(search.scale(Choice(0.85, 0.9, 0))).all()
+
+
+def test_typical_magnitudes_of_a_norm_and_of_gated_rows():
+    random = np.random.default_rng(0)
+    norm, gate, up = random.normal(size=K), random.normal(size=(K, 5)), random.normal(size=(K, 5))
+    np.testing.assert_allclose(typical_magnitudes(norm), np.abs(norm), rtol=1e-6)
+    expected = np.linalg.norm(gate, axis=1) * np.linalg.norm(up, axis=1)
+    np.testing.assert_allclose(typical_magnitudes(up, gate), expected, rtol=1e-6)
+    norm[2] = 0
+    assert (typical_magnitudes(norm) > 0).all()
