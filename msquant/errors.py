@@ -33,6 +33,10 @@ class ModelError(MsquantError):
     """A model cannot be found, or its architecture is not supported."""
 
 
+class HubError(MsquantError):
+    """A model hub cannot be reached, refuses a request, or sends what cannot be trusted."""
+
+
 class CheckpointError(MsquantError):
     """A checkpoint on disk is incomplete, damaged or breaks its format's contract."""
 

@@ -1,10 +1,7 @@
 """A result folder that appears whole or not at all."""
 
-import fcntl
-import json
 import os
 import shutil
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +9,7 @@ from typing import Self
 
 from msquant.checkpoint.disk import sync_folder, writing
 from msquant.checkpoint.journal import JOURNAL_NAME
+from msquant.checkpoint.lock import LockHeld, acquire_lock
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import is_temporary
 from msquant.errors import OutputError
@@ -156,38 +154,18 @@ class OutputFolder:
         return replaced
 
     def _acquire(self) -> None:
-        while True:
+        while self._lock is None:
             self.path.mkdir(exist_ok=True)
-            lock = self.path / LOCK_NAME
             try:
-                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                self._lock = acquire_lock(self.path / LOCK_NAME)
             except FileNotFoundError:
                 continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between opening and locking, the holder may have finished and taken the file away with it.
-                if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                    break
-            except BlockingIOError:
-                holder = os.pread(descriptor, 1000, 0)
-                os.close(descriptor)
-                raise self._in_use(holder) from None
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        self._lock = descriptor
-
-    def _in_use(self, holder: bytes) -> OutputError:
-        try:
-            value = json.loads(holder)
-            who = f"process {value['pid']} on {value['host']}"
-        except (ValueError, TypeError, KeyError):
-            who = "another process"
-        return OutputError(
-            f"{who} is writing this result now",
-            where=self.path,
-            remedy="wait for it or stop it, or name another folder with --output",
-        )
+            except LockHeld as held:
+                raise OutputError(
+                    f"{held.who} is writing this result now",
+                    where=self.path,
+                    remedy="wait for it or stop it, or name another folder with --output",
+                ) from None
 
     def _release(self) -> None:
         if self._lock is not None:

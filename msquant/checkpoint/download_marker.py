@@ -1,0 +1,99 @@
+"""What a downloaded folder says of itself: where it is from, which files it has, and whether that is all."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msquant.checkpoint.writer import write_json
+from msquant.errors import CheckpointError
+
+STATE_FOLDER = ".msquant"
+"""Holds the marker, the lock and what is not complete yet, inside of a downloaded folder."""
+
+MARKER_NAME = "download.json"
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MarkedFile:
+    """One file of a download.
+
+    Attributes:
+        size: in bytes.
+        algorithm: `sha256`, or `git-sha1` of a git blob.
+        digest: in hexadecimal.
+        mtime_ns: its modification time when it was verified; None until then.
+    """
+
+    size: int
+    algorithm: str
+    digest: str
+    mtime_ns: int | None = None
+
+
+@dataclass
+class DownloadMarker:
+    """The marker of a folder.
+
+    Attributes:
+        hub: `modelers` or `huggingface`.
+        repository: `organisation/name`.
+        revision: what was asked for, a branch, a tag or a commit.
+        commit: what every file is from.
+        complete: whether all files are there and verified.
+        files: by their names in the folder.
+    """
+
+    hub: str
+    repository: str
+    revision: str
+    commit: str
+    complete: bool = False
+    files: dict[str, MarkedFile] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "DownloadMarker | None":
+        """The marker of a folder; None if it has none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = folder / STATE_FOLDER / MARKER_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw.pop("version") != _VERSION:
+                raise ValueError("another version")
+            files = {str(name): MarkedFile(**entry) for name, entry in raw.pop("files").items()}
+            return cls(**raw, files=files)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"the record of the download is damaged ({error})",
+                where=path,
+                remedy="run the same `msquant download` again: it verifies every file and mends the record",
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write the marker whole or not at all. Raises OutputError if that fails."""
+        raw: dict[str, Any] = {"version": _VERSION, **asdict(self)}
+        write_json(folder / STATE_FOLDER / MARKER_NAME, raw)
+
+
+def require_complete(folder: Path) -> None:
+    """Refuse a folder whose download is not complete; any other folder passes.
+
+    Raises:
+        CheckpointError: names how many files are missing, and the command that fetches them.
+    """
+    marker = DownloadMarker.read(folder)
+    if marker is None or marker.complete:
+        return
+    missing = sum(entry.mtime_ns is None for entry in marker.files.values())
+    raise CheckpointError(
+        f"its download is not complete: {missing} of {len(marker.files)} files are missing",
+        where=folder,
+        remedy=f"finish it: msquant download {marker.repository} --hub {marker.hub} --output {folder}",
+    )
