@@ -9,6 +9,7 @@ import typer
 
 from msquant import __version__
 from msquant.cli import console
+from msquant.cli.download import download
 from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
@@ -59,7 +60,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, run, inspect):
+for _command in (quantize, plan, run, inspect, download):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 

@@ -97,6 +97,14 @@ def as_bytes(count: int) -> str:
     return decimal(count, precision=1)
 
 
+def as_duration(seconds: float) -> str:
+    """A time for people: `95 s`, `12 min`, `5 h 12 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class LayerProgress:
     """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere."""
 

@@ -132,12 +132,12 @@ def _print(plan: "Plan") -> None:
         ["scratch", console.as_bytes(plan.scratch_bytes)],
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
         ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
-        ["time", "not estimated" if plan.seconds is None else f"about {_duration(plan.seconds)}"],
+        ["time", "not estimated" if plan.seconds is None else f"about {console.as_duration(plan.seconds)}"],
     ]
     console.print_table("What it takes", ["", ""], rows)
     if plan.seconds_by_work is not None:
         most = sorted(plan.seconds_by_work.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{_WORK[name]} {_duration(seconds)}" for name, seconds in most[:4])
+        parts = ", ".join(f"{_WORK[name]} {console.as_duration(seconds)}" for name, seconds in most[:4])
         console.print_line(f"Most of the time: {parts}.")
     for note in plan.notes:
         console.print_line(f"Note: {note}")
@@ -161,10 +161,3 @@ def _row(parts: "list[PartPlan]", timed: bool) -> list[Any]:
     linears = [first.linears.get(scheme, 0) for scheme in _SCHEMES]
     row = [layers, kind, *linears, *sizes]
     return [*row, round(seconds, 1)] if timed else row
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

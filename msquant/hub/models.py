@@ -1,19 +1,16 @@
 """A model's name, as a person types it, to a folder that holds it."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
 from msquant.errors import ModelError
 from msquant.hub.bundled import SMOLLM2_NAME, smollm2_folder
+from msquant.hub.names import is_hub_id
 from msquant.hub.published import HUB_IDS, published_bytes, published_name
 
 BUNDLED_MODELS = {SMOLLM2_NAME: smollm2_folder}
-
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"{_PART}/{_PART}")
 
 
 def resolve_model(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -43,12 +40,6 @@ def resolve_model(name: str, progress: Callable[[int, int], None] | None = None)
             remedy=f"Give the path of a Hugging Face model folder, or {' or '.join(BUNDLED_MODELS)}.",
         )
     return _cached(hub_id)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `org/name` that hubs use, so that it cannot leave a cache folder."""
-    forbidden = ".." in name or "--" in name or name.endswith(".git")
-    return _HUB_ID.fullmatch(name) is not None and not forbidden
 
 
 def _checked(folder: Path) -> Path:

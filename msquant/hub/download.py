@@ -1,0 +1,219 @@
+"""A repository of a hub to a verified folder.
+
+The commit is resolved first and everything is of that commit. Files are fetched beside their places, hashed
+while they arrive, and get their names when they are verified; `config.json` and the index come last. A marker
+in the folder says what is there, so that an interrupted download continues, an incomplete folder is known to
+be so, and a finished one is recognised without reading it again.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msquant.checkpoint.disk import require_free_space
+from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
+from msquant.errors import HubError, OutputError
+from msquant.hub.hashing import DiskCheck
+from msquant.hub.job import Job
+from msquant.hub.listing import RemoteFile, Snapshot
+from msquant.hub.partial import PartialFile, partial_key
+from msquant.hub.progress import DownloadProgress, Meter
+from msquant.hub.target import Inventory, TargetFolder, new_marker
+from msquant.hub.transfer import Transfer
+
+WORKERS = 8
+"""Connections at once."""
+
+_SAVE_SECONDS = 1.0
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DownloadResult:
+    """A finished download.
+
+    Attributes:
+        folder: where the files are.
+        hub: `modelers` or `huggingface`.
+        endpoint: the hub's address.
+        repository: `organisation/name`.
+        revision: what was asked for.
+        commit: what that was.
+        files: how many files were asked for.
+        nbytes: of all of them.
+        fetched: the files that were not here, or not as they should be.
+        received_bytes: what came over the network.
+        seconds: wall time.
+    """
+
+    folder: Path
+    hub: str
+    endpoint: str
+    repository: str
+    revision: str
+    commit: str
+    files: int
+    nbytes: int
+    fetched: list[str]
+    received_bytes: int
+    seconds: float
+
+
+def download(
+    snapshot: Snapshot,
+    files: Sequence[RemoteFile],
+    target: Path,
+    *,
+    workers: int = WORKERS,
+    verify: bool = False,
+    progress: DownloadProgress | None = None,
+) -> DownloadResult:
+    """Fetch files of a snapshot into a folder, or what is missing there of them, and verify each.
+
+    Args:
+        snapshot: from `find_snapshot`.
+        files: those of it that are wanted, from `select_files`.
+        target: the folder.
+        workers: connections at once.
+        verify: hash also the files that an earlier download has verified, and fetch those that changed.
+        progress: callbacks.
+
+    Raises:
+        HubError: the hub refuses or does not answer; or files stay wrong, which are named.
+        OutputError: there is not enough disk, it cannot be written, or the folder holds something else.
+        KeyboardInterrupt: Ctrl-C; what is here stays, and the same call continues.
+    """
+    started = time.monotonic()
+    progress = progress or DownloadProgress()
+    with TargetFolder(target, progress.stage) as folder:
+        before = folder.marker(snapshot)
+        found = folder.inventory(files, before, verify=verify)
+        if found.unknown:
+            _check_unknown(folder, found, progress)
+        _refuse_conflicts(folder, found, before, snapshot)
+        marker = new_marker(snapshot, files, found.good, before)
+        received = 0
+        if found.missing:
+            received = _fetch(folder, found, marker, snapshot, workers, progress)
+            folder.release([file.path for file in files])
+            _check_all_there(folder, files, marker)
+        marker.complete = True
+        if marker != before:
+            marker.write(folder.path)
+        folder.remove_leftovers(set())
+    return DownloadResult(
+        folder=folder.path,
+        hub=snapshot.hub.name,
+        endpoint=snapshot.hub.client.endpoint,
+        repository=snapshot.repository,
+        revision=snapshot.revision,
+        commit=snapshot.commit,
+        files=len(files),
+        nbytes=sum(file.size for file in files),
+        fetched=[file.path for file in found.missing],
+        received_bytes=received,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_all_there(folder: TargetFolder, files: Sequence[RemoteFile], marker: DownloadMarker) -> None:
+    """The last look before a folder is called complete."""
+    found = folder.inventory(files, marker, verify=False)
+    if lost := [*found.missing, *found.unknown]:
+        raise OutputError(
+            "was changed or removed by another process during the download",
+            where=folder.path / lost[0].path,
+            remedy="run the same command again",
+        )
+
+
+def _check_unknown(folder: TargetFolder, found: Inventory, progress: DownloadProgress) -> None:
+    """Hash the files that nobody vouches for, and sort them into good and missing ones."""
+    check = DiskCheck(folder.path, found.unknown)
+    total = sum(file.size for file in found.unknown)
+    meter = Meter("verifying", total, len(found.unknown))
+    check.run(lambda: progress.update(meter.state(check.checked, len(check.good), check.checked)))
+    for file in found.unknown:
+        if file.path in check.good:
+            found.good[file.path] = check.good[file.path].st_mtime_ns
+        else:
+            found.missing.append(file)
+            found.conflicts.append(file)
+    if wrong := len(found.unknown) - len(check.good):
+        progress.stage(f"{wrong} of {len(found.unknown)} files have another content than listed")
+
+
+def _refuse_conflicts(
+    folder: TargetFolder, found: Inventory, before: DownloadMarker | None, snapshot: Snapshot
+) -> None:
+    """Never replace what a person put there: only files of an earlier download are."""
+    if before is not None or not found.conflicts:
+        return
+    others = f" and {len(found.conflicts) - 1} others" if found.conflicts[1:] else ""
+    raise OutputError(
+        f"holds another {found.conflicts[0].path}{others} than {snapshot.repository}, and is no copy of it",
+        where=folder.path,
+        remedy="name another folder with --output",
+    )
+
+
+def _fetch(
+    folder: TargetFolder,
+    found: Inventory,
+    marker: DownloadMarker,
+    snapshot: Snapshot,
+    workers: int,
+    progress: DownloadProgress,
+) -> int:
+    """Fetch what is missing; returns the bytes that came over the network."""
+    folder.remove_leftovers({partial_key(file) for file in found.missing})
+    # Small files first: what is wrong with a repository shows in its config, not after hours.
+    jobs = [
+        Job(file, PartialFile(folder.partial, file), folder.place(file.path))
+        for file in sorted(found.missing, key=lambda file: (file.size > (16 << 20), file.path))
+    ]
+    needed = sum(job.file.size - job.partial.allocated for job in jobs)
+    require_free_space(folder.path, needed)
+    marker.write(folder.path)
+    folder.hold_back(list(found.good))
+    saved = time.monotonic()
+
+    def verified(job: Job, modified: int) -> None:
+        nonlocal saved
+        file = job.file
+        marker.files[file.path] = MarkedFile(file.size, file.algorithm, file.digest, modified)
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            marker.write(folder.path)
+            saved = time.monotonic()
+
+    transfer = Transfer(snapshot, jobs, workers, verified)
+    here = sum(entry.size for entry in marker.files.values() if entry.mtime_ns is not None)
+    total = sum(entry.size for entry in marker.files.values())
+    meter = Meter("downloading", total, len(marker.files))
+    ready = len(marker.files) - len(jobs)
+    try:
+        transfer.run(
+            lambda: progress.update(
+                meter.state(here + transfer.present, ready + transfer.finished, transfer.received)
+            )
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        error.add_note(
+            f"{ready + transfer.finished} of {len(marker.files)} files are verified in {folder.path}; "
+            "the same command continues with the rest"
+        )
+        raise
+    finally:
+        marker.write(folder.path)
+    if transfer.failed:
+        names = ", ".join(transfer.failed[:_SHOWN])
+        more = f" and {len(transfer.failed) - _SHOWN} more" if transfer.failed[_SHOWN:] else ""
+        raise HubError(
+            f"another content than listed, in {snapshot.hub.client.limits.corrupt_attempts} attempts: "
+            f"{names}{more}",
+            where=snapshot.repository,
+            remedy="run the same command again later; the other files are verified and kept. If it stays so, "
+            "the files are broken on the hub",
+        )
+    return transfer.received

@@ -1,0 +1,88 @@
+"""What is worth another attempt, how many there are, and how long to wait in between."""
+
+import email.utils
+import time
+from dataclasses import dataclass
+
+WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
+"""The HTTP status codes that may pass."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How patient a download is.
+
+    Attributes:
+        connect_seconds: for a connection to be made.
+        read_seconds: between two pieces of an answer.
+        first_attempts: to reach the hub at all, before anything came from it.
+        attempts: in a row without one byte of progress, later.
+        backoff_seconds: before the second attempt; doubled for each further one.
+        max_backoff_seconds: the longest pause of our own.
+        max_retry_after_seconds: the longest pause that a hub may ask for.
+        corrupt_attempts: how often a file whose hash is wrong is fetched.
+    """
+
+    connect_seconds: float = 10
+    read_seconds: float = 30
+    first_attempts: int = 2
+    attempts: int = 10
+    backoff_seconds: float = 0.5
+    max_backoff_seconds: float = 60
+    max_retry_after_seconds: float = 600
+    corrupt_attempts: int = 3
+
+    def backoff(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return min(self.max_backoff_seconds, self.backoff_seconds * 2 ** (failures - 1))
+
+
+class Transient(Exception):  # noqa: N818 - it is answered by another attempt
+    """A request failed in a way that may pass.
+
+    Attributes:
+        wait: seconds that the hub asks to wait, or None.
+        reached: whether anything answered.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, *, reached: bool = True) -> None:
+        super().__init__(reason)
+        self.wait = wait
+        self.reached = reached
+
+
+class WrongFile(Exception):  # noqa: N818 - it is answered by fetching the file again
+    """What the hub sends is not the file that it lists."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is how a worker ends
+    """Everything was told to stop."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, in a few words; the libraries' own texts hold whole addresses."""
+    text = str(error)
+    for pattern, reason in (
+        ("resolve", "its name cannot be resolved"),
+        ("Name or service", "its name cannot be resolved"),
+        ("refused", "the connection was refused"),
+        ("timed out", "timed out"),
+        ("ProxyError", "the proxy failed"),
+        ("reset", "the connection was reset"),
+        ("unreachable", "the network is unreachable"),
+    ):
+        if pattern in text:
+            return reason
+    return f"the connection was lost ({type(error).__name__})"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds to wait: the header gives them, or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
