@@ -9,7 +9,7 @@ from pathlib import Path
 from msquant.cli import console
 from msquant.models.device import silence_libraries
 
-NAMES = ("quantize", "perplexity", "generation", "search", "deepseek", "memory", "r1")
+NAMES = ("quantize", "perplexity", "generation", "search", "deepseek", "memory", "r1", "download")
 RESULTS = Path(__file__).parent / "results"
 
 

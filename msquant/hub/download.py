@@ -8,6 +8,7 @@ be so, and a finished one is recognised without reading it again.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,9 +204,11 @@ def _fetch(
             f"{ready + transfer.finished} of {len(marker.files)} files are verified in {folder.path}; "
             "the same command continues with the rest"
         )
+        # What the marker cannot say, on a full disk for example, is hashed again by the next call.
+        with suppress(OutputError):
+            marker.write(folder.path)
         raise
-    finally:
-        marker.write(folder.path)
+    marker.write(folder.path)
     if transfer.failed:
         names = ", ".join(transfer.failed[:_SHOWN])
         more = f" and {len(transfer.failed) - _SHOWN} more" if transfer.failed[_SHOWN:] else ""

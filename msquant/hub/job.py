@@ -55,12 +55,20 @@ class Job:
             return start + self.partial.done[segment], end
 
     def write(self, segment: int, generation: int, piece: bytes) -> bool:
-        """Add what follows in a segment; False if it is out of date."""
+        """Add what follows in a segment, and hash it if it is next; False if it is out of date."""
         with self._lock, writing(self.target, self.file.size):
             if self.generation != generation:
                 return False
-            self.partial.write(segment, piece)
-            return True
+            start = self.partial.write(segment, piece)
+            if self._hashing or start != self._hashed:
+                return True
+            self._hashing, digest = True, self._digest
+        digest.update(piece)
+        with self._lock:
+            self._hashing = False
+            if self.generation == generation:
+                self._hashed += len(piece)
+        return True
 
     def wants_hashing(self) -> bool:
         """Whether a thread should call `hash` now; the caller of this then has to see to it."""

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from msquant.checkpoint.disk import reserve, sync_folder, sync_range
+from msquant.checkpoint.disk import sync_folder, sync_range
 from msquant.hub.listing import Algorithm, RemoteFile
 
 MIN_SEGMENT, MAX_SEGMENT, SEGMENTS = 32 << 20, 512 << 20, 16
@@ -116,15 +116,13 @@ class PartialFile:
             return 0
 
     def open(self) -> None:
-        """Make both files if they are not there, with the disk space for all of it. Raises OSError."""
+        """Make both files if they are not there; the data has its size, but for holes. Raises OSError."""
         if self._data >= 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._data = os.open(self.path, flags, 0o666)
-        if os.fstat(self._data).st_size != self.size:
-            os.ftruncate(self._data, 0)
-            reserve(self._data, self.size)
+        os.ftruncate(self._data, self.size)
         self._progress = os.open(self._progress_path, flags, 0o666)
         self._write_progress()
 
@@ -132,15 +130,17 @@ class PartialFile:
         os.ftruncate(self._progress, 0)
         os.pwrite(self._progress, b"".join(map(_NUMBER.pack, [self._length, *self.done])), 0)
 
-    def write(self, segment: int, piece: bytes) -> None:
-        """Add what follows in a segment. Raises OSError."""
+    def write(self, segment: int, piece: bytes) -> int:
+        """Add what follows in a segment; returns where in the file that is. Raises OSError."""
         start, _ = self.segments[segment]
-        offset, view = start + self.done[segment], memoryview(piece)
+        place = offset = start + self.done[segment]
+        view = memoryview(piece)
         while view:
             written = os.pwrite(self._data, view, offset)
             offset, view = offset + written, view[written:]
         self.done[segment] = offset - start
         os.pwrite(self._progress, _NUMBER.pack(self.done[segment]), 8 * (1 + segment))
+        return place
 
     def read(self, buffer: bytearray, offset: int) -> int:
         """Fill a buffer with what is there from an offset on; returns how much that was. Raises OSError."""

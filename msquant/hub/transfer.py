@@ -3,7 +3,6 @@
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import requests
@@ -13,13 +12,11 @@ from msquant.hub.hashing import HashPool
 from msquant.hub.job import Job
 from msquant.hub.listing import Snapshot
 from msquant.hub.retry import Stopped, Transient, WrongFile
+from msquant.hub.schedule import Schedule, Task
 
 _PIECE = 1 << 20
 _END_SECONDS = 0.6
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-
-_Task = tuple[Job, int, int]
-"""A job, a segment of it, and the generation of the job that the segment is of."""
 
 
 class Transfer:
@@ -53,7 +50,7 @@ class Transfer:
         self._left = len(jobs)
         self._error: BaseException | None = None
         self._not_before = 0.0
-        self._tasks: deque[_Task] = deque(task for job in jobs for task in _tasks(job))
+        self._schedule = Schedule(jobs)
         self.received = 0
         self.present = sum(job.partial.present for job in jobs)
         self.finished = 0
@@ -104,19 +101,23 @@ class Transfer:
     def _work(self) -> None:
         try:
             while (task := self._next()) is not None:
-                self._fetch(*task)
+                try:
+                    self._fetch(*task)
+                finally:
+                    with self._changed:
+                        self._schedule.release(task[0])
         except Stopped:
             pass
         except BaseException as error:
             self._fail(error)
 
-    def _next(self) -> _Task | None:
+    def _next(self) -> Task | None:
         with self._changed:
-            while not self._tasks and self._left and not self._client.stop.is_set():
+            while self._left and not self._client.stop.is_set():
+                if (task := self._schedule.take()) is not None:
+                    return task
                 self._changed.wait(1)
-            if not self._tasks or self._client.stop.is_set():
-                return None
-            return self._tasks.popleft()
+        return None
 
     def _fetch(self, job: Job, segment: int, generation: int) -> None:
         failures = 0
@@ -199,10 +200,11 @@ class Transfer:
         with self._changed:
             self.present -= lost
             if given_up:
+                self._schedule.drop(job)
                 self.failed.append(job.file.path)
                 self._end_one()
             else:
-                self._tasks.extendleft(reversed(_tasks(job)))
+                self._schedule.renew(job)
             self._changed.notify_all()
         if wrong:
             self._check_branch()
@@ -230,10 +232,6 @@ class Transfer:
             if self._error is None and not self._client.stop.is_set():
                 self._error = error
             self._changed.notify_all()
-
-
-def _tasks(job: Job) -> list[_Task]:
-    return [(job, segment, job.generation) for segment in job.unfinished()]
 
 
 def _check_length(response: requests.Response, start: int, end: int, size: int) -> None:
