@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.results import newest_result
@@ -19,7 +20,10 @@ ENGINES = (AUTO, EMBEDDED, vllm_mindspore.NAME)
 DEFAULT_FOLDER = "DeepSeek-R1-W8A8"
 """What the vLLM-MindSpore guide calls its model folder."""
 
-_QUANTIZE_FIRST = "make one: msquant quantize smollm2-135m --algo osl, or name a folder with --model"
+_QUANTIZE_FIRST = (
+    "make one: msquant quantize smollm2-135m --algo osl; download one: msquant download "
+    "MindSpore-Lab/DeepSeek-R1-W8A8; or name a folder with --model"
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ def _complete(folder: Path) -> Path:
             where=folder,
             remedy="run the same `msquant quantize` again to finish it",
         )
+    require_complete(folder)
     has_weights = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
     missing = [
         name

@@ -89,6 +89,7 @@ def quantize(
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
+    fetch: Callable[[str], Path] | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
@@ -102,6 +103,7 @@ def quantize(
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
+        fetch: downloads the weights of a hub id that are not here; without it that is an error.
         progress: callbacks.
 
     Raises:
@@ -112,7 +114,7 @@ def quantize(
     progress = progress or Progress()
     with OutputFolder(output, overwrite=overwrite) as target:
         progress.stage(f"reading {source or recipe.model}")
-        model = open_source(source or recipe.model)
+        model = open_source(source or recipe.model, fetch)
         plan = folder_plan(recipe, model)
         progress.stage(f"calibration from {recipe.calibration.source}")
         tokens = calibration_tokens(recipe, model.folder)

@@ -1,6 +1,6 @@
 """A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +45,18 @@ class Source:
         return sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names())
 
 
-def open_source(model: str) -> Source:
+def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Source:
     """Find a model and check from the headers alone that it is whole and that its config describes it.
+
+    Args:
+        model: as `resolve_model` takes it.
+        fetch: downloads the weights of a hub id that are not here; without it that is an error.
 
     Raises:
         MsquantError: there is no such model; or a file, tensor, dtype or shape is wrong, those of the scales
             of FP8 included.
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, fetch=fetch)
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
     for name, shape in config.shapes.items():

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.disk import writing
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError
 
@@ -79,7 +80,10 @@ class DownloadMarker:
     def write(self, folder: Path) -> None:
         """Write the marker whole or not at all. Raises OutputError if that fails."""
         raw: dict[str, Any] = {"version": _VERSION, **asdict(self)}
-        write_json(folder / STATE_FOLDER / MARKER_NAME, raw)
+        path = folder / STATE_FOLDER / MARKER_NAME
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, raw)
 
 
 def require_complete(folder: Path) -> None:

@@ -42,13 +42,17 @@ def quantize(
         bool,
         typer.Option("--dry-run", help="Say what would be done and what it takes, as msquant plan does."),
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never download the weights; HF_HUB_OFFLINE=1 does the same.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")] = False,
 ) -> None:
     """Quantize a model to W8A8 and write the checkpoint that vLLM-MindSpore serves.
 
     One decoder layer is in memory at a time. Finished layers are kept when the run is interrupted or killed:
-    the same command continues with the next one.
+    the same command continues with the next one. Weights that are not here are downloaded first, into
+    MSQUANT_CACHE.
 
     Example: msquant quantize smollm2-135m --algo osl
 
@@ -60,6 +64,7 @@ def quantize(
 
     if not verbose:
         silence_libraries()
+    from msquant.hub.choose import is_offline
     from msquant.pipeline import Progress
     from msquant.pipeline import quantize as quantize_model
     from msquant.recipes import find_recipe
@@ -92,6 +97,7 @@ def quantize(
             device=device,
             memory_budget=budget,
             verbose=verbose,
+            fetch=None if offline or is_offline() else lambda hub_id: _fetch(hub_id, display),
             progress=Progress(
                 stage=display.stage,
                 layers=display.start,
@@ -103,6 +109,15 @@ def quantize(
         console.print_json(_as_json(result))
     else:
         _print_result(result)
+
+
+def _fetch(hub_id: str, display: console.LayerProgress) -> Path:
+    from msquant.cli.transfer_progress import TransferProgress
+    from msquant.hub.fetch import fetch_model
+    from msquant.hub.progress import DownloadProgress
+
+    with display.paused(), TransferProgress() as transfer:
+        return fetch_model(hub_id, DownloadProgress(stage=transfer.stage, update=transfer.update))
 
 
 def _alphas(record: dict[str, Any]) -> str:

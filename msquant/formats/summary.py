@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
@@ -155,12 +156,13 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False) -> Summary:
         could be read.
 
     Raises:
-        CheckpointError: there is no such folder, it is in a format that is not read here, or it is in
-            floating point and damaged.
+        CheckpointError: there is no such folder, its download is not complete, it is in a format that is not
+            read here, or it is in floating point and damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=folder, remedy="check the path")
+    require_complete(folder)
     quantized = _is_golden_stick(folder)
     findings = validate(folder, verify_hashes=verify_hashes) if quantized else []
     try:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from msquant.errors import HubError, ModelError
-from msquant.hub.http import UnreachableError
 from msquant.hub.huggingface import HuggingFaceHub
 from msquant.hub.listing import Hub, NotFoundError, Snapshot
 from msquant.hub.modelers import ModelersHub
 from msquant.hub.names import check_names, is_hub_id
-from msquant.hub.retry import Limits
+from msquant.hub.retry import Limits, UnreachableError
 from msquant.hub.tokens import huggingface_token, modelers_token, token_from_file
 
 AUTO = "auto"
@@ -48,6 +47,13 @@ def make_hub(name: str, token_file: Path | None = None, limits: Limits | None = 
     return HuggingFaceHub(constants.ENDPOINT, token, limits)
 
 
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` is set, as huggingface_hub reads it; it holds for both hubs."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def find_snapshot(
     repository: str,
     revision: str = "main",
@@ -72,6 +78,12 @@ def find_snapshot(
         HubError: it is not there, not allowed, not reachable, or not safe.
     """
     names = _order(repository, revision, hub, token_file)
+    if is_offline():
+        raise HubError(
+            "downloads are switched off",
+            where="HF_HUB_OFFLINE",
+            remedy="unset it to ask the hubs",
+        )
     first: HubError | None = None
     for name in names:
         chosen = make_hub(name, token_file, limits)

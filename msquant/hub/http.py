@@ -17,6 +17,7 @@ from msquant.hub.retry import (
     Limits,
     Stopped,
     Transient,
+    UnreachableError,
     WrongFile,
     reason_of,
     retry_after,
@@ -32,10 +33,6 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 Explain = Callable[[int, Mapping[str, str], Any], HubError]
 """From status, headers and the body as JSON (or None) to the error a person gets."""
-
-
-class UnreachableError(HubError):
-    """The hub does not answer, or nothing does."""
 
 
 class _NoAuth(AuthBase):

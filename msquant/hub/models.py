@@ -5,26 +5,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
-from msquant.errors import ModelError
+from msquant.checkpoint.download_marker import require_complete
+from msquant.errors import CheckpointError, ModelError
 from msquant.hub.bundled import SMOLLM2_NAME, smollm2_folder
 from msquant.hub.names import is_hub_id
 from msquant.hub.published import HUB_IDS, published_bytes, published_name
+from msquant.hub.retry import UnreachableError
 
 BUNDLED_MODELS = {SMOLLM2_NAME: smollm2_folder}
 
 
-def resolve_model(name: str, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Return the Hugging Face folder of a model; nothing is downloaded.
+def resolve_model(
+    name: str,
+    progress: Callable[[int, int], None] | None = None,
+    fetch: Callable[[str], Path] | None = None,
+) -> Path:
+    """Return the Hugging Face folder of a model.
 
     Args:
         name: a bundled model's name (`smollm2-135m`), a local folder that holds `config.json`, or a hub id
             (`deepseek-ai/DeepSeek-R1`) whose weights are in msquant's or Hugging Face's cache. A bundled name
             wins, then a folder; write `./smollm2-135m` for a folder that is called like a bundled model.
         progress: called with the number of tensors done and their total while a bundled model is converted.
+        fetch: called with a hub id whose weights are not here or not whole, to download them, for example
+            `fetch_model`; without it, nothing is downloaded.
 
     Raises:
         ModelError: there is no such model, the folder holds none, the weights are not on this machine, or the
             bundled model is not installed.
+        CheckpointError: the folder's download is not complete.
+        MsquantError: whatever `fetch` raises.
         OutputError: the bundled model cannot be written into the cache.
     """
     if name in BUNDLED_MODELS:
@@ -39,7 +49,7 @@ def resolve_model(name: str, progress: Callable[[int, int], None] | None = None)
             where=name or "model",
             remedy=f"Give the path of a Hugging Face model folder, or {' or '.join(BUNDLED_MODELS)}.",
         )
-    return _cached(hub_id)
+    return _cached(hub_id, fetch)
 
 
 def _checked(folder: Path) -> Path:
@@ -49,6 +59,7 @@ def _checked(folder: Path) -> Path:
             where=folder,
             remedy="Give the folder that holds config.json and the .safetensors files.",
         )
+    require_complete(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "the folder holds no config.json, so it is not a Hugging Face model",
@@ -59,18 +70,32 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _cached(hub_id: str) -> Path:
+def _cached(hub_id: str, fetch: Callable[[str], Path] | None) -> Path:
     own = cache_folder() / "models" / hub_id
     folder = own if own.is_dir() else _hugging_face_cache(hub_id)
+    whole = folder is not None and _is_whole(folder)
+    if fetch is not None and not whole:
+        try:
+            return fetch(hub_id)
+        except UnreachableError as error:
+            raise _not_here(hub_id, f" {error.what}") from error
     if folder is None:
         raise _not_here(hub_id)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not whole:
         raise ModelError(
             f"the download of {hub_id} is incomplete: config.json or the .safetensors files are missing",
             where=folder,
             remedy=_download(hub_id),
         )
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        require_complete(folder)
+    except CheckpointError:
+        return False
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _hugging_face_cache(hub_id: str) -> Path | None:
@@ -84,11 +109,11 @@ def _hugging_face_cache(hub_id: str) -> Path | None:
         return None
 
 
-def _not_here(hub_id: str) -> ModelError:
+def _not_here(hub_id: str, reason: str = "") -> ModelError:
     size = published_bytes(hub_id)
     about = f" They are about {size / 1e9:,.0f} GB." if size else ""
     return ModelError(
-        f"the weights of this model are not on this machine.{about}",
+        f"the weights of this model are not on this machine.{about}{reason}",
         where=hub_id,
         remedy=_download(hub_id),
     )
@@ -97,4 +122,4 @@ def _not_here(hub_id: str) -> ModelError:
 def _download(hub_id: str) -> str:
     name = published_name(hub_id)
     then = f"msquant quantize {name} --source FOLDER" if name else "msquant quantize FOLDER"
-    return f"Download them where there is a network, hf download {hub_id} --local-dir FOLDER, then: {then}"
+    return f"Where there is a network: msquant download {hub_id} --output FOLDER, then: {then}"

@@ -4,6 +4,8 @@ import email.utils
 import time
 from dataclasses import dataclass
 
+from msquant.errors import HubError
+
 WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
 """The HTTP status codes that may pass."""
 
@@ -53,6 +55,10 @@ class Transient(Exception):  # noqa: N818 - it is answered by another attempt
 
 class WrongFile(Exception):  # noqa: N818 - it is answered by fetching the file again
     """What the hub sends is not the file that it lists."""
+
+
+class UnreachableError(HubError):
+    """The hub does not answer, or nothing does."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is how a worker ends

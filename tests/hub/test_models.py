@@ -127,7 +127,7 @@ def test_an_incomplete_download_is_said_to_be_so(missing: str, hub_cache: Path, 
     put_into_hub_cache(hub_cache, "some-org/tiny", tiny_llama, leave_out=(missing,))
     with pytest.raises(ModelError, match="is incomplete") as caught:
         resolve_model("some-org/tiny")
-    assert "hf download some-org/tiny" in (caught.value.remedy or "")
+    assert "msquant download some-org/tiny" in (caught.value.remedy or "")
 
 
 def test_weights_that_are_not_here_have_a_size_and_a_next_step(hub_cache: Path) -> None:
@@ -135,7 +135,7 @@ def test_weights_that_are_not_here_have_a_size_and_a_next_step(hub_cache: Path) 
         resolve_model("deepseek-ai/DeepSeek-R1")
     assert "about 689 GB" in caught.value.what
     assert caught.value.where == "deepseek-ai/DeepSeek-R1"
-    assert "hf download deepseek-ai/DeepSeek-R1 --local-dir FOLDER" in (caught.value.remedy or "")
+    assert "msquant download deepseek-ai/DeepSeek-R1 --output FOLDER" in (caught.value.remedy or "")
     assert "msquant quantize deepseek-r1 --source FOLDER" in (caught.value.remedy or "")
 
 
