@@ -37,7 +37,7 @@ HEAVY = {
 _BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
-_FLOWS = {"pipeline", "source", "generation", "recipes", "manifest", "planning"}
+_FLOWS = {"publishing", "pipeline", "source", "generation", "recipes", "manifest", "planning"}
 ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
@@ -54,6 +54,8 @@ ALLOWED = {
     "manifest": _FOUNDATION | _PARTS | {"recipes"},
     "source": _FOUNDATION | _PARTS | {"recipes"},
     "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source"},
+    "model_card": set[str](),
+    "publishing": _FOUNDATION | _PARTS | {"model_card"},
     "planning": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,

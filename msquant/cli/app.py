@@ -15,6 +15,7 @@ from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
 from msquant.cli.recipes import recipes
 from msquant.cli.run import run
+from msquant.cli.upload import upload
 from msquant.errors import MsquantError
 
 EXIT_ERROR = 1
@@ -60,7 +61,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, run, inspect, download):
+for _command in (quantize, plan, run, inspect, download, upload):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 

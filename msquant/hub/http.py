@@ -12,6 +12,7 @@ from requests.auth import AuthBase
 from urllib3.exceptions import HTTPError as TransportError
 
 from msquant.errors import HubError
+from msquant.hub.addresses import is_endpoint, is_private, origin, shown
 from msquant.hub.retry import (
     WORTH_RETRYING,
     Limits,
@@ -28,7 +29,6 @@ MAX_JSON_BYTES = 64 << 20
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = {301, 302, 303, 307, 308}
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 Explain = Callable[[int, Mapping[str, str], Any], HubError]
@@ -55,6 +55,9 @@ class HttpClient:
         explain: turns a refusal of the hub into an error.
         limits: patience.
 
+    Attributes:
+        stop: set it, or call `abort`, to end everything.
+
     Raises:
         HubError: the endpoint is no http(s) address.
     """
@@ -68,8 +71,7 @@ class HttpClient:
         explain: Explain,
         limits: Limits | None = None,
     ) -> None:
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not is_endpoint(endpoint):
             raise HubError(
                 f"the address of {title} is not one of the form https://host",
                 where=variable,
@@ -80,11 +82,10 @@ class HttpClient:
         self.endpoint = endpoint.rstrip("/")
         self.limits = limits or Limits()
         self.stop = threading.Event()
-        self.has_token = token is not None
-        self._token = token
-        self._origin = _origin(self.endpoint)
-        self._private = parts.scheme == "https" or parts.hostname in _LOOPBACK
-        self._explain = explain
+        self.token = token
+        self._origin = origin(self.endpoint)
+        self._private = is_private(endpoint)
+        self.explain = explain
         self._local = threading.local()
         self._open: set[requests.Response] = set()
         self._lock = threading.Lock()
@@ -192,7 +193,7 @@ class HttpClient:
             while piece := self.read_piece(response, 1 << 20):
                 body += piece
                 if len(body) > MAX_JSON_BYTES:
-                    raise HubError("the listing is larger than any real one", where=_shown(url))
+                    raise HubError("the listing is larger than any real one", where=shown(url))
             expected = response.headers.get("Content-Length")
             if expected is not None and expected.isdecimal() and len(body) < int(expected):
                 raise Transient("the connection was closed within the answer")
@@ -202,13 +203,13 @@ class HttpClient:
         except (ValueError, RecursionError):
             raise HubError(
                 f"{self.title} sent something else than JSON",
-                where=_shown(url),
+                where=shown(url),
                 remedy="check the address, and whether a proxy asks to log in",
             ) from None
         if following is not None:
             following = urljoin(url, following)
-            if _origin(following) != self._origin:
-                raise HubError("the next page of the listing is on another host", where=_shown(following))
+            if origin(following) != self._origin:
+                raise HubError("the next page of the listing is on another host", where=shown(following))
         return document, following
 
     def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
@@ -225,17 +226,17 @@ class HttpClient:
             downgrade = urlsplit(before).scheme == "https" and parts.scheme != "https"
             if not location or parts.scheme not in ("http", "https") or not parts.hostname or downgrade:
                 raise HubError(
-                    "redirects to an address that is not safe to follow", where=_shown(before)
+                    "redirects to an address that is not safe to follow", where=shown(before)
                 ) from None
-        raise HubError("redirects in a circle", where=_shown(first))
+        raise HubError("redirects in a circle", where=shown(first))
 
     def _request(self, url: str, headers: dict[str, str]) -> requests.Response:
         if self.stop.is_set():
             raise Stopped
         # Identity: a compressed answer has neither the listed size nor ranges of the file.
         sent = {"Accept-Encoding": "identity", "User-Agent": "msquant", **headers}
-        if self._token is not None and self._private and _origin(url) == self._origin:
-            sent["Authorization"] = f"Bearer {self._token}"
+        if self.token is not None and self._private and origin(url) == self._origin:
+            sent["Authorization"] = f"Bearer {self.token}"
         try:
             return self._session().get(
                 url,
@@ -247,7 +248,7 @@ class HttpClient:
         except requests.exceptions.SSLError as error:
             raise HubError(
                 f"the certificate of {urlsplit(url).hostname} is not trusted",
-                where=_shown(url),
+                where=shown(url),
                 remedy="if a proxy of your own signs it, name its certificate in REQUESTS_CA_BUNDLE",
             ) from error
         except (
@@ -258,7 +259,7 @@ class HttpClient:
             raise Transient(reason_of(error), reached=False) from error
         except (requests.RequestException, TransportError, UnicodeError) as error:
             raise HubError(
-                f"not a request that can be made ({type(error).__name__})", where=_shown(url)
+                f"not a request that can be made ({type(error).__name__})", where=shown(url)
             ) from error
 
     def _check(self, response: requests.Response, url: str) -> None:
@@ -278,13 +279,13 @@ class HttpClient:
             body = None
         headers = response.headers
         response.close()
-        if _origin(url) != self._origin:
+        if origin(url) != self._origin:
             raise HubError(
                 f"{self.title} redirects to a host that refuses (status {status})",
-                where=_shown(url),
+                where=shown(url),
                 remedy="try again later; if it stays so, the file is broken or the host is blocked",
             )
-        raise self._explain(status, headers, body)
+        raise self.explain(status, headers, body)
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
@@ -292,14 +293,3 @@ class HttpClient:
             session = self._local.session = requests.Session()
             session.auth = _NoAuth()
         return session
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _shown(url: str) -> str:
-    """An address without its query, which may hold a signature."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"

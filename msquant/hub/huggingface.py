@@ -66,7 +66,7 @@ class HuggingFaceHub:
 
     def _explain(self, status: int, headers: Mapping[str, str], body: Any) -> HubError:
         code = headers.get("X-Error-Code", "")
-        token = self.client.has_token
+        token = self.client.token is not None
         if code == "GatedRepo":
             return HubError(
                 "access to this repository must be granted first",

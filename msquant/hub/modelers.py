@@ -103,7 +103,7 @@ class ModelersHub:
 
     def _explain(self, status: int, headers: Mapping[str, str], body: Any) -> HubError:
         code = body.get("code") if isinstance(body, dict) else None
-        token = self.client.has_token
+        token = self.client.token is not None
         if status == 404 and code == "ref_not_exist":
             return HubError("there is no such revision", where=self.title, remedy="check --revision")
         if status == 404 and code == "branch_or_path_not_found":

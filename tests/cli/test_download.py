@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.download_marker import DownloadMarker
+from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
-from tests.fixtures.hub_server import Blob, Hub, serve
+from tests.fixtures.hub_server import Hub, serve
 
 REPOSITORY = "MindSpore-Lab/Tiny-W8A8"
 WEIGHTS = os.urandom(40_000_000)

@@ -95,9 +95,7 @@ def test_a_taken_output_is_refused_before_the_download(hub: Hub, tmp_path: Path)
     [("inspect",), ("run", "--prompt", "x", "--model"), ("quantize",), ("quantize", "tiny.yaml", "--source")],
     ids=lambda command: " ".join(command),
 )
-def test_an_incomplete_folder_is_refused(
-    command: tuple[str, ...], tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_an_incomplete_folder_is_refused(command: tuple[str, ...], tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     folder = tmp_path / "half"
     folder.mkdir()

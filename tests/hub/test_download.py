@@ -13,8 +13,9 @@ from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
 from msquant.hub.download import DownloadResult, download
 from msquant.hub.progress import DownloadProgress, TransferState
+from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
-from tests.fixtures.hub_server import Blob, Hub, serve
+from tests.fixtures.hub_server import Hub, serve
 from tests.hub.conftest import QUICK, REPOSITORY, connect
 
 SHARD = "model-00001-of-00002.safetensors"

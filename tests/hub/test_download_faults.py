@@ -12,8 +12,9 @@ from msquant.checkpoint.download_marker import require_complete
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
 from msquant.hub.download import DownloadResult, download
+from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
-from tests.fixtures.hub_server import Blob, Hub, serve
+from tests.fixtures.hub_server import Hub, serve
 from tests.hub.conftest import REPOSITORY, connect
 
 SHARD, SEGMENT = "model.safetensors", 1 << 18

@@ -8,7 +8,8 @@ from msquant.errors import HubError
 from msquant.hub.download import download
 from msquant.hub.listing import RemoteFile
 from msquant.hub.names import check_names, select_files
-from tests.fixtures.hub_server import Blob, Hub
+from tests.fixtures.hub_content import Blob
+from tests.fixtures.hub_server import Hub
 from tests.hub.conftest import REPOSITORY, connect
 
 EVIL = [

@@ -1,0 +1,89 @@
+"""The README.md of a quantized model on a hub: what it was made from, how well, and how to serve it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_SHOWN_LAYERS = 8
+_BUNDLED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) -> str:
+    """A model card from `msquant.json`.
+
+    Args:
+        manifest: what that file holds.
+        repository: `organisation/name` that the card is for.
+        license_name: as hubs write it, for example `mit`; that of the base model.
+
+    Returns:
+        Markdown with the front matter that the hubs read.
+    """
+    recipe = manifest.get("recipe", {})
+    model = str(recipe.get("model", ""))
+    base = _BUNDLED.get(model, model)
+    # A path of the machine it was made on is nobody's business.
+    parts_of = base.split("/")
+    base = base if len(parts_of) == 2 and all(parts_of) and not base.startswith((".", "~")) else ""
+    front: dict[str, Any] = {"license": license_name, "library_name": "mindspore"}
+    if base:
+        front |= {"base_model": base, "base_model_relation": "quantized"}
+    front["tags"] = ["msquant", "w8a8", "golden-stick", "vllm-mindspore"]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {repository.split('/')[-1]}\n",
+        f"W8A8 (weights and activations in int8){f' of {base}' if base else ''}, made by msquant "
+        f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for vLLM-MindSpore.\n",
+        _serving(repository),
+        _recipe(recipe),
+        _accuracy(manifest.get("layers", [])),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _serving(repository: str) -> str:
+    name = repository.split("/")[-1]
+    return (
+        "## Serve it\n\n"
+        f"    msquant download {repository}\n"
+        f"    vllm-mindspore serve {name} --quantization golden-stick\n\n"
+        "Or continue a prompt without an NPU:\n\n"
+        f'    msquant run --model {name} --prompt "I am"\n'
+    )
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    kept = {key: recipe[key] for key in ("quantization", "calibration", "format") if key in recipe}
+    # Where the text lay is a path of the machine it was made on.
+    calibration = dict(kept.get("calibration", {}))
+    if calibration and calibration.get("source") != "builtin":
+        kept["calibration"] = calibration | {"source": "a text of the maker's"}
+    text = yaml.safe_dump(kept, sort_keys=False, default_flow_style=None)
+    return f"## Recipe\n\n```yaml\n{text}```\n\nAll of it, with versions and hashes, is in `msquant.json`.\n"
+
+
+def _accuracy(layers: Any) -> str:
+    rows = [layer for layer in layers if isinstance(layer, dict) and "error" in layer]
+    if not rows:
+        return ""
+    errors = sorted(float(layer["error"]) for layer in rows)
+    worst = sorted(rows, key=lambda layer: -float(layer["error"]))[:_SHOWN_LAYERS]
+    lines = [
+        "## Accuracy\n",
+        "Relative mean squared error of each decoder layer's output against the unquantized layer, on the "
+        "calibration tokens.\n",
+        "| decoder layers | smallest | median | largest |",
+        "|---|---|---|---|",
+        f"| {len(errors)} | {errors[0]:.2e} | {errors[len(errors) // 2]:.2e} | {errors[-1]:.2e} |\n",
+        "| layer | error | alpha of each smoothed group |",
+        "|---|---|---|",
+    ]
+    for layer in worst:
+        groups = ", ".join(f"{group['name']} {group['alpha']}" for group in layer.get("groups", []))
+        lines.append(f"| {layer['index']} | {float(layer['error']):.2e} | {groups} |")
+    if len(rows) > len(worst):
+        lines.append(f"\nThe {len(worst)} layers with the largest errors; `msquant.json` has all of them.")
+    return "\n".join(lines) + "\n"

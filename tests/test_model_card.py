@@ -1,0 +1,64 @@
+"""The model card says what msquant.json says, and nothing of the machine it was made on."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from msquant.model_card import model_card
+
+MANIFEST: dict[str, Any] = {
+    "msquant": "0.1.0",
+    "recipe": {
+        "model": "deepseek-ai/DeepSeek-R1",
+        "quantization": {"algorithm": "osl", "skip": ["lm_head"]},
+        "calibration": {"source": "builtin", "samples": 16},
+        "format": "golden-stick",
+    },
+    "layers": [
+        {"index": index, "error": (index + 1) * 1e-4, "groups": [{"name": "qkv", "alpha": 0.55}]}
+        for index in range(20)
+    ],
+}
+
+
+def front(card: str) -> dict[str, Any]:
+    _, text, _ = card.split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def test_the_hubs_read_the_front() -> None:
+    found = front(model_card(MANIFEST, "my-org/R1-W8A8", "mit"))
+    assert found["license"] == "mit"
+    assert found["base_model"] == "deepseek-ai/DeepSeek-R1"
+    assert found["base_model_relation"] == "quantized"
+
+
+def test_a_person_reads_how_to_serve_it_and_how_well_it_is() -> None:
+    card = model_card(MANIFEST, "my-org/R1-W8A8", "mit")
+    assert "msquant download my-org/R1-W8A8" in card
+    assert "vllm-mindspore serve R1-W8A8 --quantization golden-stick" in card
+    assert "algorithm: osl" in card
+    assert "| 20 | 1.00e-04 | 1.10e-03 | 2.00e-03 |" in card
+    assert "| 19 | 2.00e-03 | qkv 0.55 |" in card
+    assert "| 1 |" not in card
+
+
+@pytest.mark.parametrize("model", ["/home/me/secret/model", "./secret", "secret/", "~/secret"])
+def test_paths_of_this_machine_are_left_out(model: str) -> None:
+    recipe = MANIFEST["recipe"] | {"model": model, "calibration": {"source": "/home/me/secret.txt"}}
+    card = model_card(MANIFEST | {"recipe": recipe}, "my-org/x", "other")
+    assert "secret" not in card
+    assert "base_model" not in front(card)
+
+
+def test_a_bundled_model_has_its_real_name() -> None:
+    recipe = MANIFEST["recipe"] | {"model": "smollm2-135m"}
+    assert front(model_card(MANIFEST | {"recipe": recipe}, "a/b", "apache-2.0"))["base_model"] == (
+        "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+
+
+def test_an_empty_manifest_gives_a_card_all_the_same() -> None:
+    assert front(model_card({}, "a/b", "other"))["license"] == "other"
