@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 _SHOWN_LAYERS = 8
+_BACKENDS = {"native": "Native", "mindformers": "MindFormers"}
 _BUNDLED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -35,18 +36,21 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
         f"# {repository.split('/')[-1]}\n",
         f"W8A8 (weights and activations in int8){f' of {base}' if base else ''}, made by msquant "
         f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for vLLM-MindSpore.\n",
-        _serving(repository),
+        _serving(repository, str(manifest.get("variant", ""))),
         _recipe(recipe),
         _accuracy(manifest.get("layers", [])),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _serving(repository: str) -> str:
+def _serving(repository: str, variant: str) -> str:
     name = repository.split("/")[-1]
+    backend = _BACKENDS.get(variant)
+    export = f"    export VLLM_MS_MODEL_BACKEND={backend}\n" if backend else ""
     return (
         "## Serve it\n\n"
         f"    msquant download {repository}\n"
+        f"{export}"
         f"    vllm-mindspore serve {name} --quantization golden-stick\n\n"
         "Or continue a prompt without an NPU:\n\n"
         f'    msquant run --model {name} --prompt "I am"\n'

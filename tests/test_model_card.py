@@ -9,6 +9,7 @@ from msquant.model_card import model_card
 
 MANIFEST: dict[str, Any] = {
     "msquant": "0.1.0",
+    "variant": "mindformers",
     "recipe": {
         "model": "deepseek-ai/DeepSeek-R1",
         "quantization": {"algorithm": "osl", "skip": ["lm_head"]},
@@ -39,6 +40,7 @@ def test_a_person_reads_how_to_serve_it_and_how_well_it_is() -> None:
     card = model_card(MANIFEST, "my-org/R1-W8A8", "mit")
     assert "msquant download my-org/R1-W8A8" in card
     assert "vllm-mindspore serve R1-W8A8 --quantization golden-stick" in card
+    assert "export VLLM_MS_MODEL_BACKEND=MindFormers" in card
     assert "algorithm: osl" in card
     assert "| 20 | 1.00e-04 | 1.10e-03 | 2.00e-03 |" in card
     assert "| 19 | 2.00e-03 | qkv 0.55 |" in card
