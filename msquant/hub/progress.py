@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _WINDOW_SECONDS = 15.0
+# Between two pieces; a longer one is a pause and no slow network.
+_PAUSE_SECONDS = 1.0
+_STALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class TransferState:
         total_bytes: of all files.
         done_files: verified and in their place.
         total_files: of them.
-        bytes_per_second: lately; None until it can be told.
-        seconds_left: None until it can be told.
+        bytes_per_second: lately; None until it can be told, and while nothing comes for some seconds.
+        seconds_left: None likewise.
     """
 
     verb: str
@@ -46,8 +49,9 @@ class DownloadProgress:
 class Meter:
     """Turns counters, of which one may go back, into a state that does not.
 
-    The speed is that of the bytes that moved, an exponential average over about 15 seconds; bytes that are
-    fetched again count for it and not for what is done, so a retry changes neither speed nor time left.
+    The speed is that of the bytes that moved while any did, an exponential average over about 15 seconds;
+    bytes that are fetched again count for it and not for what is done. So neither a pause before another
+    attempt nor a file that is begun again makes the time left grow.
 
     Args:
         verb: see `TransferState`.
@@ -78,15 +82,16 @@ class Meter:
             moved: bytes that were moved since the beginning, those that were lost again included.
         """
         now = self._clock()
-        seconds = now - self._last
-        if seconds > 0:
+        if moved > self._moved and now > self._last:
+            seconds = min(now - self._last, _PAUSE_SECONDS)
             # The average of a beginning is not pulled towards nought: its weight is divided out.
             keep = 0.5 ** (seconds / (_WINDOW_SECONDS / 3))
             self._speed = keep * self._speed + (1 - keep) * (moved - self._moved) / seconds
             self._weight = keep * self._weight + (1 - keep)
             self._last, self._moved = now, moved
         self._done = max(self._done, min(done, self._total_bytes))
-        speed = self._speed / self._weight if self._weight else None
+        moving = self._weight and now - self._last < _STALL_SECONDS
+        speed = self._speed / self._weight if moving else None
         left = self._total_bytes - self._done
         return TransferState(
             verb=self._verb,

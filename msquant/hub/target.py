@@ -65,6 +65,7 @@ class TargetFolder:
         self.state = self.path / STATE_FOLDER
         self.partial = self.state / _PARTIAL
         self._waiting = waiting
+        self._made = not os.path.lexists(self.path)
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -98,7 +99,8 @@ class TargetFolder:
             (self.state / _LOCK).unlink(missing_ok=True)
             # Nothing is left where nothing was written; a folder that holds something stays.
             self.state.rmdir()
-            self.path.rmdir()
+            if self._made:
+                self.path.rmdir()
         except OSError:
             pass
         finally:
