@@ -50,8 +50,8 @@ class Meter:
     """Turns counters, of which one may go back, into a state that does not.
 
     The speed is that of the bytes that moved while any did, an exponential average over about 15 seconds;
-    bytes that are fetched again count for it and not for what is done. So neither a pause before another
-    attempt nor a file that is begun again makes the time left grow.
+    bytes that are fetched again count for it and not for what is done. So a file that is begun again does not
+    make the time left grow, and a pause before another attempt hardly does.
 
     Args:
         verb: see `TransferState`.

@@ -57,7 +57,7 @@ class Transfer:
         self.failed: list[str] = []
 
     def run(self, tick: Callable[[], None]) -> None:
-        """Fetch everything; once only.
+        """Fetch everything; once only. After an error the snapshot's hub answers nothing any more.
 
         Args:
             tick: called about ten times a second from this thread.
@@ -78,8 +78,12 @@ class Transfer:
                 self._wake(job)
             while self._wait():
                 tick()
-        finally:
+            if self._error is not None:
+                raise self._error
+        except BaseException:
             self._client.abort()
+            raise
+        finally:
             with self._changed:
                 self._changed.notify_all()
             deadline = time.monotonic() + _END_SECONDS
@@ -88,8 +92,6 @@ class Transfer:
             for job in self._jobs:
                 job.close()
         tick()
-        if self._error is not None:
-            raise self._error
 
     def _wait(self) -> bool:
         """Wait a moment; False at the end."""

@@ -132,6 +132,14 @@ def test_a_tag_and_a_commit_can_be_asked_for(fetch: Fetch, target: Path, server:
     assert contents(target) == FILES
 
 
+def test_a_snapshot_may_be_used_twice(protocol: str, endpoint: str, server: Hub, target: Path) -> None:
+    server.repository(REPOSITORY).push(FILES)
+    snapshot = connect(protocol, endpoint).snapshot(REPOSITORY, "main")
+    for folder in (target, target.with_name("other")):
+        download(snapshot, snapshot.files, folder)
+        assert contents(folder) == FILES
+
+
 def test_a_new_commit_fetches_what_changed(fetch: Fetch, target: Path, server: Hub) -> None:
     fetch()
     server.repository(REPOSITORY).push(FILES | {"config.json": b"new"})
