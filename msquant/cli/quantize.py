@@ -10,6 +10,7 @@ from msquant.cli import console, options
 
 if TYPE_CHECKING:
     from msquant.pipeline import QuantizeResult
+    from msquant.recipes import Recipe
 
 
 def quantize(
@@ -87,6 +88,9 @@ def quantize(
         show_plan(recipe, target, source, budget, probe=True, as_json=as_json)
         return
 
+    def fetch(hub_id: str) -> Path:
+        return _fetch(hub_id, recipe, target, source, display)
+
     with console.LayerProgress() as display:
         result = quantize_model(
             recipe,
@@ -97,7 +101,7 @@ def quantize(
             device=device,
             memory_budget=budget,
             verbose=verbose,
-            fetch=None if offline or is_offline() else lambda hub_id: _fetch(hub_id, display),
+            fetch=None if offline or is_offline() else fetch,
             progress=Progress(
                 stage=display.stage,
                 layers=display.start,
@@ -111,11 +115,16 @@ def quantize(
         _print_result(result)
 
 
-def _fetch(hub_id: str, display: console.LayerProgress) -> Path:
+def _fetch(
+    hub_id: str, recipe: "Recipe", target: Path, source: str | None, display: console.LayerProgress
+) -> Path:
+    from msquant.checkpoint.cache import cache_folder
     from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.fetch import fetch_model
     from msquant.hub.progress import DownloadProgress
+    from msquant.planning.room import require_room
 
+    require_room(recipe, target, source, cache_folder())
     with display.paused(), TransferProgress() as transfer:
         return fetch_model(hub_id, DownloadProgress(stage=transfer.stage, update=transfer.update))
 

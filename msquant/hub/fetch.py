@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from msquant.checkpoint.cache import cache_folder
 from msquant.errors import HubError, OutputError
 from msquant.hub.choose import find_snapshot
@@ -37,10 +39,10 @@ def fetch_model(hub_id: str, progress: DownloadProgress | None = None) -> Path:
             remedy="choose a repository that does, or convert them and name their folder with --source",
         )
     folder = cache_folder() / "models" / hub_id
-    total = sum(file.size for file in files)
+    total = decimal(sum(file.size for file in files), precision=1)
     progress.stage(
-        f"downloading {total / 1e9:,.1f} GB in {len(files)} files, commit {snapshot.commit[:10]}, from "
-        f"{snapshot.hub.title} into {folder}"
+        f"downloading {total} in {len(files)} files, commit {snapshot.commit[:10]}, "
+        f"from {snapshot.hub.title} into {folder}"
     )
     try:
         return download(snapshot, files, folder, progress=progress).folder

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -182,10 +182,9 @@ class HttpClient:
         self.stop.set()
         with self._lock:
             for response in self._open:
-                try:
+                # One that is done just now cannot be shut down, and needs not.
+                with suppress(OSError, ValueError, RuntimeError, TransportError):
                     response.raw.shutdown()
-                except (OSError, ValueError, AttributeError, TransportError):
-                    continue
 
     def _json(self, url: str) -> tuple[Any, str | None]:
         with self.open(url, {"Accept": "application/json"}) as response:

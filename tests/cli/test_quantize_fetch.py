@@ -56,7 +56,7 @@ def test_what_is_not_here_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
 
     done = msquant("quantize", "tiny.yaml", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "downloading 0.0 GB in " in done.stderr
+    assert "kB in 6 files, commit " in done.stderr
     assert "from Hugging Face Hub into" in done.stderr
     fetched = tmp_path / "cache" / "models" / "some-org" / "tiny"
     names = {path.name for path in fetched.iterdir()}
@@ -73,10 +73,10 @@ def test_what_is_not_here_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
 def test_without_a_network_the_size_and_the_next_step_are_said(way: str, tmp_path: Path) -> None:
     options = [way] if way.startswith("-") else []
     variables = {"HF_HUB_OFFLINE": "1"} if way.startswith("HF") else {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = msquant("quantize", "deepseek-r1", *options, cwd=tmp_path, **variables)
+    done = msquant("quantize", "deepseek-r1-distill-qwen-1.5b", *options, cwd=tmp_path, **variables)
     assert done.returncode == 1
-    assert "about 689 GB" in done.stderr
-    assert "msquant download deepseek-ai/DeepSeek-R1 --output FOLDER" in done.stderr
+    assert "about 4 GB" in done.stderr
+    assert "msquant download deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --output FOLDER" in done.stderr
     assert done.stderr.count("error:") == 1
     assert ("cannot be reached" in done.stderr) == (way == "unreachable")
     assert [path.name for path in tmp_path.iterdir()] == []
@@ -87,6 +87,17 @@ def test_a_taken_output_is_refused_before_the_download(hub: Hub, tmp_path: Path)
     (tmp_path / "out" / "mine").write_text("x")
     done = msquant("quantize", "tiny.yaml", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1
+    assert hub.requests == []
+
+
+def test_what_has_no_room_to_be_quantized_is_not_downloaded(
+    hub: Hub, tmp_path: Path, small_disk: Path
+) -> None:
+    hub.repository("deepseek-ai/DeepSeek-R1").push({"config.json": b"{}", "model.safetensors": b"x"})
+    done = msquant("quantize", "deepseek-r1", "--output", small_disk / "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "bytes are free on its disk, 702," in done.stderr
+    assert "MSQUANT_CACHE" in done.stderr
     assert hub.requests == []
 
 
