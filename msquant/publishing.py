@@ -11,7 +11,7 @@ from msquant.errors import CheckpointError, ModelError
 from msquant.formats.summary import summarize
 from msquant.hub.choose import make_hub
 from msquant.hub.names import is_hub_id
-from msquant.hub.progress import DownloadProgress
+from msquant.hub.progress import HubProgress
 from msquant.hub.upload import UploadResult, upload
 from msquant.model_card import model_card
 
@@ -83,7 +83,7 @@ def publish(
     private: bool = False,
     license_name: str = "other",
     token_file: Path | None = None,
-    progress: DownloadProgress | None = None,
+    progress: HubProgress | None = None,
 ) -> UploadResult:
     """Upload a folder that `msquant inspect` accepts.
 
@@ -102,7 +102,7 @@ def publish(
     """
     if hub not in HUBS:
         raise ModelError(f"there is no hub {hub!r}", where="--hub", remedy=f"use one of: {', '.join(HUBS)}")
-    progress = progress or DownloadProgress()
+    progress = progress or HubProgress()
     progress.stage(f"inspecting {folder}")
     found = prepare(folder, repository, license_name)
     client = make_hub(hub, token_file)

@@ -58,7 +58,7 @@ def download(
     from msquant.hub.choose import find_snapshot
     from msquant.hub.download import download as download_files
     from msquant.hub.names import select_files
-    from msquant.hub.progress import DownloadProgress
+    from msquant.hub.progress import HubProgress
 
     with TransferProgress() as display:
         snapshot = find_snapshot(repository, revision, hub, token_file=token_file, note=display.stage)
@@ -74,7 +74,7 @@ def download(
                 output or Path(repository.split("/")[1]),
                 workers=workers,
                 verify=verify,
-                progress=DownloadProgress(stage=display.stage, update=display.update),
+                progress=HubProgress(stage=display.stage, update=display.update),
             )
     if dry_run:
         _print_listing(snapshot, files, as_json)

@@ -121,12 +121,12 @@ def _fetch(
     from msquant.checkpoint.cache import cache_folder
     from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.fetch import fetch_model
-    from msquant.hub.progress import DownloadProgress
+    from msquant.hub.progress import HubProgress
     from msquant.planning.room import require_room
 
     require_room(recipe, target, source, cache_folder())
     with display.paused(), TransferProgress() as transfer:
-        return fetch_model(hub_id, DownloadProgress(stage=transfer.stage, update=transfer.update))
+        return fetch_model(hub_id, HubProgress(stage=transfer.stage, update=transfer.update))
 
 
 def _alphas(record: dict[str, Any]) -> str:

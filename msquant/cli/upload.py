@@ -35,7 +35,7 @@ def upload(
 
     Example: msquant upload DeepSeek-R1-W8A8 my-org/DeepSeek-R1-W8A8 --create --private --license mit
     """
-    from msquant.hub.progress import DownloadProgress
+    from msquant.hub.progress import HubProgress
     from msquant.publishing import CARD_NAME, prepare, publish
 
     if dry_run:
@@ -62,7 +62,7 @@ def upload(
             private=private,
             license_name=license_name,
             token_file=token_file,
-            progress=DownloadProgress(stage=display.stage, update=display.update),
+            progress=HubProgress(stage=display.stage, update=display.update),
         )
     if as_json:
         console.print_json(

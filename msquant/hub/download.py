@@ -19,7 +19,7 @@ from msquant.hub.hashing import DiskCheck
 from msquant.hub.job import Job
 from msquant.hub.listing import RemoteFile, Snapshot
 from msquant.hub.partial import PartialFile, partial_key
-from msquant.hub.progress import DownloadProgress, Meter
+from msquant.hub.progress import HubProgress, Meter
 from msquant.hub.target import Inventory, TargetFolder, new_marker
 from msquant.hub.transfer import Transfer
 
@@ -68,7 +68,7 @@ def download(
     *,
     workers: int = WORKERS,
     verify: bool = False,
-    progress: DownloadProgress | None = None,
+    progress: HubProgress | None = None,
 ) -> DownloadResult:
     """Fetch files of a snapshot into a folder, or what is missing there of them, and verify each.
 
@@ -86,7 +86,7 @@ def download(
         KeyboardInterrupt: Ctrl-C; what is here stays, and the same call continues.
     """
     started = time.monotonic()
-    progress = progress or DownloadProgress()
+    progress = progress or HubProgress()
     with TargetFolder(target, progress.stage) as folder:
         before = folder.marker(snapshot)
         found = folder.inventory(files, before, verify=verify)
@@ -129,7 +129,7 @@ def _check_all_there(folder: TargetFolder, files: Sequence[RemoteFile], marker: 
         )
 
 
-def _check_unknown(folder: TargetFolder, found: Inventory, progress: DownloadProgress) -> None:
+def _check_unknown(folder: TargetFolder, found: Inventory, progress: HubProgress) -> None:
     """Hash the files that nobody vouches for, and sort them into good and missing ones."""
     check = DiskCheck(folder.path, found.unknown)
     total = sum(file.size for file in found.unknown)
@@ -165,7 +165,7 @@ def _fetch(
     marker: DownloadMarker,
     snapshot: Snapshot,
     workers: int,
-    progress: DownloadProgress,
+    progress: HubProgress,
 ) -> int:
     """Fetch what is missing; returns the bytes that came over the network."""
     folder.remove_leftovers({partial_key(file) for file in found.missing})

@@ -9,12 +9,12 @@ from msquant.errors import HubError, OutputError
 from msquant.hub.choose import find_snapshot
 from msquant.hub.download import download
 from msquant.hub.listing import RemoteFile
-from msquant.hub.progress import DownloadProgress
+from msquant.hub.progress import HubProgress
 
 _SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
-def fetch_model(hub_id: str, progress: DownloadProgress | None = None) -> Path:
+def fetch_model(hub_id: str, progress: HubProgress | None = None) -> Path:
     """Download what quantizing a model takes into the cache, or what is missing of it; returns the folder.
 
     Only files of the repository's root that msquant reads: weights in safetensors, configs and tokenizer. The
@@ -28,7 +28,7 @@ def fetch_model(hub_id: str, progress: DownloadProgress | None = None) -> Path:
         HubError: it is on no hub, not allowed, not reachable, without safetensors, or stays wrong.
         OutputError: the disk of the cache is too small or cannot be written.
     """
-    progress = progress or DownloadProgress()
+    progress = progress or HubProgress()
     progress.stage(f"{hub_id} is not on this machine; asking for it")
     snapshot = find_snapshot(hub_id, note=progress.stage)
     files = [file for file in snapshot.files if _is_read(file)]

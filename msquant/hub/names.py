@@ -11,6 +11,8 @@ from msquant.errors import HubError, OutputError
 from msquant.hub.listing import RemoteFile
 
 MAX_FILES = 100_000
+STATE_FOLDERS = PARTIAL, HELD = "partial", "held"
+"""Below the state folder: files on their way, and those that appear last."""
 
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2000
@@ -120,9 +122,8 @@ def check_folders(target: Path, names: Sequence[str]) -> None:
     Raises:
         OutputError: a folder on the way to one of the names is a link, or is a file.
     """
-    folders = {
-        str(folder) for name in [*names, f"{STATE_FOLDER}/x"] for folder in PurePosixPath(name).parents
-    }
+    own = [f"{STATE_FOLDER}/{name}/x" for name in STATE_FOLDERS]
+    folders = {str(folder) for name in [*names, *own] for folder in PurePosixPath(name).parents}
     for folder in sorted(folders - {"."}):
         path = target / folder
         if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):

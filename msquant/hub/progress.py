@@ -34,8 +34,8 @@ class TransferState:
 
 
 @dataclass(frozen=True)
-class DownloadProgress:
-    """Callbacks of a running download, all from the caller's thread but `stage`; each may be left out.
+class HubProgress:
+    """Callbacks of a running download or upload, in the caller's thread; each may be left out.
 
     Attributes:
         stage: called with a line that says what begins, or what a person should know.

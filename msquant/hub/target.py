@@ -15,10 +15,10 @@ from msquant.checkpoint.download_marker import STATE_FOLDER, DownloadMarker, Mar
 from msquant.checkpoint.lock import LockHeld, acquire_lock
 from msquant.errors import CheckpointError, OutputError
 from msquant.hub.listing import RemoteFile, Snapshot
-from msquant.hub.names import check_folders
+from msquant.hub.names import HELD, PARTIAL, check_folders
 from msquant.hub.partial import is_partial
 
-_LOCK, _PARTIAL, _HELD = "lock", "partial", "held"
+_LOCK = "lock"
 _POLL_SECONDS = 0.2
 
 
@@ -63,7 +63,7 @@ class TargetFolder:
     def __init__(self, target: Path, waiting: Callable[[str], None]) -> None:
         self.path = Path(os.path.abspath(target))
         self.state = self.path / STATE_FOLDER
-        self.partial = self.state / _PARTIAL
+        self.partial = self.state / PARTIAL
         self._waiting = waiting
         self._made = not os.path.lexists(self.path)
         self._lock: int | None = None
@@ -93,7 +93,7 @@ class TargetFolder:
         if self._lock is None:
             return
         try:
-            for folder in (self.partial, self.state / _HELD):
+            for folder in (self.partial, self.state / HELD):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
             (self.state / _LOCK).unlink(missing_ok=True)
@@ -153,7 +153,7 @@ class TargetFolder:
     def remove_leftovers(self, keys: set[str]) -> None:
         """Remove the partial files of other contents than these. Raises OutputError."""
         with writing(self.partial):
-            shutil.rmtree(self.state / _HELD, ignore_errors=True)
+            shutil.rmtree(self.state / HELD, ignore_errors=True)
             if self.partial.is_dir():
                 for path in self.partial.iterdir():
                     if not is_partial(path.name, keys):
@@ -161,7 +161,7 @@ class TargetFolder:
 
     def place(self, path: str) -> Path:
         """Where a file goes when it is verified."""
-        return self.state / _HELD / path if is_held_back(path) else self.path / path
+        return self.state / HELD / path if is_held_back(path) else self.path / path
 
     def hold_back(self, paths: Sequence[str]) -> None:
         """Take files that appear last out of the folder again. Raises OutputError."""

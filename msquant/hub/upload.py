@@ -12,7 +12,7 @@ from msquant.errors import CheckpointError, HubError
 from msquant.hub.choose import interruptible
 from msquant.hub.listing import Hub, NotFoundError, RemoteFile
 from msquant.hub.partial import new_hash
-from msquant.hub.progress import DownloadProgress, Meter
+from msquant.hub.progress import HubProgress, Meter
 from msquant.hub.retry import Stopped, Transient
 from msquant.hub.uploads import BRANCH, HuggingFaceUploads, ModelersUploads, Uploads
 
@@ -53,7 +53,7 @@ def upload(
     digests: Mapping[str, str],
     create: bool = False,
     private: bool = False,
-    progress: DownloadProgress | None = None,
+    progress: HubProgress | None = None,
 ) -> UploadResult:
     """Put files into a repository; nothing of it is visible before all of it is there.
 
@@ -72,7 +72,7 @@ def upload(
         KeyboardInterrupt: Ctrl-C; the hub keeps what is there, and the same call continues.
     """
     started = time.monotonic()
-    progress = progress or DownloadProgress()
+    progress = progress or HubProgress()
     if hub.client.token is None:
         raise HubError(
             "an upload needs a token that may write",
@@ -136,7 +136,7 @@ class _Sending:
         self.additions: dict[str, Any] = {}
         self.sha256: dict[str, str] = {}
 
-    def run(self, progress: DownloadProgress) -> None:
+    def run(self, progress: HubProgress) -> None:
         total = sum(map(_size, self.files.values()))
         meter = Meter("uploading", total, len(self.files))
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(WORKERS)]

@@ -12,7 +12,7 @@ from msquant.checkpoint.download_marker import DownloadMarker, require_complete
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
 from msquant.hub.download import DownloadResult, download
-from msquant.hub.progress import DownloadProgress, TransferState
+from msquant.hub.progress import HubProgress, TransferState
 from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
@@ -203,11 +203,11 @@ def test_a_damaged_marker_is_mended_without_the_network(fetch: Fetch, target: Pa
     require_complete(target)
 
 
-@pytest.mark.parametrize("name", [".msquant", "tokenizer"])
+@pytest.mark.parametrize("name", [".msquant", ".msquant/partial", ".msquant/held", "tokenizer"])
 def test_links_in_the_target_lead_nowhere(fetch: Fetch, target: Path, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
-    target.mkdir(parents=True)
+    (target / name).parent.mkdir(parents=True)
     (target / name).symlink_to(outside)
     with pytest.raises(OutputError, match="a link"):
         fetch()
@@ -235,7 +235,7 @@ def test_a_file_as_the_target_is_refused(fetch: Fetch, target: Path) -> None:
 def test_what_is_done_never_goes_back(fetch: Fetch, server: Hub) -> None:
     server.faults.once(SHARD, Fault(flip=2_500_000), *[Fault(drop_after=100_000)] * 4)
     states: list[TransferState] = []
-    fetch(progress=DownloadProgress(update=states.append))
+    fetch(progress=HubProgress(update=states.append))
     done = [state.done_bytes for state in states]
     assert done == sorted(done)
     assert [state.done_files for state in states] == sorted(state.done_files for state in states)
