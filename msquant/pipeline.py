@@ -144,7 +144,7 @@ def quantize(
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
         seconds=time.monotonic() - started,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
 
 
@@ -167,6 +167,24 @@ def calibration_tokens(recipe: Recipe, source: Path) -> NDArray[np.int32]:
     )
 
 
+def embed(source: Source, tokens: NDArray[np.int32], store: HiddenStateStore, dtype: Any) -> None:
+    """Put the inputs of the first decoder layer into the store, in batches of samples.
+
+    Args:
+        source: the model.
+        tokens: `[samples, sequence_length]`.
+        store: takes them at boundary 0.
+        dtype: compute dtype.
+    """
+    from msquant.models.network import Embedding
+
+    step = batch_samples(source.config, tokens.shape[1])
+    embedding = Embedding(source.config, source.checkpoint, dtype)
+    with store.write(0) as hidden:
+        for start in range(0, len(tokens), step):
+            hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+
+
 def _write_layers(
     recipe: Recipe,
     source: Source,
@@ -185,7 +203,6 @@ def _write_layers(
         return []
     progress.stage("loading MindSpore and golden-stick")
     from msquant.models.device import use_device
-    from msquant.models.network import Embedding
     from msquant.quantization import golden_stick
     from msquant.quantization.decoder_pass import DecoderPass
 
@@ -194,20 +211,16 @@ def _write_layers(
     # golden-stick collects garbage many times a layer; what is loaded by now is not worth looking at again.
     gc.freeze()
     progress.layers(count, done)
-    samples, length = tokens.shape
-    decoder = DecoderPass(config, checkpoint, recipe.quantization, length, dtype, store, progress.step)
+    policy, length = recipe.quantization, tokens.shape[1]
+    decoder = DecoderPass(config, checkpoint, policy, length, dtype, store, progress.step)
     if not done:
-        step = batch_samples(config, length)
-        embedding = Embedding(config, checkpoint, dtype)
-        with store.write(0) as hidden:
-            for start in range(0, samples, step):
-                hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+        embed(source, tokens, store, dtype)
     seconds: list[float] = []
     for index in range(done, count):
         started = time.monotonic()
         with writer.group(index) as shards, store.write(index + 1) as outputs:
             report = decoder.run(index, store.open(index), outputs.append, shards)
-        record = layer_record(index, report, recipe.quantization)
+        record = layer_record(index, report, policy)
         journal.append({"group": index, "layer": record, "files": shards.files})
         store.discard(index)
         seconds.append(time.monotonic() - started)
@@ -235,7 +248,7 @@ def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
     return [record["layer"] for record in journal.records if "layer" in record]
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Greatest resident set of this process; ru_maxrss would hold that of a large parent before it."""
     try:
         status = Path("/proc/self/status").read_text()

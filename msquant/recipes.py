@@ -146,6 +146,30 @@ def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
         OutputError: the file exists, or cannot be written.
     """
     source = find_shipped_recipe(name)
+    check_target(target, overwrite=overwrite)
+    _write(source.read_bytes(), target)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML, with every value, defaults included."""
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
+    )
+
+
+def write_recipe(recipe: Recipe, target: Path, *, overwrite: bool = False) -> None:
+    """Write a recipe to a file, whole or not at all. Raises as `copy_recipe`."""
+    check_target(target, overwrite=overwrite)
+    _write(recipe_text(recipe).encode(), target)
+
+
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Check that a recipe may be written to a file. Raises as `copy_recipe`, but for what only writing shows.
+
+    Args:
+        target: the file to make.
+        overwrite: whether it may exist.
+    """
     if target.suffix not in SUFFIXES:
         raise RecipeError(
             "a recipe's file name ends in .yaml", where=target, remedy=f"call it {target.name}.yaml"
@@ -157,9 +181,12 @@ def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
             where=target,
             remedy="give a file name" if folder else "give another name, or --overwrite",
         )
+
+
+def _write(content: bytes, target: Path) -> None:
     temporary = target.with_name(f".msquant.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(source.read_bytes())
+        temporary.write_bytes(content)
         temporary.replace(target)
     except OSError as error:
         raise OutputError(
@@ -170,6 +197,16 @@ def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, which would give every element of a list a line."""
+
+    def represent_list(self, data: Any) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 class _Loader(yaml.SafeLoader):

@@ -37,7 +37,16 @@ HEAVY = {
 _BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
-_FLOWS = {"publishing", "pipeline", "source", "generation", "recipes", "manifest", "planning"}
+_FLOWS = {
+    "publishing",
+    "pipeline",
+    "sensitivity",
+    "source",
+    "generation",
+    "recipes",
+    "manifest",
+    "planning",
+}
 ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
@@ -54,6 +63,7 @@ ALLOWED = {
     "manifest": _FOUNDATION | _PARTS | {"recipes"},
     "source": _FOUNDATION | _PARTS | {"recipes"},
     "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source"},
+    "sensitivity": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
     "model_card": set[str](),
     "publishing": _FOUNDATION | _PARTS | {"model_card"},
     "planning": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
@@ -150,7 +160,7 @@ def test_without_arguments_the_help_is_shown() -> None:
     result = run(script())
     assert result.stdout + result.stderr == run(script(), "--help").stdout
     assert "Usage: msquant" in result.stdout + result.stderr
-    for command in ("quantize", "plan", "run", "inspect"):
+    for command in ("quantize", "plan", "analyze", "run", "inspect"):
         assert f"\n  {command} " in result.stdout + result.stderr
 
 

@@ -14,6 +14,7 @@ from msquant.recipes import (
     load_recipe,
     matching_recipes,
     shipped_recipes,
+    write_recipe,
 )
 
 
@@ -209,3 +210,18 @@ def test_a_folder_gets_what_the_engine_serves(
     assert recipe.model == str(tmp_path)
     assert recipe.quantization.skip == skip
     assert recipe.quantization.dynamic == dynamic
+
+
+def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(shipped_recipes()["deepseek-r1"]).replace("quantization", skip=["lm_head", "größer"])
+    target = tmp_path / "mine.yaml"
+    write_recipe(recipe, target)
+    assert load_recipe(target) == recipe
+    assert "  skip: [lm_head, größer]\n" in target.read_text(encoding="utf-8")
+    with pytest.raises(OutputError, match="exists already"):
+        write_recipe(recipe, target)
+    write_recipe(recipe.replace("calibration", samples=5), target, overwrite=True)
+    assert load_recipe(target).calibration.samples == 5
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_recipe(recipe, tmp_path / "none" / "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]

@@ -9,8 +9,19 @@ Model = Annotated[
     str, typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face).")
 ]
 Source = Annotated[str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")]
+Algo = Annotated[
+    str | None,
+    typer.Option(help="Algorithm: osl-robust, osl (OutlierSuppressionLite), smoothquant or rtn."),
+]
+Calibration = Annotated[
+    str | None, typer.Option(help="Text to calibrate on: builtin, or a .txt, .jsonl or .parquet file.")
+]
+TextField = Annotated[str | None, typer.Option(help="Field of the text in .jsonl and .parquet.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the choice of calibration sequences.")]
+Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")]
 MemoryBudget = Annotated[
     str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
 ]

@@ -15,24 +15,19 @@ if TYPE_CHECKING:
 
 def quantize(
     model: options.Model,
-    algo: Annotated[
-        str | None,
-        typer.Option(help="Algorithm: osl-robust, osl (OutlierSuppressionLite), smoothquant or rtn."),
-    ] = None,
+    algo: options.Algo = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to calibrate on: builtin, or a .txt, .jsonl or .parquet file.")
-    ] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field of the text in .jsonl and .parquet.")] = None,
+    calibration: options.Calibration = None,
+    text_field: options.TextField = None,
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of calibration sequences.")] = None,
+    seed: options.Seed = None,
     search: Annotated[
         str | None, typer.Option(help="fast, or reference: golden-stick's own modules, slow.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or ascend.")] = "cpu",
+    device: options.Device = "cpu",
     source: options.Source = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
@@ -47,7 +42,7 @@ def quantize(
         bool, typer.Option("--offline", help="Never download the weights; HF_HUB_OFFLINE=1 does the same.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Quantize a model to W8A8 and write the checkpoint that vLLM-MindSpore serves.
 

@@ -75,15 +75,7 @@ class DecoderPass:
             MsquantError: a tensor is missing, damaged or of a wrong shape, or holds NaN; the search finds
                 nothing; the disk is full.
         """
-
-        def put_finite(output: Floats) -> None:
-            if not np.isfinite(output).all():
-                raise CheckpointError(
-                    "computes NaN or infinity from finite weights",
-                    where=self._config.family.layer_name(index),
-                    remedy="check that config.json belongs to these weights",
-                )
-            put(output)
+        put_finite = self._finite(index, put)
 
         if in_two_blocks(self._config, self._policy, index):
             return self._two_blocks(index, hidden, put_finite, sink)
@@ -131,6 +123,20 @@ class DecoderPass:
         report.expert_tokens = block.expert_tokens
         report.error = relative_error(hidden[0], first[0], quantized.reshape(sample.shape))
         return report
+
+    def _finite(self, index: int, put: Callable[[Floats], None]) -> Callable[[Floats], None]:
+        """`put`, for outputs of layer `index` that are to be finite."""
+
+        def put_finite(output: Floats) -> None:
+            if not np.isfinite(output).all():
+                raise CheckpointError(
+                    "computes NaN or infinity from finite weights",
+                    where=self._config.family.layer_name(index),
+                    remedy="check that config.json belongs to these weights",
+                )
+            put(output)
+
+        return put_finite
 
     def _layer(self, source: WeightSource, index: int, part: Part) -> DecoderLayer:
         return DecoderLayer(self._config, source, index, self._dtype, part=part)

@@ -32,11 +32,14 @@ class LayerResult:
         linears: by their full names.
         norms: smoothed weights, float32, by their full tensor names.
         report: what the search chose.
+        smooth_scales: what the weights' columns were multiplied by, float32 `[K]` by the smooth group's name;
+            groups that were not smoothed have none.
     """
 
     linears: dict[str, Linear]
     norms: dict[str, NDArray[np.float32]]
     report: LayerReport
+    smooth_scales: dict[str, NDArray[np.float32]]
 
     def __contains__(self, name: str) -> bool:
         return name in self.norms
@@ -100,13 +103,14 @@ def quantize_layer(
         ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
         ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
-        linears={f"{name}.{linear}": _result(_find(layer, linear)) for linear in linears},
+        linears={f"{name}.{linear}": _result(find_cell(layer, linear)) for linear in linears},
         norms={
-            f"{name}.{norm}.weight": _find(layer, norm).weight.asnumpy()
+            f"{name}.{norm}.weight": find_cell(layer, norm).weight.asnumpy()
             for norm in _norms(config, index)
             if getattr(layer, norm.partition(".")[0]) is not None
         },
         report=report,
+        smooth_scales=model.smooth_scales(),
     )
 
 
@@ -149,6 +153,12 @@ class _OneLayerModel:
         self._groups = groups
         self._hidden = hidden
         self._places = places
+        self._smoothed: list[Any] = []
+
+    def smooth_scales(self) -> dict[str, NDArray[np.float32]]:
+        """What golden-stick multiplied the columns of each group by."""
+        smoothed = [cells for cells in self._smoothed if cells.smooth_scale is not None]
+        return {cells.name: cells.smooth_scale.asnumpy() for cells in smoothed}
 
     def forward(self, item: dict[str, int]) -> Tensor:
         return self.network.layer(self._hidden[item["item"]], self._places)
@@ -159,20 +169,21 @@ class _OneLayerModel:
     def get_layers_for_smooth(self, layer: DecoderLayer) -> list[Any]:
         from msquant.quantization.osl import GroupCells
 
-        return [
+        self._smoothed = [
             GroupCells(
                 group.name,
                 layer.step_of[group.name],
                 self._previous(layer, group),
-                [_find(layer, name) for name in group.linears],
+                [find_cell(layer, name) for name in group.linears],
             )
             for group in self._groups
         ]
+        return self._smoothed
 
     def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
         from msquant.quantization.value_rows import ValueRows
 
-        cell = _find(layer, group.previous)
+        cell = find_cell(layer, group.previous)
         sizes = self._config.latent
         if sizes is None or group.previous != KEY_VALUE_UP:
             return cell
@@ -185,7 +196,8 @@ class _Network(nn.Cell):
         self.layer = layer
 
 
-def _find(layer: DecoderLayer, name: str) -> Any:
+def find_cell(layer: DecoderLayer, name: str) -> Any:
+    """The cell of that name within a decoder layer, for example `mlp.up_proj`."""
     cell: Any = layer
     for part in name.split("."):
         cell = getattr(cell, part)

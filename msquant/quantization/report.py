@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.weights import Scheme
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -42,6 +44,27 @@ class LayerReport:
     clip_ratios: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
     error: float = float("nan")
+
+
+@dataclass(frozen=True)
+class GroupError:
+    """What quantizing one group of linears costs; they run as one or must be alike.
+
+    Attributes:
+        layer: number of the decoder layer.
+        group: the group's name in its family, or `feed_forward`.
+        linears: full names of those that the policy quantizes.
+        scheme: the policy's, of the first of them.
+        error: mean relative squared error of the layer's output, see `sensitivity.py`.
+        dynamic_error: the same with a scale per token; None where that was not asked for or is the scheme.
+    """
+
+    layer: int
+    group: str
+    linears: tuple[str, ...]
+    scheme: Scheme
+    error: float
+    dynamic_error: float | None = None
 
 
 def relative_error(

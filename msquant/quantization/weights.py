@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN
-from msquant.quantization.fake_quant import fake_quantize, weight_scale
+from msquant.quantization.fake_quant import fake_quantize, row_maxima, weight_scale
 
 # Of float32: a block and its temporaries stay in a core's cache.
 BLOCK_BYTES = 1 << 20
@@ -43,14 +43,28 @@ def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
 
 
 def smoothed_and_rounded(
-    weight: NDArray[np.float32], smooth_scale: NDArray[np.float32]
+    weight: NDArray[np.float32],
+    smooth_scale: NDArray[np.float32],
+    clip_ratio: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """What int8 keeps of a weight whose columns are multiplied by a smooth scale: `[N, K]` to the same."""
+    """What int8 keeps of a weight whose columns are multiplied by a smooth scale.
+
+    Args:
+        weight: `[N, K]`.
+        smooth_scale: `[K]`.
+        clip_ratio: of each row's greatest magnitude, `[N]`: what is beyond is clipped.
+
+    Returns:
+        float32 `[N, K]`.
+    """
     result = np.empty_like(weight)
 
     def block(rows: slice) -> None:
         # In place: memory that comes and goes in every block would be cleared by the system every time.
         smoothed = np.multiply(weight[rows], smooth_scale, out=result[rows])
+        if clip_ratio is not None:
+            limit = (row_maxima(smoothed) * clip_ratio[rows])[:, None]
+            np.clip(smoothed, -limit, limit, out=smoothed)
         fake_quantize(smoothed, weight_scale(smoothed), out=smoothed)
 
     for_blocks(weight, block)

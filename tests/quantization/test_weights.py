@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from msquant.quantization import golden_stick, weights
-from msquant.quantization.weights import column_maxima, for_blocks, quantize_weight
+from msquant.quantization.weights import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -30,6 +30,16 @@ def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pyt
     assert scale.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs.asnumpy())
     np.testing.assert_array_equal(scale, theirs_scale.asnumpy().reshape(-1).astype(np.float32))
+
+
+def test_rows_are_clipped_before_they_are_rounded() -> None:
+    weight, scale = random_weight(5, 32), np.exp(np.random.default_rng(1).normal(size=32)).astype(np.float32)
+    ratio = np.float32([1, 0.9, 0.8, 0.5, 0.3])
+    limit = np.abs(weight * scale).max(axis=1) * ratio
+    rounded, step = quantize_weight(np.clip(weight * scale, -limit[:, None], limit[:, None]))
+    expected = rounded * step[:, None]
+    np.testing.assert_allclose(smoothed_and_rounded(weight, scale, ratio), expected, rtol=1e-6)
+    assert (np.abs(expected).max(axis=1) <= limit * 1.01).all()
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -1,0 +1,207 @@
+"""`msquant analyze`: what quantizing each group of linears costs, and a recipe that spares the worst."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msquant.cli import console, options
+from msquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from msquant.quantization.selection import Budget, BudgetKind, RankedGroup
+    from msquant.sensitivity import Analysis
+
+SHOWN = 20
+"""Rows of the table for people; --json has all."""
+
+
+def analyze(
+    model: options.Model,
+    algo: options.Algo = None,
+    calibration: options.Calibration = None,
+    text_field: options.TextField = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    device: options.Device = "cpu",
+    source: options.Source = None,
+    memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    keep_float: Annotated[
+        int | None, typer.Option(help="Make a recipe that keeps at most so many matrices in floating point.")
+    ] = None,
+    keep_dynamic: Annotated[
+        int | None, typer.Option(help="Make a recipe that gives at most so many matrices a scale per token.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Make a recipe that keeps as few in floating point as bring the summed error down to this."
+        ),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Make a recipe that keeps as many in floating point as all tensors fit this size, "
+            "for example 200MB."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the recipe, .yaml.  [default: printed]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Rank the linears of a model by the error that quantizing only them causes, and spare the worst.
+
+    Linears that run as one, such as q, k and v, are one group: they are measured and kept together. One pass
+    over the decoder layers, with one of them in memory at a time.
+
+    Example: msquant analyze smollm2-135m
+
+    Example: msquant analyze smollm2-135m --keep-float 6 --output mixed.yaml && msquant quantize mixed.yaml
+    """
+    budget = _budget(keep_float, keep_dynamic, max_error, max_size)
+    if output is not None:
+        from msquant.recipes import check_target
+
+        if budget is None:
+            raise RecipeError(
+                "there is no recipe to write",
+                where="--output",
+                remedy="say what it may keep: --keep-float, --keep-dynamic, --max-error or --max-size",
+            )
+        check_target(output, overwrite=overwrite)
+    from msquant.models.device import silence_libraries
+
+    if not verbose:
+        silence_libraries()
+    from msquant.pipeline import Progress
+    from msquant.recipes import find_recipe, write_recipe
+    from msquant.sensitivity import analyze as analyze_model
+
+    recipe = find_recipe(model).replace("quantization", algorithm=algo)
+    recipe = recipe.replace(
+        "calibration",
+        source=calibration,
+        text_field=text_field,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    with console.LayerProgress() as display:
+        analysis = analyze_model(
+            recipe,
+            budget=budget,
+            source=source,
+            device=device,
+            memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
+            verbose=verbose,
+            progress=Progress(
+                stage=display.stage,
+                layers=display.start,
+                layer=lambda record: display.advance(record["index"], _note(record["errors"])),
+                step=display.step,
+            ),
+        )
+    if output is not None and analysis.recipe is not None:
+        write_recipe(analysis.recipe, output, overwrite=overwrite)
+    if as_json:
+        console.print_json(_as_json(analysis, output))
+    else:
+        _print(analysis, output, source)
+
+
+def _budget(
+    keep_float: int | None, keep_dynamic: int | None, max_error: float | None, max_size: str | None
+) -> "Budget | None":
+    from msquant.quantization.selection import Budget
+
+    size = None if max_size is None else console.parse_bytes(max_size, "--max-size")
+    amounts: dict[BudgetKind, float | None] = {
+        "keep_float": keep_float,
+        "keep_dynamic": keep_dynamic,
+        "max_error": max_error,
+        "max_size": size,
+    }
+    given = [Budget(kind, amount) for kind, amount in amounts.items() if amount is not None]
+    if len(given) > 1:
+        raise RecipeError(
+            f"{' and '.join(budget.option for budget in given)} exclude one another",
+            remedy="give one of them",
+        )
+    return given[0] if given else None
+
+
+def _note(errors: dict[str, float]) -> str:
+    return " ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def _as_json(analysis: "Analysis", output: Path | None) -> dict[str, Any]:
+    return {
+        "error": analysis.error,
+        "output_bytes": analysis.output_bytes,
+        "groups": [_group(group) for group in analysis.groups],
+        "kept": [linear for group in analysis.kept for linear in group.measured.linears],
+        "mixed_error": analysis.mixed_error,
+        "mixed_bytes": analysis.mixed_bytes,
+        "recipe": None if analysis.recipe is None else analysis.recipe.model_dump(mode="json"),
+        "file": None if output is None else str(output),
+        "seconds": round(analysis.seconds, 3),
+        "peak_memory_bytes": analysis.peak_memory,
+    }
+
+
+def _group(group: "RankedGroup") -> dict[str, Any]:
+    return asdict(group.measured) | {"share": group.share, "float_bytes": group.float_bytes}
+
+
+def _print(analysis: "Analysis", output: Path | None, source: str | None) -> None:
+    shown = analysis.groups[:SHOWN]
+    dynamic = any(group.measured.dynamic_error is not None for group in shown)
+    columns = ["layer", "group", "matrices", "scheme", "error", "share", "per token", "if float"]
+    rows = [_row(group) for group in shown]
+    if not dynamic:
+        columns.remove("per token")
+        rows = [[*row[:6], *row[7:]] for row in rows]
+    console.print_table(
+        "Error of the decoder layer's output with only this group quantized",
+        columns,
+        rows,
+        caption=f"{len(shown)} of {len(analysis.groups)} groups, the greatest error first. "
+        "if float: what the result grows by.",
+    )
+    rows = [["summed error", f"{analysis.error:.3e}"], ["size", console.as_bytes(analysis.output_bytes)]]
+    if analysis.mixed_error is not None and analysis.mixed_bytes is not None:
+        kept = sum(group.matrices for group in analysis.kept)
+        rows += [
+            ["matrices kept", kept],
+            ["summed error then", f"{analysis.mixed_error:.3e}"],
+            ["size then", console.as_bytes(analysis.mixed_bytes)],
+        ]
+    rows += [["time", f"{analysis.seconds:.0f} s"], ["peak memory", console.as_bytes(analysis.peak_memory)]]
+    console.print_table("Result", ["", ""], rows)
+    if output is not None:
+        command = ["msquant", "quantize", str(output), *(["--source", source] if source else [])]
+        console.print_line(f"Wrote {output}. Next: {shlex.join(command)}")
+    elif analysis.recipe is not None:
+        from msquant.recipes import recipe_text
+
+        console.print_line(recipe_text(analysis.recipe).rstrip("\n"))
+
+
+def _row(group: "RankedGroup") -> list[Any]:
+    measured = group.measured
+    return [
+        measured.layer,
+        measured.group,
+        group.matrices,
+        measured.scheme,
+        f"{measured.error:.2e}",
+        f"{group.share:.1%}",
+        "" if measured.dynamic_error is None else f"{measured.dynamic_error:.2e}",
+        "not served" if group.float_bytes is None else f"+{console.as_bytes(group.float_bytes)}",
+    ]

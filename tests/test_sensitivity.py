@@ -1,0 +1,161 @@
+"""`analyze` on tiny models, and the recipes that it makes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
+from msquant.formats.golden_stick import validate
+from msquant.pipeline import Progress, quantize
+from msquant.quantization.selection import Budget
+from msquant.recipes import Recipe, default_policy, validate_recipe
+from msquant.sensitivity import Analysis, analyze
+from msquant.source import folder_plan, open_source
+from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_model import write_tiny_llama
+
+
+def short_recipe(model: Path, **quantization: Any) -> Recipe:
+    return validate_recipe(
+        {
+            "model": str(model),
+            "description": "kept",
+            "quantization": {"algorithm": "smoothquant", **quantization},
+            "calibration": {"samples": 4, "sequence_length": 16, "seed": 3},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve layers, so that the name of one begins like that of another."""
+    return write_tiny_llama(tmp_path_factory.mktemp("deep") / "model", layers=12)
+
+
+@pytest.fixture(scope="module")
+def six(deep: Path) -> Analysis:
+    return analyze(short_recipe(deep), budget=Budget("keep_float", 6))
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("deepseek") / "model", "deepseek_v3")
+
+
+def test_all_groups_are_ranked_and_the_worst_six_matrices_kept(six: Analysis, deep: Path) -> None:
+    errors = [group.measured.error for group in six.groups]
+    assert len(errors) == 12 * 4
+    assert errors == sorted(errors, reverse=True)
+    assert six.error == pytest.approx(sum(errors))
+    assert sum(group.share for group in six.groups) == pytest.approx(1)
+    kept = [linear for group in six.kept for linear in group.measured.linears]
+    assert 0 < len(kept) <= 6
+    assert six.recipe is not None
+    assert six.recipe == short_recipe(deep, skip=["lm_head", *kept])
+    assert six.mixed_error == pytest.approx(six.error - sum(group.measured.error for group in six.kept))
+
+
+def test_sizes_are_those_of_the_plan_to_the_byte(six: Analysis, deep: Path) -> None:
+    assert six.recipe is not None
+    assert six.output_bytes == folder_plan(short_recipe(deep), open_source(str(deep))).tensor_bytes
+    mixed = folder_plan(six.recipe, open_source(str(deep))).tensor_bytes
+    assert six.mixed_bytes == mixed
+    assert mixed == six.output_bytes + sum(group.float_bytes or 0 for group in six.kept)
+
+
+def test_kept_names_match_no_other_layer(six: Analysis, deep: Path) -> None:
+    model = open_source(str(deep))
+    for group in six.groups:
+        if group.measured.layer != 1:
+            continue
+        names = list(group.measured.linears)
+        plan = folder_plan(short_recipe(deep, skip=names), model)
+        assert [name for name, scheme in plan.linears.items() if scheme == "float"] == names
+
+
+@pytest.mark.parametrize("algorithm", ["osl-robust", "osl", "smoothquant", "rtn"])
+@pytest.mark.parametrize("count", [4, 7, 14])
+def test_quantize_takes_the_recipe_whatever_it_keeps(
+    tiny_llama: Path, tmp_path: Path, algorithm: str, count: int
+) -> None:
+    recipe = short_recipe(
+        tiny_llama, algorithm=algorithm, smooth_alpha=[0.5], weight_clip_ratio=[1.0], range_floor=[0.0]
+    )
+    analysis = analyze(recipe, budget=Budget("keep_float", count))
+    assert analysis.recipe is not None
+    folder = quantize(analysis.recipe, tmp_path / "out").folder
+    assert validate(folder, verify_hashes=True) == []
+    kept = {linear for group in analysis.kept for linear in group.measured.linears}
+    description = json.loads((folder / "quantization_description.json").read_text())
+    floats = {name for name, kind in description.items() if kind == "FLOAT" and "_proj." in name}
+    assert floats == {f"{linear}.weight" for linear in kept}
+
+
+def test_progress_names_every_layer_and_nothing_is_left_in_the_temporary_folder(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    records: list[dict[str, Any]] = []
+    analyze(short_recipe(tiny_llama), progress=Progress(layer=records.append))
+    assert [record["index"] for record in records] == [0, 1]
+    assert list(records[0]["errors"]) == ["qkv", "o", "gate_up", "down"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_experts_is_ranked_but_its_experts_cannot_be_kept(deepseek: Path) -> None:
+    recipe = Recipe(model=str(deepseek), quantization=default_policy("deepseek_v3"))
+    recipe = recipe.replace("calibration", samples=2, sequence_length=16)
+    analysis = analyze(recipe, budget=Budget("keep_dynamic", 3))
+    by_name = {(g.measured.layer, g.measured.group): g for g in analysis.groups}
+    assert len(by_name) == 2 * 4
+    assert by_name[1, "feed_forward"].float_bytes is None
+    assert by_name[1, "feed_forward"].matrices == 27
+    assert by_name[0, "feed_forward"].float_bytes is not None
+    assert all(g.measured.dynamic_error for g in analysis.groups if g.measured.scheme == "static")
+    assert analysis.recipe is not None
+    kept = [linear for group in analysis.kept for linear in group.measured.linears]
+    assert 0 < len(kept) <= 3
+    assert analysis.recipe.quantization.dynamic == ("mlp.", *kept)
+    plan = folder_plan(analysis.recipe, open_source(str(deepseek)))
+    assert {plan.linears[name] for name in kept} == {"dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget("keep_float", 15), ["--keep-float", "15 matrices", "14"]),
+        (Budget("keep_float", 0), ["--keep-float", "0 is too little"]),
+        (
+            Budget("keep_dynamic", 1),
+            ["--keep-dynamic", "native backend", "W8A8 and FLOAT only", "--keep-float"],
+        ),
+        (Budget("max_size", 1000), ["--max-size", "1000 bytes", "or more"]),
+        (Budget("max_error", -1), ["--max-error", "-1 is too little"]),
+        (Budget("max_error", float("nan")), ["--max-error", "nan"]),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(
+    tiny_llama: Path, budget: Budget, words: list[str]
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(RecipeError) as caught:
+        analyze(short_recipe(tiny_llama), budget=budget, progress=Progress(stage=stages.append))
+    for word in words:
+        assert word in str(caught.value)
+    assert len(stages) == 1
+
+
+def test_bad_input_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    bad: list[tuple[Recipe, type[MsquantError], str]] = [
+        (short_recipe(tmp_path / "none"), ModelError, "none"),
+        (short_recipe(tiny_llama).replace("calibration", source=str(empty)), CalibrationError, "empty.txt"),
+        (short_recipe(tiny_llama, skip=["lm_head", "q_proj"]), RecipeError, "run as one layer"),
+    ]
+    for recipe, error, words in bad:
+        with pytest.raises(error, match=words):
+            analyze(recipe)
