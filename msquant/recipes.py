@@ -202,7 +202,7 @@ def _write(content: bytes, target: Path) -> None:
 class _Dumper(yaml.SafeDumper):
     """YAML's safe dumper, which would give every element of a list a line."""
 
-    def represent_list(self, data: Any) -> yaml.Node:
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 

@@ -161,20 +161,19 @@ def _group(group: "RankedGroup") -> dict[str, Any]:
 
 def _print(analysis: "Analysis", output: Path | None, source: str | None) -> None:
     shown = analysis.groups[:SHOWN]
-    dynamic = any(group.measured.dynamic_error is not None for group in shown)
-    columns = ["layer", "group", "matrices", "scheme", "error", "share", "per token", "if float"]
-    rows = [_row(group) for group in shown]
-    if not dynamic:
-        columns.remove("per token")
-        rows = [[*row[:6], *row[7:]] for row in rows]
+    dynamic = any(group.measured.dynamic_error is not None for group in analysis.groups)
+    columns = ["layer", "group", "matrices", "scheme", "error", "share", "if float"]
     console.print_table(
         "Error of the decoder layer's output with only this group quantized",
-        columns,
-        rows,
+        [*columns, "per token"] if dynamic else columns,
+        [_row(group, dynamic) for group in shown],
         caption=f"{len(shown)} of {len(analysis.groups)} groups, the greatest error first. "
         "if float: what the result grows by.",
     )
-    rows = [["summed error", f"{analysis.error:.3e}"], ["size", console.as_bytes(analysis.output_bytes)]]
+    rows: list[list[Any]] = [
+        ["summed error", f"{analysis.error:.3e}"],
+        ["size", console.as_bytes(analysis.output_bytes)],
+    ]
     if analysis.mixed_error is not None and analysis.mixed_bytes is not None:
         kept = sum(group.matrices for group in analysis.kept)
         rows += [
@@ -193,15 +192,16 @@ def _print(analysis: "Analysis", output: Path | None, source: str | None) -> Non
         console.print_line(recipe_text(analysis.recipe).rstrip("\n"))
 
 
-def _row(group: "RankedGroup") -> list[Any]:
+def _row(group: "RankedGroup", dynamic: bool) -> list[Any]:
     measured = group.measured
-    return [
+    row = [
         measured.layer,
         measured.group,
         group.matrices,
         measured.scheme,
         f"{measured.error:.2e}",
         f"{group.share:.1%}",
-        "" if measured.dynamic_error is None else f"{measured.dynamic_error:.2e}",
         "not served" if group.float_bytes is None else f"+{console.as_bytes(group.float_bytes)}",
     ]
+    per_token = "" if measured.dynamic_error is None else f"{measured.dynamic_error:.2e}"
+    return [*row, per_token] if dynamic else row
