@@ -19,7 +19,16 @@ PART_KEYS = {"kind", "index", "linears", "experts", "parameters", "source_bytes"
 def test_a_person_sees_what_it_takes(tiny_llama: Path, tmp_path: Path) -> None:
     done = msquant("plan", tiny_llama, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("0-1", "dense", "size after", "peak memory", "disk", "seconds", "llama-osl", "Most of the"):
+    for word in (
+        "0-1",
+        "dense",
+        "size after",
+        "peak memory",
+        "disk",
+        "seconds",
+        "llama-osl-robust",
+        "Most of the",
+    ):
         assert word in done.stdout
     assert "measuring this machine" in done.stderr
     assert "WARNING" not in done.stdout + done.stderr

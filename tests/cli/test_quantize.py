@@ -75,7 +75,7 @@ def test_verbose_shows_golden_sticks_log(recipe: Path, tmp_path: Path) -> None:
     done = msquant("quantize", recipe, "-v", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "GoldenStick" in done.stderr
-    assert json.loads(done.stdout)["folder"] == str(tmp_path / "tiny-osl")
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "tiny-osl-robust")
 
 
 @pytest.mark.parametrize(
