@@ -37,7 +37,11 @@ test: lint
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/.test
+$(VENV)/.bench: $(VENV)/.test
+	$(UV) --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 clean:

@@ -27,7 +27,7 @@ MAX_ERROR = 3.0e-4
 RECOMMENDED = 0.5
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH = 16, 128
-POLICY: dict[str, Any] = {"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]}
+POLICY: dict[str, Any] = {"algorithm": "osl", "skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]}
 
 
 def measure() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Label] = {
     "msquant.quantization.osl:FastOSLSmoother._search_best_ratio": (
         lambda around, smoother, name, layer, group, *_: f"search of {group.name}"
     ),
-    "msquant.quantization.osl:_Batch.__init__": "search, what its groups share",
+    "msquant.quantization.osl:Batch.__init__": "search, what its groups share",
     "msquant.quantization.clip:FastClipLinearCell._search_best_clip": "clip search",
     # golden-stick computes the block only to capture what goes into its linears.
     "msquant.models.layers:DecoderLayer.construct": (

@@ -24,7 +24,7 @@ DENSE_LAYERS, MOE_LAYERS = 3, 58
 MAX_BYTES, TOLERANCE = 6e9, 0.25
 SAMPLES, SEQUENCE_LENGTH = 4, 128
 RECIPE: dict[str, Any] = {
-    "quantization": {"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
+    "quantization": {"algorithm": "osl", "skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
     "calibration": {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH},
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
 
-LAYER, SAMPLES, LENGTH, MIN_RATIO = 3, 4, 128, 20
+LAYER, SAMPLES, LENGTH, MIN_RATIO = 3, 4, 128, 50
 
 
 def measure() -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def measure() -> list[dict[str, Any]]:
     for search in ("fast", "reference"):
         layer = DecoderLayer(config, checkpoint, LAYER, dtype)
         started = time.monotonic()
-        policy = QuantizationPolicy(search=search)
+        policy = QuantizationPolicy(algorithm="osl", search=search)
         results[search] = quantize_layer(config, LAYER, layer, [hidden], places, policy)
         seconds[search] = time.monotonic() - started
     ratio = seconds["reference"] / seconds["fast"]

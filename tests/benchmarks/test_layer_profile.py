@@ -68,7 +68,7 @@ def test_the_parts_of_a_layer_add_up(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     quantization = {
         **{"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
-        **{"smooth_alpha": [0.5], "weight_clip_ratio": [1.0]},
+        **{"algorithm": "osl", "smooth_alpha": [0.5], "weight_clip_ratio": [1.0]},
     }
     calibration = {"samples": 2, "sequence_length": 32}
     recipe.write_text(
