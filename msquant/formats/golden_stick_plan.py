@@ -141,5 +141,5 @@ def _check_runs(linears: Mapping[str, Scheme], variant: Variant, config: Mapping
         raise RecipeError(
             f"the {variant} backend of vLLM-MindSpore cannot serve this: {finding.problem}",
             where=finding.where,
-            remedy="change skip and dynamic in the recipe's quantization section",
+            remedy="change skip, weight_only and dynamic in the recipe's quantization section",
         )

@@ -104,6 +104,14 @@ def test_scales_of_fp8_blocks_are_left_out_and_the_routers_bias_stays_exact() ->
         ),
         ([{"a.b": (1,)}, {"a.b": (1,)}], {}, LLAMA, OutputError, "twice"),
         ([{f"{Q}.weight": (4, 6)}], {Q: "dynamic"}, LLAMA, RecipeError, "knows only W8A8 and FLOAT"),
+        ([{f"{Q}.weight": (4, 6)}], {Q: "weight_only"}, LLAMA, RecipeError, "native .* only W8A8 and FLOAT"),
+        (
+            [{f"{Q}.weight": (4, 6)}],
+            {Q: "weight_only"},
+            DEEPSEEK,
+            RecipeError,
+            "mindformers .* only W8A8 and W8A8_DYNAMIC and FLOAT",
+        ),
         (
             [{"lm_head.weight": (4, 6)}],
             {"lm_head": "static"},
