@@ -106,8 +106,8 @@ def test_a_wrong_option_is_named(
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     # golden-stick's own search, to have the time to interrupt it.
-    command = [sys.executable, "-m", "msquant", "quantize", str(tiny_llama), "--search", "reference"]
-    command += ["--output", "out", "--sequence-length", "64"]
+    command = [sys.executable, "-m", "msquant", "quantize", str(tiny_llama), "--algo", "osl"]
+    command += ["--search", "reference", "--output", "out", "--sequence-length", "64"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial").exists():
