@@ -53,14 +53,62 @@ class EmbeddedEngine:
     ) -> list[Completion]:
         """Continue every prompt; see `Engine.generate`."""
         check_prompts(prompts)
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         return [
             self._continue(i, prompt, ids, sampling, on_text)
             for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
         ]
 
-    def _encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, with what the tokenizer puts in front of a text.
+
+        Raises:
+            EngineError: it has too many tokens, or none, or one that the model does not know.
+        """
         ids = [int(token) for token in self._tokenizer.encode(prompt)]
+        self._check(ids)
+        return ids
+
+    def tokens(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Iterator[int]:
+        """Continue tokens, each new one being computed when it is asked for.
+
+        Several such iterators may be advanced in turn, in one thread. One that is closed or dropped lets
+        go of its key-value cache.
+
+        Args:
+            ids: the tokens to continue.
+            sampling: how tokens are chosen; at most `max_tokens` of them, fewer where the model ends.
+            index: so that equal prompts are continued differently.
+
+        Returns:
+            The new tokens; the last is an end-of-sequence token, unless there was no room for it or
+            `ignore_eos` is set.
+
+        Raises:
+            EngineError: as `encode`; or, while iterating, the logits are not finite.
+        """
+        self._check(ids)
+        return self._tokens(list(ids), sampling, index)
+
+    def _tokens(self, ids: list[int], sampling: Sampling, index: int) -> Iterator[int]:
+        sampler = Sampler(sampling, index)
+        cache = self._model.new_cache()
+        pending, past = ids, 0
+        for _ in range(min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))):
+            for begin in range(0, len(pending), PREFILL_TOKENS):
+                tokens = np.array([pending[begin : begin + PREFILL_TOKENS]])
+                logits = self._model.logits(tokens, cache, past, last_only=True)
+                past += tokens.shape[1]
+            token = sampler.next_token(logits[0, -1])
+            yield token
+            if self._ends(token, sampling):
+                return
+            pending = [token]
+
+    def _ends(self, token: int, sampling: Sampling) -> bool:
+        return token in self._config.eos_token_ids and not sampling.ignore_eos
+
+    def _check(self, ids: Sequence[int]) -> None:
         longest = self._config.max_position_embeddings
         if len(ids) >= longest:
             raise EngineError(
@@ -73,19 +121,17 @@ class EmbeddedEngine:
         if outside or not ids:
             found = f"token {outside[0]}" if outside else "no token"
             raise EngineError(
-                f"the tokenizer makes {found} of the prompt {prompt!r}; "
+                f"the tokenizer makes {found} of the prompt; "
                 f"the model's vocabulary is 0 to {self._config.vocab_size - 1}",
                 where="tokenizer.json",
                 remedy="copy the tokenizer files of the same model into the folder",
             )
-        return ids
 
     def _continue(
         self, index: int, prompt: str, ids: list[int], sampling: Sampling, on_text: OnText | None
     ) -> Completion:
         start = time.perf_counter()
         stream = TextStream(self._tokenizer, ids)
-        room = min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))
         generated: list[int] = []
         pieces: list[str] = []
         reason: FinishReason = "length"
@@ -96,24 +142,11 @@ class EmbeddedEngine:
                 if on_text is not None:
                     on_text(index, piece)
 
-        for token in self._tokens(ids, Sampler(sampling, index), room):
+        for token in self.tokens(ids, sampling, index):
             generated.append(token)
-            if token in self._config.eos_token_ids and not sampling.ignore_eos:
+            if self._ends(token, sampling):
                 reason = "stop"
-                break
-            emit(stream.add(token))
+            else:
+                emit(stream.add(token))
         emit(stream.finish())
         return Completion(prompt, "".join(pieces), tuple(generated), reason, time.perf_counter() - start)
-
-    def _tokens(self, ids: list[int], sampler: Sampler, count: int) -> Iterator[int]:
-        """Yield `count` tokens after `ids`, each computed when it is asked for."""
-        cache = self._model.new_cache()
-        pending, past = ids, 0
-        for _ in range(count):
-            for begin in range(0, len(pending), PREFILL_TOKENS):
-                tokens = np.array([pending[begin : begin + PREFILL_TOKENS]])
-                logits = self._model.logits(tokens, cache, past, last_only=True)
-                past += tokens.shape[1]
-            token = sampler.next_token(logits[0, -1])
-            yield token
-            pending = [token]

@@ -55,6 +55,22 @@ def test_quantized_greedy_tokens_equal_the_exact_simulation(tiny_quantized: Path
         assert list(completion.token_ids) == expected
 
 
+def test_iterators_advanced_in_turn_do_not_disturb_one_another(engine: EmbeddedEngine) -> None:
+    sampling = Sampling(max_tokens=6)
+    prompts = [engine.encode(prompt) for prompt in PROMPTS]
+    alone = [list(engine.tokens(ids, sampling)) for ids in prompts]
+    together = list(zip(*(engine.tokens(ids, sampling) for ids in prompts), strict=True))
+    assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([], "no token"), ([1] * 256, "256 tokens"), ([512], "token 512")]
+)
+def test_tokens_that_cannot_be_continued(engine: EmbeddedEngine, ids: list[int], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        engine.tokens(ids, Sampling())
+
+
 def test_long_prompt_in_pieces(
     engine: EmbeddedEngine, tiny_llama: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
