@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def generate(
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
-    return GenerationResult(folder, loaded.name, loaded.generate(prompts, sampling, on_text), load_seconds)
+    with closing(loaded):
+        completions = loaded.generate(prompts, sampling, on_text)
+    return GenerationResult(folder, loaded.name, completions, load_seconds)
 
 
 def find_model(explicit: Path | None = None) -> Path:

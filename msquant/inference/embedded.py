@@ -10,6 +10,7 @@ from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError
 from msquant.inference.engine import Completion, FinishReason, OnText, Sampling, check_prompts
 from msquant.inference.sampling import Sampler
+from msquant.inference.stop_strings import StopStrings
 from msquant.inference.text_stream import TextStream
 from msquant.models.config import ModelConfig
 from msquant.models.device import use_device
@@ -58,6 +59,10 @@ class EmbeddedEngine:
             self._continue(i, prompt, ids, sampling, on_text)
             for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
         ]
+
+    def close(self) -> None:
+        """Free the weights; see `Engine.close`."""
+        del self._model
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt, with what the tokenizer puts in front of a text.
@@ -132,6 +137,7 @@ class EmbeddedEngine:
     ) -> Completion:
         start = time.perf_counter()
         stream = TextStream(self._tokenizer, ids)
+        stops = StopStrings(sampling.stop)
         generated: list[int] = []
         pieces: list[str] = []
         reason: FinishReason = "length"
@@ -144,9 +150,12 @@ class EmbeddedEngine:
 
         for token in self.tokens(ids, sampling, index):
             generated.append(token)
-            if self._ends(token, sampling):
+            ended = self._ends(token, sampling)
+            if not ended:
+                emit(stops.add(stream.add(token)))
+            if ended or stops.reached:
                 reason = "stop"
-            else:
-                emit(stream.add(token))
-        emit(stream.finish())
+                break
+        emit(stops.add(stream.finish()))
+        emit(stops.finish())
         return Completion(prompt, "".join(pieces), tuple(generated), reason, time.perf_counter() - start)

@@ -22,6 +22,7 @@ class Sampling:
         top_p: samples only from the most probable tokens that together reach this probability.
         seed: of the sampling; the same seed gives the same text.
         ignore_eos: go on after an end-of-sequence token, to compare or to time a fixed number of tokens.
+        stop: strings that end the text; it ends before the first of them, wherever tokens begin and end.
 
     Raises:
         EngineError: a value is out of its range.
@@ -32,6 +33,7 @@ class Sampling:
     top_p: float = 0.95
     seed: int = 0
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -50,6 +52,8 @@ class Sampling:
             )
         if self.seed < 0:
             raise EngineError(f"seed is {self.seed}, it must not be negative", where="--seed")
+        if "" in self.stop:
+            raise EngineError("a stop string is empty", where="--stop", remedy="give a text to stop at")
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class Completion:
 
     Attributes:
         prompt: the prompt as it was given.
-        text: the generated text without the prompt and without the token that ended it.
+        text: the generated text without the prompt and without the token or the stop string that ended it.
         token_ids: all generated tokens, with the one that ended the text.
-        finish_reason: `stop` after an end-of-sequence token, `length` when `max_tokens` or the longest
-            sequence that the model takes was reached.
+        finish_reason: `stop` after an end-of-sequence token or a stop string, `length` when `max_tokens` or
+            the longest sequence that the model takes was reached.
         seconds: wall time from the prompt to the last token; an engine that runs prompts together reports
             the time of all of them.
     """
@@ -91,9 +95,15 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """Continue every prompt; the results are in the prompts' order.
 
+        An exception that `on_text` raises ends generation and comes out of this call.
+
         Raises:
             EngineError: there is no prompt, one is empty or too long, or the engine failed.
         """
+        ...
+
+    def close(self) -> None:
+        """Free the model and end what was started for it; the engine cannot be used afterwards."""
         ...
 
 

@@ -122,6 +122,8 @@ class VllmMindSporeEngine:
             options["seed"] = sampling.seed
         if sampling.ignore_eos:
             options["ignore_eos"] = True
+        if sampling.stop:
+            options["stop"] = list(sampling.stop)
         start = time.perf_counter()
         try:
             params = self._sampling_params(**options, max_tokens=sampling.max_tokens)
@@ -134,6 +136,10 @@ class VllmMindSporeEngine:
             for i, completion in enumerate(completions):
                 on_text(i, completion.text)
         return completions
+
+    def close(self) -> None:
+        """Free the model; see `Engine.close`."""
+        del self._llm
 
 
 def _completion(output: Any, seconds: float) -> Completion:

@@ -111,6 +111,39 @@ def test_stops_after_the_end_token(engine: EmbeddedEngine, tiny_llama: Path, tok
     assert stopped.text == tokenizer.decode(expected[:-1])
 
 
+def test_stop_string_over_two_tokens(engine: EmbeddedEngine, tokenizer: Any) -> None:
+    (free,) = engine.generate(["I am"], Sampling(max_tokens=12))
+    words = [tokenizer.decode([token]) for token in free.token_ids]
+    middle = len("".join(words[:5]))
+    stop = free.text[middle - 1 : middle + 1]
+    expected = free.text[: free.text.index(stop)]
+    pieces: list[str] = []
+    sampling = Sampling(max_tokens=12, stop=("not there", stop))
+    (stopped,) = engine.generate(["I am"], sampling, lambda _, piece: pieces.append(piece))
+    assert stopped.text == "".join(pieces) == expected
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert len(stopped.token_ids) < 12
+
+
+def test_text_that_may_begin_a_stop_string_comes_at_the_end(engine: EmbeddedEngine) -> None:
+    (free,) = engine.generate(["I am"], Sampling(max_tokens=6))
+    (same,) = engine.generate(["I am"], Sampling(max_tokens=6, stop=(free.text[-2:] + "never",)))
+    assert (same.text, same.finish_reason) == (free.text, "length")
+
+
+def test_an_exception_in_on_text_ends_generation(engine: EmbeddedEngine) -> None:
+    pieces: list[str] = []
+
+    def leave(_: int, piece: str) -> None:
+        pieces.append(piece)
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        engine.generate(["I am"], Sampling(max_tokens=12), leave)
+    assert len(pieces) == 1
+
+
 def test_stops_where_the_model_ends(tiny_llama: Path, tokenizer: Any) -> None:
     length = len(tokenizer.encode("I am"))
     config = dataclasses.replace(ModelConfig.from_folder(tiny_llama), max_position_embeddings=length + 3)

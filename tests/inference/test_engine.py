@@ -21,6 +21,7 @@ def test_defaults_are_those_of_vllm() -> None:
         ({"top_p": 1.01}, "--top-p", "1.01"),
         ({"top_p": float("nan")}, "--top-p", "nan"),
         ({"seed": -1}, "--seed", "-1"),
+        ({"stop": ("x", "")}, "--stop", "a stop string is empty"),
     ],
 )
 def test_value_out_of_range(options: dict, option: str, value: str) -> None:

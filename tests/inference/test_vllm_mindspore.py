@@ -149,6 +149,12 @@ def test_seed_goes_along_when_it_matters(model: Path, tmp_path: Path) -> None:
     assert ["SamplingParams", options] in record
 
 
+def test_stop_strings_go_along(model: Path, tmp_path: Path) -> None:
+    _, record = run(model, tmp_path, {"stop": ["\n\n", "END"]})
+    (options,) = [event[1] for event in record if event[0] == "SamplingParams"]
+    assert options["stop"] == ["\n\n", "END"]
+
+
 def test_floating_point_folder_names_no_quantization(model: Path, tmp_path: Path) -> None:
     (model / "quantization_description.json").unlink()
     _, record = run(model, tmp_path)
