@@ -22,7 +22,8 @@ def job_identity(
 ) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other.
 
-    It holds neither times nor paths of this machine but the model's, so equal inputs give equal bytes.
+    It holds neither times nor paths of this machine but the model's, so equal inputs give equal bytes. How
+    the result is to be served is left out: it changes none of them.
 
     Args:
         recipe: what was asked for.
@@ -32,7 +33,7 @@ def job_identity(
     """
     return {
         "versions": {package: version(package) for package in RECORDED},
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude={"serving"}),
         "source": source.fingerprint(),
         "calibration": {"shape": list(tokens.shape), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "device": device,
@@ -52,6 +53,7 @@ def build_manifest(
     return {
         "msquant": version("msquant"),
         **identity,
+        "recipe": recipe.model_dump(mode="json"),
         "seed": recipe.calibration.seed,
         "layers": list(layers),
         "experts_with_few_tokens": {

@@ -16,6 +16,7 @@ from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
 from msquant.hub.published import configs_folder, published_name
+from msquant.inference.serving import ServingSettings
 from msquant.quantization.policy import QuantizationPolicy
 
 SUFFIXES = (".yaml", ".yml")
@@ -44,6 +45,7 @@ class Recipe(BaseModel):
     model: str = Field(description="A bundled model's name, a hub id, or a local Hugging Face folder.")
     quantization: QuantizationPolicy = Field(default_factory=QuantizationPolicy)
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    serving: ServingSettings = Field(default_factory=ServingSettings)
     format: Literal["golden-stick"] = Field("golden-stick", description="The checkpoint contract to write.")
 
     def replace(self, section: str, **values: Any) -> "Recipe":

@@ -43,6 +43,7 @@ _FLOWS = {
     "sensitivity",
     "source",
     "generation",
+    "serving",
     "recipes",
     "manifest",
     "planning",
@@ -67,7 +68,8 @@ ALLOWED = {
     "model_card": set[str](),
     "publishing": _FOUNDATION | _PARTS | {"model_card"},
     "planning": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
-    "generation": _FOUNDATION | _PARTS | {"recipes", "manifest"},
+    "serving": _FOUNDATION | _PARTS | {"recipes"},
+    "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }

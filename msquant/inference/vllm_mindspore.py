@@ -14,12 +14,14 @@ from typing import Any
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
 from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
+from msquant.inference.serving import ServingSettings
 
 NAME = "vllm-mindspore"
 # One device node for each NPU, made by its driver; Ray counts NPUs by them too (accelerators/npu.py).
 DEVICE_NODES = "/dev/davinci[0-9]*"
 BACKEND_VARIABLE = "VLLM_MS_MODEL_BACKEND"
 _OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 # The backend that reads msquant's folders of an architecture; the package alone would prefer MindFormers.
 _BACKENDS = {
     "LlamaForCausalLM": "Native",
@@ -63,17 +65,50 @@ def quantization_method(folder: Path) -> str | None:
     return _DESCRIPTIONS[found[0]] if found else None
 
 
-def backend_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set before `vllm_mindspore` is imported: the model backend, unless one is chosen.
+def engine_environment(
+    folder: Path, settings: ServingSettings, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """The variables that must be set before `vllm_mindspore` is imported, and before Ray is started.
+
+    Args:
+        folder: the model folder.
+        settings: the recipe's section.
+        environment: what the process inherits. A variable that is set there keeps its value, and is named
+            with it in the result, which is so complete for another node.
 
     Raises:
         CheckpointError: `config.json` is missing or damaged.
     """
-    if BACKEND_VARIABLE in environment or _OLD_BACKEND_VARIABLE in environment:
-        return {}
+    wanted = _backend(folder, settings, environment) | {
+        "HCCL_OP_EXPANSION_MODE": settings.hccl_op_expansion_mode,
+        "MS_ENABLE_LCCL": "on" if settings.ms_enable_lccl else "off",
+        "MS_ALLOC_CONF": settings.ms_alloc_conf,
+    }
+    if settings.devices is not None or settings.world_size > 1:
+        wanted["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, settings.visible_devices()))
+    if settings.hccl_buffsize is not None:
+        wanted["HCCL_BUFFSIZE"] = str(settings.hccl_buffsize)
+    if settings.ms_mempool_block_size is not None:
+        wanted["MS_MEMPOOL_BLOCK_SIZE"] = str(settings.ms_mempool_block_size)
+    if settings.nodes > 1:
+        # The guides set them for Ray; without them each library takes whichever interface it finds first.
+        interface = settings.network_interface
+        wanted |= {
+            name: interface or "" for name in INTERFACE_VARIABLES if interface or environment.get(name)
+        }
+    if settings.uses_ray:
+        wanted["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
+    return {name: environment.get(name, value) for name, value in wanted.items()}
+
+
+def _backend(folder: Path, settings: ServingSettings, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that chooses the model code, whichever of its two names the user has set."""
+    for name in (BACKEND_VARIABLE, _OLD_BACKEND_VARIABLE):
+        if name in environment:
+            return {name: environment[name]}
     architectures = read_json(folder / "config.json").get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
-    backend = _BACKENDS.get(str(first))
+    backend = settings.model_backend or _BACKENDS.get(str(first))
     return {BACKEND_VARIABLE: backend} if backend else {}
 
 
@@ -99,7 +134,7 @@ class VllmMindSporeEngine:
         if reason := available(device_nodes):
             raise EngineError(reason, where=NAME, remedy="use --engine embedded, which runs on this machine")
         quantization = quantization_method(folder)
-        os.environ.update(backend_environment(folder, os.environ))
+        os.environ.update(engine_environment(folder, ServingSettings(), os.environ))
         try:
             import vllm_mindspore  # noqa: F401  # isort: skip  # must come before vllm
             from vllm import LLM, SamplingParams

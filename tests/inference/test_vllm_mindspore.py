@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from msquant.errors import EngineError
+from msquant.inference.serving import ServingSettings
 from msquant.inference.vllm_mindspore import (
     VllmMindSporeEngine,
     available,
-    backend_environment,
+    engine_environment,
     quantization_method,
 )
 
@@ -179,9 +180,39 @@ def test_failure_inside_vllm(model: Path, tmp_path: Path) -> None:
 )
 def test_backend_by_architecture(tmp_path: Path, architecture: str, backend: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-    expected = {"VLLM_MS_MODEL_BACKEND": backend} if backend else {}
-    assert backend_environment(tmp_path, {}) == expected
-    assert backend_environment(tmp_path, {"vLLM_MODEL_BACKEND": "MindFormers"}) == {}
+    environment = engine_environment(tmp_path, ServingSettings(), {})
+    assert environment.pop("VLLM_MS_MODEL_BACKEND", None) == backend
+    assert environment == {
+        "HCCL_OP_EXPANSION_MODE": "AIV",
+        "MS_ENABLE_LCCL": "off",
+        "MS_ALLOC_CONF": "enable_vmm:true",
+    }
+    old = engine_environment(tmp_path, ServingSettings(), {"vLLM_MODEL_BACKEND": "MindFormers"})
+    assert (old["vLLM_MODEL_BACKEND"], "VLLM_MS_MODEL_BACKEND" in old) == ("MindFormers", False)
+    chosen = engine_environment(tmp_path, ServingSettings(model_backend="MindONE"), {"UNRELATED": "1"})
+    assert (chosen["VLLM_MS_MODEL_BACKEND"], "UNRELATED" in chosen) == ("MindONE", False)
+
+
+def test_environment_of_all_settings(model: Path) -> None:
+    settings = ServingSettings(
+        tensor_parallel_size=2,
+        devices=(6, 7),
+        hccl_buffsize=2048,
+        ms_mempool_block_size=4,
+        ms_enable_lccl=True,
+        hccl_op_expansion_mode="HOST",
+        ms_alloc_conf="enable_vmm:false",
+    )
+    assert engine_environment(model, settings, {"HCCL_BUFFSIZE": "512"}) == {
+        "VLLM_MS_MODEL_BACKEND": "Native",
+        "HCCL_OP_EXPANSION_MODE": "HOST",
+        "MS_ENABLE_LCCL": "on",
+        "MS_ALLOC_CONF": "enable_vmm:false",
+        "ASCEND_RT_VISIBLE_DEVICES": "6,7",
+        # What is set already stays as it is.
+        "HCCL_BUFFSIZE": "512",
+        "MS_MEMPOOL_BLOCK_SIZE": "4",
+    }
 
 
 def test_quantization_method(model: Path) -> None:
