@@ -25,8 +25,8 @@ from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.formats.golden_stick_plan import FolderPlan
-from msquant.formats.golden_stick_stream import GoldenStickStream
+from msquant.formats.folder_plan import FolderPlan
+from msquant.formats.folder_stream import FolderStream
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.recipes import Recipe
@@ -124,7 +124,7 @@ def quantize(
         journal = Journal.open(target.path, identity)
         require_free_space(target.path, _bytes_to_come(plan, journal) + scratch_bytes(model.config, tokens))
         with _resumable(target, journal, model.config.num_hidden_layers), deferred_interrupts():
-            writer = GoldenStickStream(target.path, plan)
+            writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
             # First, because what is wrong with them should not be found out hours later.
@@ -190,7 +190,7 @@ def _write_layers(
     source: Source,
     tokens: NDArray[np.int32],
     journal: Journal,
-    writer: GoldenStickStream,
+    writer: FolderStream,
     store: HiddenStateStore,
     device: str,
     verbose: bool,
@@ -229,7 +229,7 @@ def _write_layers(
     return seconds
 
 
-def _write_rest(source: Source, journal: Journal, writer: GoldenStickStream) -> None:
+def _write_rest(source: Source, journal: Journal, writer: FolderStream) -> None:
     """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
     groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
     finished = {record["group"] for record in journal.records}

@@ -7,7 +7,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
+from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.quantization.policy import QuantizationPolicy
@@ -46,7 +47,12 @@ class Recipe(BaseModel):
     quantization: QuantizationPolicy = Field(default_factory=QuantizationPolicy)
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
-    format: Literal["golden-stick"] = Field("golden-stick", description="The checkpoint contract to write.")
+    format: FormatNames = Field("golden-stick", description=FORMAT_DESCRIPTION)
+
+    @property
+    def formats(self) -> tuple[FormatName, ...]:
+        """The formats to write, in order."""
+        return names_of(self.format)
 
     def replace(self, section: str, **values: Any) -> "Recipe":
         """A copy with those values that are not None put into a section.

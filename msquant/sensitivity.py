@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import RecipeError
-from msquant.formats.golden_stick_plan import FolderPlan, plan_folder
-from msquant.formats.golden_stick_schemes import ACCEPTED, DESCRIBED, Variant
+from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET, Progress, calibration_tokens, embed, peak_memory
@@ -27,7 +26,7 @@ from msquant.quantization.report import GroupError
 from msquant.quantization.schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
 from msquant.recipes import Recipe
-from msquant.source import Source, folder_plan, open_source
+from msquant.source import Source, folder_plan, folder_plans, open_source
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,14 @@ def analyze(
     progress = progress or Progress()
     progress.stage(f"reading {source or recipe.model}")
     model = open_source(source or recipe.model)
-    plan = folder_plan(recipe, model)
+    plans = folder_plans(recipe, model)
+    plan = plans[0]
     if budget is not None:
-        _check_budget(budget, plan)
+        _check_budget(budget, plans)
     progress.stage(f"calibration from {recipe.calibration.source}")
     tokens = calibration_tokens(recipe, model.folder)
-    measured = _measure(recipe, model, tokens, plan.variant, device, memory_budget, verbose, progress)
+    per_token = all("dynamic" in plan.format.schemes for plan in plans)
+    measured = _measure(recipe, model, tokens, per_token, device, memory_budget, verbose, progress)
     groups = _ranked(measured, model.config, recipe)
     error = math.fsum(group.measured.error for group in groups)
     kept: list[RankedGroup] = []
@@ -118,7 +119,7 @@ def _measure(
     recipe: Recipe,
     source: Source,
     tokens: NDArray[np.int32],
-    variant: Variant,
+    per_token: bool,
     device: str,
     memory_budget: int,
     verbose: bool,
@@ -142,9 +143,7 @@ def _measure(
         embed(source, tokens, store, dtype)
         for index in range(config.num_hidden_layers):
             with store.write(index + 1) as outputs:
-                errors = decoder.errors(
-                    index, store.open(index), outputs.append, dynamic=_runs("dynamic", variant)
-                )
+                errors = decoder.errors(index, store.open(index), outputs.append, dynamic=per_token)
             store.discard(index)
             measured += errors
             progress.layer({"index": index, "errors": {error.group: error.error for error in errors}})
@@ -152,15 +151,16 @@ def _measure(
     return measured
 
 
-def _check_budget(budget: Budget, plan: FolderPlan) -> None:
+def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
     """Refuse what no measurement can make possible."""
+    plan = plans[0]
     if not budget.amount >= (0 if budget.kind == "max_error" else 1):
         raise budget.refused(f"{budget.amount:g} is too little", "give a positive number")
-    if budget.kind == "keep_dynamic" and not _runs("dynamic", plan.variant):
-        raise budget.refused(
-            f"the {plan.variant} backend of vLLM-MindSpore runs {' and '.join(ACCEPTED[plan.variant])} only",
-            "use --keep-float",
-        )
+    for form in (plan.format for plan in plans):
+        if budget.kind == "keep_dynamic" and "dynamic" not in form.schemes:
+            raise budget.refused(
+                f"{form.consumer} runs {' and '.join(form.schemes.values())} only", "use --keep-float"
+            )
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
         raise budget.refused(
             f"{budget.amount:.0f} bytes are less than the {plan.tensor_bytes} that the recipe makes as it is",
@@ -179,10 +179,6 @@ def _check_budget(budget: Budget, plan: FolderPlan) -> None:
             )
 
 
-def _runs(scheme: Scheme, variant: Variant) -> bool:
-    return DESCRIBED[scheme] in ACCEPTED[variant]
-
-
 def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -> list[RankedGroup]:
     total = math.fsum(error.error for error in errors)
     ranked = []
@@ -190,19 +186,25 @@ def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -
         schemes = layer_schemes(config, recipe.quantization, error.layer)
         kept = schemes | dict.fromkeys(error.linears, "float")
         grown = None
-        after = _layer_bytes(config, error.layer, kept)
+        after = _layer_bytes(config, error.layer, kept, recipe)
         if after is not None:
-            grown = after - (_layer_bytes(config, error.layer, schemes) or 0)
+            grown = after - (_layer_bytes(config, error.layer, schemes, recipe) or 0)
         ranked.append(RankedGroup(error, error.error / total if total else 0.0, grown))
     return ranked
 
 
-def _layer_bytes(config: ModelConfig, index: int, schemes: Mapping[str, Scheme]) -> int | None:
-    """Bytes of a decoder layer's tensors; None where the serving backend does not run it in these schemes."""
+def _layer_bytes(
+    config: ModelConfig, index: int, schemes: Mapping[str, Scheme], recipe: Recipe
+) -> int | None:
+    """Bytes of a decoder layer's tensors; None where a format's consumer does not run it in these schemes."""
+    layer = [config.layer_shapes(index)]
     try:
-        return plan_folder([config.layer_shapes(index)], schemes, config.raw, config.dtype).tensor_bytes
+        plans = [
+            plan_folder(layer, schemes, config.raw, config.dtype, format_name=name) for name in recipe.formats
+        ]
     except RecipeError:
         return None
+    return plans[0].tensor_bytes
 
 
 def _mixed(recipe: Recipe, kept: Sequence[RankedGroup], budget: Budget) -> Recipe:

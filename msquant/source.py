@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick_plan import FolderPlan, plan_folder
+from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
+from msquant.formats.registry import model_format
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
 from msquant.quantization.schemes import model_schemes
@@ -80,19 +81,24 @@ def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Sourc
     return Source(folder, config, checkpoint, extras)
 
 
-def folder_plan(recipe: Recipe, source: Source) -> FolderPlan:
-    """Every tensor and shard that the recipe will make of a source.
+def folder_plans(recipe: Recipe, source: Source) -> list[FolderPlan]:
+    """Every tensor and shard that the recipe will make of a source, for each of its formats in order.
 
     Raises:
-        RecipeError: the policy contradicts itself, or the format cannot express it.
+        RecipeError: the policy contradicts itself, or a format cannot express it.
     """
-    return shapes_plan(recipe, source.config, source.extras)
+    return shapes_plans(recipe, source.config, source.extras)
 
 
-def shapes_plan(
+def folder_plan(recipe: Recipe, source: Source) -> FolderPlan:
+    """The plan of the recipe's first format. Raises as `folder_plans`."""
+    return folder_plans(recipe, source)[0]
+
+
+def shapes_plans(
     recipe: Recipe, config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
-) -> FolderPlan:
-    """As `folder_plan`, of a model that is known by its config alone.
+) -> list[FolderPlan]:
+    """As `folder_plans`, of a model that is known by its config alone.
 
     Args:
         recipe: what is done to it.
@@ -105,7 +111,12 @@ def shapes_plan(
     ends = {name: config.shapes[name] for name in config.end_names}
     layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
     schemes = model_schemes(config, recipe.quantization)
-    return plan_folder([*layers, *extras, ends], schemes, config.raw, config.dtype)
+    groups = [*layers, *extras, ends]
+    formats = [model_format(name, config.raw) for name in recipe.formats]
+    # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
+    common = all(config.dtype in form.dtypes for form in formats)
+    dtype = config.dtype if common else FALLBACK_DTYPE
+    return [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
 
 
 def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:

@@ -1,6 +1,6 @@
 """The canonical in-memory form of a model's weights, whatever they are stored as."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,6 +25,10 @@ class FloatLinear:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None = None
 
+    def take_rows(self, rows: NDArray[np.integer]) -> "FloatLinear":
+        """The layer with its outputs in another order, row `rows[i]` at place i."""
+        return FloatLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
@@ -48,6 +52,15 @@ class QuantizedLinear:
     def is_static(self) -> bool:
         """Whether activations are quantized with a scale fixed at calibration."""
         return self.input_scale is not None
+
+    def take_rows(self, rows: NDArray[np.integer]) -> "QuantizedLinear":
+        """The layer with its outputs in another order, row `rows[i]` at place i."""
+        return replace(
+            self,
+            weight=self.weight[rows],
+            weight_scale=self.weight_scale[rows],
+            bias=None if self.bias is None else self.bias[rows],
+        )
 
 
 Linear = FloatLinear | QuantizedLinear

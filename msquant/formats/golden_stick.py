@@ -9,21 +9,19 @@ from numpy.typing import NDArray
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows, RowOrder, model_rope_rows
-from msquant.checkpoint.weights import FloatLinear, Linear
+from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
+from msquant.formats.dtypes import MODEL_DTYPES, cast, model_dtype
+from msquant.formats.format import Finding
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
     DYNAMIC_PARTS,
-    MODEL_DTYPES,
-    PER_COLUMN,
     QUANT_METHOD,
     QUANTIZED_PARTS,
     SERVED_DTYPES,
-    cast,
     decode_linear,
     describe,
     encode_linear,
-    model_dtype,
 )
 from msquant.formats.golden_stick_rules import read_description, read_variant, validate
 from msquant.formats.golden_stick_schemes import (
@@ -31,7 +29,6 @@ from msquant.formats.golden_stick_schemes import (
     VARIANTS,
     W8A8,
     W8A8_DYNAMIC,
-    Finding,
     Variant,
     serving_notes,
     variant_of,
@@ -131,10 +128,7 @@ class GoldenStickCheckpoint:
         if scheme not in (W8A8, W8A8_DYNAMIC):
             linear = self.checkpoint.linear(module)
             order = self._order(f"{module}.weight")
-            if order is None:
-                return linear
-            back = order.interleaved()
-            return FloatLinear(linear.weight[back], None if linear.bias is None else linear.bias[back])
+            return linear if order is None else linear.take_rows(order.interleaved())
         if findings := check_layout(self.checkpoint, module, scheme=scheme):
             raise CheckpointError(
                 findings[0].problem,
@@ -144,12 +138,9 @@ class GoldenStickCheckpoint:
         parts = [*(QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS)]
         parts += ["bias"] if f"{module}.bias" in self.checkpoint else []
         tensors = {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
-        if order := self._order(f"{module}.weight"):
-            back = order.interleaved()
-            tensors = {
-                name: array if name.endswith(PER_COLUMN) else array[back] for name, array in tensors.items()
-            }
-        return decode_linear(module, tensors)
+        decoded = decode_linear(module, tensors)
+        order = self._order(f"{module}.weight")
+        return decoded if order is None else decoded.take_rows(order.interleaved())
 
     def _order(self, name: str) -> RowOrder | None:
         order = self._rope_rows.of(name.rpartition(".")[0])

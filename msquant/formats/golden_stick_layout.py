@@ -12,18 +12,18 @@ With per-token activations it is that of MindFormers' `A8W8DynamicLinearMethod` 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from msquant.checkpoint.tensor_spec import dtype_code
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.tensor_spec import TensorSpec
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
+from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
 
-QUANT_METHOD = "golden-stick"
+QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
 
 DESCRIPTION_NAME = "quantization_description.json"
@@ -34,61 +34,32 @@ QUANTIZED_PARTS = ("weight", "deq_scale", "quant_bias", "input_scale", "input_of
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 """The tensors of a W8A8_DYNAMIC linear layer, likewise."""
 
-PER_COLUMN = (".input_scale", ".input_offset")
-"""How the parts end that have one number for each column; all others have one, or a row, for each row."""
-
-FLOAT32_SUFFIX = "e_score_correction_bias"
-"""How the one tensor ends that is always float32: bfloat16 would round differences between experts away."""
-
-MODEL_DTYPES: dict[str, DTypeLike] = {
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-    "float32": np.float32,
-}
-"""NumPy's type of the dtypes a `config.json` may name."""
-
-DTYPE_CODES = {name: dtype_code(np.dtype(dtype)) for name, dtype in MODEL_DTYPES.items()}
-"""The safetensors code of each."""
-
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""
 
 
-def model_dtype(config: dict[str, Any]) -> str | None:
-    """The dtype a `config.json` names (`dtype`, in older files `torch_dtype`), or None."""
-    value = config.get("dtype") or config.get("torch_dtype")
-    return value if isinstance(value, str) else None
-
-
-def cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Round a tensor to the model's dtype, half to even.
+def linear_specs(
+    module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
+) -> list[TensorSpec]:
+    """The tensors that `encode_linear` makes of a quantized layer.
 
     Args:
-        name: the tensor's name, for the error.
-        values: float array of any shape.
-        dtype: `bfloat16`, `float16` or `float32`.
-
-    Raises:
-        CheckpointError: the dtype is unknown, or a value is too large for it.
+        module: its name.
+        shape: `(N, K)`.
+        scheme: `static` or `dynamic`.
+        dtype: the model's.
+        bias: whether it has one.
     """
-    if dtype not in MODEL_DTYPES:
-        raise CheckpointError(
-            f"unknown model dtype {dtype!r}", where=name, remedy=f"use one of {', '.join(MODEL_DTYPES)}"
-        )
-    with np.errstate(over="ignore"):
-        rounded = np.asarray(values).astype(MODEL_DTYPES[dtype])
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        raise CheckpointError(
-            f"holds values that {dtype} cannot hold (largest magnitude {np.abs(values).max():.4g})",
-            where=name,
-            remedy="quantize the model in bfloat16",
-        )
-    return rounded
-
-
-def stored_dtype(name: str, dtype: str) -> str:
-    """The dtype that a floating-point tensor of a model in `dtype` is stored in."""
-    return "float32" if name.endswith(FLOAT32_SUFFIX) else dtype
+    rows, columns = shape[:1], shape[1:]
+    parts: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", shape)]
+    if scheme == "dynamic":
+        parts += [("weight_scale", "F32", rows), ("weight_offset", "F32", rows)]
+    else:
+        parts += [("deq_scale", "F32", rows), ("quant_bias", "I32", rows)]
+        parts += [("input_scale", DTYPE_CODES[dtype], columns), ("input_offset", "I8", columns)]
+    if bias:
+        parts.append(("bias", DTYPE_CODES[dtype], rows))
+    return [TensorSpec(f"{module}.{part}", code, part_shape) for part, code, part_shape in parts]
 
 
 def encode_linear(

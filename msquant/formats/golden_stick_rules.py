@@ -5,22 +5,22 @@ vllm_mindspore 0.5.1 (`GoldenStickConfig`, `A8W8LinearMethod`, `load_weights`, t
 mindformers 1.7.0 (parallel_core/inference: quantization, tensor_parallel, model_utils.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SERVED_DTYPES, model_dtype
+from msquant.formats.dtypes import model_dtype
+from msquant.formats.folder_rules import attempt, check_index, check_manifest, check_shapes
+from msquant.formats.format import Finding
+from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SERVED_DTYPES
 from msquant.formats.golden_stick_schemes import (
     ACCEPTED,
     FLOAT,
     W8A8,
-    Finding,
     Variant,
     check_schemes,
     folder_variant,
@@ -29,8 +29,6 @@ from msquant.formats.golden_stick_schemes import (
 from msquant.formats.golden_stick_tensors import check_tensors
 
 DESCRIPTION_NAMES = (DESCRIPTION_NAME, "quant_model_description.json")
-
-_T = TypeVar("_T")
 
 
 def description_files(folder: Path) -> list[Path]:
@@ -89,13 +87,13 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     """
     folder = Path(folder)
     findings: list[Finding] = []
-    config = _attempt(findings, lambda: read_json(folder / "config.json"))
-    description = _attempt(findings, lambda: read_description(folder))
-    checkpoint = _attempt(findings, lambda: Checkpoint.open(folder))
-    findings.extend(_check_manifest(folder, verify_hashes))
+    config = attempt(findings, lambda: read_json(folder / "config.json"))
+    description = attempt(findings, lambda: read_description(folder))
+    checkpoint = attempt(findings, lambda: Checkpoint.open(folder))
+    findings.extend(check_manifest(folder, verify_hashes))
     if config is not None:
         findings.extend(_check_config(config))
-    variant = _attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
+    variant = attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
     if checkpoint is not None and description is not None:
         findings.extend(_check_names(checkpoint, description, variant))
         findings.extend(_check_schemes(description, variant, config or {}))
@@ -103,17 +101,8 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     if checkpoint is not None and variant == "mindformers":
         findings.extend(_check_stray_files(folder, checkpoint))
     if checkpoint is not None and config is not None:
-        shapes = _attempt(findings, lambda: _expected(config, checkpoint))
-        findings.extend(_check_shapes(checkpoint, shapes or {}))
+        findings.extend(check_shapes(checkpoint, config))
     return findings
-
-
-def _attempt(findings: list[Finding], action: Callable[[], _T]) -> _T | None:
-    try:
-        return action()
-    except CheckpointError as error:
-        findings.append(Finding(Path(error.where).name if error.where else "", error.what))
-        return None
 
 
 def _check_config(config: dict[str, Any]) -> Iterator[Finding]:
@@ -141,10 +130,7 @@ def _check_names(checkpoint: Checkpoint, description: dict[str, str], variant: V
             *most, last = ACCEPTED[variant]
             known = f"{', '.join(most)} and {last}"
             yield Finding(name, f"described as {value!r}: only {known} are known")
-    for file_name, shard in checkpoint.shards.items():
-        for name in shard.entries:
-            if checkpoint.weight_map.get(name) != file_name:
-                yield Finding(name, f"stored in {file_name}, but {INDEX_NAME} does not say so")
+    yield from check_index(checkpoint)
 
 
 def _check_schemes(
@@ -169,43 +155,3 @@ def _check_stray_files(folder: Path, checkpoint: Checkpoint) -> Iterator[Finding
         stems = [name for name in DESCRIPTION_NAMES if Path(name).stem in path.name]
         if stems and not path.name.endswith(DESCRIPTION_NAMES):
             yield Finding(path.name, "MindFormers takes it for a description because of its name")
-
-
-def _expected(config: dict[str, Any], checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of the model's tensors; those of prediction layers, which may be left out, if one is there."""
-    extra = extra_shapes(config)
-    present = any(name in checkpoint for name in extra)
-    return {**(expected_shapes(config) or {}), **(extra if present else {})}
-
-
-def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
-    for name, shape in expected.items():
-        if name not in checkpoint:
-            yield Finding(name, "missing: config.json says the model has it")
-        elif checkpoint.shape(name) != shape:
-            yield Finding(name, f"has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}")
-
-
-def _check_manifest(folder: Path, verify_hashes: bool) -> Iterator[Finding]:
-    """The manifest is msquant's own: a folder of another tool has none, and is not worse for it."""
-    if not (folder / MANIFEST_NAME).exists():
-        return
-    try:
-        files = read_json(folder / MANIFEST_NAME).get("files", {})
-        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except CheckpointError as error:
-        yield Finding(MANIFEST_NAME, error.what)
-        return
-    except (AttributeError, TypeError, KeyError):
-        yield Finding(MANIFEST_NAME, "files is not a map from names to size and sha256")
-        return
-    for name, (size, sha256) in entries.items():
-        path = folder / name
-        if Path(name).name != name:
-            yield Finding(MANIFEST_NAME, f"lists {name!r}, which is not the name of a file in this folder")
-        elif not path.is_file():
-            yield Finding(name, f"missing: {MANIFEST_NAME} lists it")
-        elif path.stat().st_size != size:
-            yield Finding(name, f"has {path.stat().st_size} bytes, {MANIFEST_NAME} says {size}")
-        elif verify_hashes and file_sha256(path) != sha256:
-            yield Finding(name, f"was changed: its sha256 is not the one in {MANIFEST_NAME}")

@@ -7,11 +7,11 @@ backend, and in mindformers 1.7.0 (parallel_core/inference/quantization/golden_s
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
+from msquant.formats.format import Finding
 
 W8A8 = "W8A8"
 W8A8_DYNAMIC = "W8A8_DYNAMIC"
@@ -59,22 +59,6 @@ _FLOAT_ONLY = {
 
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One broken rule.
-
-    Attributes:
-        where: the tensor, layer or file.
-        problem: what is wrong with it.
-    """
-
-    where: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
 
 
 def variant_of(config: Mapping[str, Any]) -> Variant:

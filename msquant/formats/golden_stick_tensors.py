@@ -6,8 +6,10 @@ import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick_layout import DTYPE_CODES, DYNAMIC_PARTS, QUANTIZED_PARTS, quantized_bias
-from msquant.formats.golden_stick_schemes import FLOAT, W8A8_DYNAMIC, Finding, Variant, fused_groups
+from msquant.formats.dtypes import DTYPE_CODES
+from msquant.formats.format import Finding
+from msquant.formats.golden_stick_layout import DYNAMIC_PARTS, QUANTIZED_PARTS, quantized_bias
+from msquant.formats.golden_stick_schemes import FLOAT, W8A8_DYNAMIC, Variant, fused_groups
 
 _FLOAT_CODES = set(DTYPE_CODES.values())
 

@@ -13,7 +13,7 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import ModelError, OutputError
-from msquant.formats.golden_stick_plan import FolderPlan
+from msquant.formats.folder_plan import FolderPlan
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
@@ -22,7 +22,7 @@ from msquant.planning.costs import START_SECONDS, carried_work, layer_work
 from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
 from msquant.planning.work import Rates, Work
 from msquant.recipes import Recipe
-from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plan
+from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plans
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
 Probe = Callable[[ModelConfig, Checkpoint | None], Rates]
@@ -154,7 +154,7 @@ def make_plan(
     """
     subject = _subject(recipe, source)
     config, settings = subject.config, recipe.calibration
-    folder = shapes_plan(recipe, config, subject.extras)
+    folder = shapes_plans(recipe, config, subject.extras)[0]
     batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.samples, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []

@@ -16,7 +16,7 @@ from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.formats.golden_stick_layout import MODEL_DTYPES
+from msquant.formats.dtypes import MODEL_DTYPES
 from msquant.models.config import ModelConfig
 from msquant.planning.work import Rates
 

@@ -9,10 +9,10 @@ import numpy as np
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.checkpoint.writer import write_json
-from msquant.formats.golden_stick_group import GroupWriter
-from msquant.formats.golden_stick_plan import FolderPlan, plan_folder
+from msquant.formats.folder_plan import FolderPlan, plan_folder
+from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick_schemes import variant_of
-from msquant.formats.golden_stick_stream import GoldenStickStream
+from msquant.formats.group_writer import GroupWriter
 
 DEEPSEEK: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -139,7 +139,7 @@ def write_experts(
     schemes = schemes_of(config) if schemes is None else schemes
     plan = plan_folder(groups, schemes, config, config["torch_dtype"], max_shard_bytes)
     folder.mkdir(parents=True)
-    stream = GoldenStickStream(folder, plan)
+    stream = FolderStream(folder, plan)
     for index, shapes in enumerate(groups):
         with stream.group(index) as writer:
             write_group(writer, shapes, plan)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.formats.folder_plan import plan_folder
+from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick import GoldenStickCheckpoint, validate
-from msquant.formats.golden_stick_plan import plan_folder
-from msquant.formats.golden_stick_stream import GoldenStickStream
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.torch_simulation import load_simulation, relative_mse
 from tests.formats.expert_folders import groups_of, schemes_of
@@ -58,7 +58,7 @@ def convert(source: Path, folder: Path, schemes: Mapping[str, Scheme], ranges: M
     groups = groups_of(config)
     plan = plan_folder(groups, schemes, config, "bfloat16", 200_000)
     folder.mkdir()
-    stream = GoldenStickStream(folder, plan)
+    stream = FolderStream(folder, plan)
     for index, shapes in enumerate(groups):
         with stream.group(index) as writer:
             for name in shapes:

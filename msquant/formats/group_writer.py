@@ -14,8 +14,8 @@ from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, Scheme
 from msquant.errors import OutputError
-from msquant.formats.golden_stick_layout import PER_COLUMN, cast, encode_linear, stored_dtype
-from msquant.formats.golden_stick_plan import FolderPlan
+from msquant.formats.dtypes import cast, stored_dtype
+from msquant.formats.folder_plan import FolderPlan
 
 
 class FileEntry(TypedDict):
@@ -26,7 +26,7 @@ class FileEntry(TypedDict):
 
 
 class GroupWriter:
-    """Takes the tensors of one group, in any order; made by `GoldenStickStream.group`.
+    """Takes the tensors of one group, in any order; made by `FolderStream.group`.
 
     Attributes:
         files: the group's shards by name, filled when the group is complete.
@@ -89,20 +89,19 @@ class GroupWriter:
         Raises:
             OutputError: it is not planned in this group, or in another scheme or shape, or was written
                 before; or the disk is full.
-            CheckpointError: as `encode_linear`.
+            CheckpointError: as `Format.encode_linear`.
         """
         scheme = _scheme(linear)
         planned = self._plan.linears.get(module, "float")
         if scheme != planned:
             raise OutputError(f"its scheme is {scheme}, {planned} is planned", where=module)
         order = self._order(f"{module}.weight")
-        for name, array in encode_linear(module, linear, self._plan.dtype, self._plan.variant).items():
-            if order is None or name.endswith(PER_COLUMN):
-                self._put(name, array)
-            elif len(array) == order.rows:
-                self._put(name, array[order.deinterleaved()])
-            else:
-                raise self._misfit(name, array.shape)
+        if order is not None:
+            if len(linear.weight) != order.rows:
+                raise self._misfit(f"{module}.weight", linear.weight.shape)
+            linear = linear.take_rows(order.deinterleaved())
+        for name, array in self._plan.format.encode_linear(module, linear, self._plan.dtype).items():
+            self._put(name, array)
 
     def close(self) -> None:
         """Give the complete shards their names.
@@ -128,7 +127,7 @@ class GroupWriter:
         return cast(name, values, stored_dtype(name, self._plan.dtype))
 
     def _order(self, name: str) -> RowOrder | None:
-        return self._plan.rope_rows.of(name.rpartition(".")[0])
+        return self._plan.row_orders.of(name.rpartition(".")[0])
 
     def _spec(self, name: str) -> tuple[str, TensorSpec]:
         if name not in self._places:

@@ -8,8 +8,8 @@ import pytest
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.errors import CheckpointError, MsquantError, OutputError, RecipeError
+from msquant.formats.folder_plan import plan_folder
 from msquant.formats.golden_stick import DESCRIPTION_NAME
-from msquant.formats.golden_stick_plan import plan_folder
 from tests.formats.expert_folders import DEEPSEEK, QWEN, groups_of, schemes_of, write_experts
 from tests.formats.folders import CONFIG as LLAMA
 
@@ -39,7 +39,7 @@ def test_what_is_planned_is_what_is_written(
     assert plan.tensor_bytes == sum(checkpoint.nbytes(name) for name in checkpoint.names())
     assert plan.tensor_bytes == read_json(tmp_path / "m" / INDEX_NAME)["metadata"]["total_size"]
     assert plan.file_bytes == sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
-    assert plan.description == read_json(tmp_path / "m" / DESCRIPTION_NAME)
+    assert plan.documents[DESCRIPTION_NAME] == read_json(tmp_path / "m" / DESCRIPTION_NAME)
     assert len(list(plan.shards)) == len(list((tmp_path / "m").glob("*.safetensors")))
     assert (len(list(plan.shards)) > len(plan.groups)) == (max_shard_bytes == 1500)
 
@@ -71,7 +71,7 @@ def test_the_tensors_of_each_scheme() -> None:
         },
         "float": {"weight": "BF16 [4, 6]", "bias": "BF16 [4]"},
     }
-    assert set(plans["dynamic"].description.values()) == {"W8A8_DYNAMIC"}
+    assert set(plans["dynamic"].documents[DESCRIPTION_NAME].values()) == {"W8A8_DYNAMIC"}
 
 
 def test_scales_of_fp8_blocks_are_left_out_and_the_routers_bias_stays_exact() -> None:

@@ -1,4 +1,4 @@
-"""Writes a planned golden-stick folder group by group, and closes it with its manifest."""
+"""Writes a planned folder group by group, and closes it with its manifest."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,8 @@ from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256, write_index, write_json
 from msquant.errors import OutputError
-from msquant.formats.golden_stick_group import FileEntry, GroupWriter
-from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, QUANT_METHOD
-from msquant.formats.golden_stick_plan import FolderPlan
+from msquant.formats.folder_plan import FolderPlan
+from msquant.formats.group_writer import FileEntry, GroupWriter
 
 # What a tokenizer and its generation defaults are made of, in any of the forms transformers saves.
 COMPANIONS = (
@@ -29,11 +28,11 @@ COMPANIONS = (
     "generation_config.json",
 )
 
-# vLLM-MindSpore prefers the first two over the description; the last names Python files that are not copied.
+# The first two say how the source was quantized; the last names Python files that are not copied.
 _DROPPED = ("quantization_config", "compression_config", "auto_map")
 
 
-class GoldenStickStream:
+class FolderStream:
     """Writes one folder.
 
     Args:
@@ -116,15 +115,16 @@ class GoldenStickStream:
                 with writing(self.folder / companion):
                     shutil.copyfile(source / companion, self.folder / companion)
                 files[companion] = self._entry(companion, file_sha256(self.folder / companion))
-        digest = write_json(self.folder / DESCRIPTION_NAME, self.plan.description)
-        files[DESCRIPTION_NAME] = self._entry(DESCRIPTION_NAME, digest)
+        for name, document in self.plan.documents.items():
+            files[name] = self._entry(name, write_json(self.folder / name, document))
         files[INDEX_NAME] = self._entry(
             INDEX_NAME, write_index(self.folder, self.plan.weight_map, self.total_size)
         )
         files["config.json"] = self._entry(
             "config.json", write_json(self.folder / "config.json", self._config(source))
         )
-        record = {"format": QUANT_METHOD, "variant": self.plan.variant, "files": dict(sorted(files.items()))}
+        form = self.plan.format
+        record = {"format": form.name, "variant": form.variant, "files": dict(sorted(files.items()))}
         write_json(self.folder / MANIFEST_NAME, {**manifest, **record})
 
     def _entry(self, name: str, digest: str) -> FileEntry:
@@ -135,4 +135,4 @@ class GoldenStickStream:
         for section in _DROPPED:
             config.pop(section, None)
         config["dtype" if "dtype" in config else "torch_dtype"] = self.plan.dtype
-        return config
+        return {**config, **self.plan.config_entries}

@@ -13,9 +13,9 @@ from msquant.checkpoint.rope_rows import model_rope_rows
 from msquant.checkpoint.weights import FloatLinear
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, OutputError
+from msquant.formats.folder_plan import FolderPlan, plan_folder
+from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick import validate
-from msquant.formats.golden_stick_plan import FolderPlan, plan_folder
-from msquant.formats.golden_stick_stream import GoldenStickStream
 from tests.formats.expert_folders import (
     DEEPSEEK,
     groups_of,
@@ -38,8 +38,8 @@ def plan() -> FolderPlan:
 
 
 @pytest.fixture
-def stream(tmp_path: Path, plan: FolderPlan) -> GoldenStickStream:
-    return GoldenStickStream(tmp_path, plan)
+def stream(tmp_path: Path, plan: FolderPlan) -> FolderStream:
+    return FolderStream(tmp_path, plan)
 
 
 def same_files(first: Path, second: Path) -> bool:
@@ -52,7 +52,7 @@ def same_files(first: Path, second: Path) -> bool:
 def test_groups_and_tensors_in_any_order_give_the_same_bytes(tmp_path: Path, plan: FolderPlan) -> None:
     write_experts(tmp_path / "first", DEEPSEEK, max_shard_bytes=1500)
     (tmp_path / "second").mkdir()
-    stream = GoldenStickStream(tmp_path / "second", plan)
+    stream = FolderStream(tmp_path / "second", plan)
     for index in (3, 1, 0, 2):
         with stream.group(index) as writer:
             write_group(writer, dict(reversed(GROUPS[index].items())), plan)
@@ -70,12 +70,12 @@ def test_a_finished_group_is_taken_over(tmp_path: Path, plan: FolderPlan) -> Non
     folder = tmp_path / "resumed"
     folder.mkdir()
     journal: dict[int, Any] = {}
-    first = GoldenStickStream(folder, plan)
+    first = FolderStream(folder, plan)
     for index in (0, 2):
         with first.group(index) as writer:
             write_group(writer, GROUPS[index], plan)
         journal[index] = json.loads(json.dumps(writer.files))
-    second = GoldenStickStream(folder, plan)
+    second = FolderStream(folder, plan)
     for index, files in journal.items():
         second.restore(index, files)
     for index in (1, 3):
@@ -85,10 +85,10 @@ def test_a_finished_group_is_taken_over(tmp_path: Path, plan: FolderPlan) -> Non
     assert same_files(tmp_path / "whole", folder)
 
 
-def test_what_cannot_be_taken_over(tmp_path: Path, stream: GoldenStickStream, plan: FolderPlan) -> None:
+def test_what_cannot_be_taken_over(tmp_path: Path, stream: FolderStream, plan: FolderPlan) -> None:
     with stream.group(0) as writer:
         write_group(writer, GROUPS[0], plan)
-    other = GoldenStickStream(tmp_path, plan)
+    other = FolderStream(tmp_path, plan)
     with pytest.raises(OutputError, match="group 1 was written as"):
         other.restore(1, writer.files)
     name = next(iter(writer.files))
@@ -106,7 +106,7 @@ def test_what_cannot_be_taken_over(tmp_path: Path, stream: GoldenStickStream, pl
 def test_rows_in_pieces_give_the_same_tensor(tmp_path: Path, name: str, step: int) -> None:
     shape = {f"{name}.weight": (20, 12)}
     plan = plan_folder([shape], {name: "float"}, DEEPSEEK, "bfloat16")
-    stream = GoldenStickStream(tmp_path, plan)
+    stream = FolderStream(tmp_path, plan)
     values = random_tensor(name, (20, 12))
     with stream.group(0) as writer:
         for start in reversed(range(0, 20, step)):
@@ -164,7 +164,7 @@ def test_the_config_is_the_models_without_what_misleads(tmp_path: Path) -> None:
     assert "tokenizer.json" in manifest["files"]
 
 
-def test_misuse_is_refused(stream: GoldenStickStream, tmp_path: Path) -> None:
+def test_misuse_is_refused(stream: FolderStream, tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (lambda w: w.tensor("x", np.ones(3)), "x is not planned in this group"),
         (lambda w: w.tensor(NORM, np.ones(3)), r"shape \[3\], but planned as BF16 \[16\]"),
@@ -189,7 +189,7 @@ def test_misuse_is_refused(stream: GoldenStickStream, tmp_path: Path) -> None:
     assert stream.files == {}
 
 
-def test_a_group_that_fails_leaves_nothing(stream: GoldenStickStream, tmp_path: Path) -> None:
+def test_a_group_that_fails_leaves_nothing(stream: FolderStream, tmp_path: Path) -> None:
     def interrupted() -> None:
         with stream.group(0) as writer:
             writer.tensor(NORM, np.ones(16))
@@ -202,7 +202,7 @@ def test_a_group_that_fails_leaves_nothing(stream: GoldenStickStream, tmp_path: 
 
 
 def test_a_folder_is_not_finished_before_all_groups_are(
-    stream: GoldenStickStream, plan: FolderPlan, tmp_path: Path
+    stream: FolderStream, plan: FolderPlan, tmp_path: Path
 ) -> None:
     with stream.group(0) as writer:
         write_group(writer, GROUPS[0], plan)
@@ -223,7 +223,7 @@ def test_one_tensor_at_a_time_is_held(tmp_path: Path) -> None:
         config,
         "bfloat16",
     )
-    stream = GoldenStickStream(tmp_path, plan)
+    stream = FolderStream(tmp_path, plan)
     linear = random_linear(names[0], (256, 1024), "dynamic")
     tracemalloc.start()
     try:
