@@ -8,10 +8,9 @@ import numpy as np
 
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError
-from msquant.inference.engine import Completion, FinishReason, OnText, Sampling, check_prompts
+from msquant.inference.answer import Answer
+from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
 from msquant.inference.sampling import Sampler
-from msquant.inference.stop_strings import StopStrings
-from msquant.inference.text_stream import TextStream
 from msquant.models.config import ModelConfig
 from msquant.models.device import use_device
 
@@ -46,7 +45,7 @@ class EmbeddedEngine:
         from msquant.models.network import CausalLM
 
         self._config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._model = CausalLM(config, source, dtype)
 
     def generate(
@@ -70,7 +69,7 @@ class EmbeddedEngine:
         Raises:
             EngineError: it has too many tokens, or none, or one that the model does not know.
         """
-        ids = [int(token) for token in self._tokenizer.encode(prompt)]
+        ids = [int(token) for token in self.tokenizer.encode(prompt)]
         self._check(ids)
         return ids
 
@@ -94,6 +93,11 @@ class EmbeddedEngine:
         """
         self._check(ids)
         return self._tokens(list(ids), sampling, index)
+
+    def answer(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Answer:
+        """The text of `tokens`, piece by piece; it ends at a stop string too."""
+        tokens = self.tokens(ids, sampling, index)
+        return Answer(tokens, self.tokenizer, ids, sampling, lambda token: self._ends(token, sampling))
 
     def _tokens(self, ids: list[int], sampling: Sampling, index: int) -> Iterator[int]:
         sampler = Sampler(sampling, index)
@@ -136,26 +140,13 @@ class EmbeddedEngine:
         self, index: int, prompt: str, ids: list[int], sampling: Sampling, on_text: OnText | None
     ) -> Completion:
         start = time.perf_counter()
-        stream = TextStream(self._tokenizer, ids)
-        stops = StopStrings(sampling.stop)
-        generated: list[int] = []
+        answer = self.answer(ids, sampling, index)
         pieces: list[str] = []
-        reason: FinishReason = "length"
-
-        def emit(piece: str) -> None:
+        for piece in answer:
             if piece:
                 pieces.append(piece)
                 if on_text is not None:
                     on_text(index, piece)
-
-        for token in self.tokens(ids, sampling, index):
-            generated.append(token)
-            ended = self._ends(token, sampling)
-            if not ended:
-                emit(stops.add(stream.add(token)))
-            if ended or stops.reached:
-                reason = "stop"
-                break
-        emit(stops.add(stream.finish()))
-        emit(stops.finish())
-        return Completion(prompt, "".join(pieces), tuple(generated), reason, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        reason = answer.finish_reason or "length"
+        return Completion(prompt, "".join(pieces), tuple(answer.token_ids), reason, seconds)
