@@ -10,6 +10,7 @@ import typer
 from msquant import __version__
 from msquant.cli import console
 from msquant.cli.analyze import analyze
+from msquant.cli.doctor import doctor
 from msquant.cli.download import download
 from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
@@ -62,7 +63,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, analyze, run, inspect, download, upload):
+for _command in (quantize, plan, analyze, run, inspect, download, upload, doctor):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 

@@ -3,7 +3,6 @@
 Guide: https://www.mindspore.cn/vllm_mindspore/docs/en/r0.4.0/user_guide/supported_features/quantization/quantization.html
 """
 
-import glob
 import importlib.util
 import os
 import time
@@ -13,12 +12,11 @@ from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
+from msquant.inference.ascend_host import DEVICE_NODES, device_nodes
 from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
 from msquant.inference.serving import ServingSettings
 
 NAME = "vllm-mindspore"
-# One device node for each NPU, made by its driver; Ray counts NPUs by them too (accelerators/npu.py).
-DEVICE_NODES = "/dev/davinci[0-9]*"
 BACKEND_VARIABLE = "VLLM_MS_MODEL_BACKEND"
 _OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -35,17 +33,17 @@ _DESCRIPTIONS = {
 }
 
 
-def available(device_nodes: str = DEVICE_NODES) -> str | None:
+def available(nodes: str = DEVICE_NODES) -> str | None:
     """Return why this engine cannot be used here, or None if it can; nothing is imported.
 
     Args:
-        device_nodes: glob pattern of the NPUs' device nodes.
+        nodes: glob pattern of the NPUs' device nodes.
     """
     for package in ("vllm_mindspore", "vllm"):
         if importlib.util.find_spec(package) is None:
             return f"the Python package {package} is not installed"
-    if not glob.glob(device_nodes):
-        return f"there is no Ascend NPU on this machine (no {device_nodes})"
+    if not device_nodes(nodes):
+        return f"there is no Ascend NPU on this machine (no {nodes})"
     return None
 
 

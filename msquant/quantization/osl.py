@@ -21,7 +21,6 @@ from msquant.errors import CalibrationError
 from msquant.interrupts import check_interrupt
 from msquant.models.layers import DecoderLayer
 from msquant.quantization.fake_quant import activation_parameters, fake_quantize
-from msquant.quantization.ranges import GroupReporter
 from msquant.quantization.report import GroupReport, LayerReport
 from msquant.quantization.weights import column_maxima, smoothed_and_rounded
 
@@ -45,7 +44,7 @@ class GroupCells:
     smooth_scale: Any = None
 
 
-class ReferenceOSLSmoother(GroupReporter, OSLSmoother):
+class ReferenceOSLSmoother(OSLSmoother):
     """golden-stick's own search, which also reports what it chose."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -61,7 +60,7 @@ class ReferenceOSLSmoother(GroupReporter, OSLSmoother):
             scale, alpha = super()._search_best_ratio(name, layer, group, *args)
         except ValueError as error:
             raise nothing_finite(group.name, self.report.name) from error
-        self.report_group(GroupReport(group.name, alpha, min(self._losses)), scale, args[-1])
+        self.report.groups.append(GroupReport(group.name, alpha, min(self._losses)))
         return scale, alpha
 
     def _loss(self, preds: Any, grounds: Any) -> float:
@@ -108,7 +107,7 @@ class HostSmoother:
         weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
 
 
-class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
+class FastOSLSmoother(HostSmoother, OSLSmoother):
     """The same search, in a fraction of the time; its items are batches of samples of equal length."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -139,7 +138,7 @@ class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
         alpha, least = least_loss(alphas, len(batches), loss)
         if not math.isfinite(least):
             raise nothing_finite(group.name, self.report.name)
-        self.report_group(GroupReport(group.name, alpha, least), scales[alpha], heads[-1])
+        self.report.groups.append(GroupReport(group.name, alpha, least))
         return scales[alpha], alpha
 
 

@@ -1,0 +1,51 @@
+"""`msquant doctor` as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.inference.packages import write_package
+
+
+def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "msquant", "doctor", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment,
+    )
+
+
+def test_this_machine_is_fine(tmp_path: Path) -> None:
+    run = doctor("--json", MSQUANT_CACHE=str(tmp_path))
+    document = json.loads(run.stdout)
+    assert (run.returncode, document["ok"]) == (0, True), run.stdout
+    sections = [check["section"] for check in document["checks"]]
+    assert list(dict.fromkeys(sections)) == [
+        "python", "packages", "machine", "disk", "ascend", "engines", "hubs"
+    ]  # fmt: skip
+    engines = {
+        check["subject"]: check["status"] for check in document["checks"] if check["section"] == "engines"
+    }
+    assert engines["embedded"] == "ok"
+    assert all(check["remedy"] for check in document["checks"] if check["status"] != "ok")
+
+
+def test_what_is_broken_is_named_with_its_remedy(tmp_path: Path) -> None:
+    write_package(tmp_path, "numpy", "2.1.0")
+    # A package that is there and cannot be imported ends nothing but its own line.
+    (tmp_path / "psutil.py").write_text("raise ImportError('no psutil here', name='psutil')")
+    (tmp_path / "mindspore.py").write_text("raise ImportError('no MindSpore here')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = doctor(PYTHONPATH=path, MSQUANT_CACHE="/proc/cache")
+    assert run.returncode == 1
+    lines = [" ".join(line.split()) for line in run.stdout.splitlines()]
+    assert any(line.startswith("error numpy 2.1.0; numpy<2,>=1.26 is needed") for line in lines)
+    assert "try: pip install 'numpy<2,>=1.26'" in lines
+    assert "error psutil no psutil here" in lines
+    assert "error embedded MindSpore does not compute here: ImportError: no MindSpore here" in lines
+    assert any(line.startswith("error cache /proc/cache cannot be written to") for line in lines)
+    assert any(line.startswith("ok Python 3.11") for line in lines)
