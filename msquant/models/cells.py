@@ -8,9 +8,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.errors import CheckpointError
-from msquant.models.config import ModelConfig, check_shape
+from msquant.models.config import ModelConfig
 from msquant.models.linear import linear_cell
+from msquant.models.reading import read_linear, read_tensor
 
 
 class RMSNorm(nn.Cell):
@@ -47,23 +47,10 @@ def norm_cell(
     Raises:
         CheckpointError: it is missing or damaged, or its shape is not that of the config.
     """
-    weight = source.tensor(f"{name}.weight")
-    check_shape(config, f"{name}.weight", weight.shape)
+    weight = read_tensor(config, source, f"{name}.weight")
     return RMSNorm(weight, config.rms_norm_eps if eps is None else eps, dtype)
 
 
 def projection(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> nn.Cell:
-    """Build the linear layer called `name`, in floating point or in W8A8 as the source has it.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or its shape or bias is not that of the config.
-    """
-    linear = source.linear(name)
-    check_shape(config, f"{name}.weight", linear.weight.shape)
-    if (linear.bias is not None) != (f"{name}.bias" in config.shapes):
-        found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
-        raise CheckpointError(
-            f"{name} {found} bias, config.json asks for {asked}",
-            remedy="use the config.json that belongs to these weights",
-        )
-    return linear_cell(linear, dtype)
+    """Build the linear layer called `name`. Raises CheckpointError as `read_linear`."""
+    return linear_cell(read_linear(config, source, name), dtype)

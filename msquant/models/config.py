@@ -26,6 +26,9 @@ _STRICT = ConfigDict(strict=True)
 
 Shapes = dict[str, tuple[int, ...]]
 
+# DeepSeek's own code and transformers leave the epsilon of the inner norms at their default.
+INNER_NORM_EPS = 1e-6
+
 
 @dataclass(frozen=True, config=_STRICT)
 class LatentSizes:

@@ -1,6 +1,5 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): queries, keys and values from few channels."""
 
-import math
 from typing import Any
 
 from mindspore import Tensor, nn, ops
@@ -8,11 +7,9 @@ from mindspore import Tensor, nn, ops
 from msquant.checkpoint.weights import WeightSource
 from msquant.models.attention import KeyValueCache, ScaledDotProduct
 from msquant.models.cells import norm_cell, projection
-from msquant.models.config import LatentSizes, ModelConfig
+from msquant.models.config import INNER_NORM_EPS, LatentSizes, ModelConfig
 from msquant.models.positions import Positions
-
-# DeepSeek's own code and transformers leave the epsilon of the inner norms at their default.
-INNER_NORM_EPS = 1e-6
+from msquant.models.rope import softmax_scale
 
 
 class LatentAttention(nn.Cell):
@@ -84,16 +81,3 @@ class LatentAttention(nn.Cell):
     @staticmethod
     def _split(x: Tensor, batch: int, heads: int) -> Tensor:
         return x.reshape(batch, -1, heads, x.shape[1] // heads).transpose(0, 2, 1, 3)
-
-
-def softmax_scale(config: ModelConfig, sizes: LatentSizes) -> float:
-    """The factor of attention scores: `qk_head_dim ** -0.5`, corrected where YaRN stretches positions.
-
-    The correction `(0.1 mscale_all_dim ln(factor) + 1) ** 2` is DeepSeek's (`modeling_deepseek.py` of V2 and
-    V3). transformers 4.57.1 makes it for V3 only.
-    """
-    scale = sizes.qk_head_dim**-0.5
-    weight, factor = config.rope_scaling.get("mscale_all_dim"), config.rope_scaling.get("factor", 1.0)
-    if weight and factor > 1:
-        scale *= (0.1 * weight * math.log(factor) + 1) ** 2
-    return scale

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from msquant.errors import ModelError
 
 if TYPE_CHECKING:
-    from msquant.models.config import ModelConfig
+    from msquant.models.config import LatentSizes, ModelConfig
 
 Frequencies = tuple[NDArray[np.float32], float]
 
@@ -40,6 +40,19 @@ def rotary_tables(
     angles = np.concatenate([angles, angles], axis=1)
     factor = np.float32(attention_factor)
     return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+def softmax_scale(config: "ModelConfig", sizes: "LatentSizes") -> float:
+    """The factor of attention scores: `qk_head_dim ** -0.5`, corrected where YaRN stretches positions.
+
+    The correction `(0.1 mscale_all_dim ln(factor) + 1) ** 2` is DeepSeek's (`modeling_deepseek.py` of V2 and
+    V3). transformers 4.57.1 makes it for V3 only.
+    """
+    scale = sizes.qk_head_dim**-0.5
+    weight, factor = config.rope_scaling.get("mscale_all_dim"), config.rope_scaling.get("factor", 1.0)
+    if weight and factor > 1:
+        scale *= (0.1 * weight * math.log(factor) + 1) ** 2
+    return scale
 
 
 def _frequencies(config: "ModelConfig", sequence_length: int) -> Frequencies:

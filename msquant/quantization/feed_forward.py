@@ -26,7 +26,8 @@ from msquant.interrupts import check_interrupt
 from msquant.models.cells import RMSNorm
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
-from msquant.models.moe import Router, tokens_of
+from msquant.models.moe import Router
+from msquant.models.routing import tokens_of
 from msquant.quantization.fake_quant import STEPS
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.smoothing import power_of_two, smooth_scale

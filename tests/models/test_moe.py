@@ -19,7 +19,8 @@ from msquant.errors import CheckpointError, ModelError
 from msquant.models import moe
 from msquant.models.config import ExpertSizes, ModelConfig
 from msquant.models.feed_forward import MLP
-from msquant.models.moe import MoE, Router, choose, tokens_of
+from msquant.models.moe import MoE, Router
+from msquant.models.routing import choose, tokens_of
 from tests.fixtures.tiny_families import write_tiny
 from tests.models.folders import Replaced
 

@@ -1,0 +1,43 @@
+"""What a model is built from: read from a source, and checked against `config.json`."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import Linear, WeightSource
+from msquant.errors import CheckpointError, ModelError
+from msquant.models.config import ExpertSizes, ModelConfig, check_shape
+
+
+def read_tensor(config: ModelConfig, source: WeightSource, name: str) -> NDArray[np.float32]:
+    """Read a floating-point tensor.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or its shape is not that of the config.
+    """
+    tensor = source.tensor(name)
+    check_shape(config, name, tensor.shape)
+    return tensor
+
+
+def read_linear(config: ModelConfig, source: WeightSource, name: str) -> Linear:
+    """Read the linear layer called `name`, in floating point or in W8A8 as the source has it.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or its shape or bias is not that of the config.
+    """
+    linear = source.linear(name)
+    check_shape(config, f"{name}.weight", linear.weight.shape)
+    if (linear.bias is not None) != (f"{name}.bias" in config.shapes):
+        found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
+        raise CheckpointError(
+            f"{name} {found} bias, config.json asks for {asked}",
+            remedy="use the config.json that belongs to these weights",
+        )
+    return linear
+
+
+def expert_sizes(config: ModelConfig) -> ExpertSizes:
+    """The sizes of a model's experts. Raises ModelError if it has none."""
+    if config.experts is None:
+        raise ModelError(f"a model of type {config.family.model_type} has no experts")
+    return config.experts
