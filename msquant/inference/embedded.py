@@ -1,26 +1,25 @@
-"""The engine that always works: msquant's own decoder layers in MindSpore, with a key-value cache."""
+"""The engine that always works: msquant's own decoder layers, with a key-value cache."""
 
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError
 from msquant.inference.answer import Answer
+from msquant.inference.batch import Batch, BatchModel
 from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
 from msquant.inference.sampling import Sampler
 from msquant.models.config import ModelConfig
-from msquant.models.device import use_device
 
 NAME = "embedded"
-# A prompt goes through the model in pieces, which bounds the memory of attention's scores.
-PREFILL_TOKENS = 512
 
 
 class EmbeddedEngine:
-    """Runs a whole model in this process, one prompt after another.
+    """Runs a whole model in this process: on a CPU in NumPy and oneDNN, on Ascend in MindSpore.
+
+    `generate` takes one prompt after another; iterators of `tokens` that are advanced in turn are computed
+    together.
 
     Quantized linears are computed with the exact integer arithmetic of their static or per-token
     quantization, the others in floating point.
@@ -41,12 +40,17 @@ class EmbeddedEngine:
     def __init__(
         self, config: ModelConfig, source: WeightSource, tokenizer: Any, device: str = "cpu"
     ) -> None:
-        dtype = use_device(device)
-        from msquant.models.network import CausalLM
-
         self._config = config
         self.tokenizer = tokenizer
-        self._model = CausalLM(config, source, dtype)
+        if device == "cpu":
+            from msquant.inference.cpu.model import CpuModel
+
+            model: BatchModel = CpuModel(config, source)
+        else:
+            from msquant.inference.mindspore_model import MindSporeModel
+
+            model = MindSporeModel(config, source, device)
+        self._batch = Batch(model)
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None
@@ -61,7 +65,7 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         """Free the weights; see `Engine.close`."""
-        del self._model
+        del self._batch
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt, with what the tokenizer puts in front of a text.
@@ -76,8 +80,9 @@ class EmbeddedEngine:
     def tokens(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Iterator[int]:
         """Continue tokens, each new one being computed when it is asked for.
 
-        Several such iterators may be advanced in turn, in one thread. One that is closed or dropped lets
-        go of its key-value cache.
+        Several such iterators may be advanced in turn, in one thread: a token is then computed for all of
+        them at once, which is far faster than one by one. Each is so at most one token ahead. One that is
+        closed or dropped lets go of its key-value cache.
 
         Args:
             ids: the tokens to continue.
@@ -92,27 +97,14 @@ class EmbeddedEngine:
             EngineError: as `encode`; or, while iterating, the logits are not finite.
         """
         self._check(ids)
-        return self._tokens(list(ids), sampling, index)
+        room = min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))
+        ends = () if sampling.ignore_eos else self._config.eos_token_ids
+        return self._batch.tokens(ids, Sampler(sampling, index), room, ends)
 
     def answer(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Answer:
         """The text of `tokens`, piece by piece; it ends at a stop string too."""
         tokens = self.tokens(ids, sampling, index)
         return Answer(tokens, self.tokenizer, ids, sampling, lambda token: self._ends(token, sampling))
-
-    def _tokens(self, ids: list[int], sampling: Sampling, index: int) -> Iterator[int]:
-        sampler = Sampler(sampling, index)
-        cache = self._model.new_cache()
-        pending, past = ids, 0
-        for _ in range(min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))):
-            for begin in range(0, len(pending), PREFILL_TOKENS):
-                tokens = np.array([pending[begin : begin + PREFILL_TOKENS]])
-                logits = self._model.logits(tokens, cache, past, last_only=True)
-                past += tokens.shape[1]
-            token = sampler.next_token(logits[0, -1])
-            yield token
-            if self._ends(token, sampling):
-                return
-            pending = [token]
 
     def _ends(self, token: int, sampling: Sampling) -> bool:
         return token in self._config.eos_token_ids and not sampling.ignore_eos

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, EngineError
 from msquant.formats.golden_stick import GoldenStickCheckpoint
-from msquant.inference import embedded
+from msquant.inference import batch
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import Sampling
 from msquant.models.config import ModelConfig
@@ -55,14 +55,6 @@ def test_quantized_greedy_tokens_equal_the_exact_simulation(tiny_quantized: Path
         assert list(completion.token_ids) == expected
 
 
-def test_iterators_advanced_in_turn_do_not_disturb_one_another(engine: EmbeddedEngine) -> None:
-    sampling = Sampling(max_tokens=6)
-    prompts = [engine.encode(prompt) for prompt in PROMPTS]
-    alone = [list(engine.tokens(ids, sampling)) for ids in prompts]
-    together = list(zip(*(engine.tokens(ids, sampling) for ids in prompts), strict=True))
-    assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
-
-
 @pytest.mark.parametrize(
     ("ids", "message"), [([], "no token"), ([1] * 256, "256 tokens"), ([512], "token 512")]
 )
@@ -74,7 +66,7 @@ def test_tokens_that_cannot_be_continued(engine: EmbeddedEngine, ids: list[int],
 def test_long_prompt_in_pieces(
     engine: EmbeddedEngine, tiny_llama: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 7)
     prompt = "The with statement is used to wrap the execution of a block"
     ids = tokenizer.encode(prompt)
     assert len(ids) > 3 * 7

@@ -9,46 +9,13 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.models.linear import dense, linear_cell
+from tests.fixtures.linears import N, T, random_input, random_linear, reference
 
 SIZES = [64, 1024, 1500, 3000]
-N, T = 24, 10
 
 
 def run(linear: FloatLinear | QuantizedLinear, x: NDArray[np.float32], dtype: Any) -> NDArray[np.float32]:
     return linear_cell(linear, dtype)(Tensor(x)).asnumpy()
-
-
-def reference(linear: QuantizedLinear, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The contract's arithmetic: quantizer in float32, sum in int64, everything after it in float64."""
-    if linear.input_scale is None or linear.input_offset is None:
-        scale = np.abs(x).max(axis=1, keepdims=True) * np.float32(2) / np.float32(255)
-        scale = np.where(scale == 0, np.float32(1), scale)
-        offset = 0
-    else:
-        scale, offset = np.full((len(x), 1), linear.input_scale[0]), int(linear.input_offset[0])
-    quantized = np.clip(np.rint(x / scale) + offset, -128, 127).astype(np.int64)
-    total = (quantized - offset) @ linear.weight.astype(np.int64).T
-    y = total * linear.weight_scale.astype(np.float64) * scale.astype(np.float64)
-    return y if linear.bias is None else y + linear.bias
-
-
-def random_linear(k: int, *, static: bool, bias: bool = True) -> QuantizedLinear:
-    generator = np.random.default_rng(k)
-    return QuantizedLinear(
-        weight=generator.integers(-128, 128, (N, k), dtype=np.int8),
-        weight_scale=generator.uniform(1e-4, 1e-2, N).astype(np.float32),
-        bias=generator.standard_normal(N).astype(np.float32) if bias else None,
-        input_scale=np.array([0.0317], np.float32) if static else None,
-        input_offset=np.array([-37], np.int32) if static else None,
-    )
-
-
-def random_input(k: int) -> NDArray[np.float32]:
-    """Tokens of very different sizes, the last one of zeros; some saturate the static quantizer."""
-    generator = np.random.default_rng(k + 1)
-    x = generator.standard_normal((T, k)) * np.geomspace(0.01, 10, T)[:, None]
-    x[-1] = 0
-    return x.astype(np.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])

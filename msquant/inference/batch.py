@@ -1,0 +1,118 @@
+"""Sequences that are continued together: one step of the model computes a token for each of them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.errors import EngineError
+from msquant.inference.sampling import Sampler
+
+# So many tokens of prompts go through the model at a time, which bounds the memory of activations and scores.
+PREFILL_TOKENS = 512
+
+
+class BatchModel(Protocol):
+    """A whole model in memory."""
+
+    def new_cache(self) -> Any:
+        """The empty key-value cache of a sequence."""
+        ...
+
+    def next_logits(self, batch: Sequence[tuple[Any, Sequence[int]]]) -> NDArray[np.float32]:
+        """Logits of the token after each sequence's last, `[sequences, V]`.
+
+        Args:
+            batch: of each sequence, its cache, which is extended in place, and the tokens that follow.
+        """
+        ...
+
+
+class Batch:
+    """Continues sequences as their iterators are advanced, in one thread.
+
+    When one needs a token, one is computed for every other that has none in store either. So iterators that
+    are advanced in turn take one step of the model for each round.
+    """
+
+    def __init__(self, model: BatchModel) -> None:
+        self._model = model
+        self._active: list[_Sequence] = []
+
+    def tokens(self, ids: Sequence[int], sampler: Sampler, room: int, ends: Collection[int]) -> Iterator[int]:
+        """Continue `ids` by at most `room` tokens, and by none after one of `ends`.
+
+        Nothing is computed and no memory is taken before the first token is asked for.
+
+        Raises:
+            EngineError: while iterating: the logits of this sequence are not finite.
+        """
+        sequence = _Sequence(ids, sampler, room, ends, self._model.new_cache())
+        self._active.append(sequence)
+        try:
+            while not sequence.finished or sequence.token is not None:
+                while sequence.token is None:
+                    self._step()
+                    if sequence.failure is not None:
+                        raise sequence.failure
+                token, sequence.token = sequence.token, None
+                yield token
+        finally:
+            self._active.remove(sequence)
+
+    def _step(self) -> None:
+        moving: list[tuple[_Sequence, int]] = []
+        left = PREFILL_TOKENS
+        waiting = [sequence for sequence in self._active if sequence.waits]
+        # Those past their prompt first: a long prompt is computed in pieces beside them.
+        for sequence in sorted(waiting, key=lambda sequence: len(sequence.pending)):
+            if count := min(len(sequence.pending), left):
+                left -= count
+                moving.append((sequence, count))
+        logits = self._model.next_logits(
+            [(sequence.cache, sequence.pending[:count]) for sequence, count in moving]
+        )
+        for (sequence, count), row in zip(moving, logits, strict=True):
+            sequence.advance(count, row)
+
+
+class _Sequence:
+    """One sequence between its prompt and its last token.
+
+    Attributes:
+        cache: its keys and values.
+        pending: tokens that the model has not seen yet.
+        token: the newest, until it is taken.
+        finished: whether the last token has been made.
+        failure: why there is none.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], sampler: Sampler, room: int, ends: Collection[int], cache: Any
+    ) -> None:
+        self.cache = cache
+        self.pending = list(ids)
+        self.token: int | None = None
+        self.finished = False
+        self.failure: EngineError | None = None
+        self._sampler, self._room, self._ends = sampler, room, ends
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs a step of the model."""
+        return self.token is None and not self.finished and self.failure is None
+
+    def advance(self, count: int, logits: NDArray[np.float32]) -> None:
+        """Take note that the model has seen `count` pending tokens, after which it gave `logits`."""
+        del self.pending[:count]
+        if self.pending:
+            return
+        try:
+            self.token = self._sampler.next_token(logits)
+        except EngineError as error:
+            self.failure = error
+            return
+        self.pending = [self.token]
+        self._room -= 1
+        self.finished = self._room == 0 or self.token in self._ends

@@ -1,0 +1,148 @@
+"""Linear layers in NumPy, with the arithmetic of `msquant.models.linear`."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
+from msquant.inference.cpu import onednn
+from msquant.models.exact import exact_parts
+
+Array = NDArray[np.float32]
+Layer = Callable[[Array], Array]
+"""`[T, K]` to `[T, N]`."""
+
+
+def linear_layer(*linears: Linear) -> Layer:
+    """Build the layer that computes several linears of the same input, their outputs side by side.
+
+    They are one product where they quantize the input alike, as they mostly do.
+    """
+    first = linears[0]
+    if isinstance(first, FloatLinear):
+        floats = [linear for linear in linears if isinstance(linear, FloatLinear)]
+        if len(floats) == len(linears):
+            return _FloatLayer(floats)
+    else:
+        alike = [
+            linear for linear in linears if isinstance(linear, QuantizedLinear) and _alike(linear, first)
+        ]
+        if len(alike) == len(linears):
+            return _Int8Layer(alike)
+    layers = [linear_layer(linear) for linear in linears]
+    return lambda x: np.concatenate([layer(x) for layer in layers], axis=1)
+
+
+def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    return a.input_scale == b.input_scale and a.input_offset == b.input_offset
+
+
+class _FloatLayer:
+    """`x W^T + b`."""
+
+    def __init__(self, linears: Sequence[FloatLinear]) -> None:
+        self._weight = np.concatenate([linear.weight for linear in linears]).T
+        self._bias = _biases(linears)
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self._weight
+        if self._bias is not None:
+            y += self._bias
+        return y
+
+
+class _Int8Layer:
+    """W8A8; see `msquant.models.linear.Int8Linear` for the formula."""
+
+    def __init__(self, linears: Sequence[QuantizedLinear]) -> None:
+        first = linears[0]
+        self._input_scale: np.float32 | None = None
+        offset = 0
+        if first.input_scale is not None and first.input_offset is not None:
+            self._input_scale, offset = np.float32(first.input_scale[0]), int(first.input_offset[0])
+        # The offset is taken off before the product: x_q - z lies between these.
+        self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
+        weight = np.concatenate([linear.weight for linear in linears])
+        gemm = onednn.load() if weight.shape[1] < onednn.LONGEST else None
+        if gemm is None:
+            self._product: Layer = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
+        else:
+            self._product = _Int8Product(gemm, weight, -int(self._lowest))
+        self._output_scale = np.concatenate([linear.weight_scale for linear in linears])
+        if self._input_scale is not None:
+            self._output_scale = self._output_scale * self._input_scale
+        self._bias = _biases(linears)
+
+    def __call__(self, x: Array) -> Array:
+        if self._input_scale is None:
+            scale = np.abs(x).max(axis=1, keepdims=True) * np.float32(2) / np.float32(INT8_MAX - INT8_MIN)
+            # A token of zeros has no scale; any will do.
+            scale[scale == 0] = 1
+            quantized = x / scale
+        else:
+            quantized = x / self._input_scale
+        np.rint(quantized, out=quantized)
+        np.maximum(quantized, self._lowest, out=quantized)
+        np.minimum(quantized, self._highest, out=quantized)
+        y = self._product(quantized)
+        y *= self._output_scale
+        if self._input_scale is None:
+            y *= scale
+        if self._bias is not None:
+            y += self._bias
+        return y
+
+
+class _Int8Product:
+    """Integers held in float32 to their exact products with int8 weights, rounded to float32.
+
+    Args:
+        gemm: of the library.
+        weight: int8 `[N, K]`.
+        shift: added to the integers it makes them 0 to 255.
+    """
+
+    def __init__(self, gemm: onednn.Gemm, weight: NDArray[np.int8], shift: int) -> None:
+        self._gemm, self._weight = gemm, weight
+        self._shift = np.float32(shift)
+        self._shifted = weight.sum(axis=1, dtype=np.int32) * np.int32(shift)
+
+    def __call__(self, quantized: Array) -> Array:
+        quantized += self._shift
+        total = self._gemm(quantized.astype(np.uint8), self._weight)
+        total -= self._shifted
+        return total.astype(np.float32)
+
+
+class _WidenedProduct:
+    """The same, for processors without an exact int8 kernel: 4 bytes a weight.
+
+    Args:
+        weight: int8 `[N, K]`.
+        largest: magnitude of the integers.
+    """
+
+    def __init__(self, weight: NDArray[np.int8], largest: float) -> None:
+        self._parts = list(pairwise(exact_parts(weight, largest)))
+        self._weights = [
+            np.asarray(weight[:, start:stop], dtype=np.float32, order="C").T for start, stop in self._parts
+        ]
+
+    def __call__(self, quantized: Array) -> Array:
+        if len(self._parts) == 1:
+            return quantized @ self._weights[0]
+        total = np.zeros((len(quantized), self._weights[0].shape[1]), np.int32)
+        for (start, stop), weight in zip(self._parts, self._weights, strict=True):
+            total += (quantized[:, start:stop] @ weight).astype(np.int32)
+        return total.astype(np.float32)
+
+
+def _biases(linears: Sequence[Linear]) -> Array | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    absent = np.float32(0)
+    return np.concatenate(
+        [np.full(len(linear.weight), absent) if linear.bias is None else linear.bias for linear in linears]
+    )

@@ -1,0 +1,33 @@
+"""Root mean square normalization in NumPy."""
+
+from typing import Self
+
+import numpy as np
+
+from msquant.checkpoint.weights import WeightSource
+from msquant.inference.cpu.linear import Array
+from msquant.models.config import ModelConfig
+from msquant.models.reading import read_tensor
+
+
+class RMSNorm:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, weight: Array, eps: float) -> None:
+        self._weight, self._eps = weight, np.float32(eps)
+        self._share = np.float32(1 / len(weight))
+
+    @classmethod
+    def read(cls, config: ModelConfig, source: WeightSource, name: str, eps: float | None = None) -> Self:
+        """Read the norm called `name`; its epsilon is that of the config if None is given.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or its shape is not that of the config.
+        """
+        weight = read_tensor(config, source, f"{name}.weight")
+        return cls(weight, config.rms_norm_eps if eps is None else eps)
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., H]` to the same."""
+        mean = np.square(x).sum(axis=-1, keepdims=True) * self._share
+        return x * (self._weight / np.sqrt(mean + self._eps))
