@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from functools import cache, cached_property
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.float_rows import FloatRows, check_dtype
 from msquant.checkpoint.fp8 import FP8, SCALE_SUFFIX, BlockScale, check_scale_shape, read_block_size
-from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.shard import Shard
+from msquant.checkpoint.weight_map import INDEX_NAME, SINGLE_NAME, find_weights, read_weight_map
 from msquant.checkpoint.weights import FloatLinear
 from msquant.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint"]
 
 
 class Checkpoint:
@@ -47,22 +44,20 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError("there is no such folder", where=folder, remedy="check the path")
-        if (folder / INDEX_NAME).is_file():
-            weight_map = _read_weight_map(folder / INDEX_NAME)
+        found = find_weights(folder)
+        if found.suffix == ".json":
+            weight_map = read_weight_map(found)
             shards = {name: Shard.open(folder / name) for name in sorted(set(weight_map.values()))}
             for tensor, name in weight_map.items():
                 if tensor not in shards[name].entries:
                     raise CheckpointError(
-                        f"{INDEX_NAME} places {tensor} in this shard, which does not hold it",
+                        f"{found.name} places {tensor} in this shard, which does not hold it",
                         where=folder / name,
                         remedy="download the shard and the index again: they are of different versions",
                     )
-        elif (folder / SINGLE_NAME).is_file():
-            shard = Shard.open(folder / SINGLE_NAME)
-            shards = {SINGLE_NAME: shard}
-            weight_map = dict.fromkeys(shard.entries, SINGLE_NAME)
         else:
-            raise _no_checkpoint(folder)
+            shards = {found.name: Shard.open(found)}
+            weight_map = dict.fromkeys(shards[found.name].entries, found.name)
         return cls(folder, shards, weight_map)
 
     def names(self) -> list[str]:
@@ -241,25 +236,6 @@ class Checkpoint:
         return self.shards[self.weight_map[name]]
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("weight_map, from tensor names to shards, is missing or empty", where=path)
-    for tensor, name in weight_map.items():
-        # Shards themselves may be links out of the folder: the Hugging Face cache is made of them.
-        if not isinstance(name, str) or not _is_file_name(name):
-            raise CheckpointError(
-                f"{tensor} is said to be in {name!r}, which is not the name of a file in this folder",
-                where=path,
-                remedy="do not use this checkpoint: its index points outside of its folder",
-            )
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{tensor} is in {name}: only safetensors files are read", where=path, remedy=_CONVERT
-            )
-    return weight_map
-
-
 def _sha256(path: Path) -> str:
     if not path.is_file():
         return ""
@@ -267,33 +243,3 @@ def _sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-
-
-@cache
-def _is_file_name(name: str) -> bool:
-    return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
-
-
-_CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"
-
-
-def _no_checkpoint(folder: Path) -> CheckpointError:
-    for pattern in _PICKLE_PATTERNS:
-        if pickled := sorted(folder.glob(pattern)):
-            return CheckpointError(
-                f"only pickle files such as {pickled[0].name} are here: msquant reads safetensors only, "
-                "because loading a pickle can run code",
-                where=folder,
-                remedy=_CONVERT,
-            )
-    if stray := sorted(folder.glob("*.safetensors")):
-        return CheckpointError(
-            f"{stray[0].name} is here, but {INDEX_NAME} that says which tensors are where is missing",
-            where=folder,
-            remedy=f"copy or download {INDEX_NAME} again",
-        )
-    return CheckpointError(
-        f"neither {INDEX_NAME} nor {SINGLE_NAME} is here",
-        where=folder,
-        remedy="name the folder that holds config.json and the weights",
-    )

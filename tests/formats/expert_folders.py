@@ -11,6 +11,7 @@ from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Sch
 from msquant.checkpoint.writer import write_json
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
+from msquant.formats.format import FormatName
 from msquant.formats.golden_stick_schemes import variant_of
 from msquant.formats.group_writer import GroupWriter
 
@@ -133,11 +134,12 @@ def write_experts(
     *,
     schemes: Mapping[str, Scheme] | None = None,
     max_shard_bytes: int = 10**9,
+    format_name: FormatName = "golden-stick",
 ) -> FolderPlan:
     """Write a complete folder for a config; its source lies beside it."""
     groups = groups_of(config)
     schemes = schemes_of(config) if schemes is None else schemes
-    plan = plan_folder(groups, schemes, config, config["torch_dtype"], max_shard_bytes)
+    plan = plan_folder(groups, schemes, config, config["torch_dtype"], max_shard_bytes, format_name)
     folder.mkdir(parents=True)
     stream = FolderStream(folder, plan)
     for index, shapes in enumerate(groups):

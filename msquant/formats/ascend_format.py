@@ -1,0 +1,92 @@
+"""msModelSlim's format for vllm-ascend, as one of the formats."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from msquant.checkpoint.rope_rows import RopeRows
+from msquant.checkpoint.tensor_spec import TensorSpec
+from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.formats.ascend import AscendCheckpoint
+from msquant.formats.ascend_layout import SERVED_DTYPES, encode_linear, linear_specs
+from msquant.formats.ascend_rules import validate
+from msquant.formats.ascend_schemes import (
+    DESCRIBED,
+    DESCRIPTION_NAME,
+    QUANT_METHOD,
+    check_schemes,
+    describe,
+)
+from msquant.formats.format import Finding, FormatName
+
+
+@dataclass(frozen=True)
+class AscendFormat:
+    """See `Format`."""
+
+    variant: str = "ascendV1"
+
+    @property
+    def name(self) -> FormatName:
+        """See `Format`."""
+        return QUANT_METHOD
+
+    @property
+    def consumer(self) -> str:
+        """See `Format`."""
+        return "vllm-ascend"
+
+    @property
+    def schemes(self) -> Mapping[Scheme, str]:
+        """See `Format`."""
+        return DESCRIBED
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Format`."""
+        return SERVED_DTYPES
+
+    def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """See `Format`."""
+        return check_schemes(linears)
+
+    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
+        """See `Format`: none, vllm-ascend reorders rotary rows itself."""
+        return RopeRows({}, 0)
+
+    def linear_specs(
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
+    ) -> list[TensorSpec]:
+        """See `Format`."""
+        return linear_specs(module, shape, scheme, dtype, bias)
+
+    def encode_linear(self, module: str, linear: Linear, dtype: str) -> dict[str, NDArray[Any]]:
+        """See `Format`."""
+        return encode_linear(module, linear, dtype)
+
+    def documents(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `Format`."""
+        return {DESCRIPTION_NAME: describe(names, linears)}
+
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `Format`: nothing, for vLLM would read that instead of the description."""
+        return {}
+
+    def open(self, folder: Path) -> WeightSource:
+        """See `Format`."""
+        return AscendCheckpoint.open(folder)
+
+    def validate(self, folder: Path, *, verify_hashes: bool = False) -> list[Finding]:
+        """See `Format`."""
+        return validate(folder, verify_hashes=verify_hashes)
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """See `Format`: none."""
+        return []

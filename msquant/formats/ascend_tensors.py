@@ -1,0 +1,132 @@
+"""What the tensors themselves must be for vllm-ascend's int8 layers: dtypes, shapes and values.
+
+Read in vllm-ascend (methods/w8a8_static.py, w8a8_dynamic.py: `get_pertensor_param`, `get_perchannel_param`):
+the loader copies into a parameter's dtype, but insists on its shape.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import Scheme
+from msquant.errors import CheckpointError
+from msquant.formats.ascend_description import Description
+from msquant.formats.ascend_layout import deq_scale_code, deq_scale_values, folded_bias, zero_point_of
+from msquant.formats.format import Finding
+from msquant.formats.fused_layers import check_fused_inputs
+from msquant.formats.scales import all_positive
+from msquant.formats.tensor_rules import (
+    FLOAT_CODES,
+    Shape,
+    check_float,
+    check_parts,
+    check_positive,
+    matrix_shape,
+)
+
+_INT8 = frozenset({"I8"})
+_ANY_DEQ_SCALE = frozenset({"F32", "I64"})
+_NUMBER: tuple[Shape, ...] = ((1,),)
+
+
+def check_layout(
+    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None = None
+) -> list[Finding]:
+    """Check the names, dtypes and shapes of a quantized layer's tensors, from the headers alone.
+
+    Args:
+        checkpoint: the opened folder.
+        module: the layer, for example `model.layers.0.mlp.up_proj`.
+        scheme: `static` or `dynamic`.
+        dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
+    """
+    shape = matrix_shape(checkpoint, module)
+    if isinstance(shape, Finding):
+        return [shape]
+    rows = shape[:1]
+    expected: dict[str, tuple[frozenset[str], tuple[Shape, ...]]] = {"weight": (_INT8, (shape,))}
+    if scheme == "dynamic":
+        expected["weight_scale"] = (FLOAT_CODES, ((*rows, 1),))
+        expected["weight_offset"] = (FLOAT_CODES, ((*rows, 1),))
+    else:
+        codes = frozenset({deq_scale_code(dtype)}) if dtype else _ANY_DEQ_SCALE
+        expected["deq_scale"] = (codes, (rows,))
+        expected["quant_bias"] = (frozenset({"I32"}), (rows,))
+        expected["input_scale"] = (FLOAT_CODES, _NUMBER)
+        expected["input_offset"] = (FLOAT_CODES | _INT8, _NUMBER)
+    if f"{module}.bias" in checkpoint:
+        expected["bias"] = (FLOAT_CODES, (rows,))
+    return check_parts(checkpoint, module, expected)
+
+
+def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str | None) -> Iterator[Finding]:
+    """Check every stored tensor, reading one layer at a time.
+
+    Args:
+        checkpoint: the opened folder.
+        description: of its tensors.
+        dtype: the model's, from config.json; None if that does not say.
+    """
+    quantized: dict[str, Scheme] = {}
+    for name in checkpoint.names():
+        module = name.removesuffix(".weight")
+        scheme = description.scheme(module)
+        if module != name and scheme is not None and scheme != "float":
+            quantized[module] = scheme
+    for name in checkpoint.names():
+        module = name.rpartition(".")[0]
+        if module not in quantized and description.scheme(module) == "float":
+            yield from check_float(checkpoint, name)
+    for module, scheme in quantized.items():
+        yield from check_layout(checkpoint, module, scheme, dtype) or _check_values(
+            checkpoint, module, scheme
+        )
+    yield from check_fused_inputs(checkpoint, ("input_scale", "input_offset"))
+
+
+def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterator[Finding]:
+    bias = f"{module}.bias"
+    if bias in checkpoint and (found := list(check_float(checkpoint, bias))):
+        yield from found
+        return
+    if scheme == "dynamic":
+        yield from check_positive(checkpoint, f"{module}.weight_scale")
+        if checkpoint.raw(f"{module}.weight_offset").any():
+            yield Finding(
+                f"{module}.weight_offset", "is not zero everywhere: the engine takes weights as symmetric"
+            )
+        return
+    deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
+    zero_point = zero_point_of(checkpoint.raw(f"{module}.input_offset"))
+    yield from check_positive(checkpoint, f"{module}.input_scale")
+    if not all_positive(deq_scale):
+        yield Finding(f"{module}.deq_scale", "holds a scale that is not positive and finite")
+    elif zero_point is None:
+        yield Finding(
+            f"{module}.input_offset", "is not an integer in [-128, 127]: the engine holds it in int8"
+        )
+    else:
+        yield from _check_quant_bias(checkpoint, module, deq_scale, zero_point)
+
+
+def _check_quant_bias(
+    checkpoint: Checkpoint, module: str, deq_scale: np.ndarray, zero_point: int
+) -> Iterator[Finding]:
+    """It is the only thing the engine knows of the zero point and of the bias."""
+    name, weight = f"{module}.quant_bias", checkpoint.raw(f"{module}.weight")
+    bias = checkpoint.raw(f"{module}.bias").astype(np.float32) if f"{module}.bias" in checkpoint else None
+    try:
+        expected = folded_bias(module, weight, zero_point, deq_scale, bias)
+    except CheckpointError as error:
+        yield Finding(name, error.what)
+        return
+    # A quotient that other tools computed in another precision may round to the next number.
+    away = np.abs(checkpoint.raw(name).astype(np.int64) - expected)
+    wrong = np.count_nonzero(away > (0 if bias is None else 1 + np.abs(expected) * 1e-6))
+    if wrong:
+        yield Finding(
+            name,
+            f"differs from round(bias / deq_scale) - sum(input_offset * weight) in {wrong} of {len(weight)} "
+            "rows",
+        )

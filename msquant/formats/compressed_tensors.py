@@ -1,0 +1,72 @@
+"""The compressed-tensors checkpoint of vLLM, of msquant or of another tool, read as a `WeightSource`."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import Linear
+from msquant.errors import CheckpointError
+from msquant.formats.compressed_tensors_layout import decode_linear
+from msquant.formats.compressed_tensors_section import Section, read_section
+from msquant.formats.compressed_tensors_tensors import check_layout, parts_of
+
+
+class CompressedTensorsCheckpoint:
+    """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
+
+    Attributes:
+        checkpoint: its tensors.
+        section: what its `config.json` says of the quantization.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, section: Section) -> None:
+        self.checkpoint = checkpoint
+        self.section = section
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "CompressedTensorsCheckpoint":
+        """Open a folder without validating it; `compressed_tensors_rules.validate` does that.
+
+        Raises:
+            CheckpointError: as `Checkpoint.open` and `read_section`.
+        """
+        folder = Path(folder)
+        try:
+            section = read_section(read_json(folder / "config.json"))
+        except CheckpointError as error:
+            raise CheckpointError(error.what, where=folder / "config.json", remedy=error.remedy) from error
+        return cls(Checkpoint.open(folder), section)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
+        return self.checkpoint.tensor(name)
+
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
+        return self.checkpoint.rows(name, indices)
+
+    def linear(self, module: str) -> Linear:
+        """Return the layer `module`.
+
+        Raises:
+            CheckpointError: a part is missing, or of a dtype or shape that does not fit.
+        """
+        group = self.section.group(module)
+        if group is None:
+            return self.checkpoint.linear(module)
+        if findings := check_layout(self.checkpoint, module, group):
+            raise CheckpointError(
+                findings[0].problem,
+                where=f"{self.checkpoint.folder}, {findings[0].where}",
+                remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
+            )
+        parts = [*parts_of(group), *(["bias"] if f"{module}.bias" in self.checkpoint else [])]
+        return decode_linear(
+            module, {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
+        )
