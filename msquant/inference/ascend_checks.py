@@ -2,15 +2,12 @@
 
 import os
 import platform
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from msquant.errors import EngineError
 from msquant.inference.ascend_host import (
-    ASCEND_FOLDER,
     COMPILER_VERSIONS,
-    DEVICE_NODES,
+    AscendHost,
     device_nodes,
     driver_version,
     find_cann,
@@ -38,28 +35,20 @@ PACKAGES = {
 OPTIONAL = {"mindformers": "DeepSeek", "mindone": "models of MindONE", "ray": "several nodes"}
 
 
-def ascend_checks(
-    environment: Mapping[str, str] = os.environ,
-    ascend: Path = ASCEND_FOLDER,
-    nodes: str = DEVICE_NODES,
-    npu_smi: str = "npu-smi",
-) -> list[Check]:
+def ascend_checks(host: AscendHost | None = None) -> list[Check]:
     """Driver, NPUs and CANN, and the packages where vLLM-MindSpore is installed.
 
     On a machine without an NPU it is one note that says so, unless something of Ascend's is installed.
 
     Args:
-        environment: of this process.
-        ascend: where Huawei's installers put things.
-        nodes: glob pattern of the NPUs' device nodes.
-        npu_smi: name or path of the driver's tool.
+        host: where things are; their usual places by default.
     """
-    found = device_nodes(nodes)
-    driver, cann = driver_version(ascend), find_cann(environment, ascend)
-    if not found and driver is None and cann is None:
-        detail = f"no NPU, driver or CANN here (no {nodes}); only needed to serve on Ascend"
+    host = host or AscendHost()
+    driver, cann = driver_version(host.ascend), find_cann(host.environment, host.ascend)
+    if not device_nodes(host.device_nodes) and driver is None and cann is None:
+        detail = f"no NPU, driver or CANN here (no {host.device_nodes}); only needed to serve on Ascend"
         return [Check(SECTION, "NPU", "note", detail, "everything else works on the CPU")]
-    checks = [driver_check(driver), *npu_checks(found, npu_smi), cann_check(environment, ascend)]
+    checks = [driver_check(driver), *npu_checks(host), cann_check(host)]
     if _installed("vllm-mindspore") is not None:
         checks += package_checks()
     return checks
@@ -73,8 +62,9 @@ def driver_check(driver: str | None) -> Check:
     return Check(SECTION, "driver", "ok", driver)
 
 
-def npu_checks(found: list[Path], npu_smi: str = "npu-smi") -> list[Check]:
+def npu_checks(host: AscendHost) -> list[Check]:
     """Whether the device nodes may be used and every NPU is healthy: one line, or one for each bad NPU."""
+    found = device_nodes(host.device_nodes)
     if not found:
         remedy = "check the card with: lspci; in a container pass --device=/dev/davinci0 and the others"
         return [Check(SECTION, "NPU", "error", "no device node /dev/davinci0, /dev/davinci1, ...", remedy)]
@@ -82,7 +72,7 @@ def npu_checks(found: list[Path], npu_smi: str = "npu-smi") -> list[Check]:
         remedy = "add yourself to the driver's group: usermod -aG HwHiAiUser $USER, and log in again"
         return [Check(SECTION, "NPU", "error", f"{', '.join(closed)} may not be opened", remedy)]
     try:
-        npus = installed_npus(npu_smi)
+        npus = installed_npus(host.npu_smi)
     except EngineError as error:
         return [Check(SECTION, "NPU", "error", f"{error.where} {error.what}", error.remedy)]
     checks = [
@@ -103,9 +93,9 @@ def npu_checks(found: list[Path], npu_smi: str = "npu-smi") -> list[Check]:
     return checks or [Check(SECTION, "NPU", "ok", detail)]
 
 
-def cann_check(environment: Mapping[str, str], ascend: Path = ASCEND_FOLDER) -> Check:
+def cann_check(host: AscendHost) -> Check:
     """Whether CANN is there, of a version that MindSpore takes, and in the environment."""
-    cann = find_cann(environment, ascend)
+    cann = find_cann(host.environment, host.ascend)
     if cann is None:
         return Check(SECTION, "CANN", "error", "is not installed", "install CANN 8.3.RC1: " + INSTALL_GUIDE)
     detail = f"{cann.version or cann.compiler or 'of an unknown version'} in {cann.folder}"
@@ -113,7 +103,7 @@ def cann_check(environment: Mapping[str, str], ascend: Path = ASCEND_FOLDER) -> 
         wanted = ", ".join(COMPILER_VERSIONS)
         detail = f"{detail} has a compiler {cann.compiler}; MindSpore 2.7.1 takes {wanted}"
         return Check(SECTION, "CANN", "error", detail, "install CANN 8.3.RC1: " + INSTALL_GUIDE)
-    if not environment.get("ASCEND_OPP_PATH"):
+    if not host.environment.get("ASCEND_OPP_PATH"):
         return Check(SECTION, "CANN", "error", f"{detail}, but not in the environment", SET_ENV)
     return Check(SECTION, "CANN", "ok", detail)
 

@@ -5,8 +5,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from msquant.errors import EngineError
@@ -30,6 +31,27 @@ _NPU_ROW = re.compile(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*([A-Za-z]+)\s*\|")
 _CHIP_ROW = re.compile(
     r"^\|\s*\d+(?:\s+(\d+|NA))?\s*\|\s*[0-9A-Fa-f]{4}:\S+\s*\|.*?(\d+)\s*/\s*(\d+)\s*\|\s*$"
 )
+
+
+@dataclass(frozen=True)
+class AscendHost:
+    """Where things are on this machine.
+
+    Attributes:
+        environment: of the process that will use the NPUs.
+        ascend: where Huawei's installers put things.
+        device_nodes: glob pattern of the NPUs' device nodes.
+        npu_smi: name or path of the driver's tool.
+        hccn_tool: name or path of the tool for the chips' own network.
+        python: the interpreter that has the engine and Ray.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    ascend: Path = ASCEND_FOLDER
+    device_nodes: str = DEVICE_NODES
+    npu_smi: str = "npu-smi"
+    hccn_tool: str = "hccn_tool"
+    python: str = sys.executable
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from msquant.inference.serving import ServingSettings
 
 NAME = "vllm-mindspore"
 BACKEND_VARIABLE = "VLLM_MS_MODEL_BACKEND"
-_OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
+OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 # The backend that reads msquant's folders of an architecture; the package alone would prefer MindFormers.
 _BACKENDS = {
@@ -101,7 +101,7 @@ def engine_environment(
 
 def _backend(folder: Path, settings: ServingSettings, environment: Mapping[str, str]) -> dict[str, str]:
     """The variable that chooses the model code, whichever of its two names the user has set."""
-    for name in (BACKEND_VARIABLE, _OLD_BACKEND_VARIABLE):
+    for name in (BACKEND_VARIABLE, OLD_BACKEND_VARIABLE):
         if name in environment:
             return {name: environment[name]}
     architectures = read_json(folder / "config.json").get("architectures")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from msquant.inference.ascend_checks import PACKAGES, ascend_checks, package_checks
+from msquant.inference.ascend_host import AscendHost
 from msquant.inference.check import Check
 from tests.inference.ascend_host import a2_table, write_ascend, write_nodes, write_tool
 from tests.inference.packages import write_package
@@ -15,10 +16,12 @@ SOURCED = {"ASCEND_OPP_PATH": "/usr/local/Ascend/ascend-toolkit/latest/opp"}
 
 def checks(tmp_path: Path, table: str, environment: dict[str, str] | None = None, **cann: str) -> list[Check]:
     return ascend_checks(
-        SOURCED if environment is None else environment,
-        write_ascend(tmp_path / "Ascend", **cann),
-        write_nodes(tmp_path / "dev"),
-        str(write_tool(tmp_path / "npu-smi", table)),
+        AscendHost(
+            SOURCED if environment is None else environment,
+            write_ascend(tmp_path / "Ascend", **cann),
+            write_nodes(tmp_path / "dev"),
+            str(write_tool(tmp_path / "npu-smi", table)),
+        )
     )
 
 
@@ -36,7 +39,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_any_of_it_is_a_note(tmp_path: Path) -> None:
-    [check] = ascend_checks({}, tmp_path / "none", str(tmp_path / "davinci*"))
+    [check] = ascend_checks(AscendHost({}, tmp_path / "none", str(tmp_path / "davinci*")))
     assert check.status == "note"
     assert "only needed to serve on Ascend" in check.detail
 
@@ -67,13 +70,15 @@ def test_cann_that_is_too_old(tmp_path: Path) -> None:
 
 def test_device_nodes_without_driver_cann_and_tool(tmp_path: Path) -> None:
     nodes = write_nodes(tmp_path / "dev")
-    found = by_subject(ascend_checks({}, tmp_path / "none", nodes, str(tmp_path / "npu-smi")))
+    found = by_subject(ascend_checks(AscendHost({}, tmp_path / "none", nodes, str(tmp_path / "npu-smi"))))
     assert [found[name].status for name in ("driver", "NPU", "CANN")] == ["error"] * 3
     assert all(check.remedy for check in found.values())
 
 
 def test_a_driver_without_device_nodes(tmp_path: Path) -> None:
-    found = by_subject(ascend_checks(SOURCED, write_ascend(tmp_path / "a"), str(tmp_path / "davinci*")))
+    found = by_subject(
+        ascend_checks(AscendHost(SOURCED, write_ascend(tmp_path / "a"), str(tmp_path / "davinci*")))
+    )
     assert found["NPU"].status == "error"
     assert "--device=/dev/davinci0" in str(found["NPU"].remedy)
 
@@ -82,7 +87,7 @@ def test_a_device_node_that_may_not_be_opened(tmp_path: Path) -> None:
     nodes = write_nodes(tmp_path / "dev", 1)
     # Root may open every file, so it is one that leads nowhere.
     (tmp_path / "dev" / "davinci1").symlink_to(tmp_path / "gone")
-    found = by_subject(ascend_checks(SOURCED, write_ascend(tmp_path / "a"), nodes))
+    found = by_subject(ascend_checks(AscendHost(SOURCED, write_ascend(tmp_path / "a"), nodes)))
     assert "davinci1 may not be opened" in found["NPU"].detail
     assert "HwHiAiUser" in str(found["NPU"].remedy)
 
