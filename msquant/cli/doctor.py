@@ -1,5 +1,6 @@
 """`msquant doctor`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,19 +19,46 @@ _MARKS = {
 
 
 def doctor(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Check instead that this model folder can be served here by vLLM-MindSpore."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With FOLDER: serve it by this recipe's section, not by its own.")
+    ] = None,
+    node: Annotated[int, typer.Option(min=0, help="With FOLDER: which of several nodes this is.")] = 0,
+    head_address: Annotated[
+        str | None, typer.Option(help="With FOLDER: IP address of the first of several nodes.")
+    ] = None,
+    network_interface: Annotated[
+        str | None, typer.Option(help="With FOLDER: interface that the nodes reach each other by.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="With FOLDER: address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="With FOLDER: port to listen on.")] = 8000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check this machine: Python, packages, memory, disk, NPUs and CANN, engines, hubs.
 
+    With FOLDER it checks what vLLM-MindSpore's guides ask for before that is served: the folder, NPUs and
+    their memory, variables, ports, and for several nodes the network and that they are the same.
+
     Every line that is not ok says what to do. Exits with 1 if something that is needed does not work; a
-    missing NPU is only a note, and an unreachable hub a warning.
+    missing NPU is only a note without FOLDER, and an unreachable hub a warning.
 
     Example: msquant doctor
     """
-    from msquant.diagnosis import diagnose
-
     with console.stderr.status("looking around"):
-        checks = diagnose()
+        if folder is None:
+            from msquant.diagnosis import diagnose
+
+            checks = diagnose()
+        else:
+            from msquant.inference.preflight import preflight
+            from msquant.serving import serving_settings
+
+            site = {"head_address": head_address, "network_interface": network_interface}
+            settings = serving_settings(folder, recipe, site)
+            checks = preflight(folder, settings, node=node, address=host, port=port)
     report(checks, as_json)
 
 

@@ -49,3 +49,22 @@ def test_what_is_broken_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert "error embedded MindSpore does not compute here: ImportError: no MindSpore here" in lines
     assert any(line.startswith("error cache /proc/cache cannot be written to") for line in lines)
     assert any(line.startswith("ok Python 3.11") for line in lines)
+
+
+def test_a_folder_that_cannot_be_served_here(tmp_path: Path) -> None:
+    """This machine has no NPU and no vLLM-MindSpore: errors, each with its remedy, and nothing is started."""
+    manifest = {"recipe": {"serving": {"tensor_parallel_size": 16, "nodes": 2, "launcher": "ray"}}}
+    (tmp_path / "msquant.json").write_text(json.dumps(manifest))
+    run = doctor(str(tmp_path), "--network-interface", "lo", "--json")
+    document = json.loads(run.stdout)
+    assert (run.returncode, document["ok"]) == (1, False)
+    errors = {(c["section"], c["subject"]): c for c in document["checks"] if c["status"] == "error"}
+    assert {("model", str(tmp_path)), ("ascend", "vllm-mindspore"), ("cluster", "Ray")} <= set(errors)
+    assert all(check["remedy"] for check in errors.values())
+    assert ("network", "interface") not in errors
+
+
+def test_serving_options_that_do_not_fit(tmp_path: Path) -> None:
+    run = doctor(str(tmp_path), "--recipe", "deepseek-r1", "--head-address=--head", "--json")
+    assert run.returncode == 1
+    assert json.loads(run.stdout)["error"]["what"].startswith("serving.head_address")
