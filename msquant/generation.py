@@ -12,12 +12,12 @@ from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError, ModelError
-from msquant.inference import vllm_mindspore
+from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
 
 AUTO = "auto"
 EMBEDDED = "embedded"
-ENGINES = (AUTO, EMBEDDED, vllm_mindspore.NAME)
+ENGINES = (AUTO, EMBEDDED, vllm_cpu.NAME, vllm_mindspore.NAME)
 DEFAULT_FOLDER = "DeepSeek-R1-W8A8"
 """What the vLLM-MindSpore guide calls its model folder."""
 
@@ -51,6 +51,7 @@ def generate(
     *,
     engine: str = AUTO,
     device: str = "cpu",
+    dtype: str = "auto",
     on_ready: Callable[[Path, str], None] | None = None,
     on_text: OnText | None = None,
 ) -> GenerationResult:
@@ -62,6 +63,7 @@ def generate(
         sampling: how tokens are chosen.
         engine: one of `ENGINES`; `auto` takes vLLM-MindSpore where it and an NPU are there.
         device: where the embedded engine computes, `cpu` or `ascend`.
+        dtype: of vLLM's activations, `auto`, `float32`, `bfloat16` or `float16`; for that engine alone.
         on_ready: called with the folder and the engine's name when the model is loaded.
         on_text: called with a prompt's index and each new piece of its text.
 
@@ -74,7 +76,7 @@ def generate(
     check_prompts(prompts)
     folder = find_model(model)
     start = time.perf_counter()
-    loaded = load_engine(folder, engine, device)
+    loaded = load_engine(folder, engine, device, dtype)
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
@@ -103,11 +105,19 @@ def find_model(explicit: Path | None = None) -> Path:
     )
 
 
-def load_engine(folder: Path, engine: str = AUTO, device: str = "cpu") -> Engine:
+def load_engine(folder: Path, engine: str = AUTO, device: str = "cpu", dtype: str = "auto") -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
     if engine not in ENGINES:
         raise EngineError(
             f"engine {engine!r} is unknown", where="--engine", remedy=f"use one of: {', '.join(ENGINES)}"
+        )
+    if engine == vllm_cpu.NAME:
+        return vllm_cpu.VllmEngine(folder, dtype)
+    if dtype != "auto":
+        raise EngineError(
+            f"dtype {dtype} is for the engine {vllm_cpu.NAME}",
+            where="--dtype",
+            remedy=f"leave it out, or add --engine {vllm_cpu.NAME}",
         )
     if engine == vllm_mindspore.NAME or (engine == AUTO and vllm_mindspore.available() is None):
         return vllm_mindspore.VllmMindSporeEngine(folder)

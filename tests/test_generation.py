@@ -86,7 +86,7 @@ def test_quantized_and_float_folders(tiny_llama: Path, tmp_path: Path) -> None:
 def test_unknown_engine(tiny_llama: Path) -> None:
     with pytest.raises(EngineError, match="'tensorrt' is unknown") as caught:
         generate(tiny_llama, ["I am"], Sampling(), engine="tensorrt")
-    assert "auto, embedded, vllm-mindspore" in str(caught.value.remedy)
+    assert "auto, embedded, vllm, vllm-mindspore" in str(caught.value.remedy)
 
 
 def test_engine_that_is_not_available(tiny_llama: Path) -> None:

@@ -212,4 +212,7 @@ def test_the_wheel_holds_the_modules_and_the_recipes(tmp_path: Path) -> None:
     assert "msquant/configs/models/deepseek-r1.json" in configs
     assert recipes | configs <= names
     assert {f"msquant/{name_of(path)}" for path in MODULES} <= names
+    # What runs in the environments of engines, and what is installed into them.
+    engine = {"vllm_cpu.txt", "vllm_site/msquant_vllm-1.dist-info/entry_points.txt"}
+    assert {f"msquant/inference/{name}" for name in engine} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)

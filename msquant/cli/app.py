@@ -12,6 +12,7 @@ from msquant.cli import console
 from msquant.cli.analyze import analyze
 from msquant.cli.doctor import doctor
 from msquant.cli.download import download
+from msquant.cli.engine import engine
 from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
@@ -66,6 +67,10 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 for _command in (quantize, plan, analyze, run, inspect, download, upload, doctor):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
+for _registered in engine.registered_commands:
+    if _registered.callback is not None:
+        _registered.callback = _interruptible(_registered.callback)
+app.add_typer(engine)
 
 
 def main() -> None:

@@ -32,10 +32,14 @@ def run(
     engine: Annotated[
         str,
         typer.Option(
-            help="auto, embedded or vllm-mindspore; auto takes vllm-mindspore where it and an NPU are there."
+            help="auto, embedded, vllm or vllm-mindspore; auto takes vllm-mindspore where it and an NPU are "
+            "there, else embedded."
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where the embedded engine computes: cpu or ascend.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
 ) -> None:
@@ -58,6 +62,7 @@ def run(
             sampling,
             engine=engine,
             device=device,
+            dtype=dtype,
             on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
             on_text=lambda index, piece: status.update(live.add(index, piece)),
         )

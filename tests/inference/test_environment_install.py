@@ -1,0 +1,230 @@
+"""Installing, checking and removing an engine, with the real venv and pip, a tiny wheel and no network."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from msquant.checkpoint.lock import acquire_lock
+from msquant.errors import EngineError
+from msquant.inference import environment_install
+from msquant.inference.environment_check import check
+from msquant.inference.environment_install import install, remove
+from msquant.inference.environments import (
+    BEGUN_NAME,
+    MARKER_NAME,
+    VLLM_CPU,
+    EngineSpec,
+    engines_folder,
+    environment,
+    requirement_lines,
+)
+from msquant.inference.vllm_site.msquant_vllm_workarounds import EXCLUDED
+
+CHECK = """
+import json, sys, tiny_engine
+print("noise")
+print(json.dumps({"tiny-engine": tiny_engine.VERSION}))
+sys.exit(tiny_engine.VERSION != "1.0")
+"""
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    """A pure Python wheel, of one module that knows its version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSpec:
+    """An engine of one wheel, in a cache of its own; pip looks nowhere else than in `wheels`."""
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    make_wheel(tmp_path / "wheels", "tiny_engine", "1.0")
+    (tmp_path / "requirements.txt").write_text("# a comment\ntiny-engine==1.0\n")
+    (tmp_path / "check.py").write_text(CHECK)
+    return EngineSpec(
+        "tiny", "1.0", tmp_path / "requirements.txt", None, tmp_path / "check.py", 1000, 10_000_000
+    )
+
+
+def test_the_life_of_an_environment(spec: EngineSpec) -> None:
+    steps: list[tuple[str, int, int]] = []
+    assert environment(spec).state == "not installed"
+    with pytest.raises(EngineError, match="tiny is not installed") as caught:
+        check(spec)
+    assert str(caught.value.remedy).startswith("msquant engine install tiny (it fetches about")
+
+    found = install(spec, on_step=lambda *step: steps.append(step))
+    assert found.state == "ready"
+    assert found.path == engines_folder() / "tiny"
+    assert found.nbytes is not None
+    assert found.nbytes > 1_000_000
+    assert [step[0] for step in steps] == ["making the environment", "fetching tiny_engine", "installing"]
+    assert steps[-1][1:] == (1, 1)
+    assert sorted(path.name for path in found.path.iterdir() if path.name.startswith("msquant")) == [
+        MARKER_NAME
+    ]
+    assert not (found.path / "tmp").exists()
+
+    result = check(spec)
+    assert result.report == {"tiny-engine": "1.0"}
+    assert result.environment == found
+
+    steps.clear()
+    assert install(spec, on_step=lambda *step: steps.append(step)) == found
+    assert steps == []
+
+    newer = replace(spec, version="2.0")
+    assert environment(newer).state == "outdated"
+    with pytest.raises(EngineError, match=r"in another version \(1\.0\)"):
+        check(newer)
+    spec.requirements.write_text("tiny-engine==1.1\n")
+    assert environment(spec).state == "outdated"
+    spec.requirements.write_text("tiny-engine==1.0\n")
+
+    broken = found.path / "lib/python3.11/site-packages/tiny_engine.py"
+    broken.write_text("raise ImportError('broken on purpose')")
+    with pytest.raises(EngineError, match=r"tiny does not work \(exit code 1\)") as caught:
+        check(spec)
+    assert caught.value.__notes__[-1] == "ImportError: broken on purpose"
+    assert "--reinstall" in str(caught.value.remedy)
+
+    assert remove(spec) == found
+    assert not found.path.exists()
+    assert environment(spec).state == "not installed"
+    with pytest.raises(EngineError, match="is not installed"):
+        remove(spec)
+
+
+def test_a_package_that_cannot_be_found(spec: EngineSpec) -> None:
+    spec.requirements.write_text("absent-engine==3.0\n")
+    with pytest.raises(EngineError, match="pip ended with exit code 1") as caught:
+        install(spec)
+    assert any("absent-engine==3.0" in line for line in caught.value.__notes__)
+    assert "PIP_FIND_LINKS" in str(caught.value.remedy)
+    assert "absent-engine" in Path(str(caught.value.where)).read_text()
+    assert environment(spec).state == "not installed"
+    assert not (engines_folder() / "tiny").exists()
+
+
+def test_torch_from_its_own_index_and_an_engine_in_another_folder(
+    spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(tmp_path / "index/tiny-torch", "tiny_torch", "2.0+cpu")
+    page = '<a href="tiny_torch-2.0%2Bcpu-py3-none-any.whl">tiny_torch-2.0+cpu-py3-none-any.whl</a>'
+    (tmp_path / "index/tiny-torch/index.html").write_text(f"<!DOCTYPE html><html><body>{page}</body></html>")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
+    monkeypatch.setattr(environment_install, "TORCH_INDEX", (tmp_path / "index").as_uri())
+    elsewhere = tmp_path / "big disk" / "tiny"
+    assert install(replace(spec, torch="tiny-torch==2.0+cpu"), elsewhere).path == elsewhere
+    assert (elsewhere / "lib/python3.11/site-packages/tiny_torch.py").is_file()
+    assert environment(spec).path == elsewhere
+    assert check(spec).report == {"tiny-engine": "1.0"}
+    remove(spec)
+    assert not elsewhere.exists()
+    assert not (engines_folder() / "tiny").is_symlink()
+
+
+def test_ctrl_c_leaves_nothing(spec: EngineSpec) -> None:
+    def interrupt(text: str, done: int, total: int) -> None:
+        assert environment(spec).state == "incomplete"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install(spec, on_step=interrupt)
+    assert environment(spec).state == "not installed"
+    assert not (engines_folder() / "tiny").exists()
+
+
+def test_a_killed_installation_is_made_again(spec: EngineSpec) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom msquant.inference.environments import EngineSpec\n"
+        "from msquant.inference.environment_install import install\nfiles = [Path(a) for a in sys.argv[1:]]\n"
+        "spec = EngineSpec('tiny', '1.0', files[0], None, files[1], 1000, 10_000_000)\n"
+        "install(spec, on_step=lambda *step: (print(*step, flush=True), sys.stdin.read()))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(spec.requirements), str(spec.check)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("making the environment")
+    with pytest.raises(EngineError, match="is being installed or removed by process"):
+        install(spec)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert environment(spec).state == "incomplete"
+    with pytest.raises(EngineError, match="installed incompletely"):
+        check(spec)
+    assert install(spec).state == "ready"
+
+
+@pytest.mark.parametrize("action", ["install", "remove"])
+def test_a_folder_that_is_not_ours_is_never_touched(spec: EngineSpec, action: str) -> None:
+    folder = engines_folder() / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "precious").write_text("data")
+    with pytest.raises(EngineError, match="not an environment that msquant made") as caught:
+        install(spec, reinstall=True) if action == "install" else remove(spec)
+    assert caught.value.where == str(folder)
+    assert (folder / "precious").read_text() == "data"
+
+
+def test_no_room(spec: EngineSpec, tmp_path: Path) -> None:
+    large = replace(spec, disk_bytes=shutil.disk_usage(tmp_path).free + 10**12)
+    with pytest.raises(EngineError, match=r"GB are free on its disk, tiny needs \d+\.\d GB"):
+        install(large)
+    assert not (engines_folder() / "tiny").exists()
+
+
+def test_a_folder_that_cannot_be_made(spec: EngineSpec, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="cannot be written: Not a directory"):
+        install(spec, tmp_path / "file" / "tiny")
+
+
+def test_a_lock_that_is_held(spec: EngineSpec) -> None:
+    engines_folder().mkdir(parents=True)
+    descriptor = acquire_lock(engines_folder() / "tiny.lock")
+    with pytest.raises(EngineError, match=f"by process {os.getpid()} on"):
+        remove(spec)
+    os.close(descriptor)
+
+
+def test_a_damaged_marker_counts_as_incomplete(spec: EngineSpec) -> None:
+    folder = engines_folder() / "tiny"
+    folder.mkdir(parents=True)
+    for content in ("", "[]", '{"engine": "tiny"}', '{"engine": "other", "version": "1.0"}'):
+        (folder / MARKER_NAME).write_text(content)
+        assert environment(spec).state == "incomplete"
+    (folder / MARKER_NAME).unlink()
+    (folder / BEGUN_NAME).touch()
+    assert environment(spec).state == "incomplete"
+
+
+def test_the_list_of_vllm_is_exact_and_without_what_breaks_it() -> None:
+    lines = requirement_lines(VLLM_CPU)
+    names = [line.partition("==")[0] for line in lines]
+    assert all("==" in line for line in lines)
+    assert len(set(names)) == len(names)
+    assert VLLM_CPU.torch in lines
+    assert f"vllm-cpu=={VLLM_CPU.version}" in lines
+    assert not set(EXCLUDED) & set(names)
