@@ -1,5 +1,5 @@
 """`python -m msquant`."""
 
-from msquant.cli.app import main
+from msquant.cli.app import own_process
 
-main()
+own_process()

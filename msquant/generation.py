@@ -12,6 +12,7 @@ from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError, ModelError
+from msquant.folder_checks import require_intact, require_memory
 from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
 
@@ -52,6 +53,7 @@ def generate(
     engine: str = AUTO,
     device: str = "cpu",
     dtype: str = "auto",
+    verify: bool | None = None,
     on_ready: Callable[[Path, str], None] | None = None,
     on_text: OnText | None = None,
 ) -> GenerationResult:
@@ -64,19 +66,20 @@ def generate(
         engine: one of `ENGINES`; `auto` takes vLLM-MindSpore where it and an NPU are there.
         device: where the embedded engine computes, `cpu` or `ascend`.
         dtype: of vLLM's activations, `auto`, `float32`, `bfloat16` or `float16`; for that engine alone.
+        verify: compare the sha256 of the folder's shards with its manifest; None where that is quick.
         on_ready: called with the folder and the engine's name when the model is loaded.
         on_text: called with a prompt's index and each new piece of its text.
 
     Raises:
         ModelError: there is no model, or its folder is not complete, or its tokenizer cannot be loaded.
-        CheckpointError: a file of the folder is damaged.
-        EngineError: the engine is unknown or not available here, cannot run this model, or a prompt is empty
-            or too long.
+        CheckpointError: a file of the folder is damaged, or is not what was written.
+        EngineError: the engine is unknown or not available here, cannot run this model, or has no memory for
+            it; or a prompt is empty or too long.
     """
     check_prompts(prompts)
     folder = find_model(model)
     start = time.perf_counter()
-    loaded = load_engine(folder, engine, device, dtype)
+    loaded = load_engine(folder, engine, device, dtype, verify)
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
@@ -105,12 +108,19 @@ def find_model(explicit: Path | None = None) -> Path:
     )
 
 
-def load_engine(folder: Path, engine: str = AUTO, device: str = "cpu", dtype: str = "auto") -> Engine:
+def load_engine(
+    folder: Path,
+    engine: str = AUTO,
+    device: str = "cpu",
+    dtype: str = "auto",
+    verify: bool | None = None,
+) -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
     if engine not in ENGINES:
         raise EngineError(
             f"engine {engine!r} is unknown", where="--engine", remedy=f"use one of: {', '.join(ENGINES)}"
         )
+    require_intact(folder, verify)
     if engine == vllm_cpu.NAME:
         return vllm_cpu.VllmEngine(folder, dtype)
     if dtype != "auto":
@@ -167,6 +177,8 @@ def _load_embedded(folder: Path, device: str) -> Engine:
     from msquant.models.config import ModelConfig
 
     config = ModelConfig.from_folder(folder)
+    if device == "cpu":
+        require_memory(folder, config)
     return EmbeddedEngine(config, open_weights(folder), load_tokenizer(folder), device)
 
 

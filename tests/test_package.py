@@ -38,6 +38,7 @@ _BOTTOM = {"errors", "interrupts", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
 _FLOWS = {
+    "folder_checks",
     "publishing",
     "pipeline",
     "sensitivity",
@@ -71,7 +72,8 @@ ALLOWED = {
     "planning": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
     "diagnosis": _FOUNDATION | _PARTS,
     "serving": _FOUNDATION | _PARTS | {"recipes"},
-    "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving"},
+    "folder_checks": _FOUNDATION | _PARTS,
+    "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving", "folder_checks"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }

@@ -1,9 +1,9 @@
 """Loads the tokenizer that lies beside a checkpoint."""
 
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import ModelError
 
 
@@ -31,12 +31,11 @@ def load_tokenizer(folder: Path) -> Any:
     remedy = "Copy tokenizer.json and tokenizer_config.json from the original model into the folder."
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError("the folder holds no tokenizer.json", where=folder, remedy=remedy)
-    # Without torch, transformers warns at import that it has no models; only its tokenizers are wanted.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
+    auto_tokenizer = import_transformers().AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = auto_tokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     # The Rust tokenizers library raises plain Exception for a tokenizer.json that it cannot read.
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from msquant import __version__
+from msquant.checkpoint.transformers_import import leave_torch_out
 from msquant.cli import console
 from msquant.cli.analyze import analyze
 from msquant.cli.doctor import doctor
@@ -73,8 +74,14 @@ for _registered in engine.registered_commands:
 app.add_typer(engine)
 
 
+def own_process() -> None:
+    """Entry point of the console script: `main` in a process where nobody else uses transformers."""
+    leave_torch_out()
+    main()
+
+
 def main() -> None:
-    """Entry point of the console script; exits with 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line; exits with 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
         app()
     except MsquantError as error:

@@ -40,6 +40,13 @@ def run(
     dtype: Annotated[
         str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
     ] = "auto",
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the sha256 of all shards with msquant.json; without either: up to 1 GB of them.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
 ) -> None:
@@ -63,6 +70,7 @@ def run(
             engine=engine,
             device=device,
             dtype=dtype,
+            verify=verify,
             on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
             on_text=lambda index, piece: status.update(live.add(index, piece)),
         )

@@ -51,7 +51,7 @@ def check_index(checkpoint: Checkpoint) -> Iterator[Finding]:
                 yield Finding(name, f"stored in {file_name}, but {INDEX_NAME} does not say so")
 
 
-def check_manifest(folder: Path, verify_hashes: bool) -> Iterator[Finding]:
+def check_manifest(folder: Path, verify_hashes: bool, suffix: str = "") -> Iterator[Finding]:
     """Check that every file that `msquant.json` lists is there with its size.
 
     A folder of another tool has no such file, and is not worse for it.
@@ -59,6 +59,7 @@ def check_manifest(folder: Path, verify_hashes: bool) -> Iterator[Finding]:
     Args:
         folder: the checkpoint.
         verify_hashes: also compare every file's sha256.
+        suffix: only of files whose names end so.
     """
     if not (folder / MANIFEST_NAME).exists():
         return
@@ -73,6 +74,8 @@ def check_manifest(folder: Path, verify_hashes: bool) -> Iterator[Finding]:
         return
     for name, (size, sha256) in entries.items():
         path = folder / name
+        if not name.endswith(suffix):
+            continue
         if Path(name).name != name:
             yield Finding(MANIFEST_NAME, f"lists {name!r}, which is not the name of a file in this folder")
         elif not path.is_file():

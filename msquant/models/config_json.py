@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
+from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import CheckpointError, ModelError
 from msquant.models.config import ExpertSizes, LatentSizes, ModelConfig
 from msquant.models.families import FAMILIES, Family
@@ -18,8 +19,6 @@ _WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")
 
 def parse_config(raw: dict[str, Any], where: Where) -> ModelConfig:
     """Build a `ModelConfig`; see `ModelConfig.from_raw`."""
-    from transformers import AutoConfig
-
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ModelError(
@@ -37,7 +36,9 @@ def parse_config(raw: dict[str, Any], where: Where) -> ModelConfig:
     try:
         shapes, extra = expected_shapes(raw) or {}, extra_shapes(raw)
         # A copy, because transformers adds entries to nested sections.
-        config = AutoConfig.for_model(**{**raw, "rope_scaling": dict(raw.get("rope_scaling") or {}) or None})
+        config = import_transformers().AutoConfig.for_model(
+            **{**raw, "rope_scaling": dict(raw.get("rope_scaling") or {}) or None}
+        )
         _refuse_windows(config, family, where)
         heads = config.num_attention_heads
         eos = config.eos_token_id

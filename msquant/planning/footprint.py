@@ -1,7 +1,6 @@
 """The memory that quantizing takes at its peak, and what this machine has."""
 
 from math import ceil
-from pathlib import Path
 
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
 from msquant.planning.costs import feed_forward_rounds
@@ -30,21 +29,6 @@ def layer_bytes(blocks: LayerBlocks, tokens: Tokens, memory_budget: int) -> int:
     rounds = feed_forward_rounds(blocks.config, tokens, memory_budget)
     feed_forward = _feed_forward(blocks, ceil(tokens.batches / rounds) * tokens.first) if blocks.inner else 0
     return int(SLACK * (max(attention, feed_forward) + min(3 * hidden, memory_budget)))
-
-
-def available_memory() -> int | None:
-    """Bytes that a new process can use: what the system has left, or its control group if that is less."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        found.append(max(0, limit))
-    except (OSError, ValueError, IndexError):
-        # No such group, or one without a limit: "max".
-        pass
-    return min(found, default=None)
 
 
 def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:

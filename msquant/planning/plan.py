@@ -9,6 +9,7 @@ from typing import Literal
 
 from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
+from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.weights import Scheme
@@ -19,7 +20,7 @@ from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.costs import START_SECONDS, carried_work, layer_work
-from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
+from msquant.planning.footprint import BASE_BYTES, layer_bytes
 from msquant.planning.work import Rates, Work
 from msquant.recipes import Recipe
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plans

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from msquant.checkpoint.memory import available_memory
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
 from msquant.planning.blocks import LayerBlocks, Tokens
-from msquant.planning.footprint import BASE_BYTES, available_memory, layer_bytes
+from msquant.planning.footprint import BASE_BYTES, layer_bytes
 from msquant.planning.plan import make_plan
 from msquant.recipes import find_recipe, load_recipe
 from tests.fixtures.tiny_model import write_tiny_llama

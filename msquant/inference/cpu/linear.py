@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from msquant.inference.cpu import onednn
 from msquant.models.exact import exact_parts
 
 Array = NDArray[np.float32]
+Weight = TypeVar("Weight", np.int8, np.float32)
 Layer = Callable[[Array], Array]
 """`[T, K]` to `[T, N]`."""
 
@@ -43,7 +45,7 @@ class _FloatLayer:
     """`x W^T + b`."""
 
     def __init__(self, linears: Sequence[FloatLinear]) -> None:
-        self._weight = np.concatenate([linear.weight for linear in linears]).T
+        self._weight = _stack([linear.weight for linear in linears]).T
         self._bias = _biases(linears)
 
     def __call__(self, x: Array) -> Array:
@@ -64,7 +66,7 @@ class _Int8Layer:
             self._input_scale, offset = np.float32(first.input_scale[0]), int(first.input_offset[0])
         # The offset is taken off before the product: x_q - z lies between these.
         self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
-        weight = np.concatenate([linear.weight for linear in linears])
+        weight = _stack([linear.weight for linear in linears])
         gemm = onednn.load() if weight.shape[1] < onednn.LONGEST else None
         if gemm is None:
             self._product: Layer = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
@@ -137,6 +139,11 @@ class _WidenedProduct:
         for (start, stop), weight in zip(self._parts, self._weights, strict=True):
             total += (quantized[:, start:stop] @ weight).astype(np.int32)
         return total.astype(np.float32)
+
+
+def _stack(weights: Sequence[NDArray[Weight]]) -> NDArray[Weight]:
+    """One matrix with all rows; a single one is not copied."""
+    return np.ascontiguousarray(weights[0]) if len(weights) == 1 else np.concatenate(weights)
 
 
 def _biases(linears: Sequence[Linear]) -> Array | None:

@@ -1,0 +1,79 @@
+"""What is checked of a model folder before it is loaded: that nobody changed it, and that it fits."""
+
+from math import prod
+from pathlib import Path
+
+from msquant.checkpoint.memory import available_memory
+from msquant.checkpoint.reader import Checkpoint
+from msquant.errors import CheckpointError, EngineError
+from msquant.formats.folder_rules import check_manifest
+from msquant.models.config import ModelConfig
+from msquant.models.families import EMBEDDING
+
+HASHED_BYTES = 1_000_000_000
+"""Shards up to this size together are hashed unasked: that takes about a second at most."""
+
+BASE_BYTES = 400_000_000
+"""Of a process that has loaded a tokenizer, and of what a model computes with beside its weights."""
+
+_SHARD = ".safetensors"
+
+
+def require_intact(folder: Path, verify: bool | None = None) -> None:
+    """Compare the shards with what `msquant.json` says of them; a folder without one is taken as it is.
+
+    Settings and the tokenizer are not compared: people change them, and see what they did.
+
+    Args:
+        folder: the model.
+        verify: compare each shard's sha256, and not its size alone; None for shards up to `HASHED_BYTES`
+            together.
+
+    Raises:
+        CheckpointError: a shard is missing or is not what was written; or the manifest is damaged.
+    """
+    if verify is None:
+        verify = sum(path.stat().st_size for path in folder.glob(f"*{_SHARD}")) <= HASHED_BYTES
+    for finding in check_manifest(folder, verify, _SHARD):
+        raise CheckpointError(
+            finding.problem,
+            where=folder / finding.where,
+            remedy="copy or download the folder again, or repeat its `msquant quantize` with --overwrite; "
+            f"all that is wrong with it: msquant inspect {folder} --verify",
+        )
+
+
+def require_memory(folder: Path, config: ModelConfig) -> None:
+    """Estimate what a CPU needs to run a folder, and compare it with the memory that is left.
+
+    Raises:
+        EngineError: it does not fit; names both numbers.
+        CheckpointError: the checkpoint cannot be opened.
+    """
+    needed, available = BASE_BYTES + weight_bytes(Checkpoint.open(folder), config), available_memory()
+    if available is not None and needed > available:
+        raise EngineError(
+            f"the model needs about {needed / 1e9:,.1f} GB of memory, {available / 1e9:,.1f} GB is free",
+            where=folder,
+            remedy="close other programs, use a machine with more memory, or run it on NPUs with "
+            "--engine vllm-mindspore",
+        )
+
+
+def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Bytes that the weights take on a CPU, by the headers alone: one for an int8 value, else 4.
+
+    An embedding of its own is read by rows, and multi-token-prediction layers are not computed.
+    """
+    from msquant.inference.cpu import onednn
+
+    widened = 1 if onednn.load() else 4
+    first_extra = config.num_hidden_layers
+    skipped = tuple(
+        f"{config.family.layer_name(first_extra + i)}." for i in range(config.num_nextn_predict_layers)
+    )
+    return sum(
+        prod(checkpoint.shape(name)) * (widened if checkpoint.dtype(name) == "I8" else 4)
+        for name in checkpoint.names()
+        if not name.startswith(skipped) and (name != EMBEDDING or config.tie_word_embeddings)
+    )
