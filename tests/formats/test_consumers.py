@@ -1,0 +1,165 @@
+"""The functions of vLLM, vLLM-MindSpore and vllm-ascend that decide how a layer runs, on our folders.
+
+Each runs from its own source; stand-ins replace what it imports of engines that need an accelerator. They
+need, beside msquant, one of
+
+    pip install --no-deps vllm==0.11.0
+    pip install --no-deps vllm-mindspore==0.5.1
+    pip download --no-deps --no-binary :all: vllm-ascend   and its unpacked folder in PYTHONPATH
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
+from msquant.checkpoint.weights import Scheme
+from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
+from msquant.formats.compressed_tensors_section import make_section
+from msquant.formats.fused_layers import experts_parent, fused_layers
+from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of, write_experts
+from tests.formats.folders import CONFIG
+from tests.formats.stand_ins import find_file, load_file
+
+VLLM = find_file("vllm", "model_executor/layers/quantization/compressed_tensors/utils.py")
+MINDSPORE = find_file("vllm_mindspore", "model_executor/layers/quantization/golden_stick/golden_stick.py")
+ASCEND = find_file("vllm_ascend", "quantization/modelslim_config.py")
+
+FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+
+
+def mixed() -> dict[str, Scheme]:
+    """Llama with per-token down_proj, one of them not quantized, and one layer's q, k and v per token too."""
+    schemes = schemes_of(CONFIG)
+    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
+    schemes.update({f"model.layers.1.self_attn.{name}_proj": "dynamic" for name in "qkv"})
+    schemes["model.layers.1.mlp.down_proj"] = "float"
+    return schemes
+
+
+CASES = [
+    pytest.param(CONFIG, schemes_of(CONFIG), id="llama"),
+    pytest.param(CONFIG, mixed(), id="mixed"),
+    pytest.param(DEEPSEEK, schemes_of(DEEPSEEK), id="deepseek"),
+    pytest.param(QWEN, schemes_of(QWEN), id="qwen3-moe"),
+]
+
+
+def layers_of(config: dict[str, Any], schemes: dict[str, Scheme]) -> dict[str, Scheme]:
+    """The linear layers that the engines build, fused ones instead of their parts, with what they must be."""
+    shapes = {**(expected_shapes(dict(config)) or {}), **extra_shapes(dict(config))}
+    names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    modules = [
+        name
+        for name in names
+        if not name.endswith(("embed_tokens", "lm_head", "mlp.gate", "shared_head.head"))
+    ]
+    fused = fused_layers(module for module in modules if not experts_parent(module))
+    parts = {part for members in fused.values() for part in members}
+    of = {module: schemes.get(module, "float") for module in modules if module not in parts}
+    return {**of, **{layer: schemes.get(members[0], "float") for layer, members in fused.items()}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VLLM is None, reason="vllm is not installed")
+@pytest.mark.parametrize(("config", "schemes"), CASES)
+def test_vllm_matches_every_layer_to_its_group(config: dict[str, Any], schemes: dict[str, Scheme]) -> None:
+    assert VLLM is not None
+    vllm = load_file(VLLM, "vllm_compressed_tensors_utils")
+    section = make_section(schemes, expected_shapes(dict(config)) or {})
+    targets = {t: group for group in section["config_groups"].values() for t in group["targets"]}
+
+    class RowParallelLinear(torch.nn.Module):
+        """vLLM takes the class `Linear` for any whose name holds that."""
+
+    for layer, scheme in layers_of(config, schemes).items():
+        if vllm.should_ignore_layer(layer, section["ignore"], FUSED):
+            assert scheme == "float", layer
+            continue
+        target = vllm.find_matched_target(layer, RowParallelLinear(), targets, FUSED)
+        found = targets[target]["input_activations"]
+        assert scheme == ("dynamic" if found["dynamic"] else "static"), layer
+
+
+def load_mindspore() -> Any:
+    assert MINDSPORE is not None
+    package = "vllm_mindspore.model_executor.layers"
+    return load_file(
+        MINDSPORE,
+        "vllm_mindspore_golden_stick",
+        (
+            "vllm.model_executor.layers.quantization.base_config",
+            f"{package}.linear",
+            f"{package}.quantization.golden_stick.a8w8",
+            f"{package}.vocab_parallel_embedding",
+        ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MINDSPORE is None, reason="vllm_mindspore is not installed")
+@pytest.mark.parametrize(("config", "schemes"), CASES)
+@pytest.mark.parametrize("format_name", ["golden-stick", "ascend"])
+def test_vllm_mindspore_finds_the_description_consistent(
+    tmp_path: Path, config: dict[str, Any], schemes: dict[str, Scheme], format_name: Any
+) -> None:
+    if format_name == "golden-stick" and schemes == mixed():
+        pytest.skip("the native backend has no per-token activations")
+    plan = write_experts(tmp_path / "m", config, schemes=schemes, format_name=format_name)
+    (name,) = plan.documents
+    load_mindspore().GoldenStickConfig.from_config(json.loads((tmp_path / "m" / name).read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MINDSPORE is None, reason="vllm_mindspore is not installed")
+def test_vllm_mindspore_refuses_the_ascend_folder_of_a_model_with_biases(tmp_path: Path) -> None:
+    config = {**CONFIG, "attention_bias": True}
+    write_experts(tmp_path / "m", config, schemes=schemes_of(config), format_name="ascend")
+    description = json.loads((tmp_path / "m" / DESCRIPTION_NAME).read_text())
+    with pytest.raises(ValueError, match="conflict"):
+        load_mindspore().GoldenStickConfig.from_config(description)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASCEND is None, reason="vllm_ascend is not installed")
+@pytest.mark.parametrize(("config", "schemes"), CASES)
+def test_vllm_ascend_finds_every_layers_scheme(
+    tmp_path: Path, config: dict[str, Any], schemes: dict[str, Scheme]
+) -> None:
+    assert ASCEND is not None
+    ascend = load_file(
+        ASCEND,
+        "vllm_ascend.quantization.modelslim_config",
+        (
+            "vllm.config",
+            "vllm.logger",
+            "vllm.model_executor.layers.attention_layer_base",
+            "vllm.model_executor.layers.fused_moe",
+            "vllm.model_executor.layers.linear",
+            "vllm.model_executor.layers.quantization.base_config",
+            "vllm.model_executor.layers.vocab_parallel_embedding",
+            "vllm.model_executor.models.utils",
+            "vllm_ascend.utils",
+            "vllm_ascend.quantization.methods",
+        ),
+    )
+    write_experts(tmp_path / "m", config, schemes=schemes, format_name="ascend")
+    found = ascend.AscendModelSlimConfig(json.loads((tmp_path / "m" / DESCRIPTION_NAME).read_text()))
+    fused = ascend.get_packed_modules_mapping(config["model_type"]) or FUSED
+    layers = layers_of(config, schemes)
+    experts = {experts_parent(layer): scheme for layer, scheme in layers.items() if experts_parent(layer)}
+    for layer, scheme in {**layers, **experts, "lm_head": "float", "model.embed_tokens": "float"}.items():
+        if layer is None or experts_parent(layer):
+            continue
+        word = ascend.get_quant_type_for_layer(found.quant_description, layer, "linear", fused)
+        assert word == DESCRIBED[scheme], layer
+        assert found.is_layer_skipped_ascend(layer, fused) == (scheme == "float"), layer
+    assert not found.enable_fa_quant
+    assert not found.enable_c8_quant
