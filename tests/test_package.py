@@ -31,6 +31,8 @@ HEAVY = {
     "pyarrow",
     "safetensors",
     "huggingface_hub",
+    "matplotlib",
+    "jinja2",
 }
 
 # What each part of the package may import, besides itself.
@@ -49,6 +51,7 @@ _FLOWS = {
     "recipes",
     "manifest",
     "planning",
+    "reporting",
 }
 ALLOWED = {
     "errors": set[str](),
@@ -74,6 +77,7 @@ ALLOWED = {
     "serving": _FOUNDATION | _PARTS | {"recipes"},
     "folder_checks": _FOUNDATION | _PARTS,
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving", "folder_checks"},
+    "reporting": _FOUNDATION | _PARTS | {"serving"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }
@@ -208,6 +212,7 @@ def test_the_wheel_holds_the_modules_and_the_recipes(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"msquant/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
     assert "msquant/configs/smollm2-135m.yaml" in recipes
+    assert {f"msquant/reporting/templates/report.{kind}" for kind in ("html.j2", "md.j2", "css")} <= names
     configs = {
         f"msquant/configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json")
     }

@@ -18,6 +18,7 @@ from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
 from msquant.cli.recipes import recipes
+from msquant.cli.report import report
 from msquant.cli.run import run
 from msquant.cli.upload import upload
 from msquant.errors import MsquantError
@@ -65,7 +66,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, analyze, run, inspect, download, upload, doctor):
+for _command in (quantize, plan, analyze, run, inspect, report, download, upload, doctor):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 for _registered in engine.registered_commands:

@@ -1,0 +1,222 @@
+"""A folder read into a `Report`: its summary, its manifest, its int8 weights and, if given, an analysis."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from msquant.checkpoint.decoder_layout import EXPERT_COUNT
+from msquant.checkpoint.json_file import read_json
+from msquant.errors import CheckpointError
+from msquant.formats.registry import folder_format
+from msquant.formats.summary import ModuleSummary, Summary, summarize
+from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
+from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
+from msquant.reporting.manifest import Manifest, Name, Number, parse, printable, read_manifest
+from msquant.reporting.serving import commands
+from msquant.reporting.verdict import judge
+
+_STEPS = 255
+_EMBEDDING = "embed_tokens"
+_HEAD = "lm_head"
+
+
+class _AnalyzedGroup(BaseModel):
+    layer: int
+    group: Name
+    linears: list[Name]
+    scheme: Name
+    error: float
+    share: float
+    dynamic_error: Number = None
+    float_bytes: int | None = None
+
+
+class _Analysis(BaseModel):
+    """What `msquant analyze --json` prints, as far as it is shown."""
+
+    groups: list[_AnalyzedGroup]
+
+
+def collect(
+    folder: Path,
+    *,
+    sensitivity: Path | None = None,
+    check: bool = True,
+    most_weights: int = SAMPLED_WEIGHTS,
+    stage: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Find out all that a report says.
+
+    Args:
+        folder: a checkpoint in any format that `summarize` reads; without `msquant.json`, what only that
+            holds is left out.
+        sensitivity: what `msquant analyze --json` printed for the model; without it the layers are ranked by
+            the errors in the manifest.
+        check: read every quantized tensor to check the format's contract.
+        most_weights: int8 weights to read for the histograms.
+        stage: called with a line that says what begins.
+        progress: called with the bytes of weights that are read and those to read in all.
+
+    Raises:
+        CheckpointError: there is no such folder; it cannot be read; its manifest or the analysis is damaged,
+            or the analysis is of another model.
+    """
+    stage(f"reading {folder}" + (" and checking its format" if check else ""))
+    summary = summarize(folder, check=check)
+    if not summary.modules:
+        raise CheckpointError(
+            f"cannot be read: {summary.findings[0]}",
+            where=folder,
+            remedy="copy or download the whole folder again, or quantize again",
+        )
+    manifest = read_manifest(folder)
+    config = read_json(folder / "config.json")
+    ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
+    stage("counting int8 weights")
+    counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
+    format = folder_format(folder)
+    minimum = manifest.recipe.get("quantization", {}).get("min_expert_tokens")
+    return Report(
+        name=printable(folder.resolve().name),
+        architecture=summary.architecture and printable(summary.architecture),
+        format=summary.quantization,
+        consumer=format.consumer if format else None,
+        dtype=summary.dtype,
+        checked=check,
+        findings=tuple(printable(str(finding)) for finding in summary.findings),
+        notes=tuple(summary.notes),
+        verdict=judge(summary, manifest, checked=check),
+        size=_size(summary, manifest),
+        reads=_reads(summary, config),
+        evaluation=manifest.evaluation,
+        kinds=tuple(_kind(*group) for group in summary.kinds().items()),
+        layers=tuple(manifest.layers),
+        histograms=tuple(counted),
+        experts=tuple(
+            ExpertsRow(layer.index, tuple(layer.experts.tokens), len(layer.experts.few_tokens))
+            for layer in manifest.layers
+            if layer.experts is not None
+        ),
+        min_expert_tokens=minimum if isinstance(minimum, int) else None,
+        ranking=ranking,
+        recipe=_yaml(manifest.recipe),
+        facts=_facts(manifest),
+        versions=manifest.versions,
+        files=manifest.files,
+        serving=tuple(commands(folder, summary)),
+    )
+
+
+def _size(summary: Summary, manifest: Manifest) -> Size:
+    shards = manifest.source.shards
+    return Size(
+        tensors=summary.nbytes,
+        source=sum(shards.values()) if shards else None,
+        half=2 * summary.parameters,
+        parameters=summary.parameters,
+        int8=sum(_elements(module) for module in summary.modules if module.dtype == "I8"),
+    )
+
+
+def _elements(module: ModuleSummary) -> int:
+    return math.prod(module.shape)
+
+
+def _reads(summary: Summary, config: dict[str, Any]) -> Reads | None:
+    """Of a mixture of experts, None if config.json does not say how many of how many work on a token."""
+    working = 1.0
+    if any("experts.*" in module.kind for module in summary.modules):
+        count = config.get(EXPERT_COUNT.get(str(config.get("model_type")), ""))
+        each = config.get("num_experts_per_tok")
+        if not isinstance(count, int) or not isinstance(each, int) or count < 1:
+            return None
+        working = each / count
+    layers = config.get("num_hidden_layers")
+    tied = not any(module.kind == _HEAD for module in summary.modules)
+    stored = half = 0.0
+    for module in summary.modules:
+        part = working if "experts.*" in module.kind else 1.0
+        if module.kind.endswith(_EMBEDDING) and not tied:
+            part = 1 / max(1, module.shape[0])
+        elif module.layer is not None and isinstance(layers, int) and module.layer >= layers:
+            # Prediction of further tokens, which decoding does without.
+            part = 0.0
+        stored += part * module.nbytes
+        half += part * 2 * _elements(module)
+    return Reads(round(stored), round(half))
+
+
+def _kind(key: tuple[str, str, str, tuple[int, ...]], modules: list[ModuleSummary]) -> KindRow:
+    kind, scheme, dtype, shape = key
+    scales = [scale for module in modules for scale in module.input_scale or ()]
+    return KindRow(
+        kind=printable(kind),
+        modules=len(modules),
+        scheme=printable(scheme),
+        dtype=dtype,
+        shape=shape,
+        nbytes=sum(module.nbytes for module in modules),
+        static_range=(_STEPS * min(scales), _STEPS * max(scales)) if scales else None,
+    )
+
+
+def _ranked(manifest: Manifest) -> Ranking | None:
+    errors = [(layer.index, layer.error) for layer in manifest.layers if layer.error is not None]
+    total = math.fsum(error for _, error in errors)
+    if not total:
+        return None
+    rows = [RankedRow(f"layer {index}", error, error / total) for index, error in errors]
+    return Ranking("msquant.json", tuple(sorted(rows, key=lambda row: -row.error)))
+
+
+def _analyzed(path: Path, summary: Summary) -> Ranking:
+    remedy = "give what this prints for the model: msquant analyze MODEL --json > FILE"
+    groups = parse(_Analysis, read_json(path), path, remedy).groups
+    if not groups:
+        raise CheckpointError("names no groups", where=path, remedy=remedy)
+    known = {module.name for module in summary.modules}
+    for group in groups:
+        if missing := [linear for linear in group.linears if linear not in known]:
+            raise CheckpointError(
+                f"is of another model: there is no {missing[0]} in {summary.folder}",
+                where=path,
+                remedy=remedy,
+            )
+    rows = [
+        RankedRow(
+            name=f"layer {group.layer} {group.group}",
+            error=group.error,
+            share=group.share,
+            scheme=group.scheme,
+            float_bytes=group.float_bytes,
+            dynamic_error=group.dynamic_error,
+        )
+        for group in groups
+    ]
+    return Ranking(printable(path.name), tuple(sorted(rows, key=lambda row: -row.error)))
+
+
+def _facts(manifest: Manifest) -> dict[str, str]:
+    shape = manifest.calibration.shape
+    facts = {
+        "model": manifest.recipe.get("model"),
+        "device": manifest.device,
+        "calibration tokens": " x ".join(map(str, shape)) if shape else None,
+        "sha256 of the calibration tokens": manifest.calibration.sha256,
+        "source shards": len(manifest.source.shards) or None,
+        "sha256 of the source's config, index and headers": manifest.source.sha256,
+    }
+    return {name: printable(str(value)) for name, value in facts.items() if value is not None}
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    if not recipe:
+        return ""
+    return printable(
+        yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    )

@@ -1,0 +1,104 @@
+"""The verdict on a folder: what a person reads first."""
+
+from msquant.formats.summary import Summary
+from msquant.reporting.data import Level, Verdict
+from msquant.reporting.manifest import Manifest
+
+_OUTLIER = 10
+"""A layer whose error is so many times the median stands out."""
+_SHOWN = 3
+
+
+def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
+    """Judge a folder by its format's contract, and by its accuracy where that was measured.
+
+    Args:
+        summary: of the folder.
+        manifest: of the folder.
+        checked: whether the summary's findings are all there would be.
+    """
+    problems: list[tuple[Level, str]] = []
+    if summary.findings:
+        count = len(summary.findings)
+        more = f", and {count - 1} more such places" if count > 1 else ""
+        problems.append(("bad", f"It breaks the {summary.quantization} format: {summary.findings[0]}{more}."))
+    if summary.quantization is None:
+        problems.append(("check", "It is in floating point: nothing was quantized."))
+    problems += _accuracy(manifest)
+    problems += [("check", f"{note[:1].upper()}{note[1:]}.") for note in summary.notes]
+    if not checked:
+        problems.append(("check", "Its weights were not checked against the format's contract."))
+    problems += _few_tokens(manifest)
+    remarks = _outliers(manifest)
+    if not problems:
+        return Verdict("good", _praise(manifest), tuple(remarks))
+    level: Level = "bad" if any(level == "bad" for level, _ in problems) else "check"
+    reasons = sorted(problems, key=lambda problem: problem[0] != level)
+    return Verdict(level, reasons[0][1], (*(reason for _, reason in reasons[1:]), *remarks))
+
+
+def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
+    score = manifest.evaluation.overall if manifest.evaluation else None
+    if score is None or score.kl is None:
+        return [("check", "Its accuracy was not measured: msquant evaluate does that.")]
+    limit = max_kl(manifest)
+    if limit is None:
+        return [
+            ("check", f"The recipe has no limit for its KL divergence of {score.kl:.3g} to the float model.")
+        ]
+    if score.kl > limit:
+        return [
+            (
+                "bad",
+                f"Its KL divergence to the float model is {score.kl:.3g}, beyond the recipe's limit of "
+                f"{limit:g}.",
+            )
+        ]
+    return []
+
+
+def max_kl(manifest: Manifest) -> float | None:
+    """The recipe's limit of the KL divergence in nats; None if it has none."""
+    section = manifest.recipe.get("evaluation")
+    limit = section.get("max_kl") if isinstance(section, dict) else None
+    return float(limit) if isinstance(limit, int | float) else None
+
+
+def _praise(manifest: Manifest) -> str:
+    assert manifest.evaluation is not None
+    assert manifest.evaluation.overall is not None
+    return (
+        "It keeps its format's contract, and its KL divergence to the float model is "
+        f"{manifest.evaluation.overall.kl:.3g}, within the recipe's limit of {max_kl(manifest):g}."
+    )
+
+
+def _few_tokens(manifest: Manifest) -> list[tuple[Level, str]]:
+    few = [len(layer.experts.few_tokens) for layer in manifest.layers if layer.experts is not None]
+    if not any(few):
+        return []
+    return [
+        (
+            "check",
+            f"{sum(few)} experts in {sum(map(bool, few))} decoder layers got too few calibration tokens and "
+            "were quantized from their weights alone; more and longer samples give them more.",
+        )
+    ]
+
+
+def _outliers(manifest: Manifest) -> list[str]:
+    errors = sorted(
+        ((layer.error, layer.index) for layer in manifest.layers if layer.error is not None), reverse=True
+    )
+    if not errors:
+        return []
+    median = errors[len(errors) // 2][0]
+    above = [(error, index) for error, index in errors if error > _OUTLIER * median > 0]
+    if not above:
+        return []
+    layers = ", ".join(f"{index} ({error:.1e})" for error, index in above[:_SHOWN])
+    some = f"Layers {layers} have" if len(above) > 1 else f"Layer {layers} has"
+    return [
+        f"{some} more than {_OUTLIER} times the median error of {median:.1e}: msquant analyze finds the "
+        "matrices to spare."
+    ]

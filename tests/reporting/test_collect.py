@@ -1,0 +1,331 @@
+"""What a report finds out about a folder, and what it says where there is less to find out."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msquant.checkpoint.writer import write_json
+from msquant.errors import CheckpointError, OutputError
+from msquant.reporting.collect import collect
+from msquant.reporting.data import as_plain
+from msquant.reporting.render import html_page, markdown_page
+from msquant.reporting.write import default_output, write_report
+from tests.formats.folders import change_json, change_tensors, write_folder, write_manifest
+from tests.reporting.folders import DENSE, EXPERTS, HOSTILE, LAYERS, evaluation, poison, write_large
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read it, never change it."""
+    return write_folder(tmp_path_factory.mktemp("report") / "model")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model")
+
+
+def analysis(*linears: str) -> dict[str, Any]:
+    """As `msquant analyze --json` prints it."""
+    groups = [
+        {
+            "layer": int(linear.split(".")[2]),
+            "group": linear.split(".")[-1],
+            "linears": [linear],
+            "scheme": "static",
+            "error": 1e-3 * place,
+            "dynamic_error": None,
+            "share": 0.1 * place,
+            "float_bytes": 1000,
+        }
+        for place, linear in enumerate(linears, 1)
+    ]
+    return {"error": 1.0, "output_bytes": 1, "groups": groups, "kept": []}
+
+
+def test_a_folder_is_summed_up(folder: Path) -> None:
+    report = collect(folder)
+    assert (report.name, report.architecture, report.format) == ("model", "LlamaForCausalLM", "golden-stick")
+    assert report.consumer == "the native backend of vLLM-MindSpore"
+    assert report.checked
+    assert report.findings == ()
+    assert report.groups == ["qkv"]
+    assert report.errors == [1e-3, 1e-3]
+    assert report.verdict.level == "check"
+    assert "not measured" in report.verdict.reason
+    kinds = {row.kind: row for row in report.kinds}
+    low, high = kinds["self_attn.q_proj"].static_range or (0, 0)
+    assert 255 * 0.01 <= low <= high <= 255 * 0.1
+    assert kinds["model.norm"].static_range is None
+    assert json.loads(json.dumps(as_plain(report)))["size"]["parameters"] == report.size.parameters
+
+
+def test_bytes_a_token_leave_out_what_it_does_not_use(folder: Path, tmp_path: Path) -> None:
+    dense = collect(folder)
+    # The embedding is the output head too, so all of it is read.
+    assert dense.reads is not None
+    assert dense.reads.stored == dense.size.tensors
+    experts = collect(write_large(tmp_path / "large"))
+    assert experts.reads is not None
+    rows = {(row.kind, row.scheme): row for row in experts.kinds}
+    table = rows["model.embed_tokens", "FLOAT"]
+    routed = [row for row in experts.kinds if "experts.*" in row.kind and row.scheme != "FLOAT"]
+    predicted = sum(
+        row.nbytes for row in experts.kinds if row.kind in ("eh_proj", "enorm", "hnorm", "embed_tokens")
+    )
+    most = experts.size.tensors - predicted - table.nbytes * 19 / 20 - sum(row.nbytes for row in routed) / 3
+    assert 0.4 * most < experts.reads.stored <= most
+
+
+def test_experts_without_their_count_are_not_guessed(tmp_path: Path) -> None:
+    large = write_large(tmp_path / "large")
+    change_json(large / "config.json", lambda config: config.pop("num_experts_per_tok"))
+    report = collect(large, check=False)
+    assert report.reads is None
+    assert "a token" not in markdown_page(report)
+
+
+def test_a_large_manifest_is_shown_whole(tmp_path: Path) -> None:
+    report = collect(write_large(tmp_path / "large"), check=False)
+    assert len(report.layers) == LAYERS
+    assert len(report.experts) == LAYERS - DENSE
+    assert {len(row.tokens) for row in report.experts} == {EXPERTS}
+    assert report.groups == ["q_kv_a", "q_b", "o", "gate_up", "down"]
+    few = sum(row.few for row in report.experts)
+    assert few > 0
+    assert any(f"{few} experts" in remark for remark in report.verdict.remarks)
+    assert report.ranking is not None
+    errors = [row.error for row in report.ranking.rows]
+    assert errors == sorted(errors, reverse=True)
+    assert sum(row.share for row in report.ranking.rows) == pytest.approx(1)
+    page = markdown_page(report)
+    assert page.count("\n| q\\_b | ") == LAYERS
+    worst = report.ranking.rows[0]
+    assert f"| {worst.name} | {worst.error:.2e} | {worst.share:.1%} |" in page
+
+
+def test_the_page_and_the_tables_have_the_same_numbers(tmp_path: Path) -> None:
+    report = collect(write_large(tmp_path / "large"), check=False)
+    numbers = re.compile(r"(?<![\w.#-])\d[\d,]*\.\d+(?:e-?\d+)?")
+    page = re.sub(r"(?s)<style>.*?</style>|<svg.*?</svg>", "", html_page(report))
+    cells = re.sub(r"<[^>]+>", " ", page)
+    # The page says how many times less is read; the tables give both sizes.
+    ratio = {f"{(report.reads.half / report.reads.stored):.2f}"} if report.reads else set()
+    assert set(numbers.findall(cells)) - ratio <= set(numbers.findall(markdown_page(report)))
+
+
+def test_an_older_manifest_is_enough(folder: Path) -> None:
+    # It has no ranges, recipe, versions, evaluation, experts or clip ratios.
+    report = collect(folder, check=False)
+    for page in (html_page(report), markdown_page(report)):
+        assert "Not recorded: nothing was smoothed, or an older version" in page
+        assert "it holds no recipe" in page
+    assert "Its weights were not checked against the format" in " ".join(report.verdict.remarks)
+
+
+def test_no_manifest_is_enough(own: Path) -> None:
+    (own / "msquant.json").unlink()
+    report = collect(own)
+    assert report.layers == ()
+    assert report.ranking is None
+    assert report.histograms
+    page = html_page(report)
+    assert "the folder has no msquant.json" in page
+    assert "msquant analyze MODEL --json" in page
+
+
+def test_equal_folders_give_equal_bytes(folder: Path) -> None:
+    assert html_page(collect(folder, check=False)) == html_page(collect(folder, check=False))
+
+
+def test_the_recipe_the_hashes_and_the_commands_are_there(own: Path) -> None:
+    change_json(
+        own / "msquant.json",
+        lambda manifest: manifest.update(
+            recipe={"model": "smollm2-135m", "quantization": {"algorithm": "osl-robust"}},
+            versions={"mindspore-gs": "1.4.1"},
+            source={"sha256": "5" * 64, "shards": {"model.safetensors": 10**6}},
+            calibration={"shape": [16, 128], "sha256": "6" * 64},
+        ),
+    )
+    report = collect(own)
+    assert report.size.source == 10**6
+    for page in (html_page(report), markdown_page(report)):
+        for text in ("osl-robust", "1.4.1", "5" * 64, "6" * 64, "16 x 128", "1.0 MB"):
+            assert text in page
+        for file in report.files.values():
+            assert file.sha256 in page
+        assert "vllm-mindspore serve" in page
+        assert "--quantization golden-stick" in page
+        assert "msquant run --model" in page
+
+
+def test_an_analysis_ranks_the_matrices(folder: Path, tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+    write_json(tmp_path / "ranking.json", analysis(*names))
+    report = collect(folder, sensitivity=tmp_path / "ranking.json", check=False)
+    assert report.ranking is not None
+    assert [row.name for row in report.ranking.rows] == ["layer 1 down_proj", "layer 0 q_proj"]
+    assert report.ranking.origin == "ranking.json"
+    assert "layer 1 down_proj" in html_page(report)
+    assert "| layer 1 down\\_proj | 2.00e-03 | 20.0% | static | +1.0 kB |" in markdown_page(report)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            analysis("model.layers.7.mlp.down_proj"),
+            r"another model: there is no model\.layers\.7\.mlp\.down_proj",
+        ),
+        ({"groups": []}, "names no groups"),
+        ({"groups": [{"layer": 0}]}, r"groups\.0\.group: Field required"),
+        ({}, "groups: Field required"),
+    ],
+)
+def test_an_analysis_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, content: Any, message: str
+) -> None:
+    write_json(tmp_path / "ranking.json", content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        collect(folder, sensitivity=tmp_path / "ranking.json", check=False)
+    assert "ranking.json" in str(caught.value.where)
+    assert "msquant analyze MODEL --json" in str(caught.value.remedy)
+
+
+def test_what_was_measured_is_shown(own: Path) -> None:
+    change_json(own / "msquant.json", lambda manifest: manifest.update(evaluation=evaluation()))
+    page = markdown_page(collect(own, check=False))
+    for text in ("0.0312", "15.08", "14.09", "91.3%", "88.7%", "2.30e-03", "prose"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("limit", "level", "text"),
+    [(0.05, "good", "within the recipe's limit of 0.05"), (0.01, "bad", "beyond the recipe's limit of 0.01")],
+)
+def test_the_verdict_follows_the_recipes_limit(own: Path, limit: float, level: str, text: str) -> None:
+    change_json(
+        own / "msquant.json",
+        lambda manifest: manifest.update(evaluation=evaluation(), recipe={"evaluation": {"max_kl": limit}}),
+    )
+    verdict = collect(own).verdict
+    assert (verdict.level, verdict.remarks) == (level, ())
+    assert text in verdict.reason
+
+
+def test_a_broken_contract_is_bad_whatever_was_measured(own: Path) -> None:
+    change_tensors(own, {"model.layers.0.self_attn.q_proj.deq_scale": np.ones(16, np.int64)})
+    verdict = collect(own).verdict
+    assert verdict.level == "bad"
+    assert "deq_scale" in verdict.reason
+    assert "not measured" in verdict.remarks[0]
+
+
+def test_a_layer_that_stands_out_is_named(own: Path) -> None:
+    def spread(manifest: dict[str, Any]) -> None:
+        manifest["layers"] = [{"index": i, "error": 0.5 if i == 3 else 1e-3} for i in range(6)]
+
+    change_json(own / "msquant.json", spread)
+    remarks = collect(own, check=False).verdict.remarks
+    assert any(remark.startswith("Layer 3 (5.0e-01) has more than 10 times") for remark in remarks)
+
+
+def test_a_model_in_floating_point_is_said_to_be_one(tiny_llama: Path) -> None:
+    report = collect(tiny_llama)
+    assert report.format is None
+    assert report.verdict.reason == "It is in floating point: nothing was quantized."
+    assert "There are no int8 weights" in html_page(report)
+
+
+def test_hostile_names_are_no_markdown(own: Path) -> None:
+    poison(own)
+    page = markdown_page(collect(own, check=False))
+    lines = [line for line in page.splitlines() if not line.startswith("    ")]
+    assert not any("<script" in line or "<svg" in line or "](" in line for line in lines)
+    tables = [line for line in lines if line.startswith("| ")]
+    assert not any(re.search(r"(?<!\\)`", line) for line in tables)
+    assert not any(character in page for character in "\x00\x1b\ud800")
+    assert sum(line.startswith("# ") for line in lines) == 1
+    assert len(HOSTILE) == 6
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "cannot be read as JSON"),
+    "a list": ("[]", "an object is expected"),
+    "layers that are none": ('{"layers": 3}', "layers: Input should be a valid list"),
+    "an error that is a word": ('{"layers": [{"index": 0, "error": "x"}]}', r"layers\.0\.error"),
+    "files that are none": ('{"files": {"a": 1}}', r"files\.a"),
+    "a recipe that is none": ('{"recipe": []}', "recipe: Input should be a valid dictionary"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_manifest_is_refused(own: Path, case: str) -> None:
+    content, message = BROKEN[case]
+    (own / "msquant.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        collect(own, check=False)
+    assert str(own / "msquant.json") in str(caught.value)
+
+
+def test_numbers_that_are_none_count_as_not_recorded(own: Path) -> None:
+    text = '{"layers": [{"index": 0, "error": NaN, "groups": [{"name": "o", "alpha": Infinity}]}]}'
+    (own / "msquant.json").write_text(text)
+    report = collect(own, check=False)
+    assert report.errors == []
+    assert report.layers[0].groups[0].alpha is None
+    assert "nan" not in re.sub(r"(?s)<svg.*?</svg>", "", html_page(report)).lower()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_missing_shard_is_refused(own: Path, check: bool) -> None:
+    next(own.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match="missing") as caught:
+        collect(own, check=check)
+    assert "model-00002" in str(caught.value)
+
+
+def test_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        collect(tmp_path / "nothing")
+
+
+def test_files_are_not_replaced_unasked(own: Path, tmp_path: Path) -> None:
+    target, _ = write_report(own, check=False)
+    assert target == default_output(own) == tmp_path / "model-report.html"
+    with pytest.raises(OutputError, match="exists already"):
+        write_report(own, check=False)
+    write_report(own, overwrite=True, check=False)
+    assert write_report(own, format="markdown", check=False)[0].name == "model-report.md"
+    with pytest.raises(OutputError, match="is a folder"):
+        write_report(own, tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="no such folder"):
+        write_report(own, tmp_path / "nowhere" / "report.html")
+
+
+def test_the_folder_keeps_its_contract(own: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in own.iterdir()}
+    write_report(own)
+    assert before == {path: path.stat().st_mtime_ns for path in own.iterdir()}
+
+
+def test_several_nodes_have_a_command_each(own: Path) -> None:
+    serving = {"tensor_parallel_size": 16, "nodes": 2, "launcher": "ray"}
+    change_json(own / "msquant.json", lambda manifest: manifest.update(recipe={"serving": serving}))
+    lines = collect(own, check=False).serving[0].lines
+    assert "# node 0, the head" in lines
+    assert any(line.startswith("ray start --address=") for line in lines)
+    assert any("--tensor-parallel-size 16" in line for line in lines)
+
+
+def test_a_serving_section_that_is_not_valid_is_left_out(own: Path) -> None:
+    change_json(own / "msquant.json", lambda manifest: manifest.update(recipe={"serving": {"x": 1}}))
+    assert [command.what for command in collect(own, check=False).serving] == [
+        "Continue a prompt without an NPU"
+    ]
+    write_manifest(own)
