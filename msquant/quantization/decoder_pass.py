@@ -120,6 +120,7 @@ class DecoderPass:
                 put(output)
         self._store.discard(BETWEEN)
         quantized = block.quantize(sample.reshape(-1, sample.shape[-1]), sink)
+        report.groups += block.groups()
         report.expert_tokens = block.expert_tokens
         report.error = relative_error(hidden[0], first[0], quantized.reshape(sample.shape))
         return report

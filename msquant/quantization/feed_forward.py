@@ -30,6 +30,8 @@ from msquant.models.moe import Router
 from msquant.models.routing import tokens_of
 from msquant.quantization.fake_quant import STEPS
 from msquant.quantization.policy import QuantizationPolicy
+from msquant.quantization.ranges import channel_ranges
+from msquant.quantization.report import GroupReport
 from msquant.quantization.smoothing import power_of_two, smooth_scale
 from msquant.quantization.weights import column_maxima, quantize_weight
 
@@ -171,6 +173,31 @@ class FeedForwardPass:
             down = self._linear(expert, "down_proj", sink, columns=inner)
             output[rows] += _apply(down, product) * factors
         return output
+
+    def groups(self) -> list[GroupReport]:
+        """The smooth groups, of all experts together, after `forward`; none if they are not smoothed."""
+        alpha = self._policy.feed_forward_alpha
+        if alpha is None:
+            return []
+        seen = [expert for expert in self._experts if expert.gated.size]
+        scales = [self._inner_scale(expert) for expert in seen]
+        smoothed = [
+            expert.gated if scale is None else expert.gated / scale
+            for expert, scale in zip(seen, scales, strict=True)
+        ]
+        ranges = [
+            ("gate_up", [self._inputs], [self._inputs / self._shared_scale()]),
+            ("down", [expert.gated for expert in seen], smoothed),
+        ]
+        return [
+            GroupReport(
+                name,
+                alpha,
+                before=channel_ranges(np.concatenate(before)),
+                after=channel_ranges(np.concatenate(after)),
+            )
+            for name, before, after in ranges
+        ]
 
     def _linear(
         self,

@@ -21,6 +21,7 @@ from msquant.errors import CalibrationError
 from msquant.interrupts import check_interrupt
 from msquant.models.layers import DecoderLayer
 from msquant.quantization.fake_quant import activation_parameters, fake_quantize
+from msquant.quantization.ranges import GroupReporter
 from msquant.quantization.report import GroupReport, LayerReport
 from msquant.quantization.weights import column_maxima, smoothed_and_rounded
 
@@ -44,7 +45,7 @@ class GroupCells:
     smooth_scale: Any = None
 
 
-class ReferenceOSLSmoother(OSLSmoother):
+class ReferenceOSLSmoother(GroupReporter, OSLSmoother):
     """golden-stick's own search, which also reports what it chose."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -60,7 +61,7 @@ class ReferenceOSLSmoother(OSLSmoother):
             scale, alpha = super()._search_best_ratio(name, layer, group, *args)
         except ValueError as error:
             raise nothing_finite(group.name, self.report.name) from error
-        self.report.groups.append(GroupReport(group.name, alpha, min(self._losses)))
+        self.report_group(GroupReport(group.name, alpha, min(self._losses)), scale, args[-1])
         return scale, alpha
 
     def _loss(self, preds: Any, grounds: Any) -> float:
@@ -107,7 +108,7 @@ class HostSmoother:
         weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
 
 
-class FastOSLSmoother(HostSmoother, OSLSmoother):
+class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
     """The same search, in a fraction of the time; its items are batches of samples of equal length."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -138,7 +139,7 @@ class FastOSLSmoother(HostSmoother, OSLSmoother):
         alpha, least = least_loss(alphas, len(batches), loss)
         if not math.isfinite(least):
             raise nothing_finite(group.name, self.report.name)
-        self.report.groups.append(GroupReport(group.name, alpha, least))
+        self.report_group(GroupReport(group.name, alpha, least), scales[alpha], heads[-1])
         return scales[alpha], alpha
 
 

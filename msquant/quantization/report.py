@@ -9,6 +9,21 @@ from msquant.checkpoint.weights import Scheme
 
 
 @dataclass(frozen=True)
+class ChannelRanges:
+    """The channels' greatest magnitudes over the calibration tokens, to four digits.
+
+    Attributes:
+        median: half of the channels stay below it.
+        p99: 99 of 100 do.
+        largest: of all.
+    """
+
+    median: float
+    p99: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class GroupReport:
     """What was chosen for one smooth group.
 
@@ -18,12 +33,16 @@ class GroupReport:
         loss: mean squared error of the decoder layer's output with only this group quantized; for osl-robust
             the group's own relative error, see `held_out.py`; None where nothing is searched.
         range_floor: quantile of the floor under the channels' ranges, for osl-robust.
+        before: what the group's linears read, unsmoothed.
+        after: the same divided by the smooth scale.
     """
 
     name: str
     alpha: float
     loss: float | None = None
     range_floor: float | None = None
+    before: ChannelRanges | None = None
+    after: ChannelRanges | None = None
 
 
 @dataclass

@@ -38,8 +38,10 @@ class RobustOSLSmoother(FastOSLSmoother):
         if not math.isfinite(choice.loss):
             raise nothing_finite(group.name, self.report.name)
         logger.info(f"{self.report.name} {group.name}: {choice}")
-        self.report.groups.append(GroupReport(group.name, choice.alpha, choice.loss, choice.range_floor))
-        return Tensor(search.scale(choice)), choice.alpha
+        scale = Tensor(search.scale(choice))
+        chosen = GroupReport(group.name, choice.alpha, choice.loss, choice.range_floor)
+        self.report_group(chosen, scale, heads[-1])
+        return scale, choice.alpha
 
     def _inputs(
         self, layer: DecoderLayer, group: GroupCells, batches: Sequence[Batch], heads: tuple[int, ...]

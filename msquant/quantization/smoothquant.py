@@ -6,10 +6,11 @@ from mindspore import Tensor
 from mindspore_gs.ptq.algo_modules.mindone import SmoothQuantSmoother
 
 from msquant.quantization.osl import HostSmoother
+from msquant.quantization.ranges import GroupReporter
 from msquant.quantization.report import GroupReport, LayerReport
 
 
-class ReferenceSmoothQuantSmoother(SmoothQuantSmoother):
+class ReferenceSmoothQuantSmoother(GroupReporter, SmoothQuantSmoother):
     """golden-stick's own, whose alpha is 0.5, which also reports the groups."""
 
     alpha = 0.5
@@ -19,8 +20,10 @@ class ReferenceSmoothQuantSmoother(SmoothQuantSmoother):
         self.report = report
 
     def _compute_smooth_scale(self, **kwargs: Any) -> Tensor:
-        self.report.groups.append(GroupReport(kwargs["layer_info"].name, self.alpha))
-        return super()._compute_smooth_scale(**kwargs)
+        scale = super()._compute_smooth_scale(**kwargs)
+        group = GroupReport(kwargs["layer_info"].name, self.alpha)
+        self.report_group(group, scale, kwargs["num_key_value_heads"])
+        return scale
 
 
 class FastSmoothQuantSmoother(HostSmoother, ReferenceSmoothQuantSmoother):
@@ -29,6 +32,7 @@ class FastSmoothQuantSmoother(HostSmoother, ReferenceSmoothQuantSmoother):
     def _compute_smooth_scale(self, **kwargs: Any) -> Tensor:
         group = kwargs["layer_info"]
         alpha = self.get_layer_policy(group.curr_layer[0].layer_name).algo_args["smoothquant_alpha"]
-        self.report.groups.append(GroupReport(group.name, alpha))
         heads = kwargs["num_attention_heads"], kwargs["num_key_value_heads"]
-        return self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)
+        scale = self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)
+        self.report_group(GroupReport(group.name, alpha), scale, heads[1])
+        return scale
