@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
@@ -15,6 +16,9 @@ from msquant.errors import EngineError, ModelError
 from msquant.folder_checks import require_intact, require_memory
 from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
+
+if TYPE_CHECKING:
+    from msquant.inference.embedded import EmbeddedEngine
 
 AUTO = "auto"
 EMBEDDED = "embedded"
@@ -108,6 +112,21 @@ def find_model(explicit: Path | None = None) -> Path:
     )
 
 
+def choose_engine(engine: str = AUTO) -> str:
+    """Return which of the engines is meant; `auto` takes vLLM-MindSpore where it and an NPU are there.
+
+    Raises:
+        EngineError: the engine is unknown.
+    """
+    if engine not in ENGINES:
+        raise EngineError(
+            f"engine {engine!r} is unknown", where="--engine", remedy=f"use one of: {', '.join(ENGINES)}"
+        )
+    if engine != AUTO:
+        return engine
+    return EMBEDDED if vllm_mindspore.available() else vllm_mindspore.NAME
+
+
 def load_engine(
     folder: Path,
     engine: str = AUTO,
@@ -116,12 +135,9 @@ def load_engine(
     verify: bool | None = None,
 ) -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
-    if engine not in ENGINES:
-        raise EngineError(
-            f"engine {engine!r} is unknown", where="--engine", remedy=f"use one of: {', '.join(ENGINES)}"
-        )
+    chosen = choose_engine(engine)
     require_intact(folder, verify)
-    if engine == vllm_cpu.NAME:
+    if chosen == vllm_cpu.NAME:
         return vllm_cpu.VllmEngine(folder, dtype)
     if dtype != "auto":
         raise EngineError(
@@ -129,9 +145,9 @@ def load_engine(
             where="--dtype",
             remedy=f"leave it out, or add --engine {vllm_cpu.NAME}",
         )
-    if engine == vllm_mindspore.NAME or (engine == AUTO and vllm_mindspore.available() is None):
+    if chosen == vllm_mindspore.NAME:
         return vllm_mindspore.VllmMindSporeEngine(folder)
-    return _load_embedded(folder, device)
+    return load_embedded(folder, device)
 
 
 def _complete(folder: Path) -> Path:
@@ -160,7 +176,8 @@ def _complete(folder: Path) -> Path:
     return folder
 
 
-def _load_embedded(folder: Path, device: str) -> Engine:
+def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
+    """Load a model folder into the embedded engine; see `generate` for the errors."""
     from msquant.models.families import FAMILIES
 
     model_type = read_json(folder / "config.json").get("model_type")

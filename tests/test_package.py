@@ -33,6 +33,9 @@ HEAVY = {
     "huggingface_hub",
     "matplotlib",
     "jinja2",
+    "fastapi",
+    "starlette",
+    "uvicorn",
 }
 
 # What each part of the package may import, besides itself.
@@ -47,6 +50,7 @@ _FLOWS = {
     "source",
     "generation",
     "serving",
+    "server",
     "diagnosis",
     "recipes",
     "manifest",
@@ -78,6 +82,7 @@ ALLOWED = {
     "folder_checks": _FOUNDATION | _PARTS,
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving", "folder_checks"},
     "reporting": _FOUNDATION | _PARTS | {"serving"},
+    "server": _FOUNDATION | _PARTS | {"serving"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }

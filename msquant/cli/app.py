@@ -20,6 +20,7 @@ from msquant.cli.quantize import quantize
 from msquant.cli.recipes import recipes
 from msquant.cli.report import report
 from msquant.cli.run import run
+from msquant.cli.serve import serve
 from msquant.cli.upload import upload
 from msquant.errors import MsquantError
 
@@ -66,7 +67,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, analyze, run, inspect, report, download, upload, doctor):
+for _command in (quantize, plan, analyze, run, serve, inspect, report, download, upload, doctor):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 for _registered in engine.registered_commands:

@@ -33,6 +33,12 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def print_json_line(value: Any) -> None:
+    """Write one JSON document to stdout in a single line, for scripts that read while the command goes on."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def print_line(text: str) -> None:
     """Write one plain line to stdout; nothing in it is taken for markup."""
     stdout.print(text, markup=False)

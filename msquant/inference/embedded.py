@@ -40,7 +40,7 @@ class EmbeddedEngine:
     def __init__(
         self, config: ModelConfig, source: WeightSource, tokenizer: Any, device: str = "cpu"
     ) -> None:
-        self._config = config
+        self.config = config
         self.tokenizer = tokenizer
         if device == "cpu":
             from msquant.inference.cpu.model import CpuModel
@@ -97,8 +97,8 @@ class EmbeddedEngine:
             EngineError: as `encode`; or, while iterating, the logits are not finite.
         """
         self._check(ids)
-        room = min(sampling.max_tokens, self._config.max_position_embeddings - len(ids))
-        ends = () if sampling.ignore_eos else self._config.eos_token_ids
+        room = min(sampling.max_tokens, self.config.max_position_embeddings - len(ids))
+        ends = () if sampling.ignore_eos else self.config.eos_token_ids
         return self._batch.tokens(ids, Sampler(sampling, index), room, ends)
 
     def answer(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Answer:
@@ -107,10 +107,10 @@ class EmbeddedEngine:
         return Answer(tokens, self.tokenizer, ids, sampling, lambda token: self._ends(token, sampling))
 
     def _ends(self, token: int, sampling: Sampling) -> bool:
-        return token in self._config.eos_token_ids and not sampling.ignore_eos
+        return token in self.config.eos_token_ids and not sampling.ignore_eos
 
     def _check(self, ids: Sequence[int]) -> None:
-        longest = self._config.max_position_embeddings
+        longest = self.config.max_position_embeddings
         if len(ids) >= longest:
             raise EngineError(
                 f"a prompt of {len(ids)} tokens leaves no room for an answer: "
@@ -118,12 +118,12 @@ class EmbeddedEngine:
                 where="--prompt",
                 remedy="shorten the prompt",
             )
-        outside = [token for token in ids if not 0 <= token < self._config.vocab_size]
+        outside = [token for token in ids if not 0 <= token < self.config.vocab_size]
         if outside or not ids:
             found = f"token {outside[0]}" if outside else "no token"
             raise EngineError(
                 f"the tokenizer makes {found} of the prompt; "
-                f"the model's vocabulary is 0 to {self._config.vocab_size - 1}",
+                f"the model's vocabulary is 0 to {self.config.vocab_size - 1}",
                 where="tokenizer.json",
                 remedy="copy the tokenizer files of the same model into the folder",
             )

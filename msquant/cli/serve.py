@@ -1,0 +1,193 @@
+"""`msquant serve`."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msquant.cli import console
+from msquant.errors import EngineError
+
+if TYPE_CHECKING:
+    from msquant.inference.launch import Launch
+    from msquant.server.commands import Node
+    from msquant.server.serve import ServerOptions
+
+
+def serve(
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder. Without it: the one that `msquant run` takes.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, embedded, vllm or vllm-mindspore, as of `msquant run`.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key that clients must send.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="So many at once; the next one gets 429.")] = 64,
+    max_body: Annotated[str, typer.Option(help="Largest body of a request; a larger one gets 413.")] = "4MB",
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of one prompt; without it, what the model takes.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of one answer; without it, what the model takes.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the embedded engine computes: cpu or ascend.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    recipe: Annotated[
+        str | None, typer.Option(help="vllm-mindspore: take the serving section of this recipe.")
+    ] = None,
+    head_address: Annotated[
+        str | None, typer.Option(help="vllm-mindspore: IP address of the first of several nodes.")
+    ] = None,
+    node: Annotated[int, typer.Option(min=0, help="vllm-mindspore: which of the nodes this is.")] = 0,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the sha256 of all shards with msquant.json; without either: up to 1 GB of them.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be executed.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line, with url and pid, when clients can connect.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
+) -> None:
+    """Serve a model folder by OpenAI's HTTP interface, until Ctrl-C or SIGTERM.
+
+    The options --max-... and --device are for the embedded engine; other engines bring servers of their own.
+
+    Example: msquant serve --port 8000 --max-requests 16
+    """
+    from msquant.folder_checks import require_intact
+    from msquant.generation import EMBEDDED, choose_engine, find_model
+    from msquant.models.device import silence_libraries
+    from msquant.server.commands import Node
+    from msquant.server.serve import ServerOptions
+    from msquant.server.steps import Limits
+
+    if not verbose:
+        silence_libraries()
+    folder = find_model(model)
+    if not dry_run:
+        require_intact(folder, verify)
+    place = _Place(folder, choose_engine(engine), host, port, as_json)
+    key = _api_key(api_key_env)
+    body = console.parse_bytes(max_body, "--max-body")
+    limits = Limits(max_prompt_tokens, max_tokens)
+    if place.engine != EMBEDDED:
+        _other_server(place, dtype, Node(node, recipe, head_address), key, api_key_env, dry_run)
+    elif dry_run:
+        _print_own_command(as_json)
+    else:
+        _embedded(place, device, ServerOptions(max_requests, body, limits, api_key=key))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is served where."""
+
+    folder: Path
+    engine: str
+    host: str
+    port: int
+    as_json: bool
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def warn_of_strangers(self, key: str | None) -> None:
+        from msquant.server.address import LOOPBACK
+
+        if self.host not in LOOPBACK:
+            who = "everybody who reaches it" if key is None else "everybody who has the key"
+            console.print_warning(f"listening on {self.host}: {who} can use the model, over plain HTTP")
+
+    def say_ready(self, port: int, pid: int) -> None:
+        from msquant.server.address import base_url
+
+        url = base_url(self.host, port)
+        if self.as_json:
+            document = {"url": url, "pid": pid, "model": self.name, "engine": self.engine}
+            console.print_json_line(document)
+        else:
+            console.print_line(f"{self.name} ({self.engine}) is served at {url}/v1; Ctrl-C ends it")
+
+
+def _embedded(place: _Place, device: str, options: "ServerOptions") -> None:
+    from msquant.generation import load_embedded
+    from msquant.server.address import bind
+    from msquant.server.serve import serve_engine
+
+    listener = bind(place.host, place.port)
+    place.warn_of_strangers(options.api_key)
+    with console.stderr.status("loading the model"):
+        engine = load_embedded(place.folder, device)
+    port = listener.getsockname()[1]
+    serve_engine(engine, place.name, listener, options, lambda: place.say_ready(port, os.getpid()))
+
+
+def _other_server(
+    place: _Place, dtype: str, node: "Node", key: str | None, variable: str | None, dry_run: bool
+) -> None:
+    from msquant.server.address import base_url, bind, reachable
+    from msquant.server.commands import KEY_VARIABLE, commands, require_machine
+    from msquant.server.supervise import supervise
+
+    every = commands(place.folder, place.engine, place.host, place.port, dtype, node)
+    if dry_run:
+        _print_commands(every, place.as_json, f'export {KEY_VARIABLE}="${variable}"' if key else None)
+        return
+    if place.port == 0:
+        raise EngineError(
+            f"the server of {place.engine} needs a port", where="--port", remedy="use --port 8000"
+        )
+    require_machine(place.folder, place.engine, place.host, place.port, node)
+    bind(place.host, place.port).close()
+    place.warn_of_strangers(key)
+    supervise(
+        every[-1],
+        None if node.index else f"{base_url(reachable(place.host), place.port)}/health",
+        lambda pid: place.say_ready(place.port, pid),
+        {KEY_VARIABLE: key} if key else {},
+        sys.stderr.fileno(),
+    )
+
+
+def _print_own_command(as_json: bool) -> None:
+    from msquant.inference.launch import Launch
+
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--dry-run", "--json")]
+    _print_commands([Launch((sys.executable, "-m", "msquant", *arguments))], as_json, None)
+
+
+def _print_commands(every: "list[Launch]", as_json: bool, key_line: str | None) -> None:
+    if as_json:
+        console.print_json([launch.document() for launch in every])
+        return
+    for line in [key_line] if key_line else []:
+        console.print_line(line)
+    for launch in every:
+        console.print_line(launch.shell())
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii():
+        raise EngineError(
+            f"the environment variable {variable} is not set, or empty, or not ASCII",
+            where="--api-key-env",
+            remedy=f"set it first: export {variable}=$(openssl rand -hex 24)",
+        )
+    return key

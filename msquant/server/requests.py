@@ -1,0 +1,205 @@
+"""What clients may ask for: the bodies of OpenAI's completions and chat completions, and what is refused."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from msquant.inference.chat import Message
+from msquant.inference.engine import Sampling
+
+MAX_PROMPTS = 128
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+
+# Parameters of OpenAI's and vLLM's that change nothing at these values, and are refused by name at others.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "top_k": (-1, 0),
+    "min_p": (0, 0.0),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+}
+# Of a turn that an earlier answer gave.
+_NEUTRAL_MESSAGE = ("name", "refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
+
+
+def _whole_characters(text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("unicode", "the text is not valid Unicode") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+StopString = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(_whole_characters)
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+
+
+class _Request(_Strict):
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value or []),
+    ] = []
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+
+    usual_tokens: ClassVar[int | None] = None
+    """Of an answer for which the client gives no number; None is as many as fit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in data.keys() & _NEUTRAL.keys():
+            value = data[name]
+            neutral = [x for x in _NEUTRAL[name] if type(x) is type(value) and x == value]
+            if value is not None and not neutral:
+                raise PydanticCustomError("unsupported", "'{name}' is not supported here", {"name": name})
+        return {name: value for name, value in data.items() if name not in _NEUTRAL}
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """How many tokens the client asked for."""
+        return self.max_tokens
+
+    def sampling(self, max_tokens: int, seed: int) -> Sampling:
+        """OpenAI's defaults where nothing is asked for: temperature and top_p are 1.
+
+        Args:
+            max_tokens: so many tokens at most.
+            seed: used if the client gives none.
+        """
+        return Sampling(
+            max_tokens,
+            1.0 if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
+            seed if self.seed is None else self.seed,
+            bool(self.ignore_eos),
+            tuple(self.stop),
+        )
+
+
+class CompletionRequest(_Request):
+    """The body of `/v1/completions`."""
+
+    prompt: Any
+    echo: bool | None = None
+
+    usual_tokens = 16
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "CompletionRequest":
+        prompt = self.prompt
+        if not isinstance(prompt, str | list) or not prompt:
+            raise PydanticCustomError("prompt", "'prompt' must be a text or a list, and not empty")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise PydanticCustomError(
+                "prompt", "'prompt' holds {count} prompts, the limit is {limit}", _counts(self.prompts)
+            )
+        for one in self.prompts:
+            tokens = isinstance(one, list) and all(type(token) is int for token in one)
+            if not one or not (isinstance(one, str) or tokens):
+                raise PydanticCustomError(
+                    "prompt",
+                    "'prompt' must be a text, a list of texts, a list of token ids or a list of such lists, "
+                    "none of them empty",
+                )
+            if isinstance(one, str):
+                _whole_characters(one)
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or its token ids."""
+        single = isinstance(self.prompt, str) or type(self.prompt[0]) is int
+        return [self.prompt] if single else list(self.prompt)
+
+
+def _counts(prompts: list[Any]) -> dict[str, Any]:
+    return {"count": len(prompts), "limit": MAX_PROMPTS}
+
+
+class TextPart(_Strict):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Strict):
+    """One turn; `developer` is OpenAI's newer name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_says_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if not (k in _NEUTRAL_MESSAGE and v in (None, [], ""))}
+
+    def turn(self) -> Message:
+        """As the chat template takes it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatRequest(_Request):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """How many tokens the client asked for, by either name."""
+        return self.max_completion_tokens or self.max_tokens

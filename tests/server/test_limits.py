@@ -1,0 +1,214 @@
+"""What the server allows, what it does when a client goes away or is slow, and when its engine fails."""
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from msquant.inference.embedded import EmbeddedEngine
+from msquant.server.steps import Limits
+from tests.server.running import MODEL, RunningServer, open_files, running, wait_for
+
+LONG: dict[str, Any] = {
+    "model": MODEL,
+    "prompt": ["I am"] * 100,
+    "max_tokens": 200,
+    "extra_body": {"ignore_eos": True},
+}
+SHORT: dict[str, Any] = {"model": MODEL, "prompt": "I am", "max_tokens": 2}
+
+
+class Scripted:
+    """Takes the place of an `Answer`: what a model with other texts than the tiny one's would do."""
+
+    def __init__(self, *steps: Any) -> None:
+        self._steps = steps
+        self.token_ids: list[int] = []
+        self.finish_reason = None
+
+    def __iter__(self) -> Iterator[str]:
+        for step in self._steps:
+            if isinstance(step, BaseException):
+                raise step
+            self.token_ids.append(0)
+            yield step
+
+
+def raw(server: RunningServer, data: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_one_more_than_the_limit_is_refused(engine: EmbeddedEngine) -> None:
+    with running(engine, max_requests=2) as server:
+        client = server.client()
+        streams = [client.completions.create(stream=True, **LONG) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        for stream in (True, False):
+            with pytest.raises(openai.RateLimitError, match="works on 2 requests already") as caught:
+                client.completions.create(stream=stream, **SHORT)  # type: ignore[call-overload]
+            assert caught.value.response.headers["retry-after"] == "1"
+            assert caught.value.type == "rate_limit_error"
+        assert len(list(client.models.list())) == 1, "what needs no engine goes on"
+        streams[0].close()
+        wait_for(lambda: server.server.worker.active == 1)
+        assert client.completions.create(**SHORT).choices[0].finish_reason == "length"
+        streams[1].close()
+        client.close()
+        server.wait_until_idle()
+
+
+def test_the_work_ends_when_the_client_goes_away(server: RunningServer, engine: EmbeddedEngine) -> None:
+    files = open_files()
+    for stream in (True, False):
+        body = httpx.Request("POST", server.url, json={**LONG, "extra_body": None, "stream": stream}).read()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        body = body.replace(b'"extra_body":null,', b"")
+        connection = raw(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: server.server.worker.active == 1)
+        connection.close()
+        server.wait_until_idle()
+    assert open_files() == files
+
+
+def test_limits_of_tokens(engine: EmbeddedEngine) -> None:
+    with running(engine, limits=Limits(prompt_tokens=8, max_tokens=4)) as server:
+        client = server.client()
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 5, the server's limit is 4"):
+            client.completions.create(model=MODEL, prompt="I am", max_tokens=5)
+        with pytest.raises(openai.BadRequestError, match=r"a prompt has \d+ tokens, .* limit is 8") as caught:
+            client.completions.create(model=MODEL, prompt="I am " * 9, max_tokens=4)
+        assert caught.value.code == "context_length_exceeded"
+        answer = client.completions.create(
+            model=MODEL, prompt="I am", max_tokens=4, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage
+        assert answer.usage.completion_tokens == 4
+        # Sixteen are the default of clients, not what this one asked for.
+        assert client.completions.create(model=MODEL, prompt="I am").usage.completion_tokens <= 4  # type: ignore[union-attr]
+
+
+def test_body_too_large(engine: EmbeddedEngine) -> None:
+    with running(engine, max_body=1000) as server:
+        client = server.client()
+        for size in (1001, 15_000):
+            with pytest.raises(openai.APIStatusError, match="limit of 1000 bytes") as caught:
+                client.completions.create(model=MODEL, prompt="x" * size)
+            assert caught.value.status_code == 413
+        huge = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
+        start = time.monotonic()
+        assert b" 413 " in read_all(raw(server, huge))
+        assert time.monotonic() - start < 10
+        chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+        endless = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 5
+        )
+        assert b" 413 " in read_all(raw(server, endless))
+        client.close()
+        server.wait_until_idle()
+
+
+def test_key(engine: EmbeddedEngine) -> None:
+    with running(engine, api_key="s3cret") as server:
+        for key in ("none", "s3cre", "s3cret2", "s\u00e9cret"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            response = httpx.get(f"{server.url}/v1/models", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert "s3cret" not in response.text
+        with pytest.raises(openai.AuthenticationError):
+            server.client().completions.create(**SHORT)
+        assert server.client(api_key="s3cret").completions.create(**SHORT).usage
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_slow_senders(engine: EmbeddedEngine) -> None:
+    with running(engine, header_seconds=0.3, body_seconds=0.3) as server:
+        for begun in (b"", b"GET /health HTTP/1.1\r\nHost:"):
+            assert read_all(raw(server, begun)) == b""
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+        answer = read_all(raw(server, head + b'{"a'))
+        assert b" 408 " in answer
+        assert b'"type": "invalid_request_error"' in answer
+        # After a first answer the time for headers counts again.
+        connection = raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200" in connection.recv(1000)
+        connection.sendall(b"GET /health")
+        assert read_all(connection).count(b"HTTP/1.1") <= 1
+        server.wait_until_idle()
+
+
+def test_a_client_that_does_not_read(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "answer", lambda *_: Scripted(*["x" * 1_000_000] * 60))
+    with running(engine, stall_seconds=0.5) as server:
+        body = b'{"prompt": "I am", "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection = raw(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_for(lambda: server.server.worker.active == 1)
+        server.wait_until_idle()
+        connection.close()
+        # A client that reads gets all of it.
+        pieces = server.client().completions.create(model=MODEL, prompt="I am", stream=True)
+        assert sum(len(chunk.choices[0].text) for chunk in pieces) == 60_000_000
+
+
+def test_the_engine_fails_in_the_middle(
+    server: RunningServer, engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = server.client()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine, "answer", lambda *_: Scripted("so far", RuntimeError("Traceback: /secret/path"))
+        )
+        with pytest.raises(openai.InternalServerError, match="the server failed: RuntimeError") as caught:
+            client.completions.create(**SHORT)
+        assert "secret" not in caught.value.response.text
+        stream = client.completions.create(stream=True, **SHORT)
+        assert next(stream).choices[0].text == "so far"
+        with pytest.raises(openai.APIError, match="the server failed: RuntimeError"):
+            list(stream)
+    assert client.completions.create(**SHORT).usage, "other requests go on"
+
+
+def test_the_engine_dies(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What ends a thread is no Exception; a thread's own report of it would be an error of the test.
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with running(engine) as server:
+        client = server.client()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "answer", lambda *_: Scripted(SystemExit()))
+            with pytest.raises(openai.InternalServerError, match="its engine has died") as caught:
+                client.completions.create(**SHORT)
+            assert caught.value.status_code == 503
+        with pytest.raises(openai.InternalServerError, match="its engine has died"):
+            client.completions.create(**SHORT)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+
+
+def test_requests_under_way_end_with_the_server(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msquant.server.serve.GRACE_SECONDS", 0.5)
+    with running(engine) as server:
+        stream = server.client().completions.create(stream=True, **LONG)
+        next(stream)
+        start = time.monotonic()
+        server.server.should_exit = True
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        assert time.monotonic() - start < 8
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5)
