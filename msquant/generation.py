@@ -16,6 +16,8 @@ from msquant.errors import EngineError, ModelError
 from msquant.folder_checks import require_intact, require_memory
 from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
+from msquant.inference.launch import Launch
+from msquant.serving import serving_settings
 
 if TYPE_CHECKING:
     from msquant.inference.embedded import EmbeddedEngine
@@ -58,6 +60,7 @@ def generate(
     device: str = "cpu",
     dtype: str = "auto",
     verify: bool | None = None,
+    recipe: str | None = None,
     on_ready: Callable[[Path, str], None] | None = None,
     on_text: OnText | None = None,
 ) -> GenerationResult:
@@ -71,6 +74,7 @@ def generate(
         device: where the embedded engine computes, `cpu` or `ascend`.
         dtype: of vLLM's activations, `auto`, `float32`, `bfloat16` or `float16`; for that engine alone.
         verify: compare the sha256 of the folder's shards with its manifest; None where that is quick.
+        recipe: whose serving section vLLM-MindSpore takes, in place of the folder's own.
         on_ready: called with the folder and the engine's name when the model is loaded.
         on_text: called with a prompt's index and each new piece of its text.
 
@@ -79,11 +83,12 @@ def generate(
         CheckpointError: a file of the folder is damaged, or is not what was written.
         EngineError: the engine is unknown or not available here, cannot run this model, or has no memory for
             it; or a prompt is empty or too long.
+        RecipeError: the serving section is not valid.
     """
     check_prompts(prompts)
     folder = find_model(model)
     start = time.perf_counter()
-    loaded = load_engine(folder, engine, device, dtype, verify)
+    loaded = load_engine(folder, engine, device, dtype, verify, recipe)
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
@@ -133,21 +138,49 @@ def load_engine(
     device: str = "cpu",
     dtype: str = "auto",
     verify: bool | None = None,
+    recipe: str | None = None,
 ) -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
     chosen = choose_engine(engine)
+    _check_options(chosen, dtype, recipe)
     require_intact(folder, verify)
     if chosen == vllm_cpu.NAME:
         return vllm_cpu.VllmEngine(folder, dtype)
-    if dtype != "auto":
-        raise EngineError(
-            f"dtype {dtype} is for the engine {vllm_cpu.NAME}",
-            where="--dtype",
-            remedy=f"leave it out, or add --engine {vllm_cpu.NAME}",
-        )
     if chosen == vllm_mindspore.NAME:
-        return vllm_mindspore.VllmMindSporeEngine(folder)
+        return vllm_mindspore.VllmMindSporeEngine(folder, serving_settings(folder, recipe))
     return load_embedded(folder, device)
+
+
+def dry_run(
+    model: Path | None, *, engine: str = AUTO, dtype: str = "auto", recipe: str | None = None
+) -> Launch | None:
+    """What `generate` would start, with the same arguments and errors; it is not started.
+
+    Returns:
+        The worker of the engine; None for the embedded engine, which runs in this process.
+    """
+    folder = find_model(model)
+    chosen = choose_engine(engine)
+    _check_options(chosen, dtype, recipe)
+    if chosen == vllm_cpu.NAME:
+        return vllm_cpu.worker_launch(folder, dtype)
+    if chosen == vllm_mindspore.NAME:
+        return vllm_mindspore.worker_launch(folder, serving_settings(folder, recipe))
+    return None
+
+
+def _check_options(engine: str, dtype: str, recipe: str | None) -> None:
+    """Refuse options of another engine, which would have no effect."""
+    for option, value, owner in (
+        ("--dtype", None if dtype == "auto" else dtype, vllm_cpu.NAME),
+        ("--recipe", recipe, vllm_mindspore.NAME),
+    ):
+        if value is not None and engine != owner:
+            raise EngineError(
+                f"{value} is for the engine {owner}, this is {engine}",
+                where=option,
+                remedy=f"leave it out, or add --engine {owner}",
+            )
 
 
 def _complete(folder: Path) -> Path:

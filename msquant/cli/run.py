@@ -47,6 +47,13 @@ def run(
             help="Compare the sha256 of all shards with msquant.json; without either: up to 1 GB of them.",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="For the engine vllm-mindspore: take the serving section of this recipe."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the process that the engine would start, and end.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
 ) -> None:
@@ -60,6 +67,9 @@ def run(
 
     if not verbose:
         silence_libraries()
+    if dry_run:
+        _print_dry_run(model, engine, dtype, recipe, as_json)
+        return
     sampling = Sampling(max_tokens, temperature, top_p, seed)
     live = _LiveText(prompts)
     with console.stderr.status("loading the model") as status:
@@ -71,6 +81,7 @@ def run(
             device=device,
             dtype=dtype,
             verify=verify,
+            recipe=recipe,
             on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
             on_text=lambda index, piece: status.update(live.add(index, piece)),
         )
@@ -79,6 +90,18 @@ def run(
         return
     for completion in result.completions:
         console.print_line(f"Prompt: {completion.prompt!r}. Generated text: {completion.text!r}")
+
+
+def _print_dry_run(model: Path | None, engine: str, dtype: str, recipe: str | None, as_json: bool) -> None:
+    from msquant import generation
+
+    launch = generation.dry_run(model, engine=engine, dtype=dtype, recipe=recipe)
+    if as_json:
+        console.print_json(None if launch is None else launch.document())
+    elif launch is None:
+        console.print_line("# the embedded engine runs in this process; nothing is started")
+    else:
+        console.print_line(launch.shell())
 
 
 class _LiveText:

@@ -1,22 +1,24 @@
-"""vLLM-MindSpore 0.5.1 on an Ascend NPU, with the calls of its offline inference guide.
+"""vLLM-MindSpore 0.5.1 on an Ascend NPU: what a folder needs, and prompts in a worker process.
 
 Guide: https://www.mindspore.cn/vllm_mindspore/docs/en/r0.4.0/user_guide/supported_features/quantization/quantization.html
 """
 
 import importlib.util
 import os
-import time
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
 from msquant.inference.ascend_host import DEVICE_NODES, device_nodes
-from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
+from msquant.inference.environments import SITE
+from msquant.inference.launch import Launch
 from msquant.inference.serving import ServingSettings
+from msquant.inference.worker_engine import LOAD_SECONDS, WorkerEngine
 
 NAME = "vllm-mindspore"
+WORKER = SITE / "msquant_vllm_mindspore_worker.py"
 BACKEND_VARIABLE = "VLLM_MS_MODEL_BACKEND"
 OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -110,86 +112,61 @@ def _backend(folder: Path, settings: ServingSettings, environment: Mapping[str, 
     return {BACKEND_VARIABLE: backend} if backend else {}
 
 
-class VllmMindSporeEngine:
-    """A model folder loaded into vLLM-MindSpore, in this process.
-
-    vLLM runs the prompts together and hands texts over when all are finished, so `on_text` is called once a
-    prompt. Nothing that imports torch or transformers may have run before: the package puts its own torch in
-    their place when it is imported.
+def worker_launch(
+    folder: Path, settings: ServingSettings, environment: Mapping[str, str] | None = None
+) -> Launch:
+    """How the worker for a folder is started; on the first of several nodes.
 
     Args:
         folder: the model folder.
-        device_nodes: glob pattern of the NPUs' device nodes.
+        settings: the recipe's section.
+        environment: what the process inherits, this process's own by default.
 
     Raises:
-        EngineError: the package or an NPU is missing, or vLLM cannot load the folder.
+        EngineError: the section asks for data parallelism; the folder holds two descriptions.
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    if settings.data_parallel_size > 1:
+        raise EngineError(
+            f"data_parallel_size is {settings.data_parallel_size}, and prompts are run on one copy",
+            where="serving.data_parallel_size",
+            remedy="serve it (msquant serve), or name a recipe of one copy, such as --recipe deepseek-r1",
+        )
+    options = settings.engine_arguments()
+    if (quantization := quantization_method(folder)) is not None:
+        options["quantization"] = quantization
+    env = engine_environment(folder, settings, os.environ if environment is None else environment)
+    request = {"op": "load", "model": str(folder.resolve()), "options": options}
+    return Launch((sys.executable, str(WORKER)), env, requests=(request,))
+
+
+class VllmMindSporeEngine(WorkerEngine):
+    """A model folder loaded into vLLM-MindSpore, in a process of its own.
+
+    The package puts its own torch in the place of what imports torch or transformers, so it must be the first
+    import of a process.
+
+    Args:
+        folder: the model folder.
+        settings: how it is loaded; a section without any value by default.
+        device_nodes: glob pattern of the NPUs' device nodes.
+        load_seconds: time to load the model in.
+
+    Raises:
+        EngineError: the package or an NPU is missing, or vLLM cannot load the folder; names its log.
         CheckpointError: `config.json` is missing or damaged.
     """
 
     name = NAME
 
-    def __init__(self, folder: Path, device_nodes: str = DEVICE_NODES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: ServingSettings | None = None,
+        device_nodes: str = DEVICE_NODES,
+        load_seconds: float = LOAD_SECONDS,
+    ) -> None:
         if reason := available(device_nodes):
             raise EngineError(reason, where=NAME, remedy="use --engine embedded, which runs on this machine")
-        quantization = quantization_method(folder)
-        os.environ.update(engine_environment(folder, ServingSettings(), os.environ))
-        try:
-            import vllm_mindspore  # noqa: F401  # isort: skip  # must come before vllm
-            from vllm import LLM, SamplingParams
-
-            self._sampling_params = SamplingParams
-            if quantization is None:
-                self._llm: Any = LLM(model=str(folder))
-            else:
-                self._llm = LLM(model=str(folder), quantization=quantization)
-        except Exception as error:
-            raise _failure("cannot load the model", error, folder) from error
-
-    def generate(
-        self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None
-    ) -> list[Completion]:
-        """Continue every prompt; see `Engine.generate`."""
-        check_prompts(prompts)
-        options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        if sampling.temperature > 0:
-            options["seed"] = sampling.seed
-        if sampling.ignore_eos:
-            options["ignore_eos"] = True
-        if sampling.stop:
-            options["stop"] = list(sampling.stop)
-        start = time.perf_counter()
-        try:
-            params = self._sampling_params(**options, max_tokens=sampling.max_tokens)
-            outputs = self._llm.generate(list(prompts), params)
-        except Exception as error:
-            raise _failure("cannot generate", error) from error
-        seconds = time.perf_counter() - start
-        completions = [_completion(output, seconds) for output in outputs]
-        if on_text is not None:
-            for i, completion in enumerate(completions):
-                on_text(i, completion.text)
-        return completions
-
-    def close(self) -> None:
-        """Free the model; see `Engine.close`."""
-        del self._llm
-
-
-def _completion(output: Any, seconds: float) -> Completion:
-    best = output.outputs[0]
-    return Completion(
-        prompt=output.prompt,
-        text=best.text,
-        token_ids=tuple(best.token_ids),
-        finish_reason="stop" if best.finish_reason == "stop" else "length",
-        seconds=seconds,
-    )
-
-
-def _failure(what: str, error: Exception, folder: Path | None = None) -> EngineError:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return EngineError(
-        f"vLLM-MindSpore {what}: {type(error).__name__}: {first_line}",
-        where=folder,
-        remedy=f"check its own log above and {BACKEND_VARIABLE}, or use --engine embedded",
-    )
+        launch = worker_launch(folder, settings or ServingSettings())
+        super().__init__("vLLM-MindSpore", launch, load_seconds, "msquant doctor")

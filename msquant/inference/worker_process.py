@@ -33,13 +33,15 @@ class WorkerProcess:
         argv: program and arguments.
         env: its whole environment.
         log: file for its stderr, replaced if it exists.
+        check: the command that says what is wrong with its installation.
 
     Raises:
         EngineError: it cannot be started.
     """
 
-    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path, check: str) -> None:
         self._name = name
+        self._check_command = check
         self.log = log
         self._next_id = 0
         try:
@@ -57,7 +59,7 @@ class WorkerProcess:
             raise EngineError(
                 f"{name} cannot be started: {error.strerror or error}",
                 where=error.filename or argv[0],
-                remedy="check it: msquant engine check",
+                remedy=f"check it: {check}",
             ) from error
         assert self._process.stdout is not None
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -189,7 +191,7 @@ class WorkerProcess:
             where=self.log,
             remedy="memory may have run out: choose a smaller model, or lower VLLM_CPU_KVCACHE_SPACE"
             if how.endswith("SIGKILL")
-            else "the log says more; then check the engine: msquant engine check",
+            else f"the log says more; then check the engine: {self._check_command}",
         )
         for line in last_lines(self.log):
             error.add_note(line)

@@ -136,3 +136,63 @@ def test_error_as_json(
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["what"] == "there is no such model folder"
     assert error["where"] == str(tmp_path / "absent")
+
+
+def test_dry_run_starts_nothing_and_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--prompt", "I am", "--dry-run"]
+    assert run([*options, "--engine", "embedded"], monkeypatch) == 0
+    assert capsys.readouterr().out.startswith("# the embedded engine runs in this process")
+    assert run([*options, "--engine", "embedded", "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out) is None
+
+
+def test_dry_run_of_vllm_mindspore_is_the_whole_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs neither the package nor an NPU."""
+    for name in ("VLLM_MS_MODEL_BACKEND", "MS_ALLOC_CONF", "HCCL_OP_EXPANSION_MODE", "MS_ENABLE_LCCL"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: m\nserving: {tensor_parallel_size: 2, max_model_len: 512, devices: [4, 5]}\n")
+    options = ["--model", str(model), "--prompt", "I am", "--dry-run", "--engine", "vllm-mindspore"]
+    assert run([*options, "--recipe", str(recipe), "--json"], monkeypatch) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["env"] == {
+        "VLLM_MS_MODEL_BACKEND": "Native",
+        "HCCL_OP_EXPANSION_MODE": "AIV",
+        "MS_ENABLE_LCCL": "off",
+        "MS_ALLOC_CONF": "enable_vmm:true",
+        "ASCEND_RT_VISIBLE_DEVICES": "4,5",
+    }
+    assert document["argv"][0] == sys.executable
+    assert document["requests"] == [
+        {
+            "op": "load",
+            "model": str(model),
+            "options": {
+                "max_model_len": 512,
+                "block_size": 128,
+                "gpu_memory_utilization": 0.9,
+                "tensor_parallel_size": 2,
+                "quantization": "golden-stick",
+            },
+        }
+    ]
+    assert run(options, monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "export VLLM_MS_MODEL_BACKEND=Native"
+    assert lines[-1].startswith('# its input: {"op": "load"')
+
+
+def test_a_recipe_for_another_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--prompt", "x", "--engine", "embedded", "--recipe", "deepseek-r1"]
+    assert run([*options, "--json"], monkeypatch) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["where"], error["what"]) == (
+        "--recipe",
+        "deepseek-r1 is for the engine vllm-mindspore, this is embedded",
+    )

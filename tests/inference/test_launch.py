@@ -27,3 +27,11 @@ def test_place_is_a_comment_and_part_of_the_document() -> None:
     assert launch.shell() == "# node 1\nexport A=1\nray stop"
     assert launch.document() == {"place": "node 1", "env": {"A": "1"}, "argv": ["ray", "stop"]}
     assert Launch(("x",)).document() == {"env": {}, "argv": ["x"]}
+
+
+def test_requests_are_shown_and_not_piped() -> None:
+    launch = Launch(("sh", "-c", "echo started"), requests=({"op": "load", "model": "a b"},))
+    assert launch.document()["requests"] == [{"op": "load", "model": "a b"}]
+    assert launch.shell().splitlines()[-1] == '# its input: {"op": "load", "model": "a b"}'
+    pasted = subprocess.run(["sh", "-c", launch.shell()], capture_output=True, text=True, check=True)
+    assert pasted.stdout == "started\n"

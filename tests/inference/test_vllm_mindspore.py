@@ -1,85 +1,92 @@
 """The vLLM-MindSpore engine against a stand-in of the package.
 
-The package runs on an Ascend NPU only, so what is tested here is the order of imports, the environment and
-the exact arguments that reach it, in a process of its own. The stand-in takes the place of the missing NPU
-and of nothing else; no text it returns says anything about the real engine.
+The package runs on an Ascend NPU only, so what is tested here is the real worker process: the order of its
+imports, its environment and the exact arguments that reach the package. The stand-in takes the place of the
+missing NPU and of nothing else; no text it returns says anything about the real engine.
 """
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from msquant.errors import EngineError
+from msquant.inference.engine import Sampling
 from msquant.inference.serving import ServingSettings
 from msquant.inference.vllm_mindspore import (
     VllmMindSporeEngine,
     available,
     engine_environment,
     quantization_method,
+    worker_launch,
 )
+from msquant.recipes import find_recipe
 
-RECORD = """
+VLLM_MINDSPORE = """
 import json, os, sys
 
 def record(*event):
     with open(os.environ["RECORD"], "a") as file:
         file.write(json.dumps(event) + "\\n")
-"""
-VLLM_MINDSPORE = """
-import os, sys
-from stand_in_record import record
+
 heavy = sorted({"torch", "transformers", "mindspore", "vllm"} & set(sys.modules))
-record("import vllm_mindspore", os.environ.get("VLLM_MS_MODEL_BACKEND"), heavy)
+names = ("VLLM_MS_MODEL_BACKEND", "MS_ALLOC_CONF", "ASCEND_RT_VISIBLE_DEVICES")
+record("import vllm_mindspore", {name: os.environ[name] for name in names if name in os.environ}, heavy)
+print("printed by the import of vllm_mindspore")
 """
 VLLM = """
-import os
+import os, signal
 from types import SimpleNamespace
-from stand_in_record import record
+from vllm_mindspore import record
+from vllm.sampling_params import RequestOutputKind
 record("import vllm")
 
-def SamplingParams(**options):
+__version__ = "0.11.0"
+
+def SamplingParams(output_kind, **options):
+    assert output_kind is RequestOutputKind.DELTA
     record("SamplingParams", options)
-    return options
+    return options["max_tokens"]
 
 class LLM:
     def __init__(self, **options):
         record("LLM", options)
-        if os.environ.get("FAIL"):
+        if os.environ.get("TROUBLE") == "load":
             raise ValueError("Invalid quantization method.\\nlong trace")
+        self.llm_engine = Engine()
 
-    def generate(self, *arguments):
-        record("generate", arguments)
-        return [
-            SimpleNamespace(
-                prompt=prompt,
-                outputs=[SimpleNamespace(text=f" text {i}", token_ids=[i, 2], finish_reason="stop")],
-            )
-            for i, prompt in enumerate(arguments[0])
-        ]
+class Engine:
+    model_config = SimpleNamespace(dtype="torch.bfloat16", max_model_len=2048)
+    running = {}
+
+    def add_request(self, name, prompt, params):
+        record("add_request", prompt)
+        self.running[name] = [0, params]
+
+    def abort_request(self, names):
+        for name in names:
+            del self.running[name]
+
+    def step(self):
+        if os.environ.get("TROUBLE") == "generate":
+            os.kill(os.getpid(), signal.SIGKILL)
+        outputs = []
+        for name, request in list(self.running.items()):
+            count, request[0] = request[0], request[0] + 1
+            reason = "length" if request[0] == request[1] else None
+            part = SimpleNamespace(text=f" w{count}", token_ids=[count], finish_reason=reason)
+            outputs.append(SimpleNamespace(request_id=name, outputs=[part], finished=reason is not None))
+            if reason:
+                del self.running[name]
+        return outputs
 """
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from msquant.errors import EngineError
-from msquant.inference.engine import Sampling
-from msquant.inference.vllm_mindspore import VllmMindSporeEngine
+SAMPLING_PARAMS = """
+import enum
 
-folder, nodes, sampling = Path(sys.argv[1]), sys.argv[2], Sampling(**json.loads(sys.argv[3]))
-streamed = []
-try:
-    engine = VllmMindSporeEngine(folder, device_nodes=nodes)
-    completions = engine.generate(["I am", "Today is"], sampling, lambda i, text: streamed.append([i, text]))
-except EngineError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    print(json.dumps({"texts": [c.text for c in completions], "ids": [c.token_ids for c in completions],
-                      "reasons": [c.finish_reason for c in completions], "streamed": streamed,
-                      "name": engine.name}))
+class RequestOutputKind(enum.Enum):
+    DELTA = 1
 """
 
 
@@ -92,86 +99,114 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def run(
-    model: Path, tmp_path: Path, sampling: dict[str, Any] | None = None, **environment: str
-) -> tuple[dict[str, Any], list[Any]]:
-    """Run the engine in a process with the stand-in; returns its result and what the stand-in recorded."""
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine with the stand-in and a device node, and none of the variables."""
     packages = tmp_path / "packages"
-    packages.mkdir()
-    (packages / "stand_in_record.py").write_text(RECORD)
+    (packages / "vllm").mkdir(parents=True)
     (packages / "vllm_mindspore.py").write_text(VLLM_MINDSPORE)
-    (packages / "vllm.py").write_text(VLLM)
+    (packages / "vllm/__init__.py").write_text(VLLM)
+    (packages / "vllm/sampling_params.py").write_text(SAMPLING_PARAMS)
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    monkeypatch.setenv("RECORD", str(tmp_path / "record.jsonl"))
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path / "cache"))
+    for name in ("VLLM_MS_MODEL_BACKEND", "vLLM_MODEL_BACKEND", "ASCEND_RT_VISIBLE_DEVICES", "MS_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "davinci0").touch()
-    record = tmp_path / "record.jsonl"
-    clean = {k: v for k, v in os.environ.items() if k not in ("VLLM_MS_MODEL_BACKEND", "vLLM_MODEL_BACKEND")}
-    root = str(Path(__file__).parents[2])
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            str(model),
-            str(tmp_path / "davinci[0-9]*"),
-            json.dumps(sampling or {}),
-        ],
-        env=clean
-        | {"PYTHONPATH": os.pathsep.join([str(packages), root]), "RECORD": str(record)}
-        | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return json.loads(process.stdout), [json.loads(line) for line in record.read_text().splitlines()]
+    return str(tmp_path / "davinci[0-9]*")
 
 
-def test_calls_are_those_of_the_guide(model: Path, tmp_path: Path) -> None:
-    result, record = run(model, tmp_path)
-    assert record == [
+def recorded(tmp_path: Path) -> list[Any]:
+    return [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+
+
+def test_calls_and_texts(model: Path, nodes: str, tmp_path: Path) -> None:
+    streamed: list[tuple[int, str]] = []
+    with closing(VllmMindSporeEngine(model, device_nodes=nodes)) as engine:
+        completions = engine.generate(
+            ["I am", "Today is"], Sampling(max_tokens=2), lambda i, text: streamed.append((i, text))
+        )
+    options = {"block_size": 128, "gpu_memory_utilization": 0.9, "quantization": "golden-stick"}
+    sampling = {"max_tokens": 2, "temperature": 0.0, "top_p": 0.95, "ignore_eos": False, "stop": []}
+    assert recorded(tmp_path) == [
         # Nothing that would load another torch has been imported before.
-        ["import vllm_mindspore", "Native", []],
+        [
+            "import vllm_mindspore",
+            {"VLLM_MS_MODEL_BACKEND": "Native", "MS_ALLOC_CONF": "enable_vmm:true"},
+            [],
+        ],
         ["import vllm"],
-        ["LLM", {"model": str(model), "quantization": "golden-stick"}],
-        ["SamplingParams", {"temperature": 0.0, "top_p": 0.95, "max_tokens": 16}],
-        ["generate", [["I am", "Today is"], {"temperature": 0.0, "top_p": 0.95, "max_tokens": 16}]],
+        ["LLM", {"model": str(model)} | options],
+        ["SamplingParams", sampling],
+        ["add_request", "I am"],
+        ["SamplingParams", sampling],
+        ["add_request", "Today is"],
     ]
-    assert result == {
-        "texts": [" text 0", " text 1"],
-        "ids": [[0, 2], [1, 2]],
-        "reasons": ["stop", "stop"],
-        "streamed": [[0, " text 0"], [1, " text 1"]],
-        "name": "vllm-mindspore",
+    assert streamed == [(0, " w0"), (1, " w0"), (0, " w1"), (1, " w1")]
+    assert [completion.text for completion in completions] == [" w0 w1", " w0 w1"]
+    assert [completion.token_ids for completion in completions] == [(0, 1), (0, 1)]
+    assert (engine.name, engine.loaded["dtype"]) == ("vllm-mindspore", "bfloat16")
+    # What the package prints does not mix with the answers.
+    assert "printed by the import of vllm_mindspore" in engine.log.read_text()
+
+
+def test_settings_of_the_recipe_reach_the_engine(model: Path, nodes: str, tmp_path: Path) -> None:
+    settings = find_recipe("deepseek-r1").serving
+    with closing(VllmMindSporeEngine(model, settings, nodes)):
+        pass
+    imported, _, loaded = recorded(tmp_path)
+    assert imported[1]["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    assert loaded[1] == {"model": str(model), "quantization": "golden-stick"} | settings.engine_arguments()
+    assert loaded[1]["distributed_executor_backend"] == "ray"
+
+
+def test_what_is_started_is_what_a_dry_run_shows(model: Path) -> None:
+    launch = worker_launch(model, ServingSettings(max_model_len=2048), {"HCCL_BUFFSIZE": "512", "A": "1"})
+    assert launch.env == {
+        "VLLM_MS_MODEL_BACKEND": "Native",
+        "HCCL_OP_EXPANSION_MODE": "AIV",
+        "MS_ENABLE_LCCL": "off",
+        "MS_ALLOC_CONF": "enable_vmm:true",
     }
+    assert launch.argv[-1].endswith("msquant_vllm_mindspore_worker.py")
+    assert launch.requests[0]["options"]["max_model_len"] == 2048
 
 
-def test_seed_goes_along_when_it_matters(model: Path, tmp_path: Path) -> None:
-    _, record = run(model, tmp_path, {"temperature": 0.7, "seed": 5, "max_tokens": 3})
-    options = {"temperature": 0.7, "top_p": 0.95, "seed": 5, "max_tokens": 3}
-    assert ["SamplingParams", options] in record
+def test_seed_goes_along_when_it_matters(model: Path, nodes: str, tmp_path: Path) -> None:
+    with closing(VllmMindSporeEngine(model, device_nodes=nodes)) as engine:
+        engine.generate(["x"], Sampling(max_tokens=3, temperature=0.7, seed=5, stop=("END",)))
+    assert [
+        "SamplingParams",
+        {"max_tokens": 3, "temperature": 0.7, "top_p": 0.95, "ignore_eos": False, "stop": ["END"], "seed": 5},
+    ] in recorded(tmp_path)
 
 
-def test_stop_strings_go_along(model: Path, tmp_path: Path) -> None:
-    _, record = run(model, tmp_path, {"stop": ["\n\n", "END"]})
-    (options,) = [event[1] for event in record if event[0] == "SamplingParams"]
-    assert options["stop"] == ["\n\n", "END"]
-
-
-def test_floating_point_folder_names_no_quantization(model: Path, tmp_path: Path) -> None:
+def test_floating_point_folder_names_no_quantization(model: Path) -> None:
     (model / "quantization_description.json").unlink()
-    _, record = run(model, tmp_path)
-    assert ["LLM", {"model": str(model)}] in record
+    assert "quantization" not in worker_launch(model, ServingSettings(), {}).requests[0]["options"]
 
 
-def test_backend_of_the_user_wins(model: Path, tmp_path: Path) -> None:
-    _, record = run(model, tmp_path, VLLM_MS_MODEL_BACKEND="MindONE")
-    assert record[0][1] == "MindONE"
+def test_data_parallelism_is_for_the_server(model: Path) -> None:
+    with pytest.raises(EngineError, match="prompts are run on one copy") as caught:
+        worker_launch(model, find_recipe("deepseek-r1-dp4-tp4-ep4").serving, {})
+    assert "--recipe deepseek-r1" in str(caught.value)
 
 
-def test_failure_inside_vllm(model: Path, tmp_path: Path) -> None:
-    result, _ = run(model, tmp_path, FAIL="1")
-    assert "ValueError: Invalid quantization method." in result["error"]
-    assert str(model) in result["error"]
-    assert "--engine embedded" in result["error"]
+def test_failure_inside_vllm(model: Path, nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TROUBLE", "load")
+    with pytest.raises(EngineError, match="loading the model: ValueError: Invalid quantization") as caught:
+        VllmMindSporeEngine(model, device_nodes=nodes)
+    assert "long trace" in Path(str(caught.value.where)).read_text()
+
+
+def test_an_engine_that_dies_while_generating(
+    model: Path, nodes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TROUBLE", "generate")
+    engine = VllmMindSporeEngine(model, device_nodes=nodes)
+    with pytest.raises(EngineError, match="was ended by SIGKILL while generating"):
+        engine.generate(["x"], Sampling())
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,13 @@ class Worker:
         )
 
 
-def main() -> None:
+def main(worker: type[Worker] = Worker) -> None:
     """Keep the two pipes to ourselves, then answer."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(sys.stderr.fileno(), 1)
-    Worker(requests, answers).run()
+    worker(requests, answers).run()
 
 
 if __name__ == "__main__":
