@@ -18,20 +18,16 @@ LIMIT, RATIO_LIMIT = 16.6, 16.6 / 15.50
 def measure() -> list[dict[str, Any]]:
     """Evaluate the float and the written folder with msquant and, independently, with torch."""
     from msquant.calibration.tokens import evaluation_tokens
-    from msquant.checkpoint.reader import Checkpoint
     from msquant.checkpoint.tokenizer import load_tokenizer
-    from msquant.evaluation.perplexity import perplexity
-    from msquant.formats.golden_stick import GoldenStickCheckpoint
-    from msquant.models.config import ModelConfig
-    from msquant.models.device import use_device
+    from msquant.comparison import score_folders
+    from msquant.evaluation.inputs import Text
     from tests.fixtures import torch_simulation
 
     source, folder = float_folder(), Path(quantized()["folder"])
     tokens = evaluation_tokens(load_tokenizer(source))
-    dtype = use_device()
-    config = ModelConfig.from_folder(source)
-    baseline = perplexity(config, Checkpoint.open(source), tokens, dtype)
-    ours = perplexity(config, GoldenStickCheckpoint.open(folder), tokens, dtype)
+    floating, scored = score_folders([source, folder], [Text("held out", tokens)], "cpu")
+    baseline, ours, kl = floating.overall.perplexity, scored.overall.perplexity, scored.overall.kl
+    assert kl is not None
     simulation, float_model = _on_torch(torch_simulation, folder, source)
     simulated = torch_simulation.perplexity(simulation, tokens)
     float_simulated = torch_simulation.perplexity(float_model, tokens)
@@ -43,6 +39,7 @@ def measure() -> list[dict[str, Any]]:
         row("OSL static", round(ours, 4), f"<= {LIMIT}", ours <= LIMIT),
         row("OSL / float", round(ratio, 4), f"<= {RATIO_LIMIT:.3f}", ratio <= RATIO_LIMIT),
         row("OSL static, torch simulation", round(simulated, 4), "within 0.5 %", off < 0.005),
+        row("KL to float", round(kl, 4)),
         row("KL to float, torch simulation", round(divergence, 4)),
     ]
 

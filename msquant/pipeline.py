@@ -6,7 +6,6 @@ continues with the layer it was in and ends with the same bytes.
 """
 
 import gc
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from msquant.calibration.sources import load_texts
 from msquant.calibration.tokens import calibration_batches
 from msquant.checkpoint.disk import require_free_space
-from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
 from msquant.checkpoint.journal import Journal
+from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
@@ -29,31 +29,12 @@ from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
+from msquant.progress import Progress
 from msquant.recipes import Recipe
 from msquant.source import Source, batch_samples, folder_plan, open_source, scratch_bytes
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
-
-MEMORY_BUDGET = 10**9
-"""Bytes of hidden states held in memory; what is beyond stays on disk."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Callbacks of a running quantization; each may be left out.
-
-    Attributes:
-        stage: called with a line that says what begins.
-        layers: called with the number of decoder layers and how many an earlier run has finished.
-        layer: called with a decoder layer's record when its shards are written and journaled.
-        step: called with what goes on within a layer.
-    """
-
-    stage: Callable[[str], None] = lambda text: None
-    layers: Callable[[int, int], None] = lambda count, done: None
-    layer: Callable[[dict[str, Any]], None] = lambda record: None
-    step: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -246,15 +227,6 @@ def _write_rest(source: Source, journal: Journal, writer: FolderStream) -> None:
 
 def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
     return [record["layer"] for record in journal.records if "layer" in record]
-
-
-def peak_memory() -> int:
-    """Greatest resident set of this process; ru_maxrss would hold that of a large parent before it."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import RecipeError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.models.config import ModelConfig
-from msquant.pipeline import MEMORY_BUDGET, Progress, calibration_tokens, embed, peak_memory
+from msquant.pipeline import MEMORY_BUDGET, calibration_tokens, embed
+from msquant.progress import Progress
 from msquant.quantization.report import GroupError
 from msquant.quantization.schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select

@@ -39,7 +39,7 @@ HEAVY = {
 }
 
 # What each part of the package may import, besides itself.
-_BOTTOM = {"errors", "interrupts", "__version__"}
+_BOTTOM = {"errors", "interrupts", "progress", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
 _PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
 _FLOWS = {
@@ -47,6 +47,7 @@ _FLOWS = {
     "publishing",
     "pipeline",
     "sensitivity",
+    "comparison",
     "source",
     "generation",
     "serving",
@@ -61,6 +62,7 @@ ALLOWED = {
     "errors": set[str](),
     "__version__": set[str](),
     "interrupts": set[str](),
+    "progress": set[str](),
     "checkpoint": _BOTTOM,
     "hub": _FOUNDATION,
     "calibration": _FOUNDATION,
@@ -83,6 +85,7 @@ ALLOWED = {
     "generation": _FOUNDATION | _PARTS | {"recipes", "manifest", "serving", "folder_checks"},
     "reporting": _FOUNDATION | _PARTS | {"serving"},
     "server": _FOUNDATION | _PARTS | {"serving"},
+    "comparison": _FOUNDATION | _PARTS | {"recipes", "generation"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }

@@ -18,13 +18,12 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.checkpoint.writer import file_sha256
+from msquant.comparison import score_folders
 from msquant.errors import MsquantError
-from msquant.evaluation.perplexity import perplexity
-from msquant.formats.golden_stick import GoldenStickCheckpoint, validate
+from msquant.evaluation.inputs import Text
+from msquant.formats.golden_stick import validate
 from msquant.generation import generate
 from msquant.inference.engine import Sampling
-from msquant.models.config import ModelConfig
-from msquant.models.device import use_device
 from msquant.pipeline import Progress, quantize
 from msquant.recipes import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
@@ -101,12 +100,11 @@ def test_engine_and_perplexity_agree_with_the_torch_simulation(result: Path, sou
         assert list(completion.token_ids) == torch_simulation.greedy(simulation, tokenizer, prompt, 32)
 
     tokens = evaluation_tokens(tokenizer, sequences=4, sequence_length=64)
-    config, dtype = ModelConfig.from_folder(result), use_device()
-    ours = perplexity(config, GoldenStickCheckpoint.open(result), tokens, dtype)
+    floating, quantized = score_folders([source, result], [Text("held out", tokens)], "cpu")
+    ours = quantized.overall.perplexity
     assert ours == pytest.approx(torch_simulation.perplexity(simulation, tokens), rel=1e-4)
-    floating = perplexity(config, Checkpoint.open(source), tokens, dtype)
-    assert ours == pytest.approx(floating, rel=0.05)
-    assert ours != pytest.approx(floating, rel=1e-6)
+    assert ours == pytest.approx(floating.overall.perplexity, rel=0.05)
+    assert ours != pytest.approx(floating.overall.perplexity, rel=1e-6)
 
 
 def test_a_float32_model_is_written_in_bfloat16(tiny_llama: Path, tmp_path: Path) -> None:

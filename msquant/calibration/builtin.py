@@ -51,7 +51,7 @@ def calibration_domains() -> list[Domain]:
     mulan_chinese, _, mulan_english = _license("openmind-hub").partition("Mulan Permissive Software License")
     return [
         Domain("documentation", 8, _documentation()),
-        Domain("code", 3, [_module_source(name) for name in CODE_MODULES]),
+        Domain("code", 3, [module_source(name) for name in CODE_MODULES]),
         Domain("readme", 3, [_readme("mindspore"), _readme("transformers")]),
         Domain("legal", 1, [_license("transformers"), mulan_english]),
         Domain("chinese", 1, [_readme("openmind-hub"), mulan_chinese]),
@@ -78,11 +78,28 @@ def _topics(first: int) -> list[str]:
     return [topics[key] for key in sorted(topics)[first::2]]
 
 
-def _module_source(name: str) -> str:
+def module_source(name: str) -> str:
+    """The source of a module of the standard library. Raises CalibrationError if it is not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise _missing(f"the source of the standard module {name!r}")
     return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def installed_file(package: str, name: str) -> str:
+    """A text file of an installed package, read without importing it.
+
+    Args:
+        package: its name on PyPI.
+        name: the file, from the folder that packages are installed into.
+
+    Raises:
+        CalibrationError: the package or the file is not installed.
+    """
+    path = Path(str(_distribution(package).locate_file(name)))
+    if not path.is_file():
+        raise _missing(f"{name} of the package {package}")
+    return path.read_text(encoding="utf-8")
 
 
 def _readme(package: str) -> str:
@@ -108,7 +125,7 @@ def _distribution(package: str) -> importlib.metadata.Distribution:
 
 def _missing(what: str) -> CalibrationError:
     return CalibrationError(
-        f"{what} is not installed, so the builtin calibration text is incomplete",
+        f"{what} is not installed, so the builtin text is incomplete",
         where="builtin",
         remedy="Install msquant again with its dependencies, or give a .txt, .jsonl or .parquet file.",
     )

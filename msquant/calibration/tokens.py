@@ -81,14 +81,39 @@ def evaluation_tokens(
     Raises:
         CalibrationError: the windows would overlap.
     """
+    domain = Domain("evaluation text", 1, evaluation_texts())
+    return spread_windows(domain, tokenizer, sequences=sequences, sequence_length=sequence_length)
+
+
+def spread_windows(
+    domain: Domain, tokenizer: Tokenizer, *, sequences: int, sequence_length: int, fewer: bool = False
+) -> NDArray[np.int32]:
+    """Choose windows, evenly spread, of one domain's texts.
+
+    Args:
+        domain: the texts.
+        tokenizer: the model's tokenizer.
+        sequences: the number of windows; the first starts and the last ends with the text.
+        sequence_length: the tokens in a window, a BOS token included if the tokenizer puts one in front.
+        fewer: take as many as there are, at least one, of a text that is too short for all.
+
+    Returns:
+        Token ids, int32 `[sequences, sequence_length]`.
+
+    Raises:
+        CalibrationError: the windows would overlap; with `fewer`, the text is shorter than one.
+    """
     prefix = leading_tokens(tokenizer)
     length = sequence_length - len(prefix)
-    stream = _encode(evaluation_texts(), tokenizer)
+    stream = _encode(domain.texts, tokenizer)
+    if fewer:
+        sequences = max(1, min(sequences, len(stream) // length))
     if sequences * length > len(stream):
+        windows = f"{sequences} windows" if sequences > 1 else "one window"
         raise CalibrationError(
-            f"{sequences} windows of {sequence_length} tokens are more than the {len(stream):,} there are",
-            where="evaluation text",
-            remedy="Ask for fewer or shorter windows.",
+            f"{windows} of {sequence_length} tokens are more than the {len(stream):,} there are",
+            where=domain.name,
+            remedy="Ask for fewer or shorter windows, or give more text.",
         )
     starts = np.linspace(0, len(stream) - length, sequences).astype(int)
     return np.array([prefix + stream[start : start + length].tolist() for start in starts], dtype=np.int32)

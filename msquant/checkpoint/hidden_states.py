@@ -20,6 +20,9 @@ from msquant.checkpoint.disk import writing
 from msquant.checkpoint.writer import is_temporary, publish, temporary_path
 from msquant.errors import CheckpointError
 
+MEMORY_BUDGET = 10**9
+"""Bytes of hidden states that a flow holds in memory unless told otherwise; what is beyond stays on disk."""
+
 _LENGTH_BYTES = 8
 
 Batch = NDArray[np.float32]

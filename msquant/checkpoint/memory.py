@@ -1,5 +1,6 @@
-"""What memory this machine has left."""
+"""What memory this machine has left, and what this process has taken."""
 
+import resource
 from pathlib import Path
 
 
@@ -16,3 +17,12 @@ def available_memory() -> int | None:
         # No such group, or one without a limit: "max".
         pass
     return min(found, default=None)
+
+
+def peak_memory() -> int:
+    """Greatest resident set of this process; ru_maxrss would hold that of a large parent before it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: the folder holds no tokenizer, or a damaged one, or one that needs code of its own.
     """
     remedy = "Copy tokenizer.json and tokenizer_config.json from the original model into the folder."
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise ModelError("the folder holds no tokenizer.json", where=folder, remedy=remedy)
     auto_tokenizer = import_transformers().AutoTokenizer
     try:
@@ -45,6 +45,11 @@ def load_tokenizer(folder: Path) -> Any:
     # The flag by which transformers remembers that it has given this warning.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer beside a checkpoint."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def leading_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -79,7 +79,7 @@ def analyze(
 
     if not verbose:
         silence_libraries()
-    from msquant.pipeline import Progress
+    from msquant.progress import Progress
     from msquant.recipes import find_recipe, write_recipe
     from msquant.sensitivity import analyze as analyze_model
 

@@ -11,9 +11,11 @@ from msquant import __version__
 from msquant.checkpoint.transformers_import import leave_torch_out
 from msquant.cli import console
 from msquant.cli.analyze import analyze
+from msquant.cli.compare import compare
 from msquant.cli.doctor import doctor
 from msquant.cli.download import download
 from msquant.cli.engine import engine
+from msquant.cli.evaluate import evaluate
 from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
@@ -67,7 +69,20 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (quantize, plan, analyze, run, serve, inspect, report, download, upload, doctor):
+for _command in (
+    quantize,
+    plan,
+    analyze,
+    run,
+    serve,
+    inspect,
+    evaluate,
+    compare,
+    report,
+    download,
+    upload,
+    doctor,
+):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
 for _registered in engine.registered_commands:

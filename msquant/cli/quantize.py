@@ -61,8 +61,8 @@ def quantize(
     if not verbose:
         silence_libraries()
     from msquant.hub.choose import is_offline
-    from msquant.pipeline import Progress
     from msquant.pipeline import quantize as quantize_model
+    from msquant.progress import Progress
     from msquant.recipes import find_recipe
 
     recipe = find_recipe(model)

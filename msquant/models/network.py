@@ -35,18 +35,34 @@ class Embedding:
 
 
 class Head:
-    """Hidden states to logits: the final norm and the output projection."""
+    """Hidden states to logits: the final norm and the output projection.
 
-    def __init__(self, config: ModelConfig, source: WeightSource, dtype: Any) -> None:
+    Args:
+        config: the model's shape.
+        source: its weights.
+        dtype: compute dtype, as `use_device` returned it.
+        vocabulary: the tokens to compute logits of, a run `range(first, end)`; all of them if None.
+
+    Raises:
+        CheckpointError: a weight is missing or damaged, or does not fit the config.
+    """
+
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, dtype: Any, vocabulary: range | None = None
+    ) -> None:
         self._norm = norm_cell(config, source, FINAL_NORM.removesuffix(".weight"), dtype)
         name = EMBEDDING if config.tie_word_embeddings else HEAD
-        table = source.tensor(name)
-        check_shape(config, name, table.shape)
+        if vocabulary is None:
+            table = source.tensor(name)
+            check_shape(config, name, table.shape)
+        else:
+            table = source.rows(name, np.arange(vocabulary.start, vocabulary.stop))
+            check_shape(config, name, (config.vocab_size, *table.shape[1:]))
         self._weight = Tensor(table, dtype)
         self._matmul = ops.MatMul(transpose_b=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """`[..., H]` to float32 logits `[rows, V]`."""
+        """`[..., H]` to float32 logits `[rows, V]`, V the tokens of the vocabulary asked for."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         return self._matmul(self._norm(flat), self._weight).astype(ms.float32)
 

@@ -1,0 +1,242 @@
+"""Several models of one architecture over the same tokens, layer by layer side by side.
+
+One decoder layer of one model is in memory at a time, of a mixture of experts one expert; hidden states go to
+disk when they outgrow a budget; the head is read in blocks of the vocabulary. So memory grows neither with
+the number of layers nor with that of models.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice, pairwise
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor, ops
+from numpy.typing import NDArray
+
+from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.errors import MsquantError
+from msquant.evaluation.distributions import Distributions, Divergence
+from msquant.evaluation.inputs import Model, Text, check_alike, check_tokens
+from msquant.evaluation.scores import LayerScore, ModelScore, Noise, text_score
+from msquant.interrupts import check_interrupt
+from msquant.models.layers import DecoderLayer, Positions, State, positions
+from msquant.models.network import Embedding, Head
+
+Floats = NDArray[np.float32]
+
+# Tokens that go through a decoder layer together, and from a width on.
+BATCH_TOKENS, WIDE_BATCH_TOKENS, WIDE = 2048, 512, 2048
+
+# Tokens that every layer's own noise is measured on, of all texts together.
+OWN_TOKENS = 512
+
+# Of the hidden states that go through a mixture of experts together, four arrays of them.
+EXPERT_BYTES = 512 << 20
+
+# Of the logits in float64 and of the head's rows in float32 that are in memory at once.
+LOGIT_ROWS, LOGIT_BYTES, HEAD_BYTES = 512, 32 << 20, 64 << 20
+
+
+def evaluate(
+    models: Sequence[Model],
+    texts: Sequence[Text],
+    dtype: Any,
+    store: HiddenStateStore,
+    on_layer: Callable[[int, list[LayerScore]], None] = lambda index, layers: None,
+    stage: Callable[[str], None] = lambda text: None,
+) -> list[ModelScore]:
+    """Score models on texts; the first is the baseline of all others.
+
+    Args:
+        models: at least one, all of one architecture.
+        texts: at least one.
+        dtype: compute dtype, as `use_device` returned it.
+        store: of nothing else; takes the hidden states.
+        on_layer: called with a decoder layer's index and its scores in every model but the first.
+        stage: called with a line that says what begins.
+
+    Returns:
+        One score a model, in their order; the first has no divergence and no layers.
+
+    Raises:
+        CalibrationError: there is no sequence, it is too short or too long, or it holds an id that is no
+            token.
+        ModelError: a model is of another architecture than the first.
+        CheckpointError: a weight is missing, damaged or does not fit the config.
+        MsquantError: a model computed NaN or infinity.
+    """
+    for model in models[1:]:
+        check_alike(models[0], model)
+    for text in texts:
+        check_tokens(models[0].config, text)
+    run = _Lockstep(models, texts, dtype, store)
+    run.embed()
+    layers: list[list[LayerScore]] = []
+    for index in range(models[0].config.num_hidden_layers):
+        layers.append(run.layer(index))
+        on_layer(index, layers[-1])
+    stage("comparing the predicted tokens")
+    by_model: list[tuple[LayerScore, ...]] = [(), *zip(*layers, strict=True)]
+    return run.head(by_model)
+
+
+class _Lockstep:
+    def __init__(
+        self, models: Sequence[Model], texts: Sequence[Text], dtype: Any, store: HiddenStateStore
+    ) -> None:
+        self._models, self._texts, self._dtype, self._store = models, texts, dtype, store
+        config = models[0].config
+        self._config, self._own = config, max(1, OWN_TOKENS // len(texts))
+        self._kept_places: dict[int, Positions] = {}
+        self._batches: list[NDArray[np.int32]] = []
+        # The first batch of every text.
+        self._firsts: list[int] = []
+        most = WIDE_BATCH_TOKENS if config.hidden_size >= WIDE else BATCH_TOKENS
+        for text in texts:
+            step = max(1, most // text.tokens.shape[1])
+            self._firsts.append(len(self._batches))
+            self._batches += [text.tokens[i : i + step] for i in range(0, len(text.tokens), step)]
+
+    def _places(self, length: int) -> Positions:
+        if length not in self._kept_places:
+            self._kept_places[length] = positions(self._config, length, self._dtype)
+        return self._kept_places[length]
+
+    def _boundary(self, index: int, model: int) -> int:
+        """Where the hidden states before decoder layer `index` are kept."""
+        return index * len(self._models) + model
+
+    def embed(self) -> None:
+        for number, model in enumerate(self._models):
+            embedding = Embedding(model.config, model.source, self._dtype)
+            with self._store.write(self._boundary(0, number)) as hidden:
+                for tokens in self._batches:
+                    hidden.append(_floats(embedding(tokens)))
+
+    def layer(self, index: int) -> list[LayerScore]:
+        """Run one decoder layer of every model, and the baseline's inputs through that of the others, too."""
+        scores = []
+        expected: Sequence[Floats] = []
+        samples: list[Floats] = []
+        for number, model in enumerate(self._models):
+            inputs = self._store.open(self._boundary(index, number))
+            outputs = self._outputs(model, index, chain(inputs, samples))
+            noise, own = Noise(), Noise()
+            with self._store.write(self._boundary(index + 1, number)) as written:
+                for i, output in enumerate(islice(outputs, len(inputs))):
+                    written.append(output)
+                    if number:
+                        noise.add(expected[i], output)
+            for first, output in zip(self._firsts, outputs, strict=False):
+                own.add(expected[first][:1, : self._own], output)
+            if number:
+                scores.append(LayerScore(index, noise.decibels, own.decibels))
+            elif len(self._models) > 1:
+                expected = self._store.open(self._boundary(index + 1, 0))
+                samples = [inputs[first][:1, : self._own] for first in self._firsts]
+        for number in range(len(self._models)):
+            self._store.discard(self._boundary(index, number))
+        return scores
+
+    def _outputs(self, model: Model, index: int, inputs: Iterable[Floats]) -> Iterator[Floats]:
+        """One layer's outputs; each expert is read once for as many batches as memory takes."""
+        layer = DecoderLayer(model.config, model.source, index, self._dtype)
+        experts = model.config.has_experts(index)
+        last = layer.steps - 1 if experts else layer.steps
+        for batches in _rounds(inputs, EXPERT_BYTES if experts else 0):
+            states: list[State] = []
+            for batch in batches:
+                check_interrupt()
+                flat = (Tensor(batch.reshape(-1, batch.shape[-1]), self._dtype),)
+                states.append(layer.run(flat, len(batch), self._places(batch.shape[1]), stop=last))
+            together = states[0]
+            if experts:
+                together = tuple(
+                    ops.cat(parts) if parts[1:] else parts[0] for parts in zip(*states, strict=True)
+                )
+                del states
+                together = layer.run(together, 1, self._places(1), start=last)
+            rest = _floats(together[0])
+            if not np.isfinite(rest).all():
+                raise MsquantError(
+                    f"{model.config.family.layer_name(index)} computes NaN or infinity",
+                    where=model.name,
+                    remedy="check the folder with `msquant inspect`",
+                )
+            for batch in batches:
+                output, rest = np.split(rest, [batch.size // batch.shape[-1]])
+                yield output.reshape(batch.shape)
+
+    def head(self, layers: Sequence[Sequence[LayerScore]]) -> list[ModelScore]:
+        """Compare what comes out, in blocks of the vocabulary."""
+        config, count = self._config, len(self._models)
+        hidden = [self._store.open(self._boundary(config.num_hidden_layers, i)) for i in range(count)]
+        targets = np.concatenate([_next_tokens(tokens) for tokens in self._batches])
+        found = [Distributions(targets) for _ in self._models]
+        apart = [Divergence(found[0], other) for other in found[1:]]
+        width = max(1, min(LOGIT_BYTES // (8 * LOGIT_ROWS), HEAD_BYTES // (4 * config.hidden_size)))
+        for first in range(0, config.vocab_size, width):
+            block = range(first, min(first + width, config.vocab_size))
+            heads = [Head(model.config, model.source, self._dtype, block) for model in self._models]
+            for rows, states in self._head_rows(hidden):
+                check_interrupt()
+                logits = [
+                    _floats(head(Tensor(x, self._dtype))) for head, x in zip(heads, states, strict=True)
+                ]
+                expected = found[0].add(rows, first, logits[0])
+                for other, divergence, values in zip(found[1:], apart, logits[1:], strict=True):
+                    divergence.add(rows, expected, other.add(rows, first, values))
+        return [
+            self._score(number, found, None if not number else apart[number - 1], layers[number])
+            for number in range(count)
+        ]
+
+    def _head_rows(self, hidden: Sequence[Sequence[Floats]]) -> Iterator[tuple[slice, list[Floats]]]:
+        """The same tokens' hidden states in every model, as many as have their logits in memory at once."""
+        start = 0
+        for batches in zip(*hidden, strict=True):
+            flat = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
+            for i in range(0, len(flat[0]), LOGIT_ROWS):
+                parts = [part[i : i + LOGIT_ROWS] for part in flat]
+                yield slice(start + i, start + i + len(parts[0])), parts
+            start += len(flat[0])
+
+    def _score(
+        self,
+        number: int,
+        found: Sequence[Distributions],
+        divergence: Divergence | None,
+        layers: Sequence[LayerScore],
+    ) -> ModelScore:
+        reference = found[0] if number else None
+        ends = np.cumsum([text.tokens.size for text in self._texts]).tolist()
+        spans = [slice(start, end) for start, end in pairwise([0, *ends])]
+        where = self._models[number].name
+        scores = [
+            text_score(text.name, span, found[number], reference, divergence, where)
+            for text, span in zip(self._texts, spans, strict=True)
+        ]
+        overall = text_score("all", slice(0, ends[-1]), found[number], reference, divergence, where)
+        return ModelScore(tuple(scores), overall, tuple(layers))
+
+
+def _rounds(batches: Iterable[Floats], budget: int) -> Iterator[list[Floats]]:
+    """As many batches at once as the budget takes four of, at least one."""
+    held: list[Floats] = []
+    for batch in batches:
+        if held and 4 * sum(b.nbytes for b in [*held, batch]) > budget:
+            yield held
+            held = []
+        held.append(batch)
+    if held:
+        yield held
+
+
+def _floats(tensor: Tensor) -> Floats:
+    values: Floats = tensor.asnumpy().astype(np.float32, copy=False)
+    return values
+
+
+def _next_tokens(tokens: NDArray[np.int32]) -> NDArray[np.integer]:
+    """The token after each, flat; -1 after the last of a sequence."""
+    return np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1).reshape(-1)

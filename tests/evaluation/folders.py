@@ -1,0 +1,31 @@
+"""Tiny models of every family, quantized by round to nearest in all the schemes that their format has."""
+
+from pathlib import Path
+
+from msquant.pipeline import quantize
+from msquant.recipes import validate_recipe
+from tests.fixtures.tiny_families import write_tiny
+
+POLICIES: dict[str, dict[str, object]] = {
+    # Static, with one matrix left in floating point.
+    "llama": {"skip": ["lm_head", "model.layers.1.mlp.down_proj"]},
+    "qwen2": {"skip": ["lm_head"]},
+    # Static attention, experts by token.
+    "qwen3_moe": {"skip": ["lm_head"], "dynamic": ["mlp."]},
+    "deepseek_v3": {"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
+}
+DEINTERLEAVED = {"deepseek_v3"}
+
+
+def write_both(folder: Path, family: str) -> tuple[Path, Path]:
+    """The float and the quantized folder of a family."""
+    source = write_tiny(folder / "float", family, dtype="bfloat16")
+    recipe = validate_recipe(
+        {
+            "model": str(source),
+            "quantization": {"algorithm": "rtn", **POLICIES[family]},
+            "calibration": {"samples": 2, "sequence_length": 32},
+        },
+        "test",
+    )
+    return source, quantize(recipe, folder / "quantized").folder
