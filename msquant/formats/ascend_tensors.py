@@ -12,17 +12,25 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_description import Description
-from msquant.formats.ascend_layout import deq_scale_code, deq_scale_values, folded_bias, zero_point_of
+from msquant.formats.ascend_layout import (
+    DYNAMIC_PARTS,
+    STATIC_PARTS,
+    deq_scale_code,
+    deq_scale_values,
+    folded_bias,
+    zero_point_of,
+)
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_inputs
 from msquant.formats.scales import all_positive
 from msquant.formats.tensor_rules import (
     FLOAT_CODES,
+    Parts,
     Shape,
     check_float,
     check_parts,
     check_positive,
-    matrix_shape,
+    layer_shape,
 )
 
 _INT8 = frozenset({"I8"})
@@ -41,12 +49,13 @@ def check_layout(
         scheme: `static` or `dynamic`.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
     """
-    shape = matrix_shape(checkpoint, module)
-    if isinstance(shape, Finding):
-        return [shape]
+    dynamic = scheme == "dynamic"
+    shape = layer_shape(checkpoint, module, DYNAMIC_PARTS if dynamic else STATIC_PARTS)
+    if isinstance(shape, list):
+        return shape
     rows = shape[:1]
-    expected: dict[str, tuple[frozenset[str], tuple[Shape, ...]]] = {"weight": (_INT8, (shape,))}
-    if scheme == "dynamic":
+    expected: Parts = {"weight": (_INT8, (shape,))}
+    if dynamic:
         expected["weight_scale"] = (FLOAT_CODES, ((*rows, 1),))
         expected["weight_offset"] = (FLOAT_CODES, ((*rows, 1),))
     else:

@@ -15,11 +15,12 @@ from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_inputs
 from msquant.formats.tensor_rules import (
     FLOAT_CODES,
+    Parts,
     Shape,
     check_float,
     check_parts,
     check_positive,
-    matrix_shape,
+    layer_shape,
 )
 
 _INT8 = frozenset({"I8"})
@@ -41,10 +42,10 @@ def check_layout(checkpoint: Checkpoint, module: str, group: Group) -> list[Find
         module: the layer, for example `model.layers.0.mlp.up_proj`.
         group: the one it is in.
     """
-    shape = matrix_shape(checkpoint, module)
-    if isinstance(shape, Finding):
-        return [shape]
-    expected: dict[str, tuple[frozenset[str], tuple[Shape, ...]]] = {
+    shape = layer_shape(checkpoint, module, parts_of(group))
+    if isinstance(shape, list):
+        return shape
+    expected: Parts = {
         "weight": (_INT8, (shape,)),
         "weight_scale": (FLOAT_CODES, ((shape[0], 1),) if group.per_channel else _NUMBER),
         "input_scale": (FLOAT_CODES, _NUMBER),

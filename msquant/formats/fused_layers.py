@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
 
 FUSED: dict[str, tuple[str, ...]] = {
@@ -41,18 +40,28 @@ def experts_parent(module: str) -> str | None:
     return found[1] if found else None
 
 
-def check_fused_schemes(schemes: Mapping[str, Scheme]) -> Iterator[Finding]:
-    """Check that layers which run as one have one scheme, and so all matrices of a layer's routed experts."""
+def check_fused_schemes(schemes: Mapping[str, str], verb: str = "is") -> Iterator[Finding]:
+    """Check that layers which run as one have one scheme, and so all matrices of a layer's routed experts.
+
+    Args:
+        schemes: the scheme of each layer by module, or a format's word for it.
+        verb: what is said of them.
+    """
+
+    def unlike(module: str, first: str) -> Finding:
+        problem = f"{verb} {schemes[module]}, unlike {first} ({schemes[first]}): they run as one layer"
+        return Finding(module, problem)
+
     experts: dict[str, str] = {}
     for module in schemes:
         if parent := experts_parent(module):
             first = experts.setdefault(parent, module)
             if schemes[module] != schemes[first]:
-                yield _unlike(module, schemes[module], first, schemes[first])
+                yield unlike(module, first)
     for members in fused_layers(module for module in schemes if not experts_parent(module)).values():
         for other in members[1:]:
             if schemes[other] != schemes[members[0]]:
-                yield _unlike(other, schemes[other], members[0], schemes[members[0]])
+                yield unlike(other, members[0])
 
 
 def check_fused_inputs(checkpoint: Checkpoint, parts: tuple[str, ...]) -> Iterator[Finding]:
@@ -77,7 +86,3 @@ def check_fused_inputs(checkpoint: Checkpoint, parts: tuple[str, ...]) -> Iterat
                 yield Finding(
                     f"{other}.bias", f"{other} and {first} run as one layer, but one of them has no bias"
                 )
-
-
-def _unlike(module: str, scheme: Scheme, first: str, its_scheme: Scheme) -> Finding:
-    return Finding(module, f"is {scheme}, but {first} is {its_scheme}: they run as one layer")

@@ -97,7 +97,7 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     if checkpoint is not None and description is not None:
         findings.extend(_check_names(checkpoint, description, variant))
         findings.extend(_check_schemes(description, variant, config or {}))
-        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {}), variant))
+        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
     if checkpoint is not None and variant == "mindformers":
         findings.extend(_check_stray_files(folder, checkpoint))
     if checkpoint is not None and config is not None:

@@ -6,12 +6,13 @@ backend, and in mindformers 1.7.0 (parallel_core/inference/quantization/golden_s
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.format import Finding
+from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 
 W8A8 = "W8A8"
 W8A8_DYNAMIC = "W8A8_DYNAMIC"
@@ -39,15 +40,6 @@ ACCEPTED: dict[Variant, tuple[str, ...]] = {
 
 _MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
 
-_FUSED: dict[Variant, tuple[tuple[str, ...], ...]] = {
-    "native": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-    "mindformers": (
-        ("q_proj", "k_proj", "v_proj"),
-        ("gate_proj", "up_proj"),
-        ("q_a_proj", "kv_a_proj_with_mqa"),
-    ),
-}
-
 # Never built as a quantized layer: tables, the router, which is a plain parameter, and the projection whose
 # weight latent attention takes apart (`MLASelfAttention.process_weights_after_loading`).
 _FLOAT_ONLY = {
@@ -57,7 +49,6 @@ _FLOAT_ONLY = {
     "kv_b_proj": "kv_b_proj, which it folds into the attention",
 }
 
-_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
@@ -105,20 +96,6 @@ def serving_notes(config: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def fused_groups(modules: Iterable[str], variant: Variant = "native") -> Iterator[list[str]]:
-    """Of the given layers, those that run as one, for example q, k and v of one attention."""
-    parents: dict[str, set[str]] = {}
-    for module in modules:
-        parent, _, name = module.rpartition(".")
-        parents.setdefault(parent, set()).add(name)
-    for parent in sorted(parents):
-        for group in _FUSED[variant]:
-            # The q_proj of a latent attention without q_lora_rank runs alone: it has no k_proj and v_proj.
-            members = [f"{parent}.{name}" for name in group if name in parents[parent]]
-            if len(members) > 1:
-                yield members
-
-
 def check_schemes(
     schemes: Mapping[str, str], variant: Variant, config: Mapping[str, Any]
 ) -> Iterator[Finding]:
@@ -137,14 +114,7 @@ def check_schemes(
             yield from _check_quantized(module, value)
     if variant == "mindformers":
         yield from _check_experts(schemes, config)
-    for first_name, *others in fused_groups(schemes, variant):
-        for other in others:
-            if schemes[other] != schemes[first_name]:
-                yield Finding(
-                    other,
-                    f"described as {schemes[other]}, {first_name} as {schemes[first_name]}: "
-                    "they run as one layer",
-                )
+    yield from check_fused_schemes(schemes, "described as")
 
 
 def _check_quantized(module: str, value: str) -> Iterator[Finding]:
@@ -154,7 +124,7 @@ def _check_quantized(module: str, value: str) -> Iterator[Finding]:
 
 
 def _check_experts(schemes: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
-    """All experts of a layer are one grouped product; multi-token-prediction layers are never quantized."""
+    """Experts are one grouped product in int8; multi-token-prediction layers are never quantized."""
     layers = config.get("num_hidden_layers")
     experts: dict[str, str] = {}
     for module, value in schemes.items():
@@ -165,12 +135,8 @@ def _check_experts(schemes: Mapping[str, str], config: Mapping[str, Any]) -> Ite
                     module,
                     f"described as {value}: the engine builds multi-token-prediction layers unquantized",
                 )
-        elif found := _EXPERT.match(module):
-            first = experts.setdefault(found[1], value)
-            if value != first:
-                yield Finding(
-                    module, f"described as {value}, experts before it as {first}: they run as one layer"
-                )
+        elif parent := experts_parent(module):
+            experts.setdefault(parent, value)
     if any(value != FLOAT for value in schemes.values()):
         for parent, value in experts.items():
             if value != W8A8_DYNAMIC:

@@ -123,7 +123,11 @@ def test_a_folder_of_msmodelslim_is_found_and_read(folder: Path) -> None:
     [
         (f"{Q}.quant_bias", None, f"{Q}.quant_bias: missing from a quantized layer"),
         (f"{Q}.quant_bias", np.ones(16, np.int32), "in 16 of 16 rows"),
-        (f"{Q}.deq_scale", np.ones(16, np.int64), f"{Q}.deq_scale: stored as I64, F32 is expected"),
+        (
+            f"{Q}.deq_scale",
+            np.ones(16, np.int64),
+            "stored as I64, the form of float32 bits, F32 is expected",
+        ),
         (f"{Q}.deq_scale", np.full(16, -1, np.float32), "not positive and finite"),
         (f"{Q}.input_scale", np.ones(16, np.float32), "has shape [16], [1] is expected"),
         (f"{Q}.input_scale", np.full(1, np.nan, np.float32), "not positive and finite"),
@@ -228,7 +232,7 @@ def test_a_missing_description_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, but {Q} is static: they run as one layer"),
+        (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, unlike {Q} (static): they run as one layer"),
         (CONFIG, {Q: "weight_only"}, "msquant writes float, static, dynamic for vllm-ascend"),
         (CONFIG, {"lm_head": "dynamic"}, "vllm-ascend takes the output head in floating point only"),
         (QWEN, {EXPERT: "float"}, "they run as one layer"),

@@ -195,7 +195,7 @@ def test_a_missing_expert_is_found(folder: Path) -> None:
     )
     problems = {finding.where: finding.problem for finding in validate(folder)}
     assert problems[f"{UP}.weight"]
-    assert "missing from a W8A8_DYNAMIC layer" in problems[f"{UP}.weight_scale"]
+    assert "missing from a quantized layer" in problems[f"{UP}.weight_scale"]
 
 
 def test_a_prediction_layer_is_there_as_a_whole_or_not_at_all(folder: Path) -> None:

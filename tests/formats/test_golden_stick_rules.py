@@ -118,7 +118,7 @@ def test_a_folded_smooth_scale_is_no_finding(folder: Path) -> None:
             "model.norm.weight",
             "described as FLOAT",
         ),
-        (stored(f"{Q}.quant_bias", lambda a: None), f"{Q}.quant_bias", "missing from a W8A8 layer"),
+        (stored(f"{Q}.quant_bias", lambda a: None), f"{Q}.quant_bias", "missing from a quantized layer"),
         (stored(f"{Q}.quant_bias", lambda a: a + 1), f"{Q}.quant_bias", "in 16 of 16 rows"),
         (stored(f"{Q}.quant_bias", with_first(2**31 - 1)), f"{Q}.quant_bias", "in 1 of 16 rows"),
         (stored(f"{Q}.quant_bias", lambda a: a.astype(np.float32)), f"{Q}.quant_bias", "I32 is expected"),

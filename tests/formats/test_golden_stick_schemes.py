@@ -9,7 +9,6 @@ from msquant.formats.golden_stick_schemes import (
     DESCRIBED,
     check_schemes,
     folder_variant,
-    fused_groups,
     serving_notes,
     variant_of,
 )
@@ -40,15 +39,6 @@ def test_the_manifest_goes_before_the_architecture() -> None:
         folder_variant({}, {"variant": "mindone"})
 
 
-def test_fused_layers_are_found_by_backend() -> None:
-    names = [f"a.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "gate_proj", "up_proj")]
-    assert list(fused_groups(names)) == [["a.gate_proj", "a.up_proj"]]
-    assert list(fused_groups(names, "mindformers")) == [
-        ["a.gate_proj", "a.up_proj"],
-        ["a.q_a_proj", "a.kv_a_proj_with_mqa"],
-    ]
-
-
 @pytest.mark.parametrize("config", [DEEPSEEK, QWEN])
 def test_deepseeks_policy_can_be_served(config: dict[str, Any]) -> None:
     described = {module: DESCRIBED[scheme] for module, scheme in schemes_of(config).items()}
@@ -69,7 +59,11 @@ def test_a_model_in_floating_point_can_be_served() -> None:
             "run as one layer",
         ),
         ({f"{LAYER}.mlp.shared_experts.up_proj": "FLOAT"}, f"{LAYER}.mlp.shared_experts.up_proj", "run as"),
-        ({f"{LAYER}.mlp.experts.2.down_proj": "FLOAT"}, f"{LAYER}.mlp.experts.2.down_proj", "experts before"),
+        (
+            {f"{LAYER}.mlp.experts.2.down_proj": "FLOAT"},
+            f"{LAYER}.mlp.experts.2.down_proj",
+            "run as one layer",
+        ),
         ({f"{LAYER}.self_attn.kv_b_proj": "W8A8"}, f"{LAYER}.self_attn.kv_b_proj", "never quantizes kv_b"),
         ({f"{LAYER}.mlp.gate": "W8A8_DYNAMIC"}, f"{LAYER}.mlp.gate", "never quantizes the router"),
         ({"lm_head": "W8A8"}, "lm_head", "never quantizes the output head"),
