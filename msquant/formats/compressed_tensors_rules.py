@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import SERVED_DTYPES
 from msquant.formats.compressed_tensors_schemes import check_schemes
-from msquant.formats.compressed_tensors_section import Section, find_section, read_section
+from msquant.formats.compressed_tensors_section import Section, read_section
 from msquant.formats.compressed_tensors_tensors import check_tensors, is_linear
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import attempt, check_index, check_manifest, check_shapes
@@ -69,16 +70,21 @@ def stored_schemes(checkpoint: Checkpoint, section: Section) -> dict[str, Scheme
 
 def notes(config: Mapping[str, Any]) -> list[str]:
     """What to know of serving a correct folder of this `config.json`; often nothing."""
-    found = []
     try:
-        section = read_section(config) if find_section(config) else None
+        section = read_section(config)
     except CheckpointError:
-        section = None
-    if section and any(group.scheme == "static" and group.symmetric for group in section.groups):
+        # The rules report it.
+        return []
+    found = []
+    if any(group.scheme == "static" and group.symmetric for group in section.groups):
         found.append(
             "vLLM on a CPU with AMX computes symmetric static activations as per-token ones: msquant export "
             "writes them with a zero point, which it keeps"
         )
+    # Experts of all layers are alike.
+    last = f"model.layers.{config.get('num_hidden_layers', 1) - 1}.mlp.experts.0.up_proj"
+    if config.get("model_type") in EXPERT_COUNT and section.group(last) is None:
+        found.append("vLLM 0.11 has no routed experts in floating point in a quantized model; 0.32 has")
     return found
 
 

@@ -5,7 +5,7 @@ Read in vllm 0.11.0 and 0.32.0: compressed_tensors.py (`_is_static_tensor_w8a8`,
 attention takes apart (v1/attention/backends/mla/common.py, quant_utils.py: `get_and_maybe_dequant_weights`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
@@ -48,14 +48,3 @@ def _check_quantized(module: str, scheme: Scheme) -> Iterator[Finding]:
             "is static: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
             "activations cut off; it accepts dynamic and float",
         )
-
-
-def float_experts(linears: Mapping[str, Scheme]) -> bool:
-    """Whether routed experts stay in floating point in a model that is quantized: vLLM 0.11 has no such."""
-    return _has(linears.values(), ("static", "dynamic")) and any(
-        scheme == "float" and experts_parent(module) for module, scheme in linears.items()
-    )
-
-
-def _has(found: Iterable[Scheme], wanted: tuple[Scheme, ...]) -> bool:
-    return any(scheme in wanted for scheme in found)
