@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
-from msquant.inference.check import Check
+from msquant.inference.check import Check, Status
 
 GIGABYTE = 10**9
 LITTLE_DISK = 10 * GIGABYTE
@@ -37,7 +37,7 @@ def diagnose() -> list[Check]:
         "machine": lambda: [memory_check()],
         "disk": lambda: [disk_check("cache", cache_folder()), disk_check("this folder", Path.cwd())],
         "ascend": _ascend,
-        "engines": lambda: [embedded_check(), _vllm_mindspore()],
+        "engines": lambda: [mindspore_check(), _embedded(), _vllm(), _vllm_mindspore()],
         "huggingface": lambda: [hub_check("huggingface")],
         "modelers": lambda: [hub_check("modelers")],
     }
@@ -108,8 +108,8 @@ def disk_check(subject: str, folder: Path, little: int = LITTLE_DISK) -> Check:
     return Check("disk", subject, "ok", detail)
 
 
-def embedded_check(python: str = sys.executable) -> Check:
-    """Whether MindSpore computes here, asked in a process of its own: on a wrong machine it crashes.
+def mindspore_check(python: str = sys.executable) -> Check:
+    """Whether MindSpore, which quantizing needs, computes here; a wrong one crashes its process.
 
     Args:
         python: the interpreter to ask.
@@ -128,8 +128,8 @@ def embedded_check(python: str = sys.executable) -> Check:
         failure = "" if done.stdout.strip().endswith("2") else said[-1]
     if failure:
         remedy = "pip install --force-reinstall mindspore==2.7.1.post1; its wheels need Linux"
-        return Check("engines", "embedded", "error", f"MindSpore does not compute here: {failure}", remedy)
-    return Check("engines", "embedded", "ok", "MindSpore computes on this CPU")
+        return Check("engines", "MindSpore", "error", f"does not compute here: {failure}", remedy)
+    return Check("engines", "MindSpore", "ok", "computes on this CPU")
 
 
 def hub_check(name: str, seconds: float = _HUB_SECONDS) -> Check:
@@ -154,6 +154,29 @@ def _ascend() -> list[Check]:
     from msquant.inference.ascend_checks import ascend_checks
 
     return ascend_checks()
+
+
+def _embedded() -> Check:
+    from msquant.inference.cpu.onednn import load
+
+    if load() is None:
+        detail = "multiplies in float32: oneDNN's int8 product is not there, or not exact on this processor"
+        remedy = "nothing to do: it gives the same text, more slowly"
+        return Check("engines", "embedded", "note", detail, remedy)
+    return Check("engines", "embedded", "ok", "multiplies int8 with oneDNN")
+
+
+def _vllm() -> Check:
+    from msquant.errors import EngineError
+    from msquant.inference.environments import VLLM_CPU, environment, require_ready
+
+    found = environment(VLLM_CPU)
+    try:
+        require_ready(VLLM_CPU)
+    except EngineError as error:
+        status: Status = "note" if found.state == "not installed" else "warning"
+        return Check("engines", "vllm", status, str(error.what), error.remedy)
+    return Check("engines", "vllm", "ok", f"{found.version} in {found.path}; test it: msquant engine check")
 
 
 def _vllm_mindspore() -> Check:

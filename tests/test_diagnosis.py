@@ -11,9 +11,9 @@ import pytest
 
 from msquant.diagnosis import (
     disk_check,
-    embedded_check,
     hub_check,
     memory_check,
+    mindspore_check,
     python_check,
     required_packages,
 )
@@ -104,11 +104,11 @@ def test_mindspore_that_does_not_start(tmp_path: Path) -> None:
     broken.write_text(f'#!/bin/sh\ncd {tmp_path}; exec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     (tmp_path / "mindspore.py").write_text("raise ImportError('libmindspore_core.so: no such file')")
-    check = embedded_check(str(broken))
+    check = mindspore_check(str(broken))
     assert check.status == "error"
     assert "libmindspore_core.so: no such file" in check.detail
     assert "pip install" in str(check.remedy)
-    assert embedded_check(str(tmp_path / "none")).status == "error"
+    assert mindspore_check(str(tmp_path / "none")).status == "error"
 
 
 @pytest.mark.parametrize("hub", NAMES, indirect=True)

@@ -47,6 +47,9 @@ def serve(
     head_address: Annotated[
         str | None, typer.Option(help="vllm-mindspore: IP address of the first of several nodes.")
     ] = None,
+    network_interface: Annotated[
+        str | None, typer.Option(help="vllm-mindspore: interface that several nodes reach each other by.")
+    ] = None,
     node: Annotated[int, typer.Option(min=0, help="vllm-mindspore: which of the nodes this is.")] = 0,
     verify: Annotated[
         bool | None,
@@ -84,7 +87,8 @@ def serve(
     body = console.parse_bytes(max_body, "--max-body")
     limits = Limits(max_prompt_tokens, max_tokens)
     if place.engine != EMBEDDED:
-        _other_server(place, dtype, Node(node, recipe, head_address), key, api_key_env, dry_run)
+        here = Node(node, recipe, head_address, network_interface)
+        _other_server(place, dtype, here, key, api_key_env, dry_run)
     elif dry_run:
         _print_own_command(as_json)
     else:
@@ -152,8 +156,9 @@ def _other_server(
             f"the server of {place.engine} needs a port", where="--port", remedy="use --port 8000"
         )
     require_machine(place.folder, place.engine, place.host, place.port, node)
-    bind(place.host, place.port).close()
-    place.warn_of_strangers(key)
+    if node.index == 0:
+        bind(place.host, place.port).close()
+        place.warn_of_strangers(key)
     supervise(
         every[-1],
         None if node.index else f"{base_url(reachable(place.host), place.port)}/health",

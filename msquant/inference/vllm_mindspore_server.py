@@ -51,7 +51,8 @@ def server_command(
             where="--node",
             remedy=f"run there: {_ray_start(settings, node).shell()}",
         )
-    argv = [program(), "serve", str(folder)]
+    # Clients call the model by its folder's name, not by a path of this machine.
+    argv = [program(), "serve", str(folder), "--served-model-name", folder.resolve().name]
     if node:
         argv.append("--headless")
     else:

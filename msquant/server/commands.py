@@ -21,11 +21,13 @@ class Node:
         index: 0 for the head.
         recipe: whose serving section counts, in place of the folder's own.
         head_address: of the first machine, in place of the section's.
+        network_interface: that the machines reach each other by, in place of the section's.
     """
 
     index: int = 0
     recipe: str | None = None
     head_address: str | None = None
+    network_interface: str | None = None
 
 
 def commands(folder: Path, engine: str, host: str, port: int, dtype: str, node: Node) -> list[Launch]:
@@ -63,4 +65,5 @@ def require_machine(folder: Path, engine: str, host: str, port: int, node: Node)
 
 
 def _settings(folder: Path, node: Node) -> ServingSettings:
-    return serving_settings(folder, node.recipe, {"head_address": node.head_address})
+    site = {"head_address": node.head_address, "network_interface": node.network_interface}
+    return serving_settings(folder, node.recipe, site)

@@ -152,8 +152,33 @@ def test_dry_run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == 'export VLLM_API_KEY="$THE_KEY"'
     assert "export VLLM_MS_MODEL_BACKEND=Native" in lines
-    assert f"serve {model} --host 127.0.0.1 --port 8000 --quantization golden-stick" in lines[-1]
+    assert f"serve {model} --served-model-name {model.name} --host 127.0.0.1 --port 8000" in lines[-1]
     assert run(["--model", str(model), *options, "--json"], monkeypatch) == 0
     (document,) = json.loads(capsys.readouterr().out)
     assert document["argv"][-1] == "0.9"
     assert "s3cret" not in json.dumps(document)
+
+
+def test_dry_run_of_every_node(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's start on both nodes with the variables, its state, and the server on the first."""
+    options = ["--model", str(model), "--engine", "vllm-mindspore", "--recipe", "deepseek-r1", "--dry-run"]
+    assert run([*options, "--json"], monkeypatch) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["where"], "--head-address" in error["remedy"]) == ("serving.head_address", True)
+
+    site = ["--head-address", "192.10.10.10", "--network-interface", "enp189s0f0"]
+    assert run([*options, *site, "--json"], monkeypatch) == 0
+    head, worker, status, server = json.loads(capsys.readouterr().out)
+    assert [launch["place"] for launch in (head, worker, status, server)] == [
+        "node 0, the head",
+        "node 1",
+        "node 0, the head",
+        "node 0, the head",
+    ]
+    assert worker["argv"] == ["ray", "start", "--address=192.10.10.10:6379"]
+    assert worker["env"]["HCCL_SOCKET_IFNAME"] == "enp189s0f0"
+    assert server["argv"][-2:] == ["--distributed-executor-backend", "ray"]
+    assert run([*options, *site], monkeypatch) == 0
+    assert "# node 1\nexport " in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 The guides' `--trust-remote-code` is left out: no code of a model folder is run. Their `--addition-config`
 is written out as `--additional-config`, and `--quantization`, which 0.5.1 does not find out by itself, is
-put in.
+put in. So is `--served-model-name`.
 """
 
 import json
@@ -48,7 +48,9 @@ def r1(tmp_path: Path) -> Path:
 
 
 def words(command: str, folder: Path) -> tuple[str, ...]:
-    return tuple(str(folder) if word == "MODEL" else word for word in shlex.split(command))
+    named = ("--served-model-name", folder.name)
+    words = [{"MODEL": (str(folder),), "NAMED": named}.get(word, (word,)) for word in shlex.split(command)]
+    return tuple(part for parts in words for part in parts)
 
 
 def test_tp16_over_two_nodes_with_ray(r1: Path) -> None:
@@ -58,7 +60,7 @@ def test_tp16_over_two_nodes_with_ray(r1: Path) -> None:
     assert worker.argv == ("ray", "start", "--address=192.10.10.10:6379")
     assert status.argv == ("ray", "status")
     assert serve.argv == words(
-        "vllm-mindspore serve MODEL --host 0.0.0.0 --port 8000 --quantization golden-stick "
+        "vllm-mindspore serve MODEL NAMED --host 0.0.0.0 --port 8000 --quantization golden-stick "
         f"{SIZES} --tensor-parallel-size 16 --distributed-executor-backend ray",
         r1,
     )
@@ -81,12 +83,12 @@ def test_dp4_tp4_ep4_over_two_nodes(r1: Path) -> None:
         "--data-parallel-address 192.10.10.10 --data-parallel-rpc-port 12370"
     )
     assert head.argv == words(
-        "vllm-mindspore serve MODEL --host 0.0.0.0 --port 8000 --quantization golden-stick "
+        "vllm-mindspore serve MODEL NAMED --host 0.0.0.0 --port 8000 --quantization golden-stick "
         f"{SIZES} {parallel.replace('{rank}', '0')}",
         r1,
     )
     assert worker.argv == words(
-        f"vllm-mindspore serve MODEL --headless --quantization golden-stick {SIZES} "
+        f"vllm-mindspore serve MODEL NAMED --headless --quantization golden-stick {SIZES} "
         f"{parallel.replace('{rank}', '2')}",
         r1,
     )
@@ -112,7 +114,7 @@ def test_one_npu_needs_little(r1: Path) -> None:
     (r1 / "quantization_description.json").unlink()
     [launch] = cluster_commands(r1, ServingSettings(), "127.0.0.1", 8001, environment={})
     assert launch.argv == words(
-        "vllm-mindspore serve MODEL --host 127.0.0.1 --port 8001 --block-size 128 "
+        "vllm-mindspore serve MODEL NAMED --host 127.0.0.1 --port 8001 --block-size 128 "
         "--gpu-memory-utilization 0.9",
         r1,
     )
