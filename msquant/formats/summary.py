@@ -233,7 +233,7 @@ def _layers(manifest: dict[str, Any]) -> Iterator[LayerSummary]:
             error = layer.get("error")
             alphas = {str(group["name"]): float(group["alpha"]) for group in layer.get("groups", [])}
             yield LayerSummary(int(layer["index"]), alphas, None if error is None else float(error))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return
 
 

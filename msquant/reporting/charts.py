@@ -64,7 +64,7 @@ def _of_group(layers: Sequence[Layer], name: str) -> list[tuple[int, Group]]:
 
 
 def _errors(report: Report) -> list[str]:
-    points = [(layer.index, layer.error) for layer in report.layers if layer.error]
+    points = [(layer.index, layer.error) for layer in report.layers if layer.error and layer.error > 0]
     if not points:
         return []
     layers, errors = zip(*points, strict=True)
@@ -136,14 +136,17 @@ def _ranges(identity: str, name: str, found: list[tuple[int, Group]]) -> str | N
     series: dict[str, list[tuple[int, float, float]]] = {"before": [], "after": []}
     for index, group in found:
         for label, ranges in (("before", group.before), ("after", group.after)):
-            if ranges is not None and ranges.median and ranges.largest:
-                series[label].append((index, ranges.median, ranges.largest))
+            median, largest = (ranges.median or 0, ranges.largest or 0) if ranges else (0, 0)
+            if median > 0 and largest > 0:
+                series[label].append((index, median, largest))
     values = [value for points in series.values() for _, *pair in points for value in pair]
     if not values:
         return None
 
     def paint(axes: "Axes") -> None:
         for (label, points), color in zip(series.items(), (SECOND, FIRST), strict=True):
+            if not points:
+                continue
             layers, medians, largest = zip(*points, strict=True)
             axes.fill_between(layers, medians, largest, color=color, alpha=0.18, linewidth=0)
             axes.plot(layers, largest, color=color, label=label)

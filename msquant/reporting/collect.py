@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.json_file import read_json
@@ -15,7 +15,7 @@ from msquant.formats.registry import folder_format
 from msquant.formats.summary import ModuleSummary, Summary, summarize
 from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
-from msquant.reporting.manifest import Manifest, Name, Number, parse, printable, read_manifest
+from msquant.reporting.manifest import Count, Manifest, Name, Number, parse, printable, read_manifest
 from msquant.reporting.serving import commands
 from msquant.reporting.verdict import judge
 
@@ -24,15 +24,18 @@ _EMBEDDING = "embed_tokens"
 _HEAD = "lm_head"
 
 
+Error = Annotated[float, Field(ge=0, lt=1e30)]
+
+
 class _AnalyzedGroup(BaseModel):
-    layer: int
+    layer: Count
     group: Name
     linears: list[Name]
     scheme: Name
-    error: float
-    share: float
+    error: Error
+    share: Annotated[float, Field(ge=0, le=1)]
     dynamic_error: Number = None
-    float_bytes: int | None = None
+    float_bytes: Count | None = None
 
 
 class _Analysis(BaseModel):
@@ -80,7 +83,6 @@ def collect(
     stage("counting int8 weights")
     counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
     format = folder_format(folder)
-    minimum = manifest.recipe.get("quantization", {}).get("min_expert_tokens")
     return Report(
         name=printable(folder.resolve().name),
         architecture=summary.architecture and printable(summary.architecture),
@@ -102,7 +104,7 @@ def collect(
             for layer in manifest.layers
             if layer.experts is not None
         ),
-        min_expert_tokens=minimum if isinstance(minimum, int) else None,
+        min_expert_tokens=_minimum(manifest),
         ranking=ranking,
         recipe=_yaml(manifest.recipe),
         facts=_facts(manifest),
@@ -110,6 +112,12 @@ def collect(
         files=manifest.files,
         serving=tuple(commands(folder, summary)),
     )
+
+
+def _minimum(manifest: Manifest) -> int | None:
+    policy = manifest.recipe.get("quantization")
+    minimum = policy.get("min_expert_tokens") if isinstance(policy, dict) else None
+    return minimum if isinstance(minimum, int) and 0 < minimum < 2**31 else None
 
 
 def _size(summary: Summary, manifest: Manifest) -> Size:
@@ -166,7 +174,7 @@ def _kind(key: tuple[str, str, str, tuple[int, ...]], modules: list[ModuleSummar
 
 
 def _ranked(manifest: Manifest) -> Ranking | None:
-    errors = [(layer.index, layer.error) for layer in manifest.layers if layer.error is not None]
+    errors = [(layer.index, layer.error) for layer in manifest.layers if layer.error and layer.error > 0]
     total = math.fsum(error for _, error in errors)
     if not total:
         return None

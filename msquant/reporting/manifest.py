@@ -4,7 +4,6 @@ The file may come with a folder that somebody else made, so nothing in it is tak
 what no document can hold, and numbers that are none count as not recorded.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,6 +17,8 @@ from msquant.errors import CheckpointError
 M = TypeVar("M", bound=BaseModel)
 
 _LONGEST_NAME = 200
+_LARGEST = 1e30
+"""Nothing that is measured reaches this; axes end somewhere."""
 # Control characters, which XML has no way to write, and halves of surrogate pairs, which UTF-8 has none for.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -34,12 +35,13 @@ def _name(value: Any) -> Any:
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _measured(value: Any) -> Any:
+    return None if isinstance(value, float | int) and not abs(value) < _LARGEST else value
 
 
 Name = Annotated[str, BeforeValidator(_name)]
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, BeforeValidator(_measured)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Record(BaseModel):
@@ -68,14 +70,14 @@ class Group(_Record):
 class Experts(_Record):
     """Calibration tokens of every routed expert, and the numbers of those that got too few."""
 
-    tokens: list[int] = Field(default_factory=list)
-    few_tokens: list[int] = Field(default_factory=list)
+    tokens: list[Count] = Field(default_factory=list)
+    few_tokens: list[Count] = Field(default_factory=list)
 
 
 class Layer(_Record):
     """One decoder layer."""
 
-    index: int
+    index: Count
     error: Number = None
     groups: list[Group] = Field(default_factory=list)
     mean_clip_ratio: dict[Name, Number] = Field(default_factory=dict)
@@ -85,21 +87,21 @@ class Layer(_Record):
 class File(_Record):
     """A file of the folder."""
 
-    size: int
+    size: Count
     sha256: Name
 
 
 class Source(_Record):
     """The checkpoint that was quantized."""
 
-    shards: dict[Name, int] = Field(default_factory=dict)
+    shards: dict[Name, Count] = Field(default_factory=dict)
     sha256: Name | None = None
 
 
 class Tokens(_Record):
     """The calibration tokens."""
 
-    shape: list[int] = Field(default_factory=list)
+    shape: list[Count] = Field(default_factory=list)
     sha256: Name | None = None
 
 
@@ -107,7 +109,7 @@ class TextScore(_Record):
     """How a text is predicted; see `evaluation.scores.TextScore`."""
 
     text: Name = ""
-    tokens: int | None = None
+    tokens: Count | None = None
     perplexity: Number = None
     baseline_perplexity: Number = None
     kl: Number = None
@@ -119,7 +121,7 @@ class TextScore(_Record):
 class LayerScore(_Record):
     """Signal-to-noise of a decoder layer's output in dB; see `evaluation.scores.LayerScore`."""
 
-    index: int
+    index: Count
     snr: Number = None
     own_snr: Number = None
 

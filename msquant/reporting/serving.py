@@ -13,7 +13,11 @@ from msquant.serving import serving_settings
 
 _HOST, _PORT = "0.0.0.0", 8000
 _HEAD = "ADDRESS-OF-NODE-0"
-_UPSTREAM = "compressed-tensors"
+_VLLM = {
+    "compressed-tensors": ("Serve it with vLLM", "vllm serve {}"),
+    "ascend": ("Serve it with vllm-ascend", "vllm serve {} --quantization ascend"),
+}
+"""By format: what vLLM serves by itself or with a plugin."""
 
 
 def commands(folder: Path, summary: Summary) -> list[Command]:
@@ -25,12 +29,13 @@ def commands(folder: Path, summary: Summary) -> list[Command]:
         folder: as it is to be called in the commands.
         summary: of it.
     """
-    found = []
-    if summary.quantization == _UPSTREAM:
-        found.append(Command("Serve it with vLLM", (f"vllm serve {shlex.quote(str(folder))}",)))
+    name = shlex.quote(str(folder))
+    if summary.quantization in _VLLM:
+        what, line = _VLLM[summary.quantization]
+        found = [Command(what, (line.format(name),))]
     else:
-        found += _vllm_mindspore(folder)
-    prompt = f"msquant run --model {shlex.quote(str(folder))} --prompt 'I am'"
+        found = _vllm_mindspore(folder)
+    prompt = f"msquant run --model {name} --prompt 'I am'"
     found.append(Command("Continue a prompt without an NPU", (prompt,)))
     return [Command(command.what, tuple(map(printable, command.lines))) for command in found]
 

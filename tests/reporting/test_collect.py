@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError, OutputError
+from msquant.formats.summary import Summary
+from msquant.reporting.charts import charts
 from msquant.reporting.collect import collect
 from msquant.reporting.data import as_plain
 from msquant.reporting.render import html_page, markdown_page
+from msquant.reporting.serving import commands
 from msquant.reporting.write import default_output, write_report
-from tests.formats.folders import change_json, change_tensors, write_folder, write_manifest
+from tests.formats.folders import change_json, change_tensors, write_folder
 from tests.reporting.folders import DENSE, EXPERTS, HOSTILE, LAYERS, evaluation, poison, write_large
 
 
@@ -64,12 +68,12 @@ def test_a_folder_is_summed_up(folder: Path) -> None:
     assert json.loads(json.dumps(as_plain(report)))["size"]["parameters"] == report.size.parameters
 
 
-def test_bytes_a_token_leave_out_what_it_does_not_use(folder: Path, tmp_path: Path) -> None:
+def test_bytes_a_token_leave_out_what_it_does_not_use(folder: Path, large_folder: Path) -> None:
     dense = collect(folder)
     # The embedding is the output head too, so all of it is read.
     assert dense.reads is not None
     assert dense.reads.stored == dense.size.tensors
-    experts = collect(write_large(tmp_path / "large"))
+    experts = collect(large_folder)
     assert experts.reads is not None
     rows = {(row.kind, row.scheme): row for row in experts.kinds}
     table = rows["model.embed_tokens", "FLOAT"]
@@ -89,8 +93,8 @@ def test_experts_without_their_count_are_not_guessed(tmp_path: Path) -> None:
     assert "a token" not in markdown_page(report)
 
 
-def test_a_large_manifest_is_shown_whole(tmp_path: Path) -> None:
-    report = collect(write_large(tmp_path / "large"), check=False)
+def test_a_large_manifest_is_shown_whole(large_folder: Path) -> None:
+    report = collect(large_folder, check=False)
     assert len(report.layers) == LAYERS
     assert len(report.experts) == LAYERS - DENSE
     assert {len(row.tokens) for row in report.experts} == {EXPERTS}
@@ -108,10 +112,10 @@ def test_a_large_manifest_is_shown_whole(tmp_path: Path) -> None:
     assert f"| {worst.name} | {worst.error:.2e} | {worst.share:.1%} |" in page
 
 
-def test_the_page_and_the_tables_have_the_same_numbers(tmp_path: Path) -> None:
-    report = collect(write_large(tmp_path / "large"), check=False)
+def test_the_page_and_the_tables_have_the_same_numbers(large_folder: Path, large: Path) -> None:
+    report = collect(large_folder)
     numbers = re.compile(r"(?<![\w.#-])\d[\d,]*\.\d+(?:e-?\d+)?")
-    page = re.sub(r"(?s)<style>.*?</style>|<svg.*?</svg>", "", html_page(report))
+    page = re.sub(r"(?s)<style>.*?</style>|<svg.*?</svg>", "", large.read_text(encoding="utf-8"))
     cells = re.sub(r"<[^>]+>", " ", page)
     # The page says how many times less is read; the tables give both sizes.
     ratio = {f"{(report.reads.half / report.reads.stored):.2f}"} if report.reads else set()
@@ -273,6 +277,25 @@ def test_a_broken_manifest_is_refused(own: Path, case: str) -> None:
     assert str(own / "msquant.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("section", ["quantization", "evaluation", "serving"])
+@pytest.mark.parametrize("content", [3, [], {"min_expert_tokens": "x", "max_kl": []}])
+def test_a_recipe_of_any_shape_is_shown(own: Path, section: str, content: Any) -> None:
+    change_json(own / "msquant.json", lambda manifest: manifest.update(recipe={section: content}))
+    report = collect(own, check=False)
+    assert report.min_expert_tokens is None
+    assert section in markdown_page(report)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 10**400, 0, -1, 1e-300])
+def test_numbers_of_any_size_can_be_drawn(own: Path, value: Any) -> None:
+    ranges = {"median": value, "p99": value, "largest": value}
+    group = {"name": "o", "alpha": value, "before": ranges, "after": ranges}
+    layers = [{"index": 0, "error": value, "groups": [group]}, {"index": 1, "error": 1e-3}]
+    change_json(own / "msquant.json", lambda manifest: manifest.update(layers=layers))
+    report = collect(own, check=False)
+    assert charts(replace(report, histograms=())).errors
+
+
 def test_numbers_that_are_none_count_as_not_recorded(own: Path) -> None:
     text = '{"layers": [{"index": 0, "error": NaN, "groups": [{"name": "o", "alpha": Infinity}]}]}'
     (own / "msquant.json").write_text(text)
@@ -314,6 +337,16 @@ def test_the_folder_keeps_its_contract(own: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in own.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("compressed-tensors", "vllm serve 'a b'"), ("ascend", "vllm serve 'a b' --quantization ascend")],
+)
+def test_other_formats_have_other_commands(name: str, command: str) -> None:
+    first, second = commands(Path("a b"), Summary("a b", name, None, None))
+    assert first.lines == (command,)
+    assert second.lines == ("msquant run --model 'a b' --prompt 'I am'",)
+
+
 def test_several_nodes_have_a_command_each(own: Path) -> None:
     serving = {"tensor_parallel_size": 16, "nodes": 2, "launcher": "ray"}
     change_json(own / "msquant.json", lambda manifest: manifest.update(recipe={"serving": serving}))
@@ -328,4 +361,3 @@ def test_a_serving_section_that_is_not_valid_is_left_out(own: Path) -> None:
     assert [command.what for command in collect(own, check=False).serving] == [
         "Continue a prompt without an NPU"
     ]
-    write_manifest(own)
