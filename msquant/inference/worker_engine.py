@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.cache import cache_folder
+from msquant.errors import EngineError
 from msquant.inference.engine import Completion, FinishReason, OnText, Sampling, check_prompts
 from msquant.inference.launch import Launch
-from msquant.inference.worker_process import WorkerProcess
+from msquant.inference.worker_process import AnswerError, WorkerProcess
 
 LOAD_SECONDS = 1800.0
 _LOGS_KEPT = 10
+# What vLLM raises for a prompt that the model cannot take.
+_INVALID = "VLLMValidationError"
+_SEEDS = 2**63
 
 
 class WorkerEngine:
@@ -33,6 +37,7 @@ class WorkerEngine:
     """
 
     def __init__(self, title: str, launch: Launch, load_seconds: float, check: str) -> None:
+        self._title = title
         self._worker = WorkerProcess(title, launch.argv, launch.environment(), _new_log(), check)
         (self.loaded,) = self._worker.ask(
             "loaded", "loading the model", launch.requests[0], timeout=load_seconds
@@ -58,17 +63,24 @@ class WorkerEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         reasons: list[FinishReason] = ["length"] * len(prompts)
         request = {"op": "generate", "prompts": list(prompts), "sampling": sampling_params(sampling)}
-        with closing(self._worker.ask("done", "generating", request, cancel=True)) as answers:
-            for answer in answers:
-                if answer["event"] != "delta":
-                    continue
-                index = answer["index"]
-                texts[index].append(answer["text"])
-                tokens[index] += answer["token_ids"]
-                if answer["finish_reason"] == "stop":
-                    reasons[index] = "stop"
-                if on_text is not None and answer["text"]:
-                    on_text(index, answer["text"])
+        try:
+            with closing(self._worker.ask("done", "generating", request, cancel=True)) as answers:
+                for answer in answers:
+                    if answer["event"] != "delta":
+                        continue
+                    index = answer["index"]
+                    texts[index].append(answer["text"])
+                    tokens[index] += answer["token_ids"]
+                    if answer["finish_reason"] == "stop":
+                        reasons[index] = "stop"
+                    if on_text is not None and answer["text"]:
+                        on_text(index, answer["text"])
+        except AnswerError as error:
+            if error.kind != _INVALID:
+                raise
+            raise EngineError(
+                f"{self._title}: {error.message}", where="--prompt", remedy="change the prompt"
+            ) from error
         seconds = time.perf_counter() - start
         return [
             Completion(prompt, "".join(texts[i]), tuple(tokens[i]), reasons[i], seconds)
@@ -90,7 +102,7 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
         "stop": list(sampling.stop),
     }
     if sampling.temperature > 0:
-        params["seed"] = sampling.seed
+        params["seed"] = sampling.seed % _SEEDS
     return params
 
 

@@ -21,6 +21,20 @@ _LAST_LINES = 8
 _LAST_BYTES = 16_384
 
 
+class AnswerError(EngineError):
+    """The child answered a request with an error, and lives.
+
+    Attributes:
+        kind: the name of its exception.
+        message: the exception's message.
+    """
+
+    def __init__(self, what: str, kind: str, message: str, log: Path) -> None:
+        super().__init__(what, where=log, remedy="the log has the whole message")
+        self.kind = kind
+        self.message = message
+
+
 class WorkerProcess:
     """A child in a process group of its own, which ends with this object and with this process.
 
@@ -95,7 +109,8 @@ class WorkerProcess:
                 otherwise the child is ended then.
 
         Raises:
-            EngineError: the child died, answered with an error, wrote something else, or took too long.
+            AnswerError: the child answered with an error.
+            EngineError: it died, wrote something else, or took too long.
         """
         number, self._next_id = self._next_id, self._next_id + 1
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -170,13 +185,9 @@ class WorkerProcess:
 
     def _check(self, answer: Mapping[str, Any], doing: str) -> None:
         if answer["event"] == "error":
-            message = str(answer.get("message") or "").strip()
-            first = message.splitlines()[0] if message else ""
-            raise EngineError(
-                f"{self._name} failed {doing}: {answer.get('kind')}: {first}",
-                where=self.log,
-                remedy="the log has the whole message",
-            )
+            kind, message = str(answer.get("kind")), str(answer.get("message")).strip()
+            first = message.partition("\n")[0]
+            raise AnswerError(f"{self._name} failed {doing}: {kind}: {first}", kind, message, self.log)
 
     def _died(self, doing: str) -> EngineError:
         try:

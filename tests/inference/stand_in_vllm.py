@@ -30,6 +30,10 @@ __version__ = "stand-in"
 print("printed by the import of vllm")
 
 
+class VLLMValidationError(ValueError):
+    pass
+
+
 class SamplingParams:
     def __init__(self, output_kind, **options):
         assert output_kind is RequestOutputKind.DELTA
@@ -67,8 +71,10 @@ class Engine:
         self.running = {}
 
     def add_request(self, name, prompt, params):
+        if prompt == "too long":
+            raise VLLMValidationError("at most 256 tokens")
         if prompt == "raise on arrival":
-            raise ValueError("The prompt is too long")
+            raise ValueError("nothing that msquant knows")
         self.running[name] = [prompt, params.options, 0]
 
     def abort_request(self, names):

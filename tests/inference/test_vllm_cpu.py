@@ -113,9 +113,12 @@ def test_an_error_in_on_text_cancels_and_the_engine_goes_on(engine: VllmEngine) 
 
 
 def test_a_refused_prompt_leaves_nothing_running(engine: VllmEngine) -> None:
-    with pytest.raises(EngineError, match="ValueError: The prompt is too long") as caught:
+    with pytest.raises(EngineError, match="ValueError: nothing that msquant knows") as caught:
         engine.generate(["fine", "raise on arrival"], Sampling())
     assert caught.value.where == str(engine.log)
+    with pytest.raises(EngineError, match="vLLM: at most 256 tokens") as caught:
+        engine.generate(["fine", "too long"], Sampling())
+    assert caught.value.where == "--prompt"
     assert engine.generate(["next"], Sampling(max_tokens=1))[0].text == " w0"
 
 
