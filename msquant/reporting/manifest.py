@@ -126,12 +126,21 @@ class LayerScore(_Record):
     own_snr: Number = None
 
 
+class Broken(_Record):
+    """A limit of the recipe that a result breaks: `kl` or `perplexity_increase`."""
+
+    measure: Name
+    value: Number = None
+    limit: Number = None
+
+
 class Evaluation(_Record):
-    """What `msquant evaluate` measured."""
+    """The record of the short evaluation at the end of `msquant quantize`; see `short_evaluation.py`."""
 
     texts: list[TextScore] = Field(default_factory=list)
     overall: TextScore | None = None
     layers: list[LayerScore] = Field(default_factory=list)
+    beyond: list[Broken] | None = None
 
 
 class Manifest(_Record):

@@ -2,11 +2,15 @@
 
 from msquant.formats.summary import Summary
 from msquant.reporting.data import Level, Verdict
-from msquant.reporting.manifest import Manifest
+from msquant.reporting.manifest import Manifest, TextScore
 
 _OUTLIER = 10
 """A layer whose error is so many times the median stands out."""
 _SHOWN = 3
+_MEASURES = {
+    "kl": "Its KL divergence from the float model of",
+    "perplexity_increase": "The relative increase of its perplexity of",
+}
 
 
 def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
@@ -29,7 +33,7 @@ def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
     if not checked:
         problems.append(("check", "Its weights were not checked against the format's contract."))
     problems += _few_tokens(manifest)
-    remarks = _outliers(manifest)
+    remarks = [*_noisy(manifest), *_outliers(manifest)]
     if not problems:
         return Verdict("good", _praise(manifest), tuple(remarks))
     level: Level = "bad" if any(level == "bad" for level, _ in problems) else "check"
@@ -38,39 +42,48 @@ def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
 
 
 def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
-    score = manifest.evaluation.overall if manifest.evaluation else None
-    if score is None or score.kl is None:
+    found = manifest.evaluation
+    if found is None or found.overall is None or found.overall.kl is None:
         return [("check", "Its accuracy was not measured: msquant evaluate does that.")]
-    limit = max_kl(manifest)
-    if limit is None:
-        return [
-            ("check", f"The recipe has no limit for its KL divergence of {score.kl:.3g} to the float model.")
-        ]
-    if score.kl > limit:
-        return [
-            (
-                "bad",
-                f"Its KL divergence to the float model is {score.kl:.3g}, beyond the recipe's limit of "
-                f"{limit:g}.",
-            )
-        ]
-    return []
+    if found.beyond is None:
+        return [("check", f"{_measured(found.overall)}, and no limit for that is recorded.")]
+    broken: list[tuple[Level, str]] = [
+        (
+            "bad",
+            f"{_MEASURES.get(limit.measure, limit.measure)} {limit.value:g} is beyond the recipe's "
+            f"{limit.limit:g}.",
+        )
+        for limit in found.beyond
+        if limit.value is not None and limit.limit is not None
+    ]
+    return broken
 
 
-def max_kl(manifest: Manifest) -> float | None:
-    """The recipe's limit of the KL divergence in nats; None if it has none."""
-    section = manifest.recipe.get("evaluation")
-    limit = section.get("max_kl") if isinstance(section, dict) else None
-    return float(limit) if isinstance(limit, int | float) else None
+def _measured(score: TextScore) -> str:
+    text = f"Its KL divergence from the float model is {score.kl:.3g}"
+    if score.perplexity and score.baseline_perplexity:
+        text += f", its perplexity {score.perplexity / score.baseline_perplexity - 1:+.1%}"
+    return text
 
 
 def _praise(manifest: Manifest) -> str:
     assert manifest.evaluation is not None
     assert manifest.evaluation.overall is not None
-    return (
-        "It keeps its format's contract, and its KL divergence to the float model is "
-        f"{manifest.evaluation.overall.kl:.3g}, within the recipe's limit of {max_kl(manifest):g}."
+    measured = _measured(manifest.evaluation.overall)
+    return f"{measured}: within the recipe's limits. It keeps its format's contract."
+
+
+def _noisy(manifest: Manifest) -> list[str]:
+    """Where to look when the accuracy is beyond a limit."""
+    if manifest.evaluation is None or not manifest.evaluation.beyond:
+        return []
+    noise = sorted(
+        (layer.own_snr, layer.index) for layer in manifest.evaluation.layers if layer.own_snr is not None
     )
+    if not noise:
+        return []
+    layers = ", ".join(f"{index} ({decibels:.1f} dB)" for decibels, index in noise[:_SHOWN])
+    return [f"Layers {layers} add most noise: msquant analyze makes a recipe that spares the worst matrices."]
 
 
 def _few_tokens(manifest: Manifest) -> list[tuple[Level, str]]:

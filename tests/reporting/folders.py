@@ -86,6 +86,9 @@ def evaluation() -> dict[str, Any]:
     }
     rng = np.random.default_rng(1)
     return {
+        "sequences": 1,
+        "sequence_length": 256,
+        "beyond": [],
         "texts": [{"text": name} | score for name in ("technical", "prose", "code")],
         "overall": {"text": "overall"} | score,
         "layers": [

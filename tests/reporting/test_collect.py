@@ -14,7 +14,7 @@ from msquant.errors import CheckpointError, OutputError
 from msquant.formats.summary import Summary
 from msquant.reporting.charts import charts
 from msquant.reporting.collect import collect
-from msquant.reporting.data import as_plain
+from msquant.reporting.data import Verdict, as_plain
 from msquant.reporting.render import html_page, markdown_page
 from msquant.reporting.serving import commands
 from msquant.reporting.write import default_output, write_report
@@ -208,18 +208,38 @@ def test_what_was_measured_is_shown(own: Path) -> None:
         assert text in page
 
 
-@pytest.mark.parametrize(
-    ("limit", "level", "text"),
-    [(0.05, "good", "within the recipe's limit of 0.05"), (0.01, "bad", "beyond the recipe's limit of 0.01")],
-)
-def test_the_verdict_follows_the_recipes_limit(own: Path, limit: float, level: str, text: str) -> None:
+def measured(own: Path, **changes: Any) -> Verdict:
     change_json(
-        own / "msquant.json",
-        lambda manifest: manifest.update(evaluation=evaluation(), recipe={"evaluation": {"max_kl": limit}}),
+        own / "msquant.json", lambda manifest: manifest.update(evaluation={**evaluation(), **changes})
     )
-    verdict = collect(own).verdict
-    assert (verdict.level, verdict.remarks) == (level, ())
-    assert text in verdict.reason
+    return collect(own).verdict
+
+
+def test_a_result_within_its_limits_is_good(own: Path) -> None:
+    verdict = measured(own)
+    assert (verdict.level, verdict.remarks) == ("good", ())
+    assert verdict.reason.startswith(
+        "Its KL divergence from the float model is 0.0312, its perplexity +7.0%: within the recipe's limits."
+    )
+
+
+def test_a_result_beyond_a_limit_is_bad(own: Path) -> None:
+    broken = [
+        {"measure": "kl", "value": 0.12, "limit": 0.1},
+        {"measure": "perplexity_increase", "value": 0.3, "limit": 0.1},
+    ]
+    layers = [{"index": index, "snr": 20.0, "own_snr": 50.0 - index} for index in range(6)]
+    verdict = measured(own, beyond=broken, layers=layers)
+    assert verdict.level == "bad"
+    assert verdict.reason == "Its KL divergence from the float model of 0.12 is beyond the recipe's 0.1."
+    assert verdict.remarks[0] == "The relative increase of its perplexity of 0.3 is beyond the recipe's 0.1."
+    assert "Layers 5 (45.0 dB), 4 (46.0 dB), 3 (47.0 dB) add" in verdict.remarks[1]
+
+
+def test_a_result_without_limits_is_to_be_looked_at(own: Path) -> None:
+    verdict = measured(own, beyond=None)
+    assert verdict.level == "check"
+    assert verdict.reason.endswith("+7.0%, and no limit for that is recorded.")
 
 
 def test_a_broken_contract_is_bad_whatever_was_measured(own: Path) -> None:
