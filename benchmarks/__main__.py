@@ -9,7 +9,18 @@ from pathlib import Path
 from msquant.cli import console
 from msquant.models.device import silence_libraries
 
-NAMES = ("quantize", "accuracy", "perplexity", "generation", "search", "deepseek", "memory", "r1", "download")
+NAMES = (
+    "quantize",
+    "accuracy",
+    "perplexity",
+    "generation",
+    "decode",
+    "search",
+    "deepseek",
+    "memory",
+    "r1",
+    "download",
+)
 ON_REQUEST = ("llm_compressor",)
 """Needs an environment that is made by hand."""
 

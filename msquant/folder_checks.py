@@ -67,7 +67,7 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     """
     from msquant.inference.cpu import onednn
 
-    widened = 1 if onednn.load() else 4
+    widened = 1 if onednn.load_int8() else 4
     first_extra = config.num_hidden_layers
     skipped = tuple(
         f"{config.family.layer_name(first_extra + i)}." for i in range(config.num_nextn_predict_layers)

@@ -102,7 +102,7 @@ def test_a_model_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("widened", [False, True])
 def test_the_bytes_of_weights(folder: Path, widened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "load", lambda: None if widened else object())
+    monkeypatch.setattr(onednn, "load_int8", lambda: None if widened else object())
     tensors = load_file(folder / SHARD).values()
     expected = sum(t.size * (1 if t.dtype == np.int8 and not widened else 4) for t in tensors)
     found = weight_bytes(Checkpoint.open(folder), ModelConfig.from_folder(folder))

@@ -16,6 +16,9 @@ Weight = TypeVar("Weight", np.int8, np.float32)
 Layer = Callable[[Array], Array]
 """`[T, K]` to `[T, N]`."""
 
+# Up to so many, reading the weights takes the time, and NumPy's threads are of no use.
+_FEW_ROWS = 8
+
 
 def linear_layer(*linears: Linear) -> Layer:
     """Build the layer that computes several linears of the same input, their outputs side by side.
@@ -45,11 +48,15 @@ class _FloatLayer:
     """`x W^T + b`."""
 
     def __init__(self, linears: Sequence[FloatLinear]) -> None:
-        self._weight = _stack([linear.weight for linear in linears]).T
+        self._weight = _stack([linear.weight for linear in linears])
         self._bias = _biases(linears)
+        self._product = onednn.load_float()
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self._weight
+        if self._product is not None and len(x) <= _FEW_ROWS:
+            y = self._product(np.ascontiguousarray(x), self._weight)
+        else:
+            y = x @ self._weight.T
         if self._bias is not None:
             y += self._bias
         return y
@@ -67,7 +74,7 @@ class _Int8Layer:
         # The offset is taken off before the product: x_q - z lies between these.
         self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
         weight = _stack([linear.weight for linear in linears])
-        gemm = onednn.load() if weight.shape[1] < onednn.LONGEST else None
+        gemm = onednn.load_int8() if weight.shape[1] < onednn.LONGEST else None
         if gemm is None:
             self._product: Layer = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
         else:
@@ -106,7 +113,7 @@ class _Int8Product:
         shift: added to the integers it makes them 0 to 255.
     """
 
-    def __init__(self, gemm: onednn.Gemm, weight: NDArray[np.int8], shift: int) -> None:
+    def __init__(self, gemm: onednn.Int8Product, weight: NDArray[np.int8], shift: int) -> None:
         self._gemm, self._weight = gemm, weight
         self._shift = np.float32(shift)
         self._shifted = weight.sum(axis=1, dtype=np.int32) * np.int32(shift)

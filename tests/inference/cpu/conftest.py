@@ -9,7 +9,7 @@ from msquant.inference.cpu import onednn
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Layers built in the test use oneDNN's kernel, or float32."""
     if request.param == "widened":
-        monkeypatch.setattr(onednn, "load", lambda: None)
-    elif onednn.load() is None:
+        monkeypatch.setattr(onednn, "load_int8", lambda: None)
+    elif onednn.load_int8() is None:
         pytest.skip("this processor has no exact int8 instructions")
     return str(request.param)
