@@ -214,13 +214,10 @@ def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
     from msquant.models.families import FAMILIES
 
     model_type = read_json(folder / "config.json").get("model_type")
-    method = vllm_mindspore.quantization_method(folder)
     if model_type not in FAMILIES:
         raise _only_vllm(
             f"cannot run model_type {model_type!r} (it runs {', '.join(sorted(FAMILIES))})", folder
         )
-    if method == "ascend":
-        raise _only_vllm("cannot read quant_model_description.json, the ascend format", folder)
 
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.inference.embedded import EmbeddedEngine
@@ -233,17 +230,16 @@ def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
 
 
 def open_weights(folder: Path) -> WeightSource:
-    """Open a folder's weights: golden-stick's format where a description is there, else floating point.
+    """Open a folder's weights, in any of our formats or in floating point.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged.
     """
     from msquant.checkpoint.reader import Checkpoint
-    from msquant.formats.golden_stick import DESCRIPTION_NAME, GoldenStickCheckpoint
+    from msquant.formats.registry import folder_format
 
-    if (folder / DESCRIPTION_NAME).is_file():
-        return GoldenStickCheckpoint.open(folder)
-    return Checkpoint.open(folder)
+    form = folder_format(folder)
+    return form.open(folder) if form else Checkpoint.open(folder)
 
 
 def _only_vllm(what: str, folder: Path) -> EngineError:

@@ -1,4 +1,4 @@
-"""The flow of `msquant quantize`: a recipe and a source checkpoint in, a verified folder out.
+"""The flow of `msquant quantize`: a recipe and a source checkpoint in, a verified folder out for each format.
 
 One decoder layer is in memory at a time. The next layer's inputs are the unquantized layer's outputs, as in
 golden-stick; they are kept on disk beside a journal of the finished layers, so a run that was killed
@@ -25,13 +25,15 @@ from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
+from msquant.export import other_folders, output_folders, write_export
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
+from msquant.formats.format import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.progress import Progress
 from msquant.recipes import Recipe
-from msquant.source import Source, batch_samples, folder_plan, open_source, scratch_bytes
+from msquant.source import Source, batch_samples, folder_plans, open_source, scratch_bytes
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
@@ -43,15 +45,17 @@ class QuantizeResult:
 
     Attributes:
         folder: the written folder.
+        folders: the folder of each format, that one first.
         layers: the manifest's record of every decoder layer.
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
-        output_bytes: bytes of all tensors written.
+        output_bytes: bytes of all tensors in `folder`.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
     """
 
     folder: Path
+    folders: dict[FormatName, Path]
     layers: list[dict[str, Any]]
     layer_seconds: list[float]
     source_bytes: int
@@ -77,7 +81,8 @@ def quantize(
 
     Args:
         recipe: everything that affects the result.
-        output: the folder to make; it appears only when it is complete.
+        output: the folder to make; it appears only when it is complete. Further formats of the recipe are
+            exported from it, into the folders that `export.output_folders` names.
         source: folder of the weights, in place of the recipe's model.
         overwrite: replace an earlier result of msquant there.
         restart: forget what an interrupted call has finished.
@@ -96,15 +101,21 @@ def quantize(
     with OutputFolder(output, overwrite=overwrite) as target:
         progress.stage(f"reading {source or recipe.model}")
         model = open_source(source or recipe.model, fetch)
-        plan = folder_plan(recipe, model)
+        plans = folder_plans(recipe, model)
+        plan = plans[0]
         progress.stage(f"calibration from {recipe.calibration.source}")
         tokens = calibration_tokens(recipe, model.folder)
         if restart:
             target.clear()
         identity = job_identity(recipe, model.checkpoint, tokens, device)
         journal = Journal.open(target.path, identity)
-        require_free_space(target.path, _bytes_to_come(plan, journal) + scratch_bytes(model.config, tokens))
-        with _resumable(target, journal, model.config.num_hidden_layers), deferred_interrupts():
+        with (
+            other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
+            _resumable(target, journal, model.config.num_hidden_layers),
+            deferred_interrupts(),
+        ):
+            needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
+            require_free_space(target.path, needed + scratch_bytes(model.config, tokens))
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
@@ -116,10 +127,15 @@ def quantize(
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
-        folder = target.finish(scratch=[SCRATCH])
-    remember_result(folder)
+            for other, folder in others:
+                progress.stage(f"writing {other.format.name}")
+                write_export(plan.format.open(target.path), target.path, other, folder.path)
+                folder.finish()
+        result = target.finish(scratch=[SCRATCH])
+    remember_result(result)
     return QuantizeResult(
-        folder=folder,
+        folder=result,
+        folders=dict(zip(recipe.formats, output_folders(result, recipe.formats), strict=True)),
         layers=layers,
         layer_seconds=seconds,
         source_bytes=model.nbytes,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
-from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of
+from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.quantization.policy import QuantizationPolicy
@@ -53,6 +53,10 @@ class Recipe(BaseModel):
     def formats(self) -> tuple[FormatName, ...]:
         """The formats to write, in order."""
         return names_of(self.format)
+
+    def in_formats(self, names: str | None) -> "Recipe":
+        """A copy that asks for these formats, with commas between them; or itself. Raises RecipeError."""
+        return self if names is None else self.model_copy(update={"format": parse_formats(names)})
 
     def replace(self, section: str, **values: Any) -> "Recipe":
         """A copy with those values that are not None put into a section.

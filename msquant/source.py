@@ -1,6 +1,6 @@
 """A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +62,24 @@ def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Sourc
     checkpoint = Checkpoint.open(folder)
     for name, shape in config.shapes.items():
         checkpoint.expect_weight(name, shape)
-    extras = []
-    for shapes in config.extra_layers:
-        # Many conversions leave these layers out, but none leaves out a part of one.
-        if any(name in checkpoint for name in shapes):
-            for name, shape in shapes.items():
-                checkpoint.expect_weight(name, shape)
-            extras.append(shapes)
-    known = config.shapes.keys() | {name for shapes in extras for name in shapes}
+    extras = prediction_layers(config, checkpoint)
+    for shapes in extras:
+        for name, shape in shapes.items():
+            checkpoint.expect_weight(name, shape)
+    refuse_unknown_tensors(checkpoint, config.shapes.keys() | {name for shapes in extras for name in shapes})
+    return Source(folder, config, checkpoint, extras)
+
+
+def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors of each multi-token-prediction layer that a checkpoint holds at least in part.
+
+    Many conversions leave these layers out, but none leaves out a part of one.
+    """
+    return [shapes for shapes in config.extra_layers if any(name in checkpoint for name in shapes)]
+
+
+def refuse_unknown_tensors(checkpoint: Checkpoint, known: Collection[str]) -> None:
+    """Raise CheckpointError for a tensor that is not among the known ones and no scale of one."""
     unknown = [name for name in checkpoint.parameters() if name not in known and not name.endswith(_COMPUTED)]
     if unknown:
         others = f" and {len(unknown) - 1} other tensors are" if unknown[1:] else " is"
@@ -78,7 +88,6 @@ def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Sourc
             where=checkpoint.shard_path(unknown[0]),
             remedy="use the config.json that belongs to these weights",
         )
-    return Source(folder, config, checkpoint, extras)
 
 
 def folder_plans(recipe: Recipe, source: Source) -> list[FolderPlan]:
@@ -108,15 +117,21 @@ def shapes_plans(
     Raises:
         RecipeError: the policy contradicts itself, or the format cannot express it.
     """
-    ends = {name: config.shapes[name] for name in config.end_names}
-    layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
+    groups = model_groups(config, extras)
     schemes = model_schemes(config, recipe.quantization)
-    groups = [*layers, *extras, ends]
     formats = [model_format(name, config.raw) for name in recipe.formats]
     # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
     common = all(config.dtype in form.dtypes for form in formats)
     dtype = config.dtype if common else FALLBACK_DTYPE
     return [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
+
+
+def model_groups(
+    config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
+) -> list[Mapping[str, tuple[int, ...]]]:
+    """Shapes of a model's tensors as they are written together: each layer's, then those of the ends."""
+    layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
+    return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
 
 
 def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:

@@ -115,10 +115,9 @@ def test_architecture_for_the_other_engine(tiny_llama: Path, tmp_path: Path) -> 
     assert "vllm_mindspore is not installed" in str(caught.value.remedy)
 
 
-def test_ascend_format_for_the_other_engine(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    (folder / "quant_model_description.json").write_text("{}")
-    with pytest.raises(EngineError, match=r"quant_model_description\.json"):
+def test_another_tools_format(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = change_config(tiny_llama, tmp_path / "model", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ModelError, match="awq"):
         generate(folder, ["I am"], Sampling())
 
 

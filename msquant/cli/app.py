@@ -16,6 +16,7 @@ from msquant.cli.doctor import doctor
 from msquant.cli.download import download
 from msquant.cli.engine import engine
 from msquant.cli.evaluate import evaluate
+from msquant.cli.export import export
 from msquant.cli.inspect import inspect
 from msquant.cli.plan import plan
 from msquant.cli.quantize import quantize
@@ -71,6 +72,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 for _command in (
     quantize,
+    export,
     plan,
     analyze,
     run,

@@ -114,9 +114,14 @@ def as_duration(seconds: float) -> str:
 
 
 class LayerProgress:
-    """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere."""
+    """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what is counted, where that is something else.
+    """
+
+    def __init__(self, unit: str = "decoder layer") -> None:
+        self._unit = unit
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -158,8 +163,8 @@ class LayerProgress:
         self._count, self._done = count, done
         self._started = time.monotonic()
         if done:
-            self.stage(f"continuing after decoder layer {done}/{count}")
-        self._task = self._progress.add_task("decoder layers", total=count, completed=done, note="")
+            self.stage(f"continuing after {self._unit} {done}/{count}")
+        self._task = self._progress.add_task(f"{self._unit}s", total=count, completed=done, note="")
 
     def step(self, text: str) -> None:
         """Say what goes on within a layer, where there is a bar to say it in."""
@@ -173,4 +178,5 @@ class LayerProgress:
         if not stderr.is_terminal:
             each = (time.monotonic() - self._started) / (index + 1 - self._done)
             left = each * (self._count - index - 1)
-            stderr.print(f"decoder layer {index + 1}/{self._count}  {note}  ETA {left:.0f} s", markup=False)
+            done = f"{self._unit} {index + 1}/{self._count}"
+            stderr.print(f"{done}  {note}  ETA {left:.0f} s", markup=False)

@@ -33,8 +33,9 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and check that a quantized one can be served.
 
-    Reads every quantized tensor and applies the rules of vLLM-MindSpore's golden-stick format. A folder that
-    breaks one exits with 1 and names the tensor. A model in floating point is only listed.
+    Reads every quantized tensor and applies the rules of its format, golden-stick, compressed-tensors or
+    ascend. A folder that breaks one exits with 1 and names the tensor. A model in floating point is only
+    listed.
 
     Example: msquant inspect smollm2-135m-osl --verify
     """
@@ -92,10 +93,7 @@ def _render(summary: "Summary", verified: bool) -> None:
         console.print_line(f"and {more} more: see them with --json")
     if summary.quantization and not summary.findings:
         hashes = ", all file hashes match" if verified and summary.has_manifest else ""
-        console.print_line(
-            f"Valid: keeps vLLM-MindSpore's contract for quantization={summary.quantization!r}"
-            f" ({summary.variant} backend){hashes}."
-        )
+        console.print_line(f"Valid: {summary.consumer} can load it, as {summary.quantization!r}{hashes}.")
 
 
 def _title(summary: "Summary") -> str:

@@ -20,6 +20,12 @@ TextField = Annotated[str | None, typer.Option(help="Field of the text in .jsonl
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the choice of calibration sequences.")]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="golden-stick, compressed-tensors, ascend, or several with commas between them."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu or ascend.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")]
 MemoryBudget = Annotated[

@@ -45,6 +45,7 @@ def plan(
     source: options.Source = None,
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
+    formats: options.Formats = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure this machine, to estimate the time.")
@@ -66,6 +67,7 @@ def plan(
     silence_libraries()
     recipe = find_recipe(model)
     recipe = recipe.replace("calibration", samples=samples, sequence_length=sequence_length)
+    recipe = recipe.in_formats(formats)
     target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     show_plan(recipe, target, source, budget, probe=probe, as_json=as_json)
@@ -107,6 +109,7 @@ def _as_json(plan: "Plan") -> dict[str, Any]:
     document = asdict(plan)
     document["source"] = None if plan.source is None else str(plan.source)
     document["output"] = str(plan.output)
+    document["formats"] = [{**asdict(each), "folder": str(each.folder)} for each in plan.formats]
     return document | {"disk_bytes": plan.disk_bytes, "fits": not plan.problems}
 
 
@@ -124,8 +127,8 @@ def _print(plan: "Plan") -> None:
     free = "unknown" if plan.free_disk is None else console.as_bytes(plan.free_disk)
     available = "unknown" if plan.available_memory is None else console.as_bytes(plan.available_memory)
     rows = [
-        ["output", plan.output],
-        ["format", f"golden-stick ({plan.variant} backend)"],
+        *(["output", each.folder] for each in plan.formats),
+        *(["format", f"{each.name} for {each.consumer}"] for each in plan.formats),
         ["calibration", f"{plan.samples} x {plan.sequence_length} tokens"],
         ["size before", console.as_bytes(plan.source_bytes)],
         ["size after", console.as_bytes(plan.output_bytes)],

@@ -27,6 +27,7 @@ def quantize(
     search: Annotated[
         str | None, typer.Option(help="fast, or reference: golden-stick's own modules, slow.")
     ] = None,
+    formats: options.Formats = None,
     device: options.Device = "cpu",
     source: options.Source = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
@@ -44,15 +45,20 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Quantize a model to W8A8 and write the checkpoint that vLLM-MindSpore serves.
+    """Quantize a model to W8A8 and write the checkpoint that an engine serves.
 
     One decoder layer is in memory at a time. Finished layers are kept when the run is interrupted or killed:
     the same command continues with the next one. Weights that are not here are downloaded first, into
     MSQUANT_CACHE.
 
+    Format golden-stick is for vLLM-MindSpore, compressed-tensors for vLLM, ascend for vllm-ascend. Of several
+    the first is written to OUTPUT, each other one to OUTPUT-FORMAT.
+
     Example: msquant quantize smollm2-135m --algo osl
 
     Example: msquant quantize deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8
+
+    Example: msquant quantize smollm2-135m --format golden-stick,compressed-tensors
 
     Example: msquant quantize ./Llama-3.1-8B --algo osl --calibration texts.jsonl --samples 32
     """
@@ -75,6 +81,7 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
+    recipe = recipe.in_formats(formats)
     target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     if dry_run:
@@ -131,6 +138,7 @@ def _alphas(record: dict[str, Any]) -> str:
 def _as_json(result: "QuantizeResult") -> dict[str, Any]:
     return {
         "folder": str(result.folder),
+        "folders": {name: str(folder) for name, folder in result.folders.items()},
         "source_bytes": result.source_bytes,
         "output_bytes": result.output_bytes,
         "seconds": round(result.seconds, 3),
@@ -161,7 +169,7 @@ def _print_result(result: "QuantizeResult") -> None:
         "Result",
         ["", ""],
         [
-            ["folder", result.folder],
+            *([f"folder, {name}", folder] for name, folder in result.folders.items()),
             ["decoder layers", len(result.layers)],
             ["size before", console.as_bytes(result.source_bytes)],
             ["size after", f"{console.as_bytes(result.output_bytes)} ({saved:.0%} less)"],

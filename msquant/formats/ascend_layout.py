@@ -21,7 +21,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import cast
-from msquant.formats.scales import all_positive, input_parameters, weight_scales
+from msquant.formats.scales import all_positive, input_parameters, row_scales, weight_scales
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -179,7 +179,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
         bias = (folded * deq_scale.astype(np.float64)).astype(np.float32)
     return QuantizedLinear(
         weight=weight,
-        weight_scale=(deq_scale.astype(np.float64) / np.float64(input_scale[0])).astype(np.float32),
+        weight_scale=row_scales(deq_scale, input_scale),
         bias=bias,
         input_scale=input_scale,
         input_offset=np.array([zero_point], np.int32),

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.errors import RecipeError
 
 FormatName = Literal["golden-stick", "compressed-tensors", "ascend"]
 """The formats by name, as recipes and manifests have them."""
@@ -32,6 +33,14 @@ def _known(value: Any) -> Any:
 
 FormatNames = Annotated[FormatName | tuple[FormatName, ...], BeforeValidator(_known)]
 """One format, or several in a list, as a recipe asks for them."""
+
+
+def parse_formats(text: str) -> FormatName | tuple[FormatName, ...]:
+    """The formats that an option names, with commas between them. Raises RecipeError."""
+    try:
+        return _known([name.strip() for name in text.split(",")])
+    except ValueError as error:
+        raise RecipeError(f"is {text!r}: {error}", where="--format") from error
 
 
 def names_of(formats: FormatName | tuple[FormatName, ...]) -> tuple[FormatName, ...]:

@@ -22,6 +22,7 @@ from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Sch
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
+from msquant.formats.scales import row_scales
 
 QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
@@ -169,12 +170,12 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
         raise CheckpointError(
             "has one input scale a column; msquant reads one a tensor", where=f"{module}.input_scale"
         )
-    deq_scale = tensors[f"{module}.deq_scale"].astype(np.float64)
+    deq_scale = tensors[f"{module}.deq_scale"].astype(np.float32)
     if not (np.isfinite(deq_scale) & (deq_scale > 0)).all() or not 0 < scales[0] < np.inf:
         raise CheckpointError("its scales are not positive and finite", where=module)
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
-        weight_scale=(deq_scale / np.float64(scales[0])).astype(np.float32),
+        weight_scale=row_scales(deq_scale, scales),
         bias=bias,
         input_scale=scales[:1].copy(),
         input_offset=offsets[:1].astype(np.int32),

@@ -9,27 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick import (
-    FLOAT,
-    QUANT_METHOD,
-    W8A8,
-    W8A8_DYNAMIC,
-    Finding,
-    Variant,
-    model_dtype,
-    read_description,
-    read_variant,
-    serving_notes,
-    validate,
-    variant_of,
-)
-from msquant.formats.golden_stick_rules import description_files
+from msquant.formats.dtypes import model_dtype
+from msquant.formats.format import Finding
+from msquant.formats.golden_stick_schemes import DESCRIBED, FLOAT
+from msquant.formats.registry import folder_format, refuse_other_formats
+from msquant.formats.stored import stored_scales, stored_scheme
 
 _LAYERS = "model.layers."
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -85,15 +76,16 @@ class Summary:
 
     Attributes:
         folder: where it is.
-        quantization: `golden-stick`, or None for a model in floating point.
+        quantization: the format, or None for a model in floating point.
         architecture: from config.json, or None.
         dtype: the model's, from config.json, or None.
         modules: in the order of their names, layers by number.
         layers: from `msquant.json`; empty if that says nothing of them.
         has_manifest: whether `msquant.json` is there.
         findings: the broken rules of the contract; always empty for a model in floating point.
-        variant: the backend of vLLM-MindSpore that it is for, or None for a model in floating point.
-        notes: what may keep that backend from serving a folder that breaks no rule.
+        variant: what it is made for, or None for a model in floating point.
+        consumer: the same, for people.
+        notes: what may keep that from serving a folder that breaks no rule.
     """
 
     folder: str
@@ -104,7 +96,8 @@ class Summary:
     layers: list[LayerSummary] = field(default_factory=list)
     has_manifest: bool = False
     findings: list[Finding] = field(default_factory=list)
-    variant: Variant | None = None
+    variant: str | None = None
+    consumer: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -164,60 +157,36 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False, check: bool = 
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=folder, remedy="check the path")
     require_complete(folder)
-    quantized = _is_golden_stick(folder)
-    findings = validate(folder, verify_hashes=verify_hashes) if quantized and check else []
+    form = folder_format(folder)
+    findings = form.validate(folder, verify_hashes=verify_hashes) if form and check else []
+    name = form.name if form else None
     try:
         config = read_json(folder / "config.json")
         checkpoint = Checkpoint.open(folder)
     except CheckpointError:
         if not findings:
             raise
-        return Summary(str(folder), QUANT_METHOD, None, None, findings=findings)
-    if not quantized:
-        _refuse_other_formats(folder, config)
-    try:
-        described = read_description(folder) if quantized else {}
-    except CheckpointError:
-        described = {}
+        return Summary(str(folder), name, None, None, findings=findings)
+    if form is None:
+        refuse_other_formats(folder)
     architectures = config.get("architectures")
     return Summary(
         folder=str(folder),
-        quantization=QUANT_METHOD if quantized else None,
+        quantization=name,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         dtype=model_dtype(config),
-        modules=list(_modules(checkpoint, described)),
+        modules=list(_modules(checkpoint)),
         layers=list(_layers(_manifest(folder))),
         has_manifest=bool(_manifest(folder)),
         findings=findings,
-        variant=_variant(folder, config) if quantized else None,
-        notes=serving_notes(config) if quantized else [],
+        variant=form.variant if form else None,
+        consumer=form.consumer if form else None,
+        notes=form.notes(config) if form else [],
     )
-
-
-def _variant(folder: Path, config: dict[str, Any]) -> Variant:
-    try:
-        return read_variant(folder, config)
-    except CheckpointError:
-        return variant_of(config)
 
 
 def _elements(module: ModuleSummary) -> int:
     return math.prod(module.shape)
-
-
-def _is_golden_stick(folder: Path) -> bool:
-    return bool(description_files(folder)) or _manifest(folder).get("format") == QUANT_METHOD
-
-
-def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
-    found = config.get("quantization_config")
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise CheckpointError(
-            f"quantized as {method!r}, which msquant cannot inspect",
-            where=folder / "config.json",
-            remedy=f"inspect a folder in the {QUANT_METHOD} format or one in floating point",
-        )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -237,50 +206,30 @@ def _layers(manifest: dict[str, Any]) -> Iterator[LayerSummary]:
         return
 
 
-def _modules(checkpoint: Checkpoint, described: dict[str, str]) -> Iterator[ModuleSummary]:
+def _modules(checkpoint: Checkpoint) -> Iterator[ModuleSummary]:
     names: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names():
         names[name.rpartition(".")[0] or name].append(name)
     for module in sorted(names, key=_natural_order):
         weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
-        scheme = described.get(weight, FLOAT)
         layer, kind = _place(module)
-        scales: dict[str, Any] = {}
-        if scheme == W8A8:
-            scales = _static_scales(checkpoint, module)
-        elif scheme == W8A8_DYNAMIC:
-            scales = _dynamic_scales(checkpoint, module)
+        scales = stored_scales(checkpoint, module)
         yield ModuleSummary(
             name=module,
             kind=kind,
             layer=layer,
-            scheme=scheme,
+            scheme=DESCRIBED[stored_scheme(checkpoint, module)],
             dtype=checkpoint.dtype(weight),
             shape=checkpoint.shape(weight),
             nbytes=sum(checkpoint.nbytes(name) for name in names[module]),
-            **scales,
+            weight_scale=_range(scales.weight),
+            input_scale=_range(scales.input),
+            input_offset=scales.offset,
         )
 
 
-def _dynamic_scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
-    if f"{module}.weight_scale" not in checkpoint:
-        return {}
-    scale = checkpoint.raw(f"{module}.weight_scale").astype(np.float64)
-    return {"weight_scale": (float(scale.min()), float(scale.max()))} if scale.size else {}
-
-
-def _static_scales(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
-    parts = [f"{module}.{part}" for part in ("deq_scale", "input_scale", "input_offset")]
-    if not all(part in checkpoint for part in parts):
-        return {}
-    deq, scale, offset = (checkpoint.raw(part).astype(np.float64).reshape(-1) for part in parts)
-    if not deq.size or not scale.size or not offset.size or not (scale > 0).all():
-        return {}
-    return {
-        "weight_scale": (float(deq.min() / scale.max()), float(deq.max() / scale.max())),
-        "input_scale": (float(scale.min()), float(scale.max())),
-        "input_offset": int(offset[0]) if (offset == offset[0]).all() else None,
-    }
+def _range(values: NDArray[np.float64] | None) -> tuple[float, float] | None:
+    return None if values is None else (float(values.min()), float(values.max()))
 
 
 def _place(module: str) -> tuple[int | None, str]:

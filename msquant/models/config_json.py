@@ -221,7 +221,8 @@ def _refuse_windows(config: Any, family: Family, where: Where) -> None:
 def _fp8_block(raw: dict[str, Any], where: Where) -> tuple[int, int] | None:
     """Rows and columns of a block of FP8 weights, the one quantization that can be started from."""
     section = raw.get("quantization_config")
-    if not section:
+    if not section or (isinstance(section, dict) and section.get("quant_method") == "compressed-tensors"):
+        # The int8 of a finished folder, which no computation starts from.
         return None
     block = section.get("weight_block_size") if isinstance(section, dict) else None
     if (

@@ -14,7 +14,8 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import ModelError, OutputError
-from msquant.formats.folder_plan import FolderPlan
+from msquant.export import output_folders
+from msquant.formats.format import FormatName
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET
@@ -41,7 +42,7 @@ class PartPlan:
         experts: routed experts.
         parameters: without the scales of FP8 blocks.
         source_bytes: of its tensors in the source.
-        output_bytes: of its shards.
+        output_bytes: of its shards, in all formats.
         seconds: None where nothing was measured.
     """
 
@@ -56,22 +57,42 @@ class PartPlan:
 
 
 @dataclass(frozen=True)
+class FormatPlan:
+    """One of the folders that are written.
+
+    Attributes:
+        name: of its format.
+        variant: what it is made for.
+        consumer: the same, for people.
+        folder: where it will be.
+        output_bytes: of its shards.
+    """
+
+    name: FormatName
+    variant: str
+    consumer: str
+    folder: Path
+    output_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a quantization would take and make. Bytes are bytes, whole runs are counted from their start.
 
     Attributes:
         model: as the recipe or the caller named it.
         source: folder of the weights; None if only the published config is known.
-        output: the folder to make.
+        output: the folder to make, that of the first format.
+        formats: all folders to make.
         architecture: as `config.json` names the type of model.
         stored: how the source stores its matrices.
-        variant: the backend that serves the output.
+        variant: what the output is made for.
         samples: calibration sequences.
         sequence_length: tokens in each.
         parts: the decoder layers in order, the multi-token-prediction layers, the ends.
         parameters: of all parts.
         source_bytes: of all tensors of the source; by the published shapes where it is not here.
-        output_bytes: of all shards.
+        output_bytes: of all shards, in all formats.
         scratch_bytes: of hidden states beside the output, gone at the end.
         free_disk: on the output's disk; None if that cannot be told.
         peak_memory: resident at most, an estimate.
@@ -85,6 +106,7 @@ class Plan:
     model: str
     source: Path | None
     output: Path
+    formats: tuple[FormatPlan, ...]
     architecture: str
     stored: str
     variant: str
@@ -155,7 +177,7 @@ def make_plan(
     """
     subject = _subject(recipe, source)
     config, settings = subject.config, recipe.calibration
-    folder = shapes_plans(recipe, config, subject.extras)[0]
+    folders = shapes_plans(recipe, config, subject.extras)
     batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.samples, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []
@@ -170,7 +192,9 @@ def make_plan(
     works, peaks, parts = [], [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         sources = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
-        written = sum(shard_bytes(shard.specs) for shard in folder.groups[group])
+        written, *others = (
+            sum(shard_bytes(shard.specs) for shard in folder.groups[group]) for folder in folders
+        )
         schemes: dict[str, Scheme] = {}
         if index is not None and index < config.num_hidden_layers:
             blocks = LayerBlocks(config, recipe.quantization, index)
@@ -179,6 +203,8 @@ def make_plan(
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
         else:
             work = carried_work(sum(sources.values()), shapes.values(), written)
+        # Every other format is made from the first one's folder.
+        work += Work(read=written * len(others), written=sum(others))
         works.append(work)
         parts.append(
             PartPlan(
@@ -188,7 +214,7 @@ def make_plan(
                 experts=config.num_experts if kind == "experts" else 0,
                 parameters=sum(map(prod, shapes.values())),
                 source_bytes=sum(sources.values()),
-                output_bytes=written,
+                output_bytes=written + sum(others),
                 seconds=None if rates is None else rates.seconds(work),
             )
         )
@@ -196,20 +222,25 @@ def make_plan(
     if rates is not None:
         times = rates.parts(sum(works, Work(seconds=START_SECONDS)))
     scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
+    written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
     return Plan(
         model=source or recipe.model,
         source=subject.folder,
         output=output,
+        formats=tuple(
+            FormatPlan(folder.format.name, folder.variant, folder.format.consumer, place, folder.file_bytes)
+            for folder, place in zip(folders, output_folders(output, recipe.formats), strict=True)
+        ),
         architecture=config.family.model_type,
         stored=subject.stored,
-        variant=folder.variant,
+        variant=folders[0].variant,
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         parts=tuple(parts),
         parameters=sum(part.parameters for part in parts),
         source_bytes=sum(part.source_bytes for part in parts),
-        output_bytes=folder.file_bytes,
+        output_bytes=written_bytes,
         scratch_bytes=scratch,
         free_disk=free,
         peak_memory=peak,
@@ -217,7 +248,7 @@ def make_plan(
         seconds=None if times is None else sum(times.values()),
         seconds_by_work=times,
         notes=tuple(notes),
-        problems=tuple(_problems(folder, scratch, free, peak, available)),
+        problems=tuple(_problems(written_bytes + scratch, free, peak, available)),
     )
 
 
@@ -246,11 +277,8 @@ def _parts(subject: _Subject) -> list[tuple[Kind, int | None, Mapping[str, tuple
     return [*parts, ("ends", None, {name: config.shapes[name] for name in config.end_names})]
 
 
-def _problems(
-    folder: FolderPlan, scratch: int, free: int | None, peak: int, available: int | None
-) -> list[str]:
+def _problems(needed: int, free: int | None, peak: int, available: int | None) -> list[str]:
     problems = []
-    needed = folder.file_bytes + scratch
     if free is not None and needed > free:
         problems.append(
             f"disk: {needed:,} bytes are needed for the output and scratch, {free:,} are free there; free "

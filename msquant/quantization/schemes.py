@@ -5,18 +5,19 @@ from msquant.models.config import ModelConfig
 from msquant.quantization.policy import QuantizationPolicy
 
 
-def layer_schemes(config: ModelConfig, policy: QuantizationPolicy, index: int) -> dict[str, Scheme]:
-    """The scheme of every linear within a decoder layer, by full name.
-
-    A router is not among them: it is never quantized.
-    """
+def layer_linears(config: ModelConfig, index: int) -> list[str]:
+    """The full names of the linears within a decoder layer that can be quantized: all but a router."""
     router = f"{config.family.layer_name(index)}.mlp.gate.weight"
-    modules = [
+    return [
         tensor.removesuffix(".weight")
         for tensor, shape in config.layer_shapes(index).items()
         if len(shape) == 2 and tensor != router
     ]
-    return {module: policy.scheme(module) for module in modules}
+
+
+def layer_schemes(config: ModelConfig, policy: QuantizationPolicy, index: int) -> dict[str, Scheme]:
+    """The scheme of every linear within a decoder layer, by full name."""
+    return {module: policy.scheme(module) for module in layer_linears(config, index)}
 
 
 def model_schemes(config: ModelConfig, policy: QuantizationPolicy) -> dict[str, Scheme]:

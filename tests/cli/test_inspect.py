@@ -38,7 +38,7 @@ def test_a_correct_folder_is_shown_and_found_valid(folder: Path) -> None:
     ):
         assert text in run.stdout
     assert (
-        "Valid: keeps vLLM-MindSpore's contract for quantization='golden-stick' (native backend), "
+        "Valid: the native backend of vLLM-MindSpore can load it, as 'golden-stick', "
         "all file hashes match." in run.stdout
     )
 
@@ -121,7 +121,7 @@ def test_experts_are_shown_by_kind_and_scheme(tmp_path: Path) -> None:
         "W8A8, activations per token",
         "6 routed experts",
         "by token",
-        "(mindformers backend)",
+        "the mindformers backend of vLLM-MindSpore",
     ):
         assert text in run.stdout
     assert "experts.0." not in run.stdout

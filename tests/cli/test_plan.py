@@ -10,6 +10,7 @@ from tests.cli.test_quantize import msquant
 
 KEYS = {
     *("model", "source", "output", "architecture", "stored", "variant", "samples", "sequence_length"),
+    "formats",
     *("parts", "parameters", "source_bytes", "output_bytes", "scratch_bytes", "disk_bytes", "free_disk"),
     *("peak_memory", "available_memory", "seconds", "seconds_by_work", "notes", "problems", "fits"),
 }

@@ -163,7 +163,7 @@ def test_what_the_rules_refuse_does_not_load(
     tmp_path: Path, part: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rules are no stricter than the loader."""
-    monkeypatch.setattr("msquant.formats.golden_stick_plan._check_runs", lambda *arguments: None)
+    monkeypatch.setattr("msquant.formats.folder_plan._check_runs", lambda *arguments: None)
     schemes = {**schemes_of(CONFIG), "model.layers.0.self_attn.kv_b_proj": "float"}
     chosen = {name: scheme if part in name and ".2." not in name else old for name, old in schemes.items()}
     write_experts(tmp_path / "m", CONFIG, schemes=chosen)  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""How a linear layer is stored, from the tensors alone: the same in every format."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import Scheme
+
+
+@dataclass(frozen=True)
+class StoredScales:
+    """The scales of a layer; each None where it has none, or none that can be understood.
+
+    Attributes:
+        weight: of its rows, float64.
+        input: of its input, float64; several where it has one a column.
+        offset: the zero point of its input.
+    """
+
+    weight: NDArray[np.float64] | None = None
+    input: NDArray[np.float64] | None = None
+    offset: int | None = None
+
+
+def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
+    """The scheme of a layer: weights of a quantized one are int8, and its static input has a scale."""
+    weight = f"{module}.weight"
+    if weight not in checkpoint or checkpoint.dtype(weight) != "I8":
+        return "float"
+    return "static" if f"{module}.input_scale" in checkpoint else "dynamic"
+
+
+def stored_scales(checkpoint: Checkpoint, module: str) -> StoredScales:
+    """The scales of a layer, damaged or not; its weight is not read."""
+    scheme = stored_scheme(checkpoint, module)
+    if scheme == "float":
+        return StoredScales()
+    weight = _numbers(checkpoint, f"{module}.weight_scale")
+    if scheme == "dynamic":
+        return StoredScales(weight)
+    scale = _numbers(checkpoint, f"{module}.input_scale")
+    if weight is None and scale is not None and (scale > 0).all():
+        deq_scale = _numbers(checkpoint, f"{module}.deq_scale")
+        weight = None if deq_scale is None else deq_scale / scale.max()
+    offset = None
+    for part in ("input_offset", "input_zero_point"):
+        values = _numbers(checkpoint, f"{module}.{part}")
+        if values is not None and (values == values[0]).all() and float(values[0]).is_integer():
+            offset = int(values[0])
+    return StoredScales(weight, scale if weight is not None else None, offset if weight is not None else None)
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:
+    if name not in checkpoint:
+        return None
+    values = checkpoint.raw(name).reshape(-1)
+    if values.dtype == np.int64:
+        # float32 numbers by their bits, as Ascend takes them for float16.
+        values = values.astype(np.int32).view(np.float32)
+    return values.astype(np.float64) if values.size else None

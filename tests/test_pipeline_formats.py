@@ -1,0 +1,128 @@
+"""`quantize` into several formats at once: all are planned before any work, and all are there at the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msquant.checkpoint.results import newest_result
+from msquant.errors import MsquantError
+from msquant.export import export
+from msquant.formats.format import FORMAT_NAMES
+from msquant.formats.registry import folder_format
+from msquant.generation import generate
+from msquant.inference.engine import Sampling
+from msquant.pipeline import Progress, quantize
+from msquant.recipes import Recipe, validate_recipe
+
+
+def recipe_of(model: Path, *formats: str, **quantization: Any) -> Recipe:
+    """The cheapest recipe there is: these tests are about folders."""
+    return validate_recipe(
+        {
+            "model": str(model),
+            "quantization": {"algorithm": "rtn", **quantization},
+            "calibration": {"samples": 2, "sequence_length": 16},
+            "format": list(formats),
+        },
+        "test",
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def results(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    output = tmp_path_factory.mktemp("formats") / "out"
+    return dict(quantize(recipe_of(tiny_llama, *FORMAT_NAMES), output).folders)
+
+
+def test_every_format_has_its_folder(results: dict[Any, Path]) -> None:
+    first = results["golden-stick"]
+    assert [folder.name for folder in results.values()] == ["out", "out-compressed-tensors", "out-ascend"]
+    assert {folder.name for folder in first.parent.iterdir()} == {folder.name for folder in results.values()}
+    for name, folder in results.items():
+        form = folder_format(folder)
+        assert form is not None
+        assert form.name == name
+        assert form.validate(folder, verify_hashes=True) == []
+        manifest = json.loads((folder / "msquant.json").read_text())
+        assert manifest["recipe"]["format"] == list(FORMAT_NAMES)
+        assert [layer["index"] for layer in manifest["layers"]] == [0, 1]
+    # What `msquant run` takes when it is not told.
+    assert newest_result() == first
+
+
+def test_every_format_generates_the_same(results: dict[Any, Path]) -> None:
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    found = [generate(folder, ["import"], sampling, engine="embedded") for folder in results.values()]
+    assert len({done.completions[0].token_ids for done in found}) == 1
+
+
+def test_export_writes_the_same(results: dict[Any, Path], tmp_path: Path) -> None:
+    (exported,) = export(results["golden-stick"], ["ascend"], output=tmp_path / "again")
+    assert content(exported.folder) == content(results["ascend"])
+
+
+def test_an_interrupted_run_is_continued_between_formats(
+    tiny_llama: Path, results: dict[Any, Path], tmp_path: Path
+) -> None:
+    recipe, output = recipe_of(tiny_llama, *FORMAT_NAMES), tmp_path / "out"
+
+    def interrupt(text: str) -> None:
+        if text == "writing ascend":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, output, progress=Progress(stage=interrupt))
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out-compressed-tensors"}
+    finished = (tmp_path / "out-compressed-tensors" / "msquant.json").stat().st_mtime_ns
+
+    again = quantize(recipe, output)
+    assert again.layer_seconds == []
+    assert (tmp_path / "out-compressed-tensors" / "msquant.json").stat().st_mtime_ns == finished
+    for name, folder in again.folders.items():
+        assert content(folder) == content(results[name]), name
+
+    with pytest.raises(MsquantError, match="holds a result already"):
+        quantize(recipe, output)
+
+
+def refused(recipe: Recipe, folder: Path, message: str) -> None:
+    layers: list[dict[str, Any]] = []
+    before = sorted(folder.iterdir())
+    with pytest.raises(MsquantError, match=message):
+        quantize(recipe, folder / "out", progress=Progress(layer=layers.append))
+    assert (layers, sorted(folder.iterdir())) == ([], before)
+
+
+def test_what_one_format_cannot_express_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_llama, "compressed-tensors", "golden-stick", dynamic=["down_proj"])
+    refused(recipe, tmp_path, "native backend of vLLM-MindSpore cannot serve this: .* only W8A8 and FLOAT")
+
+
+def test_a_folder_that_is_taken_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out-ascend").mkdir()
+    (tmp_path / "out-ascend" / "mine").write_text("x")
+    refused(
+        recipe_of(tiny_llama, "golden-stick", "ascend"), tmp_path, "out-ascend: holds files that msquant did"
+    )
+
+
+def test_the_disk_must_hold_all_formats(
+    tiny_llama: Path, results: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 2 * sum(path.stat().st_size for path in results["golden-stick"].glob("*.safetensors"))
+    monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: room)
+    refused(recipe_of(tiny_llama, *FORMAT_NAMES), tmp_path, f"{room} bytes are free on its disk")
+
+
+@pytest.mark.parametrize("formats", [[], ["gguf"], ["ascend", "ascend"], [["ascend"]]])
+def test_formats_that_are_none(tiny_llama: Path, formats: list[Any]) -> None:
+    with pytest.raises(
+        MsquantError, match="one of golden-stick, compressed-tensors, ascend is expected, or a list"
+    ):
+        recipe_of(tiny_llama, *formats)
