@@ -189,6 +189,31 @@ def test_the_older_names_of_section_and_format_are_read() -> None:
     assert len(read_section({"compression_config": section}).groups) == 1
 
 
+def test_the_section_of_llm_compressor_is_read() -> None:
+    """As version 0.14 writes it: everything spelled out, what is not used as null."""
+    unused = dict.fromkeys(("actorder", "block_structure", "group_size", "scale_dtype"))
+    weights = {
+        **{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+        **{**unused, "observer": "memoryless_minmax", "observer_kwargs": {}, "zp_dtype": None},
+    }
+    inputs = {**weights, "symmetric": False, "strategy": "tensor", "zp_dtype": "torch.int8"}
+    section = {
+        **{"quant_method": "compressed-tensors", "format": "int-quantized", "version": "0.19.0"},
+        **{"quantization_status": "compressed", "global_compression_ratio": None, "kv_cache_scheme": None},
+        **{"ignore": ["lm_head"], "sparsity_config": {}, "transform_config": {}},
+        "config_groups": {
+            "group_0": {
+                **{"targets": ["Linear"], "format": "int-quantized", "output_activations": None},
+                **{"weights": weights, "input_activations": inputs},
+            }
+        },
+    }
+    group = read_section({"quantization_config": section}).group("model.layers.0.mlp.up_proj")
+    assert group is not None
+    assert group.scheme == "static"
+    assert not group.symmetric
+
+
 def test_symmetric_static_activations_and_one_scale_a_weight_are_read() -> None:
     section = section_of(CONFIG, schemes_of(CONFIG))
     change(f"{GROUP}/input_activations/symmetric", True)(section)
