@@ -55,7 +55,8 @@ class CompressedTensorsCheckpoint:
         """Return the layer `module`.
 
         Raises:
-            CheckpointError: a part is missing, or of a dtype or shape that does not fit.
+            CheckpointError: a part is missing, or of a dtype or shape that does not fit; weights are
+                asymmetric.
         """
         group = self.section.group(module)
         if group is None:
@@ -65,6 +66,13 @@ class CompressedTensorsCheckpoint:
                 findings[0].problem,
                 where=f"{self.checkpoint.folder}, {findings[0].where}",
                 remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
+            )
+        # Tools that store it at all store zeros.
+        if (zero_point := f"{module}.weight_zero_point") in self and self.checkpoint.raw(zero_point).any():
+            raise CheckpointError(
+                f"{zero_point} is not zero: asymmetric weights are not computed",
+                where=self.checkpoint.folder,
+                remedy="quantize again with symmetric weights, as vLLM takes them to be",
             )
         parts = [*parts_of(group), *(["bias"] if f"{module}.bias" in self.checkpoint else [])]
         return decode_linear(

@@ -122,6 +122,15 @@ def test_a_layer_that_is_missing_is_an_error_when_it_is_read(folder: Path) -> No
         CompressedTensorsCheckpoint.open(folder).linear(Q)
 
 
+def test_asymmetric_weights_are_an_error_when_they_are_read(folder: Path) -> None:
+    zeros = np.zeros((16, 1), np.int8)
+    change_tensors(folder, {f"{Q}.weight_zero_point": zeros}, described=False)
+    assert isinstance(CompressedTensorsCheckpoint.open(folder).linear(Q), QuantizedLinear)
+    change_tensors(folder, {f"{Q}.weight_zero_point": zeros + 1}, described=False)
+    with pytest.raises(CheckpointError, match="asymmetric weights are not computed"):
+        CompressedTensorsCheckpoint.open(folder).linear(Q)
+
+
 def test_a_fused_layer_that_the_targets_leave_to_another_group_is_found(folder: Path) -> None:
     def forget_the_fused_layer(config: dict[str, Any]) -> None:
         groups = config["quantization_config"]["config_groups"]
