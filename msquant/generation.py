@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,19 @@ class GenerationResult:
         engine: the name of the engine that ran it.
         completions: one for each prompt, in their order.
         load_seconds: wall time until the model was ready.
+        seconds: wall time of all completions.
     """
 
     model: Path
     engine: str
     completions: list[Completion]
     load_seconds: float
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of all completions."""
+        return sum(len(completion.token_ids) for completion in self.completions)
 
 
 def generate(
@@ -61,6 +68,7 @@ def generate(
     dtype: str = "auto",
     verify: bool | None = None,
     recipe: str | None = None,
+    chat: bool = False,
     on_ready: Callable[[Path, str], None] | None = None,
     on_text: OnText | None = None,
 ) -> GenerationResult:
@@ -75,6 +83,7 @@ def generate(
         dtype: of vLLM's activations, `auto`, `float32`, `bfloat16` or `float16`; for that engine alone.
         verify: compare the sha256 of the folder's shards with its manifest; None where that is quick.
         recipe: whose serving section vLLM-MindSpore takes, in place of the folder's own.
+        chat: each prompt is a user's message: the tokenizer's chat template is put around it.
         on_ready: called with the folder and the engine's name when the model is loaded.
         on_text: called with a prompt's index and each new piece of its text.
 
@@ -82,19 +91,31 @@ def generate(
         ModelError: there is no model, or its folder is not complete, or its tokenizer cannot be loaded.
         CheckpointError: a file of the folder is damaged, or is not what was written.
         EngineError: the engine is unknown or not available here, cannot run this model, or has no memory for
-            it; or a prompt is empty or too long.
+            it; or a prompt is empty or too long; or there is no chat template.
         RecipeError: the serving section is not valid.
     """
     check_prompts(prompts)
     folder = find_model(model)
+    texts = _rendered(folder, prompts) if chat else prompts
     start = time.perf_counter()
     loaded = load_engine(folder, engine, device, dtype, verify, recipe)
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
+    start = time.perf_counter()
     with closing(loaded):
-        completions = loaded.generate(prompts, sampling, on_text)
-    return GenerationResult(folder, loaded.name, completions, load_seconds)
+        completions = loaded.generate(texts, sampling, on_text)
+    seconds = time.perf_counter() - start
+    named = [replace(one, prompt=prompt) for one, prompt in zip(completions, prompts, strict=True)]
+    return GenerationResult(folder, loaded.name, named, load_seconds, seconds)
+
+
+def _rendered(folder: Path, prompts: Sequence[str]) -> list[str]:
+    from msquant.checkpoint.tokenizer import load_tokenizer
+    from msquant.inference.chat import chat_prompt
+
+    tokenizer = load_tokenizer(folder)
+    return [chat_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def find_model(explicit: Path | None = None) -> Path:
@@ -142,7 +163,7 @@ def load_engine(
 ) -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
     chosen = choose_engine(engine)
-    _check_options(chosen, dtype, recipe)
+    check_options(chosen, dtype, recipe)
     require_intact(folder, verify)
     if chosen == vllm_cpu.NAME:
         return vllm_cpu.VllmEngine(folder, dtype)
@@ -161,7 +182,7 @@ def dry_run(
     """
     folder = find_model(model)
     chosen = choose_engine(engine)
-    _check_options(chosen, dtype, recipe)
+    check_options(chosen, dtype, recipe)
     if chosen == vllm_cpu.NAME:
         return vllm_cpu.worker_launch(folder, dtype)
     if chosen == vllm_mindspore.NAME:
@@ -169,7 +190,7 @@ def dry_run(
     return None
 
 
-def _check_options(engine: str, dtype: str, recipe: str | None) -> None:
+def check_options(engine: str, dtype: str, recipe: str | None) -> None:
     """Refuse options of another engine, which would have no effect."""
     for option, value, owner in (
         ("--dtype", None if dtype == "auto" else dtype, vllm_cpu.NAME),

@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.tiny_model import write_tiny_llama
+from tests.fixtures.tiny_model import CHAT_TEMPLATE, write_tiny_llama
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +28,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama model folder; read it, copy it, never change it."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` quantized, with a chat template; read it, never change it."""
+    from tests.inference.quantized_folder import write_quantized
+
+    folder = write_quantized(
+        tiny_llama, tmp_path_factory.mktemp("chat") / "tiny", calibration=list(range(60))
+    )
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}))
+    return folder
 
 
 @pytest.fixture

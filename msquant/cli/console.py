@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -42,6 +43,46 @@ def print_json_line(value: Any) -> None:
 def print_line(text: str) -> None:
     """Write one plain line to stdout; nothing in it is taken for markup."""
     stdout.print(text, markup=False)
+
+
+def print_text(text: str) -> None:
+    """Write a piece of a model's text to stdout at once, without a line end of its own.
+
+    A terminal gets no control characters: a model may have learned to move its cursor or to set its title.
+    """
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_note(text: str) -> None:
+    """Write a remark to stderr."""
+    stderr.print(text, markup=False, style="dim")
+
+
+def print_speed(tokens: int, seconds: float) -> None:
+    """Write to stderr how fast tokens came."""
+    print_note(f"{tokens} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s")
+
+
+def is_conversation() -> bool:
+    """Whether somebody sits at a terminal, to type and to read."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask(prompt: str) -> str | None:
+    """Let somebody type a line; None at the end of input. Ctrl-C drops what was typed."""
+    import readline  # noqa: F401  # gives `input` its editing and its history
+
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            print_text("\n")
+            return None
+        except KeyboardInterrupt:
+            print_text("\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], *, caption: str | None = None) -> None:

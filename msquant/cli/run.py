@@ -1,19 +1,33 @@
 """`msquant run`."""
 
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from msquant.cli import console
 
+if TYPE_CHECKING:
+    from msquant.inference.engine import Sampling
+
 _LIVE_CHARACTERS = 1000
+_TOKENS = 16
+_CHAT_TOKENS = 512
 
 
 def run(
     prompts: Annotated[
-        list[str], typer.Option("--prompt", help="Text to continue; repeat it for more prompts.")
-    ],
+        list[str] | None, typer.Option("--prompt", help="Text to continue; repeat it for more prompts.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help='One prompt a line, or JSON Lines with a "prompt" each; - is standard input.'),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take prompts for a user's messages, by the model's chat template.")
+    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text alone, as it comes.")] = False,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -21,7 +35,9 @@ def run(
             "DeepSeek-R1-W8A8 in the current folder."
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Generate at most so many tokens a prompt.")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Generate at most so many tokens a prompt; 16, in chats 512.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most probable token; higher values vary more.")
     ] = 0.0,
@@ -29,6 +45,9 @@ def run(
         float, typer.Option(help="Sample from the most probable tokens that reach this probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling; the same seed gives the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End the text before this string; repeat it for more.")
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -57,12 +76,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
 ) -> None:
-    """Continue prompts with a quantized, or any other, model folder.
+    """Continue prompts with a quantized, or any other, model folder; on a terminal without prompts, chat.
 
     Example: msquant run --prompt "I am" --prompt "Today is" --max-tokens 32
     """
     from msquant.generation import generate
     from msquant.inference.engine import Sampling
+    from msquant.inference.prompt_file import read_prompts
     from msquant.models.device import silence_libraries
 
     if not verbose:
@@ -70,26 +90,76 @@ def run(
     if dry_run:
         _print_dry_run(model, engine, dtype, recipe, as_json)
         return
-    sampling = Sampling(max_tokens, temperature, top_p, seed)
-    live = _LiveText(prompts)
+    given = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
+    conversation = not given and console.is_conversation() and not as_json
+    _check_usage(given, conversation, stream, as_json)
+    if max_tokens is None:
+        max_tokens = _CHAT_TOKENS if chat or conversation else _TOKENS
+    sampling = Sampling(max_tokens, temperature, top_p, seed, stop=tuple(stop or ()))
+    if conversation:
+        _converse(model, sampling, engine=engine, device=device, dtype=dtype, verify=verify, recipe=recipe)
+        return
+    live = _LiveText(given)
     with console.stderr.status("loading the model") as status:
+
+        def show(index: int, piece: str) -> None:
+            if stream:
+                status.stop()
+                console.print_text(piece)
+            else:
+                status.update(live.add(index, piece))
+
         result = generate(
             model,
-            prompts,
+            given,
             sampling,
             engine=engine,
             device=device,
             dtype=dtype,
             verify=verify,
             recipe=recipe,
+            chat=chat,
             on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
-            on_text=lambda index, piece: status.update(live.add(index, piece)),
+            on_text=show,
         )
     if as_json:
         console.print_json(_document(result))
         return
-    for completion in result.completions:
-        console.print_line(f"Prompt: {completion.prompt!r}. Generated text: {completion.text!r}")
+    if stream:
+        console.print_text("\n")
+    else:
+        for completion in result.completions:
+            console.print_line(f"Prompt: {completion.prompt!r}. Generated text: {completion.text!r}")
+    console.print_speed(result.tokens, result.seconds)
+
+
+def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
+    from msquant.checkpoint.tokenizer import load_tokenizer
+    from msquant.cli.chat import chat
+    from msquant.generation import find_model, load_engine
+    from msquant.inference.chat import chat_prompt
+
+    folder = find_model(model)
+    with console.stderr.status("loading the model"):
+        tokenizer = load_tokenizer(folder)
+        # Found out before the model is loaded: whether there is a chat template.
+        chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+        loaded = load_engine(folder, **options)
+    console.print_note(f"{loaded.name} runs {folder}")
+    with closing(loaded):
+        chat(loaded, tokenizer, sampling)
+
+
+def _check_usage(prompts: list[str], conversation: bool, stream: bool, as_json: bool) -> None:
+    if not prompts and not conversation:
+        raise typer.BadParameter(
+            "there is none; give --prompt or --prompt-file (without either, a chat begins on a terminal)",
+            param_hint="--prompt",
+        )
+    if stream and as_json:
+        raise typer.BadParameter("it prints text as it comes, and --json one document", param_hint="--stream")
+    if stream and len(prompts) > 1:
+        raise typer.BadParameter(f"it is for one prompt, there are {len(prompts)}", param_hint="--stream")
 
 
 def _print_dry_run(model: Path | None, engine: str, dtype: str, recipe: str | None, as_json: bool) -> None:
@@ -123,6 +193,7 @@ def _document(result: Any) -> dict[str, Any]:
         "model": str(result.model),
         "engine": result.engine,
         "load_seconds": round(result.load_seconds, 3),
+        "tokens_per_second": round(result.tokens / result.seconds, 2),
         "completions": [
             {
                 "prompt": completion.prompt,

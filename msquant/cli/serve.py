@@ -71,7 +71,7 @@ def serve(
     Example: msquant serve --port 8000 --max-requests 16
     """
     from msquant.folder_checks import require_intact
-    from msquant.generation import EMBEDDED, choose_engine, find_model
+    from msquant.generation import EMBEDDED, check_options, choose_engine, find_model
     from msquant.models.device import silence_libraries
     from msquant.server.commands import Node
     from msquant.server.serve import ServerOptions
@@ -80,9 +80,10 @@ def serve(
     if not verbose:
         silence_libraries()
     folder = find_model(model)
+    place = _Place(folder, choose_engine(engine), host, port, as_json)
+    check_options(place.engine, dtype, recipe)
     if not dry_run:
         require_intact(folder, verify)
-    place = _Place(folder, choose_engine(engine), host, port, as_json)
     key = _api_key(api_key_env)
     body = console.parse_bytes(max_body, "--max-body")
     limits = Limits(max_prompt_tokens, max_tokens)
@@ -90,7 +91,7 @@ def serve(
         here = Node(node, recipe, head_address, network_interface)
         _other_server(place, dtype, here, key, api_key_env, dry_run)
     elif dry_run:
-        _print_own_command(as_json)
+        _print_commands([], as_json, "# the embedded engine serves in this process; nothing is started")
     else:
         _embedded(place, device, ServerOptions(max_requests, body, limits, api_key=key))
 
@@ -168,19 +169,12 @@ def _other_server(
     )
 
 
-def _print_own_command(as_json: bool) -> None:
-    from msquant.inference.launch import Launch
-
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--dry-run", "--json")]
-    _print_commands([Launch((sys.executable, "-m", "msquant", *arguments))], as_json, None)
-
-
-def _print_commands(every: "list[Launch]", as_json: bool, key_line: str | None) -> None:
+def _print_commands(every: "list[Launch]", as_json: bool, first_line: str | None) -> None:
     if as_json:
         console.print_json([launch.document() for launch in every])
         return
-    for line in [key_line] if key_line else []:
-        console.print_line(line)
+    if first_line:
+        console.print_line(first_line)
     for launch in every:
         console.print_line(launch.shell())
 

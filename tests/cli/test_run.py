@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from msquant.checkpoint.results import remember_result
 from msquant.cli.app import main
+from tests.fixtures.tiny_model import BOS, EOS
 from tests.inference.quantized_folder import write_quantized
 
 COMMAND = [sys.executable, "-m", "msquant", "run"]
@@ -57,7 +59,7 @@ def test_lines_of_the_guide_and_nothing_else(
         f"Prompt: 'I am'. Generated text: {texts[0]!r}",
         f'Prompt: "It\'s". Generated text: {texts[1]!r}',
     ]
-    assert process.stderr == ""
+    assert re.fullmatch(r"8 tokens in \d+\.\d s, \d+\.\d tokens/s\n", process.stderr)
 
 
 def test_without_model(
@@ -100,10 +102,61 @@ def test_text_grows_on_a_terminal(model: Path) -> None:
     assert final.count(b"\n") == 1
 
 
+def test_stream_prints_the_text_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--prompt", "I am", "--max-tokens", "12"]
+    assert run([*options, "--json"], monkeypatch) == 0
+    document = json.loads(capsys.readouterr().out)
+    whole = document["completions"][0]["text"]
+    assert document["tokens_per_second"] > 0
+    assert run([*options, "--stream"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"{whole}\n"
+    stop = whole[5:8]
+    assert run([*options, "--stream", "--stop", "not there", "--stop", stop], monkeypatch) == 0
+    assert capsys.readouterr().out == f"{whole[: whole.index(stop)]}\n"
+
+
+def test_prompts_from_a_file_come_after_those_of_the_command_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Today is\n\ndef f(x):\n")
+    options = ["--model", str(model), "--max-tokens", "2", "--json"]
+    assert run([*options, "--prompt", "I am", "--prompt-file", str(path)], monkeypatch) == 0
+    completions = json.loads(capsys.readouterr().out)["completions"]
+    assert [completion["prompt"] for completion in completions] == ["I am", "Today is", "def f(x):"]
+    # Standard input, in a process that has one.
+    command = [*COMMAND, *options, "--prompt-file", "-"]
+    process = subprocess.run(command, input=b'{"prompt": "I am"}', capture_output=True, timeout=120)
+    assert json.loads(process.stdout)["completions"] == [
+        completions[0]
+        | {"tokens_per_second": json.loads(process.stdout)["completions"][0]["tokens_per_second"]}
+    ]
+
+
+def test_chat_puts_the_template_around_the_prompt(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(chat_model), "--max-tokens", "6", "--json"]
+    assert run([*options, "--prompt", "Who are you?", "--chat"], monkeypatch) == 0
+    (chat,) = json.loads(capsys.readouterr().out)["completions"]
+    assert chat["prompt"] == "Who are you?"
+    rendered = f"{BOS}user: Who are you?{EOS}{BOS}assistant: "
+    assert run([*options, "--prompt", rendered], monkeypatch) == 0
+    (plain,) = json.loads(capsys.readouterr().out)["completions"]
+    assert chat["token_ids"] == plain["token_ids"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([], 2, "--prompt"),
+        (["--prompt", "I am", "--stop", ""], 1, "a stop string is empty"),
+        (["--prompt", "I am", "--chat"], 1, "has no chat template"),
+        (["--prompt", "I am", "--stream", "--json"], 2, "--stream"),
+        (["--prompt", "I am", "--prompt", "b", "--stream"], 2, "it is for one prompt, there are 2"),
+        (["--prompt-file", "/no/such/file"], 1, "the file of prompts cannot be read"),
         (["--prompt", ""], 1, "prompt 1 of 1 is empty"),
         (["--prompt", "I am", "--temperature", "-1"], 1, "temperature is -1.0"),
         (["--prompt", "I am", "--max-tokens", "0"], 1, "max_tokens is 0"),
