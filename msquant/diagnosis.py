@@ -157,9 +157,9 @@ def _ascend() -> list[Check]:
 
 
 def _embedded() -> Check:
-    from msquant.inference.cpu.onednn import load
+    from msquant.inference.cpu.onednn import load_int8
 
-    if load() is None:
+    if load_int8() is None:
         detail = "multiplies in float32: oneDNN's int8 product is not there, or not exact on this processor"
         remedy = "nothing to do: it gives the same text, more slowly"
         return Check("engines", "embedded", "note", detail, remedy)
