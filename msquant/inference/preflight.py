@@ -12,7 +12,12 @@ from msquant.inference.ascend_host import AscendHost, Npu, driver_version, insta
 from msquant.inference.check import Check, failed
 from msquant.inference.preflight_cluster import cluster_checks
 from msquant.inference.serving import ServingSettings
-from msquant.inference.vllm_mindspore import OLD_BACKEND_VARIABLE, engine_environment
+from msquant.inference.vllm_mindspore import (
+    DEVICES_VARIABLE,
+    OLD_BACKEND_VARIABLE,
+    chosen_devices,
+    engine_environment,
+)
 
 _REFUSED_VARIABLE = "MINDFORMERS_MODEL_CONFIG"
 _MEGABYTE = 1024**2
@@ -48,7 +53,7 @@ def preflight(
     if model.status == "ok":
         checks += environment_checks(folder, settings, host.environment)
     if npus:
-        checks += device_checks(settings, npus, weights)
+        checks += device_checks(settings, npus, weights, host.environment)
     if settings.world_size > 1:
         checks += shared_memory_check()
     if node == 0:
@@ -112,15 +117,24 @@ def environment_checks(
     return checks or [Check("environment", "variables", "ok", "none stands against the recipe")]
 
 
-def device_checks(settings: ServingSettings, npus: Sequence[Npu], weights: int) -> list[Check]:
+def device_checks(
+    settings: ServingSettings, npus: Sequence[Npu], weights: int, environment: Mapping[str, str]
+) -> list[Check]:
     """Whether the chosen NPUs are here and free, and the weights fit.
 
     Args:
         settings: which NPUs, and which part of their memory.
         npus: those of this machine.
         weights: bytes of all tensors.
+        environment: of the engine; its choice of NPUs wins.
     """
-    wanted = settings.visible_devices()
+    try:
+        wanted = chosen_devices(settings, environment)
+    except EngineError as error:
+        return [Check("devices", str(error.where), "error", error.what, error.remedy)]
+    if len(wanted) < settings.npus_per_node:
+        detail = f"{len(wanted)} are visible to the engine, {settings.npus_per_node} are needed on each node"
+        return [Check("devices", DEVICES_VARIABLE, "error", detail, f"name more in {DEVICES_VARIABLE}")]
     missing = [str(index) for index in wanted if index >= len(npus)]
     if missing:
         detail = f"{', '.join(missing)} of {len(wanted)} wanted are not among the {len(npus)} here"

@@ -4,7 +4,8 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from msquant.inference.ascend_host import AscendHost, Npu, network_state
 from msquant.inference.check import Check
 from msquant.inference.ray_probe import SECONDS as _PROBE_SECONDS
 from msquant.inference.serving import ServingSettings
-from msquant.inference.vllm_mindspore import INTERFACE_VARIABLES
+from msquant.inference.vllm_mindspore import (
+    DEVICES_VARIABLE,
+    INTERFACE_VARIABLES,
+    chosen_devices,
+    engine_environment,
+)
 
 _PROBE = Path(__file__).with_name("ray_probe.py")
 _CONNECT_SECONDS = 3.0
@@ -35,9 +41,12 @@ def cluster_checks(
     checks = [interface_check(settings, node, host.environment)]
     if node:
         checks.append(head_check(settings))
-    checks += [chip_network_check(npus[i], host) for i in settings.visible_devices() if i < len(npus)]
+    with suppress(EngineError):
+        used = chosen_devices(settings, host.environment)
+        checks += [chip_network_check(npus[i], host) for i in used if i < len(npus)]
     if settings.uses_ray:
-        checks += ray_checks(ask_cluster(folder, host), settings, host.environment)
+        variables = engine_environment(folder, settings, host.environment)
+        checks += ray_checks(ask_cluster(folder, variables, host), settings, variables)
     else:
         detail = "not compared with those of the other nodes: nothing connects them before the start"
         remedy = "run the same check on each; versions and the model's folder must be the same"
@@ -106,9 +115,14 @@ def chip_network_check(npu: Npu, host: AscendHost) -> Check:
     return Check("network", subject, "error", detail, remedy)
 
 
-def ask_cluster(folder: Path, host: AscendHost) -> dict[str, Any]:
+def ask_cluster(folder: Path, variables: Iterable[str], host: AscendHost) -> dict[str, Any]:
     """What every node of the running Ray cluster has, as `ray_probe.py` answers it, or `error`."""
-    request = {"address": "auto", "folder": str(folder.resolve()), "packages": [*PACKAGES]}
+    request = {
+        "address": "auto",
+        "folder": str(folder.resolve()),
+        "packages": [*PACKAGES],
+        "variables": [*variables],
+    }
     try:
         done = subprocess.run(
             [host.python, str(_PROBE), json.dumps(request)],
@@ -126,14 +140,14 @@ def ask_cluster(folder: Path, host: AscendHost) -> dict[str, Any]:
 
 
 def ray_checks(
-    answer: Mapping[str, Any], settings: ServingSettings, environment: Mapping[str, str]
+    answer: Mapping[str, Any], settings: ServingSettings, variables: Mapping[str, str]
 ) -> list[Check]:
     """Whether the cluster is whole: nodes, NPUs, names, and the same versions and model everywhere.
 
     Args:
         answer: of `ask_cluster`.
         settings: how many nodes and NPUs there must be.
-        environment: of this process.
+        variables: that Ray must have been started with.
     """
     if "error" in answer:
         remedy = "start it with the commands of: msquant serve --dry-run"
@@ -153,7 +167,7 @@ def ray_checks(
         remedy = "give each its own: hostname NAME; then restart Ray"
         checks.append(Check("cluster", "host names", "error", f"{', '.join(names)} are not unique", remedy))
     checks += [_same(nodes, "Python", "python"), _same(nodes, "CANN", "cann"), *_same_packages(nodes)]
-    checks.append(_same_model(nodes))
+    checks += [_same_model(nodes), _variables(nodes, variables)]
     if settings.network_interface is not None:
         without = [node["host"] for node in nodes if settings.network_interface not in node["interfaces"]]
         if without:
@@ -188,6 +202,21 @@ def _same_model(nodes: Sequence[Mapping[str, Any]]) -> Check:
     if len({node["model"] for node in nodes}) > 1:
         return Check("cluster", "model", "error", "its files are not the same on every node", remedy)
     return Check("cluster", "model", "ok", "the same files on every node")
+
+
+def _variables(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> Check:
+    """Ray's processes have what was set when it was started; later changes do not reach them."""
+    # Ray chooses the NPUs of each of its processes itself.
+    wrong = [
+        f"{name}={node['variables'].get(name)} on {node['host']}"
+        for node in nodes
+        for name, value in wanted.items()
+        if name != DEVICES_VARIABLE and node["variables"].get(name) != value
+    ]
+    if wrong:
+        remedy = "on every node: ray stop; then the lines of: msquant serve --dry-run"
+        return Check("cluster", "variables", "error", f"Ray was started with {', '.join(wrong)}", remedy)
+    return Check("cluster", "variables", "ok", "Ray was started with the recipe's on every node")
 
 
 def _differing(values: Mapping[str, Any]) -> str:

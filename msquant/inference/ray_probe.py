@@ -2,11 +2,12 @@
 
 It imports nothing of msquant, and what runs on the other nodes is sent to them whole: they need no msquant.
 The only argument is a JSON object: `address` of the cluster (`auto`: the one that this machine belongs to),
-`folder` of the model, `packages` whose versions are wanted. One JSON object comes back on stdout:
+`folder` of the model, `packages` whose versions are wanted, `variables` whose values are. One JSON object
+comes back on stdout:
 
     {"nodes": [{"address": IP, "npus": N, "free_npus": N, "host": NAME, "python": VERSION,
-                "packages": {NAME: VERSION or null}, "cann": TEXT or null, "interfaces": [NAME],
-                "model": DIGEST or null}]}
+                "packages": {NAME: VERSION or null}, "variables": {NAME: VALUE or null},
+                "cann": TEXT or null, "interfaces": [NAME], "model": DIGEST or null}]}
     {"error": TEXT}
 """
 
@@ -18,9 +19,10 @@ from typing import Any
 SECONDS = 60.0
 
 
-def look(folder: str, packages: list[str]) -> dict[str, Any]:
+def look(folder: str, packages: list[str], variables: list[str]) -> dict[str, Any]:
     """What a node has; all that it uses is imported here, because it runs on other nodes."""
     import hashlib
+    import os
     import platform
     import socket
     from importlib.metadata import PackageNotFoundError, version
@@ -45,13 +47,14 @@ def look(folder: str, packages: list[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in packages},
+        "variables": {name: os.environ.get(name) for name in variables},
         "cann": next((line.partition("=")[2] for line in lines if line.lower().startswith("version=")), None),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "model": model,
     }
 
 
-def ask(address: str, folder: str, packages: list[str]) -> dict[str, Any]:
+def ask(address: str, folder: str, packages: list[str], variables: list[str]) -> dict[str, Any]:
     """Join the cluster and look at each of its nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -63,7 +66,7 @@ def ask(address: str, folder: str, packages: list[str]) -> dict[str, Any]:
     free = ray._private.state.available_resources_per_node()
     running = [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            folder, packages
+            folder, packages, variables
         )
         for node in alive
     ]
@@ -87,7 +90,7 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.loads(sys.argv[1])
     try:
-        answer = ask(request["address"], request["folder"], request["packages"])
+        answer = ask(**request)
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     answers.write(json.dumps(answer))

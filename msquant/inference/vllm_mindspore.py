@@ -21,6 +21,7 @@ NAME = "vllm-mindspore"
 WORKER = SITE / "msquant_vllm_mindspore_worker.py"
 BACKEND_VARIABLE = "VLLM_MS_MODEL_BACKEND"
 OLD_BACKEND_VARIABLE = "vLLM_MODEL_BACKEND"
+DEVICES_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 # The backend that reads msquant's folders of an architecture; the package alone would prefer MindFormers.
 _BACKENDS = {
@@ -85,7 +86,7 @@ def engine_environment(
         "MS_ALLOC_CONF": settings.ms_alloc_conf,
     }
     if settings.devices is not None or settings.world_size > 1:
-        wanted["ASCEND_RT_VISIBLE_DEVICES"] = ",".join(map(str, settings.visible_devices()))
+        wanted[DEVICES_VARIABLE] = ",".join(map(str, settings.visible_devices()))
     if settings.hccl_buffsize is not None:
         wanted["HCCL_BUFFSIZE"] = str(settings.hccl_buffsize)
     if settings.ms_mempool_block_size is not None:
@@ -99,6 +100,25 @@ def engine_environment(
     if settings.uses_ray:
         wanted["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
     return {name: environment.get(name, value) for name, value in wanted.items()}
+
+
+def chosen_devices(settings: ServingSettings, environment: Mapping[str, str]) -> tuple[int, ...]:
+    """The NPUs of a node that will be used: those of `ASCEND_RT_VISIBLE_DEVICES`, else the settings' own.
+
+    Raises:
+        EngineError: the variable is no list of numbers.
+    """
+    named = environment.get(DEVICES_VARIABLE)
+    if named is None:
+        return settings.visible_devices()
+    try:
+        return tuple(int(number) for number in named.split(","))
+    except ValueError:
+        raise EngineError(
+            f"is {named!r}, which is no list of numbers",
+            where=DEVICES_VARIABLE,
+            remedy=f"set it to {','.join(map(str, settings.visible_devices()))}, or unset it",
+        ) from None
 
 
 def _backend(folder: Path, settings: ServingSettings, environment: Mapping[str, str]) -> dict[str, str]:

@@ -84,19 +84,28 @@ def test_a_folder_that_is_not_whole(model: Path, tmp_path: Path) -> None:
 
 def test_npus_that_are_not_there(model: Path, tmp_path: Path) -> None:
     npus = parse_npu_smi(a2_table(2))
-    checks = device_checks(ServingSettings(tensor_parallel_size=4), npus, 0)
+    checks = device_checks(ServingSettings(tensor_parallel_size=4), npus, 0, {})
     assert [check.status for check in checks] == ["error"]
     assert "2, 3 of 4 wanted are not among the 2 here" in checks[0].detail
-    assert device_checks(ServingSettings(devices=(1,)), npus, 0)[0].status == "ok"
+    assert device_checks(ServingSettings(devices=(1,)), npus, 0, {})[0].status == "ok"
+
+
+def test_the_choice_of_the_environment_wins() -> None:
+    npus, settings = parse_npu_smi(a2_table(8)), ServingSettings(tensor_parallel_size=2)
+    variable = "ASCEND_RT_VISIBLE_DEVICES"
+    assert device_checks(settings, npus, 0, {variable: "6,7"})[0].status == "ok"
+    for value, complaint in (("6,9", "9 of 2 wanted"), ("6", "1 are visible"), ("all", "no list of numbers")):
+        [check] = device_checks(settings, npus, 0, {variable: value})
+        assert (check.status, complaint in check.detail) == ("error", True)
 
 
 def test_npus_that_are_in_use() -> None:
     npus = parse_npu_smi(a2_table(2, used_mb=40000))
-    found = by_subject(device_checks(ServingSettings(tensor_parallel_size=2), npus, 0), "devices")
+    found = by_subject(device_checks(ServingSettings(tensor_parallel_size=2), npus, 0, {}), "devices")
     assert found["NPU 1"].status == "error"
     assert "25536 of 65536 MB are free, 90% are wanted" in found["NPU 1"].detail
     settings = ServingSettings(tensor_parallel_size=2, gpu_memory_utilization=0.3)
-    assert "NPU 1" not in by_subject(device_checks(settings, npus, 0), "devices")
+    assert "NPU 1" not in by_subject(device_checks(settings, npus, 0, {}), "devices")
 
 
 def test_a_model_that_does_not_fit() -> None:
@@ -106,8 +115,8 @@ def test_a_model_that_does_not_fit() -> None:
         ServingSettings(tensor_parallel_size=16, nodes=2, launcher="ray"),
     )
     weights = 688 * GIGABYTE
-    assert by_subject(device_checks(one, npus, weights), "devices")["memory"].status == "error"
-    fits = by_subject(device_checks(two, npus, weights), "devices")["memory"]
+    assert by_subject(device_checks(one, npus, weights, {}), "devices")["memory"].status == "error"
+    fits = by_subject(device_checks(two, npus, weights, {}), "devices")["memory"]
     assert (fits.status, fits.detail) == ("ok", "688.0 GB of weights for 989.6 GB on 16 NPUs")
 
 

@@ -30,6 +30,7 @@ TP16 = ServingSettings(
     head_address="127.0.0.1",
     network_interface="lo",
 )
+WANTED = {"MS_ENABLE_LCCL": "off", "ASCEND_RT_VISIBLE_DEVICES": "0,1"}
 NODE = {
     "address": "192.5.5.5",
     "npus": 8,
@@ -37,6 +38,7 @@ NODE = {
     "host": "node-a",
     "python": "3.11.7",
     "packages": {"vllm": "0.11.0", "ray": "2.48.0"},
+    "variables": {"MS_ENABLE_LCCL": "off"},
     "cann": "8.3.0.1.200",
     "interfaces": ["lo", "eth0"],
     "model": "e77b3b",
@@ -49,13 +51,15 @@ def cluster(**other: Any) -> dict[str, Any]:
 
 
 def problems(answer: dict[str, Any], settings: ServingSettings = TP16) -> dict[str, str]:
-    return {c.subject: c.detail for c in ray_checks(answer, settings, {}) if c.status == "error" and c.remedy}
+    return {
+        c.subject: c.detail for c in ray_checks(answer, settings, WANTED) if c.status == "error" and c.remedy
+    }
 
 
 def test_a_whole_cluster() -> None:
-    checks = ray_checks(cluster(), TP16, {})
+    checks = ray_checks(cluster(), TP16, WANTED)
     assert {check.subject: check.status for check in checks} == dict.fromkeys(
-        ["Ray", "Python", "CANN", "packages", "model"], "ok"
+        ["Ray", "Python", "CANN", "packages", "model", "variables"], "ok"
     )
     assert checks[0].detail == "2 nodes with 16 NPUs, 16 of them free"
 
@@ -72,6 +76,7 @@ def test_a_whole_cluster() -> None:
             "vllm",
             "0.11.0 on node-a, not installed on node-b",
         ),
+        ({"variables": {}}, "variables", "Ray was started with MS_ENABLE_LCCL=None on node-b"),
         ({"model": None}, "model", "is not on node-b"),
         ({"model": "other"}, "model", "its files are not the same"),
         ({"interfaces": ["eth0"]}, "interface", "lo is not on node-b"),
@@ -86,18 +91,18 @@ def test_a_node_that_differs(other: dict[str, Any], subject: str, detail: str) -
 def test_a_node_that_has_not_joined() -> None:
     found = problems({"nodes": [NODE]})
     assert "1 nodes with 8 NPUs, 8 of them free; 2 nodes are wanted" in found["Ray"]
-    [check] = [c for c in ray_checks({"nodes": [NODE]}, TP16, {}) if c.subject == "Ray"]
+    [check] = [c for c in ray_checks({"nodes": [NODE]}, TP16, WANTED) if c.subject == "Ray"]
     assert check.remedy == "on the others: ray start --address=127.0.0.1:6379"
 
 
 def test_no_cluster_at_all(tmp_path: Path) -> None:
     """Asked for real, of a Python without Ray and of one that is not there."""
-    answer = ask_cluster(tmp_path, AscendHost(python=sys.executable))
+    answer = ask_cluster(tmp_path, WANTED, AscendHost(python=sys.executable))
     assert "ModuleNotFoundError: No module named 'ray'" in answer["error"]
     assert "no cluster" in problems(answer)["Ray"]
-    assert "error" in ask_cluster(tmp_path, AscendHost(python=str(tmp_path / "none")))
+    assert "error" in ask_cluster(tmp_path, WANTED, AscendHost(python=str(tmp_path / "none")))
     silent = write_tool(tmp_path / "python", "")
-    assert "error" in ask_cluster(tmp_path, AscendHost(python=str(silent)))
+    assert "error" in ask_cluster(tmp_path, WANTED, AscendHost(python=str(silent)))
 
 
 def interface(settings: ServingSettings, node: int = 0, **environment: str) -> Check:
@@ -163,14 +168,16 @@ def test_no_tool_for_the_chips_network(tmp_path: Path) -> None:
 def test_a_real_cluster_of_ray(tmp_path: Path) -> None:
     """Two nodes on this machine with eight made-up NPUs each; MSQUANT_RAY is a running cluster's Python.
 
-    Start them with `ray start --head --resources='{"NPU": 8}'` and `ray start --address=... --resources=...`.
+    Start: `MS_ENABLE_LCCL=off ray start --head --resources='{"NPU": 8}'`; the same with --address.
     """
     python = os.environ.get("MSQUANT_RAY")
     if python is None:
         pytest.skip("MSQUANT_RAY names no Python of a running Ray cluster of two nodes")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    answer = ask_cluster(tmp_path, AscendHost(python=python))
+    answer = ask_cluster(tmp_path, WANTED, AscendHost(python=python))
     assert [node["npus"] for node in answer["nodes"]] == [8, 8]
     assert answer["nodes"][0].keys() == NODE.keys()
     # Both are this machine, so only their names are wrong.
     assert set(problems(answer)) == {"host names"}
+    [check] = [c for c in ray_checks(answer, TP16, {"MS_ENABLE_LCCL": "on"}) if c.subject == "variables"]
+    assert "Ray was started with MS_ENABLE_LCCL=off on" in check.detail
