@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
-from msquant.formats.registry import folder_format
 from msquant.formats.summary import ModuleSummary, Summary, summarize
 from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
@@ -73,7 +72,7 @@ def collect(
     summary = summarize(folder, check=check)
     if not summary.modules:
         raise CheckpointError(
-            f"cannot be read: {summary.findings[0]}",
+            f"cannot be read: {summary.findings[0]}" if summary.findings else "holds no tensors",
             where=folder,
             remedy="copy or download the whole folder again, or quantize again",
         )
@@ -82,12 +81,11 @@ def collect(
     ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
     stage("counting int8 weights")
     counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
-    format = folder_format(folder)
     return Report(
         name=printable(folder.resolve().name),
         architecture=summary.architecture and printable(summary.architecture),
         format=summary.quantization,
-        consumer=format.consumer if format else None,
+        consumer=summary.consumer,
         dtype=summary.dtype,
         checked=check,
         findings=tuple(printable(str(finding)) for finding in summary.findings),

@@ -67,6 +67,7 @@ def _content(report: Report, drawn: Charts | None) -> dict[str, Any]:
         "median_error": quantile(errors, 0.5),
         "largest_error": errors[-1] if errors else None,
         "linears": _linears(report),
+        "noise": {layer.index: layer for layer in report.evaluation.layers} if report.evaluation else {},
         "ranked": report.ranking.rows[:_RANKED] if report.ranking else (),
         "sampled": sum(found.read for found in report.histograms),
         "weights": sum(found.weights for found in report.histograms),

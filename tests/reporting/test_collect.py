@@ -11,12 +11,11 @@ import pytest
 
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError, OutputError
-from msquant.formats.summary import Summary
+from msquant.export import export
 from msquant.reporting.charts import charts
 from msquant.reporting.collect import collect
 from msquant.reporting.data import Verdict, as_plain
 from msquant.reporting.render import html_page, markdown_page
-from msquant.reporting.serving import commands
 from msquant.reporting.write import default_output, write_report
 from tests.formats.folders import change_json, change_tensors, write_folder
 from tests.reporting.folders import DENSE, EXPERTS, HOSTILE, LAYERS, evaluation, poison, write_large
@@ -358,13 +357,31 @@ def test_the_folder_keeps_its_contract(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "command"),
-    [("compressed-tensors", "vllm serve 'a b'"), ("ascend", "vllm serve 'a b' --quantization ascend")],
+    ("name", "consumer", "options"),
+    [("compressed-tensors", "vLLM", ""), ("ascend", "vllm-ascend", " --quantization ascend")],
 )
-def test_other_formats_have_other_commands(name: str, command: str) -> None:
-    first, second = commands(Path("a b"), Summary("a b", name, None, None))
-    assert first.lines == (command,)
-    assert second.lines == ("msquant run --model 'a b' --prompt 'I am'",)
+def test_other_formats_are_reported_on_too(
+    folder: Path, tmp_path: Path, name: Any, consumer: str, options: str
+) -> None:
+    other = export(folder, [name], output=tmp_path / "a b")[0].folder
+    ours, theirs = collect(folder), collect(other)
+    assert (theirs.format, theirs.consumer, theirs.findings) == (name, consumer, ())
+    assert theirs.histograms == ours.histograms
+    assert theirs.ranking == ours.ranking
+    assert theirs.size.int8 == ours.size.int8
+    ranges = {row.kind: row.static_range for row in theirs.kinds}
+    for row in ours.kinds:
+        assert ranges[row.kind] == (row.static_range and pytest.approx(row.static_range, rel=1e-2))
+    assert theirs.serving[0].lines == (f"vllm serve '{other}'{options}",)
+    assert consumer in markdown_page(theirs)
+
+
+def test_a_folder_of_another_tool_has_no_manifest(folder: Path, tmp_path: Path) -> None:
+    other = export(folder, ["compressed-tensors"], output=tmp_path / "other")[0].folder
+    (other / "msquant.json").unlink()
+    report = collect(other)
+    assert (report.format, report.layers) == ("compressed-tensors", ())
+    assert len(report.histograms) == 7
 
 
 def test_several_nodes_have_a_command_each(own: Path) -> None:
