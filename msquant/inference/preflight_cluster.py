@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from msquant.errors import EngineError
+from msquant.errors import CheckpointError, EngineError
 from msquant.inference.ascend_checks import PACKAGES
 from msquant.inference.ascend_host import AscendHost, Npu, network_state
 from msquant.inference.check import Check
@@ -45,7 +45,10 @@ def cluster_checks(
         used = chosen_devices(settings, host.environment)
         checks += [chip_network_check(npus[i], host) for i in used if i < len(npus)]
     if settings.uses_ray:
-        variables = engine_environment(folder, settings, host.environment)
+        variables: dict[str, str] = {}
+        # A folder without config.json, which decides one of them, is an error of its own.
+        with suppress(CheckpointError):
+            variables = engine_environment(folder, settings, host.environment)
         checks += ray_checks(ask_cluster(folder, variables, host), settings, variables)
     else:
         detail = "not compared with those of the other nodes: nothing connects them before the start"
