@@ -36,7 +36,7 @@ def check(spec: EngineSpec, timeout: float = CHECK_SECONDS) -> CheckResult:
     """
     found = require_ready(spec)
     start = time.monotonic()
-    launch = Launch((str(found.python), str(spec.check)), {"PYTHONPATH": str(SITE), "PYTHONNOUSERSITE": "1"})
+    launch = Launch((str(found.python), str(spec.check)), {"PYTHONPATH": str(SITE)})
     remedy = f"install it again: msquant engine install {spec.name} --reinstall"
     try:
         process = subprocess.run(

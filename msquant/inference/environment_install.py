@@ -69,6 +69,12 @@ def install(
     link = engines_folder() / spec.name
     target = environment(spec).path if path is None else path.expanduser().absolute()
     with _locked(spec), _explained(target):
+        if link != target and link.is_dir() and not link.is_symlink():
+            raise EngineError(
+                "the engine is installed here already",
+                where=link,
+                remedy=f"remove it first with msquant engine remove {spec.name}, or leave --path out",
+            )
         found = inspect(spec, target)
         if found.state != "ready" or reinstall:
             _require_ours(target)
@@ -158,7 +164,7 @@ def _lines(argv: list[str], output: IO[str], temporary: Path) -> Iterator[str]:
         EngineError: it did not succeed.
     """
     # pip unpacks into TMPDIR, which is often on a smaller disk than the one whose room was checked.
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "PYTHONNOUSERSITE": "1"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)}
     for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
         env.pop(name, None)
     last: list[str] = []
@@ -223,12 +229,6 @@ def _require_room(spec: EngineSpec, target: Path) -> None:
 
 def _point(link: Path, target: Path) -> None:
     """Make an engine's usual place lead to another folder."""
-    if link.is_dir() and not link.is_symlink():
-        raise EngineError(
-            "the engine is installed here too",
-            where=link,
-            remedy="remove it first with msquant engine remove, or leave --path out",
-        )
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.symlink_to(target, target_is_directory=True)
     os.replace(temporary, link)

@@ -1,6 +1,7 @@
 """vLLM on the CPU: a model folder in a worker process, in vLLM's own Python environment."""
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def require_servable(folder: Path) -> None:
             raise EngineError(
                 f"is in the {quantization} format ({name}), which vLLM cannot read",
                 where=folder,
-                remedy=f"msquant export {folder} --format compressed-tensors",
+                remedy=f"msquant export {shlex.quote(str(folder))} --format compressed-tensors",
             )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ModelError(

@@ -188,6 +188,14 @@ def test_a_folder_that_is_not_ours_is_never_touched(spec: EngineSpec, action: st
     assert (folder / "precious").read_text() == "data"
 
 
+def test_a_second_folder_for_an_engine_that_is_there(spec: EngineSpec, tmp_path: Path) -> None:
+    (engines_folder() / "tiny").mkdir(parents=True)
+    with pytest.raises(EngineError, match="is installed here already") as caught:
+        install(spec, tmp_path / "elsewhere")
+    assert "msquant engine remove tiny" in str(caught.value.remedy)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_no_room(spec: EngineSpec, tmp_path: Path) -> None:
     large = replace(spec, disk_bytes=shutil.disk_usage(tmp_path).free + 10**12)
     with pytest.raises(EngineError, match=r"GB are free on its disk, tiny needs \d+\.\d GB"):

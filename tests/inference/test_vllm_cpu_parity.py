@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.tokenizer import load_tokenizer
+from msquant.export import export
 from msquant.generation import load_engine
 from msquant.inference.engine import Sampling
 from msquant.inference.environments import VLLM_CPU, environment
 from msquant.inference.vllm_cpu import VllmEngine
 from tests.fixtures.tiny_model import write_tiny_llama
 from tests.fixtures.torch_simulation import greedy, load_simulation
-from tests.inference.compressed_folder import write_compressed
 from tests.inference.quantized_folder import write_quantized
 
 pytestmark = pytest.mark.slow
@@ -84,25 +84,25 @@ def test_every_token_of_a_tiny_model(tmp_path: Path) -> None:
     )
     calibration = [token % 512 for token in range(7, 700, 11)]
     golden = write_quantized(float_folder, tmp_path / "golden", calibration)
-    compressed = write_compressed(golden, tmp_path / "compressed")
+    export(golden, ["compressed-tensors"], output=tmp_path / "compressed")
     prompts = ("I am", "The capital", "It is")
     simulation, tokenizer = load_simulation(golden), load_tokenizer(golden)
     expected = [greedy(simulation, tokenizer, prompt, TOKENS) for prompt in prompts]
-    assert vllm_tokens(compressed, prompts) == expected
+    assert vllm_tokens(tmp_path / "compressed", prompts) == expected
     assert embedded_tokens(golden, prompts) == expected
 
 
 def test_smollm2(tmp_path: Path) -> None:
     given = os.environ.get("MSQUANT_SMOLLM2_OSL")
     golden = Path(given) if given else quantize_smollm2(tmp_path / "golden")
-    compressed = write_compressed(golden, tmp_path / "compressed")
+    export(golden, ["compressed-tensors"], output=tmp_path / "compressed")
     simulation, tokenizer = load_simulation(golden), load_tokenizer(golden)
     prompts = [[int(token) for token in tokenizer.encode(prompt)] for prompt in PROMPTS]
     everything = TOKENS * len(PROMPTS)
     alone = [greedy(simulation, tokenizer, prompt, TOKENS) for prompt in PROMPTS]
     for name, found, least in (
         ("the simulation itself", alone, 0.94),
-        ("vLLM", vllm_tokens(compressed, PROMPTS), 0.90),
+        ("vLLM", vllm_tokens(tmp_path / "compressed", PROMPTS), 0.90),
         ("the embedded engine", embedded_tokens(golden, PROMPTS), 0.90),
     ):
         results = [agreement(simulation, ids, tokens) for ids, tokens in zip(prompts, found, strict=True)]

