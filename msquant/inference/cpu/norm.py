@@ -14,8 +14,7 @@ class RMSNorm:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (arXiv 1910.07467)."""
 
     def __init__(self, weight: Array, eps: float) -> None:
-        self._weight, self._eps = weight, np.float32(eps)
-        self._share = np.float32(1 / len(weight))
+        self._weight, self._eps, self._size = weight, np.float32(eps), np.float32(len(weight))
 
     @classmethod
     def read(cls, config: ModelConfig, source: WeightSource, name: str, eps: float | None = None) -> Self:
@@ -29,5 +28,6 @@ class RMSNorm:
 
     def __call__(self, x: Array) -> Array:
         """`[..., H]` to the same."""
-        mean = np.square(x).sum(axis=-1, keepdims=True) * self._share
-        return x * (self._weight / np.sqrt(mean + self._eps))
+        mean = np.square(x).sum(axis=-1, keepdims=True) / self._size
+        # In the order of the MindSpore cell: other roundings put more activations on the other side of a tie.
+        return x * ((1 / np.sqrt(mean + self._eps)) * self._weight)
