@@ -21,7 +21,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import cast
-from msquant.formats.scales import all_positive, input_parameters, row_scales, weight_scales
+from msquant.formats.scales import all_positive, deq_scales, input_parameters, row_scales, weight_scales
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -97,9 +97,7 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
         scale = weight_scales(module, linear).reshape(-1, 1)
         return {**tensors, f"{module}.weight_scale": scale, f"{module}.weight_offset": np.zeros_like(scale)}
     input_scale, zero_point = input_parameters(module, linear, dtype)
-    deq_scale = (np.float64(input_scale) * weight_scales(module, linear)).astype(np.float32)
-    if not all_positive(deq_scale):
-        raise CheckpointError("its deq_scale does not fit float32", where=module)
+    deq_scale = deq_scales(module, linear, input_scale)
     bits = deq_scale.view(np.int32).astype(np.int64)
     return {
         **tensors,

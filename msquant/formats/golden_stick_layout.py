@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
-from msquant.formats.dtypes import DTYPE_CODES, cast
+from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, cast
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
-from msquant.formats.scales import row_scales
+from msquant.formats.scales import all_positive, deq_scales, input_parameters, row_scales, weight_scales
 
 QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
@@ -106,41 +106,20 @@ def encode_linear(
             )
         return {**tensors, **_encode_dynamic(module, linear)}
     columns = linear.weight.shape[1]
-    input_scale = cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)
-    exact_scale = input_scale.astype(np.float64)
-    zero_point = int(linear.input_offset.reshape(1)[0])
-    weight_scale = _without_zero_rows(linear)
-    with np.errstate(over="ignore"):
-        deq_scale = (exact_scale * weight_scale.astype(np.float64)).astype(np.float32)
-    if not exact_scale[0] > 0 or not np.isfinite(deq_scale).all() or not (deq_scale > 0).all():
-        raise CheckpointError(
-            f"its scales are not positive and finite (input scale {linear.input_scale.item():.4g}, "
-            f"weight scales from {linear.weight_scale.min():.4g} to {linear.weight_scale.max():.4g})",
-            where=module,
-            remedy="calibrate with more and other text, or keep this layer in floating point",
-        )
-    if not -128 <= zero_point <= 127:
-        raise CheckpointError(f"its zero point {zero_point} is outside of [-128, 127]", where=module)
+    input_scale, zero_point = input_parameters(module, linear, dtype)
     tensors[f"{module}.weight"] = linear.weight
-    tensors[f"{module}.deq_scale"] = deq_scale
+    tensors[f"{module}.deq_scale"] = deq_scales(module, linear, input_scale)
     tensors[f"{module}.quant_bias"] = quantized_bias(
         module, linear.weight, np.full(columns, zero_point, np.int8)
     )
-    tensors[f"{module}.input_scale"] = np.repeat(input_scale, columns)
+    tensors[f"{module}.input_scale"] = np.full(columns, input_scale, MODEL_DTYPES[dtype])
     tensors[f"{module}.input_offset"] = np.full(columns, zero_point, np.int8)
     return tensors
 
 
 def _encode_dynamic(module: str, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     # float32 loads as it is or, in a bfloat16 model, is rounded by the engine: nothing is lost before that.
-    weight_scale = _without_zero_rows(linear).astype(np.float32)
-    if not (np.isfinite(weight_scale) & (weight_scale > 0)).all():
-        raise CheckpointError(
-            f"its weight scales are not positive and finite (from {linear.weight_scale.min():.4g} to "
-            f"{linear.weight_scale.max():.4g})",
-            where=module,
-            remedy="keep this layer in floating point",
-        )
+    weight_scale = weight_scales(module, linear)
     return {
         f"{module}.weight": linear.weight,
         f"{module}.weight_scale": weight_scale,
@@ -171,7 +150,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
             "has one input scale a column; msquant reads one a tensor", where=f"{module}.input_scale"
         )
     deq_scale = tensors[f"{module}.deq_scale"].astype(np.float32)
-    if not (np.isfinite(deq_scale) & (deq_scale > 0)).all() or not 0 < scales[0] < np.inf:
+    if not all_positive(deq_scale) or not all_positive(scales[:1]):
         raise CheckpointError("its scales are not positive and finite", where=module)
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
@@ -187,7 +166,7 @@ def _decode_dynamic(
 ) -> QuantizedLinear:
     # Other tools store [N, 1], and in the model's dtype.
     scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
-    if not (np.isfinite(scale) & (scale > 0)).all():
+    if not all_positive(scale):
         raise CheckpointError("its scales are not positive and finite", where=module)
     if tensors[f"{module}.weight_offset"].any():
         raise CheckpointError(
@@ -234,9 +213,3 @@ def describe(names: Iterable[str], quantized: Iterable[str], dynamic: Iterable[s
     """
     values = {**dict.fromkeys(quantized, W8A8), **dict.fromkeys(dynamic, W8A8_DYNAMIC)}
     return {name: values.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)}
-
-
-def _without_zero_rows(linear: QuantizedLinear) -> NDArray[np.float32]:
-    """Weight scales, with 1 where a row holds nothing but zeros and its scale is therefore 0."""
-    empty = (linear.weight_scale == 0) & ~linear.weight.any(axis=1)
-    return np.where(empty, np.float32(1), linear.weight_scale)

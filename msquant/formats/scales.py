@@ -46,13 +46,31 @@ def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[
     zero_point = int(linear.input_offset.reshape(1)[0])
     if not scale > 0:
         raise CheckpointError(
-            f"its input scale {linear.input_scale.item():.4g} is not positive in {dtype}",
+            f"its input scale {linear.input_scale.item():.4g} is not positive and finite in {dtype}",
             where=module,
             remedy="calibrate with more and other text, or keep this layer in floating point",
         )
     if not INT8_MIN <= zero_point <= INT8_MAX:
         raise CheckpointError(f"its zero point {zero_point} is outside of [-128, 127]", where=module)
     return scale, zero_point
+
+
+def deq_scales(module: str, linear: QuantizedLinear, input_scale: np.float32) -> NDArray[np.float32]:
+    """`input_scale * weight_scale`, float32 `[N]`: what turns integer sums into the layer's output.
+
+    Raises:
+        CheckpointError: as `weight_scales`, or a product does not fit float32.
+    """
+    with np.errstate(over="ignore"):
+        products = (np.float64(input_scale) * weight_scales(module, linear)).astype(np.float32)
+    if not all_positive(products):
+        raise CheckpointError(
+            f"the products of its scales are not positive and finite (input scale {input_scale:.4g}, weight "
+            f"scales from {linear.weight_scale.min():.4g} to {linear.weight_scale.max():.4g})",
+            where=module,
+            remedy="calibrate with more and other text, or keep this layer in floating point",
+        )
+    return products
 
 
 def row_scales(deq_scale: NDArray[np.float32], input_scale: NDArray[np.float32]) -> NDArray[np.float32]:

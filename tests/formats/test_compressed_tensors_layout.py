@@ -141,8 +141,11 @@ def test_float_layers_are_rounded_to_the_models_dtype() -> None:
     [
         ({"weight_scale": np.full(3, np.nan, np.float32)}, "weight scales are not positive and finite"),
         ({"weight_scale": np.zeros(3, np.float32)}, "weight scales are not positive and finite"),
-        ({"input_scale": np.zeros(1, np.float32)}, "input scale 0 is not positive in float16"),
-        ({"input_scale": np.full(1, 1e-9, np.float32)}, "input scale 1e-09 is not positive in float16"),
+        ({"input_scale": np.zeros(1, np.float32)}, "input scale 0 is not positive and finite in float16"),
+        (
+            {"input_scale": np.full(1, 1e-9, np.float32)},
+            "input scale 1e-09 is not positive and finite in float16",
+        ),
         ({"input_scale": np.full(1, 1e9, np.float32)}, "holds values that float16 cannot hold"),
         ({"input_offset": np.array([128], np.int32)}, "zero point 128 is outside of"),
     ],
