@@ -61,6 +61,7 @@ def write_large(folder: Path) -> Path:
 
     def enlarge(manifest: dict[str, Any]) -> None:
         manifest["layers"] = [layer(index, rng) for index in range(LAYERS)]
+        manifest["layers"][40]["error"] = 0.1
         manifest["recipe"] = {
             "model": "deepseek-ai/DeepSeek-R1",
             "quantization": {"algorithm": "osl", "min_expert_tokens": MIN_TOKENS},
