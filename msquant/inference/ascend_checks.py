@@ -127,6 +127,10 @@ def package_checks(needed: frozenset[str] = frozenset()) -> list[Check]:
         elif found.split("+")[0] not in SpecifierSet(wanted, prereleases=True):
             detail = f"{found}; vLLM-MindSpore 0.5.1 is made for {wanted.removeprefix('==')}"
             checks.append(Check(SECTION, name, "warning", detail, f"see {INSTALL_GUIDE}"))
+    if torch := [name for name in ("torch", "torchvision") if _installed(name)]:
+        # The engine's FAQ: transformers then finds a torch that is not the one it imports.
+        detail = f"{' and '.join(torch)} installed; vLLM-MindSpore brings its own in their place"
+        checks.append(Check(SECTION, "torch", "warning", detail, f"pip uninstall {' '.join(torch)}"))
     if platform.machine() != "aarch64":
         detail = f"this is {platform.machine()}; vLLM-MindSpore's packages are for aarch64 only"
         checks.append(Check(SECTION, "processor", "error", detail, "use a machine with an aarch64 processor"))

@@ -66,6 +66,25 @@ def quantization_method(folder: Path) -> str | None:
     return _DESCRIPTIONS[found[0]] if found else None
 
 
+def require_servable(folder: Path) -> None:
+    """Refuse a folder that is quantized in a format of another engine, before anything is started.
+
+    Raises:
+        EngineError: it is; names the format.
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    section = read_json(folder / "config.json").get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if method is not None and method not in _DESCRIPTIONS.values():
+        raise EngineError(
+            f"is in the format {method}, which vLLM-MindSpore cannot read",
+            where=folder,
+            remedy=f"msquant export {folder} --format golden-stick"
+            if method == "compressed-tensors"
+            else f"quantize it: msquant quantize {folder}",
+        )
+
+
 def engine_environment(
     folder: Path, settings: ServingSettings, environment: Mapping[str, str]
 ) -> dict[str, str]:
@@ -143,7 +162,8 @@ def worker_launch(
         environment: what the process inherits, this process's own by default.
 
     Raises:
-        EngineError: the section asks for data parallelism; the folder holds two descriptions.
+        EngineError: the section asks for data parallelism; the folder is of another engine's format, or holds
+            two descriptions.
         CheckpointError: `config.json` is missing or damaged.
     """
     if settings.data_parallel_size > 1:
@@ -152,6 +172,7 @@ def worker_launch(
             where="serving.data_parallel_size",
             remedy="serve it (msquant serve), or name a recipe of one copy, such as --recipe deepseek-r1",
         )
+    require_servable(folder)
     options = settings.engine_arguments()
     if (quantization := quantization_method(folder)) is not None:
         options["quantization"] = quantization

@@ -15,7 +15,7 @@ from typing import Any
 from msquant.errors import EngineError
 from msquant.inference.launch import Launch
 from msquant.inference.serving import ServingSettings
-from msquant.inference.vllm_mindspore import engine_environment, quantization_method
+from msquant.inference.vllm_mindspore import engine_environment, quantization_method, require_servable
 
 PROGRAM = "vllm-mindspore"
 
@@ -41,7 +41,7 @@ def server_command(
 
     Raises:
         EngineError: the node is none of the settings', has nothing to run, or the first node's address is
-            missing; the folder holds two descriptions.
+            missing; the folder is of another engine's format, or holds two descriptions.
         CheckpointError: `config.json` is missing or damaged.
     """
     _check_node(settings, node)
@@ -51,6 +51,7 @@ def server_command(
             where="--node",
             remedy=f"run there: {_ray_start(settings, node).shell()}",
         )
+    require_servable(folder)
     # Clients call the model by its folder's name, not by a path of this machine.
     argv = [program(), "serve", str(folder), "--served-model-name", folder.resolve().name]
     if node:

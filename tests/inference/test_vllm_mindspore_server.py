@@ -14,6 +14,7 @@ import pytest
 
 from msquant.errors import CheckpointError, EngineError
 from msquant.inference.serving import ServingSettings
+from msquant.inference.vllm_mindspore import worker_launch
 from msquant.inference.vllm_mindspore_server import cluster_commands, program, server_command
 from msquant.recipes import find_recipe
 
@@ -163,6 +164,21 @@ def test_bad_folders(r1: Path) -> None:
     (r1 / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json"):
         server_command(r1, ServingSettings(), "127.0.0.1", 8000, environment={})
+
+
+@pytest.mark.parametrize(
+    ("method", "command"), [("compressed-tensors", "msquant export"), ("fp8", "msquant quantize")]
+)
+def test_a_folder_of_another_engine(r1: Path, method: str, command: str) -> None:
+    (r1 / "quantization_description.json").unlink()
+    (r1 / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    for start in (
+        lambda: server_command(r1, ServingSettings(), "127.0.0.1", 8000, environment={}),
+        lambda: worker_launch(r1, ServingSettings(), {}),
+    ):
+        with pytest.raises(EngineError, match=f"is in the format {method}") as caught:
+            start()
+        assert command in str(caught.value)
 
 
 def test_program_beside_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
