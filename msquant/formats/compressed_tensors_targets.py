@@ -6,14 +6,14 @@ whole name, or the class of a layer (vllm 0.11.0, compressed_tensors/utils.py: `
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from msquant.formats.fused_layers import FUSED, experts_parent, fused_layers
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-def patterns(chosen: Iterable[str], others: Iterable[str], *, fused: bool) -> list[str]:
+def patterns(chosen: Iterable[str], others: Collection[str], *, fused: bool) -> list[str]:
     """Patterns that match the chosen layers, and none of the others.
 
     A layer is named by its kind where all of that kind are chosen, `re:.*\\.mlp\\.down_proj$`; else by its
