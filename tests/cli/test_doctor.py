@@ -28,7 +28,9 @@ def test_this_machine_is_fine(tmp_path: Path) -> None:
         "python", "packages", "machine", "disk", "ascend", "engines", "hubs"
     ]  # fmt: skip
     status = {check["subject"]: check["status"] for check in document["checks"]}
-    assert (status["MindSpore"], status["vllm"]) == ("ok", "note")
+    # On a very busy machine it may take longer than doctor waits, which is a warning.
+    assert status["MindSpore"] in ("ok", "warning")
+    assert status["vllm"] == "note"
     assert all(check["remedy"] for check in document["checks"] if check["status"] != "ok")
 
 
