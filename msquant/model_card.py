@@ -6,6 +6,12 @@ from typing import Any
 import yaml
 
 _SHOWN_LAYERS = 8
+# By format: the engine that a folder is for, and how that serves it.
+_ENGINES = {
+    "golden-stick": ("vLLM-MindSpore", "vllm-mindspore serve {} --quantization golden-stick"),
+    "compressed-tensors": ("vLLM", "vllm serve {}"),
+    "ascend": ("vllm-ascend", "vllm serve {} --quantization ascend"),
+}
 _BACKENDS = {"native": "Native", "mindformers": "MindFormers"}
 _BUNDLED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -30,20 +36,22 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
     front: dict[str, Any] = {"license": license_name, "library_name": "mindspore"}
     if base:
         front |= {"base_model": base, "base_model_relation": "quantized"}
-    front["tags"] = ["msquant", "w8a8", "golden-stick", "vllm-mindspore"]
+    form = str(manifest.get("format", ""))
+    engine, command = _ENGINES.get(form, _ENGINES["golden-stick"])
+    front["tags"] = ["msquant", "w8a8", form or "golden-stick", engine.lower()]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {repository.split('/')[-1]}\n",
         f"W8A8 (weights and activations in int8){f' of {base}' if base else ''}, made by msquant "
-        f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for vLLM-MindSpore.\n",
-        _serving(repository, str(manifest.get("variant", ""))),
+        f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for {engine}.\n",
+        _serving(repository, str(manifest.get("variant", "")), command),
         _recipe(recipe),
         _accuracy(manifest.get("layers", [])),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _serving(repository: str, variant: str) -> str:
+def _serving(repository: str, variant: str, command: str) -> str:
     name = repository.split("/")[-1]
     backend = _BACKENDS.get(variant)
     export = f"    export VLLM_MS_MODEL_BACKEND={backend}\n" if backend else ""
@@ -51,7 +59,7 @@ def _serving(repository: str, variant: str) -> str:
         "## Serve it\n\n"
         f"    msquant download {repository}\n"
         f"{export}"
-        f"    vllm-mindspore serve {name} --quantization golden-stick\n\n"
+        f"    {command.format(name)}\n\n"
         "Or continue a prompt without an NPU:\n\n"
         f'    msquant run --model {name} --prompt "I am"\n'
     )

@@ -64,3 +64,18 @@ def test_a_bundled_model_has_its_real_name() -> None:
 
 def test_an_empty_manifest_gives_a_card_all_the_same() -> None:
     assert front(model_card({}, "a/b", "other"))["license"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("form", "engine", "command"),
+    [
+        ("compressed-tensors", "for vLLM.", "    vllm serve R1-W8A8\n"),
+        ("ascend", "for vllm-ascend.", "    vllm serve R1-W8A8 --quantization ascend\n"),
+    ],
+)
+def test_every_format_says_who_serves_it(form: str, engine: str, command: str) -> None:
+    card = model_card({"format": form, "variant": "x"}, "org/R1-W8A8", "mit")
+    assert engine in card
+    assert command in card
+    assert form in yaml.safe_load(card.split("---")[1])["tags"]
+    assert "golden-stick" not in card

@@ -76,22 +76,14 @@ def deq_scales(module: str, linear: QuantizedLinear, input_scale: np.float32) ->
 def row_scales(deq_scale: NDArray[np.float32], input_scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """The scales of rows, of which only the product with the input's scale is stored; float32 `[N]`.
 
-    Of the float32 numbers around the quotient the one whose product is exactly what is stored, where there is
-    one, so that storing them again changes no bit.
+    Multiplied by the input's scale and rounded, they give the same bits again if what is stored was such a
+    product: the quotient either rounds to the scale that it was made of, or to one whose product does.
 
     Args:
         deq_scale: float32 `[N]`, the products.
         input_scale: float32 `[1]`.
     """
-    scale = np.float64(input_scale[0])
-    rows = (deq_scale.astype(np.float64) / scale).astype(np.float32)
-    for direction in (np.float32(0), np.float32(np.inf)):
-        others = np.nextafter(rows, direction)
-        better = ((rows * scale).astype(np.float32) != deq_scale) & (
-            (others * scale).astype(np.float32) == deq_scale
-        )
-        rows = np.where(better, others, rows)
-    return rows
+    return (deq_scale.astype(np.float64) / np.float64(input_scale[0])).astype(np.float32)
 
 
 def all_positive(scales: NDArray[np.floating]) -> bool:
