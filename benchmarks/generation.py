@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.rows import row
 from benchmarks.smollm2 import quantized
 
-# Chosen for a continuation that is decided by a wide margin; of ten prompts tried, four agree on all tokens.
-DECIDED = ("def fibonacci(n):", "1, 2, 3, 4, 5, 6, 7, 8,", "10, 20, 30, 40, 50,")
-OTHERS = ("The capital of France is", "I am", "Once upon a time")
+# Chosen for a continuation that is decided by a wide margin throughout.
+DECIDED = ("1, 2, 3, 4, 5, 6", "1, 2, 3, 4, 5, 6, 7, 8,", "10, 20, 30, 40, 50,")
+OTHERS = ("The capital of France is", "I am", "Once upon a time", "def fibonacci(n):")
 TOKENS = 32
 LEVEL = 0.5  # logits
 
