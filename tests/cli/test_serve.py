@@ -116,7 +116,6 @@ def test_port_in_use(
         (["--max-requests", "0"], 2, "--max-requests"),
         (["--api-key-env", "NO_SUCH_KEY"], 1, "environment variable NO_SUCH_KEY is not set"),
         (["--host", "no.such.host.invalid"], 1, "'no.such.host.invalid' is unknown"),
-        (["--device", "tpu", "--port", "0"], 1, "device 'tpu' is unknown"),
     ],
 )
 def test_wrong_usage(
