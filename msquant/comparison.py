@@ -38,6 +38,9 @@ SEQUENCES, SEQUENCE_LENGTH = 4, 512
 # Of each text, from its beginning: more is not looked at.
 MAX_CHARACTERS = 1_000_000
 
+# On the average of a text, by any tokenizer.
+MOST_CHARACTERS_A_TOKEN = 32
+
 
 @dataclass(frozen=True)
 class ComparedModel:
@@ -125,7 +128,8 @@ def compare(
     domains = _domains(texts, builtin, text_field)
     tokens = _tokens(all_folders, domains, sequences, length, notes)
     progress.stage("loading MindSpore")
-    scores = score_folders(all_folders, tokens, device, memory_budget, progress)
+    with deferred_interrupts():
+        scores = score_folders(all_folders, tokens, device, memory_budget, progress)
     compared = [
         ComparedModel(folder, _file_bytes(folder), score)
         for folder, score in zip(all_folders, scores, strict=True)
@@ -160,15 +164,16 @@ def score_folders(
     def on_layer(index: int, layers: list[LayerScore]) -> None:
         progress.layer({"index": index, "layers": layers})
 
-    with tempfile.TemporaryDirectory(prefix="msquant-") as scratch, deferred_interrupts():
+    with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
         store = HiddenStateStore(Path(scratch), memory_budget)
         return evaluate(opened, texts, dtype, store, on_layer, progress.stage)
 
 
 def builtin_texts(folder: Path, sequences: int, sequence_length: int) -> list[Text]:
-    """Windows of the builtin evaluation text by a model's own tokenizer. Raises CalibrationError."""
-    tokenizer = load_tokenizer(folder)
-    return _windows(evaluation_domains(), tokenizer, sequences, sequence_length)
+    """Windows of the beginnings of the builtin texts, by a model's own tokenizer. Raises CalibrationError."""
+    characters = MOST_CHARACTERS_A_TOKEN * sequences * sequence_length
+    domains = [_shortened(domain, characters) for domain in evaluation_domains()]
+    return _windows(domains, load_tokenizer(folder), sequences, sequence_length)
 
 
 def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: int) -> list[Text]:
@@ -215,18 +220,18 @@ def _domains(texts: Sequence[str], builtin: bool, text_field: str | None) -> lis
         domains += load_texts(text, text_field=text_field)
     if not domains:
         raise CalibrationError("there is no text to evaluate on", remedy="give one with --text")
-    return [replace(domain, texts=_beginning(domain.texts)) for domain in domains]
+    return [_shortened(domain, MAX_CHARACTERS) for domain in domains]
 
 
-def _beginning(texts: Sequence[str]) -> list[str]:
+def _shortened(domain: Domain, characters: int) -> Domain:
+    """A domain's first so many characters."""
     kept: list[str] = []
-    left = MAX_CHARACTERS
-    for text in texts:
-        if left <= 0:
+    for text in domain.texts:
+        if characters <= 0:
             break
-        kept.append(text[:left])
-        left -= len(text)
-    return kept
+        kept.append(text[:characters])
+        characters -= len(text)
+    return replace(domain, texts=kept)
 
 
 def _tokens(

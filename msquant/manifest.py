@@ -23,7 +23,7 @@ def job_identity(
     """What two runs must have in common for one to continue the other.
 
     It holds neither times nor paths of this machine but the model's, so equal inputs give equal bytes. How
-    the result is to be served is left out: it changes none of them.
+    the result is measured and served is left out: it changes none of its tensors.
 
     Args:
         recipe: what was asked for.
@@ -33,7 +33,7 @@ def job_identity(
     """
     return {
         "versions": {package: version(package) for package in RECORDED},
-        "recipe": recipe.model_dump(mode="json", exclude={"serving"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"evaluation", "serving"}),
         "source": source.fingerprint(),
         "calibration": {"shape": list(tokens.shape), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "device": device,

@@ -46,6 +46,7 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
         f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for {engine}.\n",
         _serving(repository, str(manifest.get("variant", "")), command),
         _recipe(recipe),
+        _measured(manifest.get("evaluation")),
         _accuracy(manifest.get("layers", [])),
     ]
     return "\n".join(part for part in parts if part)
@@ -77,6 +78,27 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     return f"## Recipe\n\n```yaml\n{text}```\n\nAll of it, with versions and hashes, is in `msquant.json`.\n"
 
 
+def _measured(evaluation: Any) -> str:
+    """The table of perplexity and divergence, if the result was evaluated against the float model."""
+    scores = evaluation if isinstance(evaluation, dict) else {}
+    rows = [*scores.get("texts", []), scores.get("overall")]
+    rows = [row for row in rows if isinstance(row, dict) and row.get("kl") is not None]
+    if not rows:
+        return ""
+    lines = [
+        "## Compared with the float model\n",
+        "On held-out text: perplexity, KL divergence of the next-token distributions in nats, and after how "
+        "many tokens both find the same next one most likely.\n",
+        "| text | tokens | float | W8A8 | KL | same token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        perplexities = f"{row['baseline_perplexity']:.3f} | {row['perplexity']:.3f}"
+        agreement = f"{row['kl']:.4f} | {row['top1']:.1%}"
+        lines.append(f"| {row['text']} | {row['tokens']} | {perplexities} | {agreement} |")
+    return "\n".join(lines) + "\n"
+
+
 def _accuracy(layers: Any) -> str:
     rows = [layer for layer in layers if isinstance(layer, dict) and "error" in layer]
     if not rows:
@@ -84,7 +106,7 @@ def _accuracy(layers: Any) -> str:
     errors = sorted(float(layer["error"]) for layer in rows)
     worst = sorted(rows, key=lambda layer: -float(layer["error"]))[:_SHOWN_LAYERS]
     lines = [
-        "## Accuracy\n",
+        "## Error of each decoder layer\n",
         "Relative mean squared error of each decoder layer's output against the unquantized layer, on the "
         "calibration tokens.\n",
         "| decoder layers | smallest | median | largest |",

@@ -33,6 +33,7 @@ from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.progress import Progress
 from msquant.recipes import Recipe
+from msquant.short_evaluation import evaluate_result, short_texts
 from msquant.source import Source, batch_samples, folder_plans, open_source, scratch_bytes
 
 # Of a tensor that is carried through in floating point.
@@ -47,6 +48,7 @@ class QuantizeResult:
         folder: the written folder.
         folders: the folder of each format, that one first.
         layers: the manifest's record of every decoder layer.
+        evaluation: the manifest's record of the short evaluation; None if the recipe wants none.
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors in `folder`.
@@ -57,6 +59,7 @@ class QuantizeResult:
     folder: Path
     folders: dict[FormatName, Path]
     layers: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
     layer_seconds: list[float]
     source_bytes: int
     output_bytes: int
@@ -105,6 +108,7 @@ def quantize(
         plan = plans[0]
         progress.stage(f"calibration from {recipe.calibration.source}")
         tokens = calibration_tokens(recipe, model.folder)
+        texts = short_texts(recipe.evaluation, model.folder, model.config)
         if restart:
             target.clear()
         identity = job_identity(recipe, model.checkpoint, tokens, device)
@@ -127,6 +131,15 @@ def quantize(
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
+            evaluation = evaluate_result(
+                recipe.evaluation,
+                texts,
+                model.folder,
+                target.path,
+                device=device,
+                memory_budget=memory_budget,
+                progress=progress,
+            )
             for other, folder in others:
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
@@ -137,6 +150,7 @@ def quantize(
         folder=result,
         folders=dict(zip(recipe.formats, output_folders(result, recipe.formats), strict=True)),
         layers=layers,
+        evaluation=evaluation,
         layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
+from msquant.evaluation.settings import EvaluationSettings
 from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
@@ -46,6 +47,7 @@ class Recipe(BaseModel):
     model: str = Field(description="A bundled model's name, a hub id, or a local Hugging Face folder.")
     quantization: QuantizationPolicy = Field(default_factory=QuantizationPolicy)
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     format: FormatNames = Field("golden-stick", description=FORMAT_DESCRIPTION)
 

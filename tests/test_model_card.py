@@ -79,3 +79,13 @@ def test_every_format_says_who_serves_it(form: str, engine: str, command: str) -
     assert command in card
     assert form in yaml.safe_load(card.split("---")[1])["tags"]
     assert "golden-stick" not in card
+
+
+def test_what_was_measured_is_a_table() -> None:
+    score = {"tokens": 256, "perplexity": 7.6066, "baseline_perplexity": 7.4263, "kl": 0.03243, "top1": 0.924}
+    evaluation = {"texts": [score | {"text": "docs"}], "overall": score | {"text": "all"}}
+    card = model_card(MANIFEST | {"evaluation": evaluation}, "a/b", "mit")
+    assert "| docs | 256 | 7.426 | 7.607 | 0.0324 | 92.4% |" in card
+    assert "| all | 256 |" in card
+    alone = {"texts": [], "overall": {"text": "all", "perplexity": 7.6, "kl": None}}
+    assert "float model" not in model_card(MANIFEST | {"evaluation": alone}, "a/b", "mit")

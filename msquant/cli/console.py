@@ -121,9 +121,12 @@ def _print_notes(notes: list[str]) -> None:
         stderr.print(f"  [bold]note:[/bold] {escape(note)}")
 
 
-def print_warning(text: str) -> None:
-    """Write a warning to stderr."""
-    stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(text)}")
+def print_warning(text: str, *, severe: bool = False) -> None:
+    """Write a warning to stderr, all of it in red if it is severe."""
+    if severe:
+        stderr.print(f"[bold red]warning:[/bold red] [red]{escape(text)}[/red]")
+    else:
+        stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(text)}")
 
 
 def parse_bytes(text: str, option: str) -> int:

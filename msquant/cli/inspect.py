@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, scores
 from msquant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def inspect(
     from msquant.formats.summary import summarize
 
     summary = summarize(folder, verify_hashes=verify)
+    evaluation = _evaluation(folder)
     if as_json:
-        console.print_json(_as_document(summary))
+        console.print_json(_as_document(summary) | {"evaluation": evaluation})
     else:
-        _render(summary, verify)
+        _render(summary, verify, evaluation)
     if summary.findings:
         if not as_json:
             count = len(summary.findings)
@@ -73,7 +74,20 @@ def _as_document(summary: "Summary") -> dict[str, Any]:
     return {"valid": not summary.findings, "totals": totals, **asdict(summary)}
 
 
-def _render(summary: "Summary", verified: bool) -> None:
+def _evaluation(folder: Path) -> dict[str, Any] | None:
+    """What `quantize` measured, if the manifest has it whole; a damaged manifest is among the findings."""
+    from msquant.reporting.manifest import read_manifest
+
+    try:
+        found = read_manifest(folder).evaluation
+    except CheckpointError:
+        return None
+    if found is None or found.overall is None or found.overall.kl is None:
+        return None
+    return found.model_dump()
+
+
+def _render(summary: "Summary", verified: bool, evaluation: dict[str, Any] | None) -> None:
     if summary.modules:
         columns = ["module", "count", "scheme", "dtype", "shape", "MB"]
         kinds = [(kind, modules) for (kind, *_), modules in summary.kinds().items()]
@@ -85,6 +99,8 @@ def _render(summary: "Summary", verified: bool) -> None:
             console.print_table("Scales", ["module", "weights", "activations", "zero point"], scales)
     if summary.layers:
         _render_layers(summary.layers)
+    if evaluation is not None:
+        scores.print_scores("Compared with the float model when it was made", evaluation)
     for finding in summary.findings[:SHOWN_FINDINGS]:
         console.print_line(f"{finding.where}: {finding.problem}")
     for note in summary.notes:

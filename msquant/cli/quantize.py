@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console, options
+from msquant.cli import console, options, scores
 
 if TYPE_CHECKING:
     from msquant.pipeline import QuantizeResult
@@ -39,6 +39,9 @@ def quantize(
         bool,
         typer.Option("--dry-run", help="Say what would be done and what it takes, as msquant plan does."),
     ] = False,
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", help="Leave out the short comparison with the float model.")
+    ] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Never download the weights; HF_HUB_OFFLINE=1 does the same.")
     ] = False,
@@ -49,7 +52,8 @@ def quantize(
 
     One decoder layer is in memory at a time. Finished layers are kept when the run is interrupted or killed:
     the same command continues with the next one. Weights that are not here are downloaded first, into
-    MSQUANT_CACHE.
+    MSQUANT_CACHE. At the end the result is compared with the float model on held-out text, and a divergence
+    beyond the recipe's limit is a warning.
 
     Format golden-stick is for vLLM-MindSpore, compressed-tensors for vLLM, ascend for vllm-ascend. Of several
     the first is written to OUTPUT, each other one to OUTPUT-FORMAT.
@@ -82,6 +86,7 @@ def quantize(
         seed=seed,
     )
     recipe = recipe.in_formats(formats)
+    recipe = recipe.replace("evaluation", sequences=0 if no_evaluate else None)
     target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     if dry_run:
@@ -145,6 +150,7 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory,
         "layer_seconds": [round(seconds, 3) for seconds in result.layer_seconds],
         "layers": result.layers,
+        "evaluation": result.evaluation,
     }
 
 
@@ -177,6 +183,9 @@ def _print_result(result: "QuantizeResult") -> None:
             ["peak memory", console.as_bytes(result.peak_memory)],
         ],
     )
+    if result.evaluation is not None:
+        scores.print_scores("Compared with the float model", result.evaluation)
+        _warn_of_limits(result.evaluation)
     few = {
         layer["index"]: len(layer["experts"]["few_tokens"]) for layer in result.layers if "experts" in layer
     }
@@ -187,3 +196,23 @@ def _print_result(result: "QuantizeResult") -> None:
             "--samples and --sequence-length give them more"
         )
     console.print_line(f"Next: msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")
+
+
+def _warn_of_limits(evaluation: dict[str, Any]) -> None:
+    broken = [f"{_MEASURES[limit['measure']].format(**limit)}" for limit in evaluation["beyond"]]
+    if not broken:
+        return
+    worst = ", ".join(str(layer["index"]) for layer in scores.worst_layers(evaluation))
+    console.print_warning(
+        f"the result is worse than the recipe allows: {' and '.join(broken)}. The decoder layers that "
+        f"add most noise are {worst}. Try --algo osl-robust, more --samples, --calibration with text of the "
+        "kind that the model will serve, or keep the worst matrices in floating point: "
+        "msquant analyze MODEL --keep-float 6",
+        severe=True,
+    )
+
+
+_MEASURES = {
+    "kl": "its KL divergence from the float model is {value:.3g} (limit {limit:g})",
+    "perplexity_increase": "its perplexity is {value:.1%} above the float model's (limit {limit:.0%})",
+}
