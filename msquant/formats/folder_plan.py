@@ -74,7 +74,12 @@ class FolderPlan:
     @cached_property
     def file_bytes(self) -> int:
         """Bytes of all shards on disk, with their headers."""
-        return sum(shard_bytes(shard.specs) for shard in self.shards)
+        return sum(self.group_bytes)
+
+    @cached_property
+    def group_bytes(self) -> tuple[int, ...]:
+        """The same of each group."""
+        return tuple(sum(shard_bytes(shard.specs) for shard in group) for group in self.groups)
 
 
 def plan_folder(

@@ -11,7 +11,6 @@ from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import ModelError, OutputError
 from msquant.export import output_folders
@@ -192,9 +191,7 @@ def make_plan(
     works, peaks, parts = [], [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         sources = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
-        written, *others = (
-            sum(shard_bytes(shard.specs) for shard in folder.groups[group]) for folder in folders
-        )
+        written, *others = (folder.group_bytes[group] for folder in folders)
         schemes: dict[str, Scheme] = {}
         if index is not None and index < config.num_hidden_layers:
             blocks = LayerBlocks(config, recipe.quantization, index)
