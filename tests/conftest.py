@@ -13,15 +13,15 @@ from tests.fixtures.tiny_model import CHAT_TEMPLATE, write_tiny_llama
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of this run: a fresh one, unless MSQUANT_CACHE names one to share between runs."""
-    given = os.environ.get("MSQUANT_CACHE")
-    if given:
-        yield Path(given)
-        return
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["MSQUANT_CACHE"] = str(folder)
-    yield folder
-    del os.environ["MSQUANT_CACHE"]
+    """The cache folder of this run: a fresh one, unless MSQUANT_CACHE names one to share between runs.
+
+    Tests that run at the same time have each their own: one asks for the newest result that it has made.
+    """
+    given, worker = os.environ.get("MSQUANT_CACHE"), os.environ.get("PYTEST_XDIST_WORKER", "")
+    folder = Path(given) / worker if given else tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSQUANT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
