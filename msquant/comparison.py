@@ -26,12 +26,11 @@ from msquant.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from msquant.errors import CalibrationError, ModelError, MsquantError
 from msquant.evaluation.inputs import Text
 from msquant.evaluation.scores import LayerScore, ModelScore
-from msquant.generation import find_model, open_weights
+from msquant.generation import find_named_model, open_weights
 from msquant.hub.models import resolve_model
 from msquant.interrupts import deferred_interrupts
 from msquant.models.config import ModelConfig
 from msquant.progress import Progress
-from msquant.recipes import SUFFIXES, find_recipe
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
@@ -114,9 +113,9 @@ def compare(
     """
     started = time.monotonic()
     progress = progress or Progress()
-    folders = [_find(model) for model in models]
+    folders = [find_named_model(model) for model in models]
     notes: list[str] = []
-    float_folder = _find(baseline) if baseline is not None else _made_from(folders, notes)
+    float_folder = find_named_model(baseline) if baseline is not None else _made_from(folders, notes)
     if float_folder is None and folders[1:]:
         raise ModelError(
             f"there is no float model to compare with: {notes[-1]}", remedy="name it with --baseline"
@@ -184,12 +183,6 @@ def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: 
         )
         for domain in domains
     ]
-
-
-def _find(model: str) -> Path:
-    """The complete folder of a model, or of a recipe's model."""
-    name = find_recipe(model).model if Path(model).suffix in SUFFIXES else model
-    return find_model(resolve_model(name))
 
 
 def _made_from(folders: Sequence[Path], notes: list[str]) -> Path | None:

@@ -14,9 +14,11 @@ from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError, ModelError
 from msquant.folder_checks import require_intact, require_memory
+from msquant.hub.models import resolve_model
 from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
 from msquant.inference.launch import Launch
+from msquant.recipes import SUFFIXES, find_recipe
 from msquant.serving import serving_settings
 
 if TYPE_CHECKING:
@@ -136,6 +138,15 @@ def find_model(explicit: Path | None = None) -> Path:
         where="--model",
         remedy=_QUANTIZE_FIRST,
     )
+
+
+def find_named_model(name: str) -> Path:
+    """Return the complete folder of a model: what `resolve_model` takes, or a recipe, for its float model.
+
+    Raises:
+        MsquantError: there is none, or the recipe is not valid.
+    """
+    return find_model(resolve_model(find_recipe(name).model if Path(name).suffix in SUFFIXES else name))
 
 
 def choose_engine(engine: str = AUTO) -> str:

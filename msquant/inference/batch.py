@@ -28,6 +28,16 @@ class BatchModel(Protocol):
         """
         ...
 
+    def logits(self, cache: Any, tokens: Sequence[int], count: int) -> NDArray[np.float32]:
+        """Logits of the token after each of the last `count` of one sequence's tokens, `[count, V]`.
+
+        Args:
+            cache: of the sequence, which is extended in place.
+            tokens: that follow.
+            count: at least 1.
+        """
+        ...
+
 
 class Batch:
     """Continues sequences as their iterators are advanced, in one thread.
@@ -60,6 +70,16 @@ class Batch:
                 yield token
         finally:
             self._active.remove(sequence)
+
+    def logits(self, ids: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
+        """Logits after each of the last `count` of `ids`, in order, in blocks of rows `[rows, V]`."""
+        cache, first = self._model.new_cache(), len(ids) - count
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            piece = ids[start : start + PREFILL_TOKENS]
+            if (rows := start + len(piece) - max(start, first)) > 0:
+                yield self._model.logits(cache, piece, rows)
+            else:
+                self._model.next_logits([(cache, piece)])
 
     def _step(self) -> None:
         moving: list[tuple[_Sequence, int]] = []

@@ -4,6 +4,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError
 from msquant.inference.answer import Answer
@@ -106,12 +109,28 @@ class EmbeddedEngine:
         tokens = self.tokens(ids, sampling, index)
         return Answer(tokens, self.tokenizer, ids, sampling, lambda token: self._ends(token, sampling))
 
+    def logits(self, ids: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
+        """What the model predicts after each of the last `count` of `ids`, to score tokens that are given.
+
+        Args:
+            ids: tokens; at most as many as the model takes.
+            count: at least 1, at most as many as there are `ids`.
+
+        Returns:
+            float32 logits in order, in blocks of rows `[rows, V]` that are computed when they are asked for.
+
+        Raises:
+            EngineError: there are too many `ids`, or none, or one that the model does not know.
+        """
+        self._check(ids, room=0)
+        return self._batch.logits(ids, count)
+
     def _ends(self, token: int, sampling: Sampling) -> bool:
         return token in self.config.eos_token_ids and not sampling.ignore_eos
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def _check(self, ids: Sequence[int], room: int = 1) -> None:
         longest = self.config.max_position_embeddings
-        if len(ids) >= longest:
+        if len(ids) + room > longest:
             raise EngineError(
                 f"a prompt of {len(ids)} tokens leaves no room for an answer: "
                 f"the model takes {longest} tokens (max_position_embeddings)",

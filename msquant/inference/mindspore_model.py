@@ -53,3 +53,9 @@ class MindSporeModel:
             cache.length += len(tokens)
             rows.append(logits[0, -1])
         return np.stack(rows)
+
+    def logits(self, cache: SequenceCache, tokens: Sequence[int], count: int) -> NDArray[np.float32]:
+        """Logits after each of the last `count` of a sequence's tokens; see `BatchModel.logits`."""
+        logits = self._model.logits(np.array([tokens]), cache.layers, cache.length)
+        cache.length += len(tokens)
+        return logits[0, len(tokens) - count :]

@@ -92,17 +92,31 @@ class CpuModel:
         Returns:
             float32 `[sequences, V]`.
         """
+        hidden, places = self._hidden(batch)
+        last = [rows.stop - 1 for rows in places.rows]
+        return self._predicted(hidden[last])
+
+    def logits(self, cache: SequenceCache, tokens: Sequence[int], count: int) -> NDArray[np.float32]:
+        """Logits of the token after each of the last `count` of a sequence's tokens, float32 `[count, V]`."""
+        hidden, _ = self._hidden([(cache, tokens)])
+        return self._predicted(hidden[len(hidden) - count :])
+
+    def _predicted(self, hidden: Array) -> NDArray[np.float32]:
+        # What is not finite is found in the logits.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._head(self._norm(hidden))
+
+    def _hidden(self, batch: Sequence[tuple[SequenceCache, Sequence[int]]]) -> tuple[Array, Places]:
+        """The last layer's output for all tokens, and where they stand; extends the caches."""
         places = Places(self._config, [(cache.length, len(tokens)) for cache, tokens in batch])
         hidden = self._embed(np.concatenate([tokens for _, tokens in batch]))
         # A gate far below 0 overflows exp, and silu is then the right 0.
         with np.errstate(over="ignore", invalid="ignore"):
             for i, layer in enumerate(self._layers):
                 hidden = layer(hidden, places, [cache.layers[i] for cache, _ in batch])
-            last = [rows.stop - 1 for rows in places.rows]
-            logits = self._head(self._norm(hidden[last]))
         for cache, tokens in batch:
             cache.length += len(tokens)
-        return logits
+        return hidden, places
 
     def _embed(self, tokens: NDArray[np.integer]) -> Array:
         if self._embedding is not None:
