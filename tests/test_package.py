@@ -36,6 +36,7 @@ HEAVY = {
     "fastapi",
     "starlette",
     "uvicorn",
+    "lm_eval",
 }
 
 # What each part of the package may import, besides itself.
@@ -50,6 +51,7 @@ _FLOWS = {
     "quantized_folder",
     "sensitivity",
     "comparison",
+    "tasks",
     "source",
     "generation",
     "serving",
@@ -90,7 +92,8 @@ ALLOWED = {
     "reporting": _FOUNDATION | _PARTS | {"serving"},
     "server": _FOUNDATION | _PARTS | {"serving"},
     "short_evaluation": _FOUNDATION | _PARTS | {"comparison"},
-    "comparison": _FOUNDATION | _PARTS | {"recipes", "generation"},
+    "comparison": _FOUNDATION | _PARTS | {"generation"},
+    "tasks": _FOUNDATION | _PARTS | {"generation"},
     "cli": _FOUNDATION | _PARTS | _FLOWS,
     "__main__": {"cli"},
 }

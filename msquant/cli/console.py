@@ -162,10 +162,11 @@ class LayerProgress:
 
     Args:
         unit: what is counted, where that is something else.
+        most_lines: where there is no bar, so many lines at most; None writes one for each.
     """
 
-    def __init__(self, unit: str = "decoder layer") -> None:
-        self._unit = unit
+    def __init__(self, unit: str = "decoder layer", most_lines: int | None = None) -> None:
+        self._unit, self._most_lines = unit, most_lines
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -219,8 +220,9 @@ class LayerProgress:
         """Layer `index` is done; `note` says what came out."""
         if self._task is not None:
             self._progress.update(self._task, advance=1, note=note)
-        if not stderr.is_terminal:
+        every = -(-self._count // self._most_lines) if self._most_lines else 1
+        if not stderr.is_terminal and ((index + 1) % every == 0 or index + 1 == self._count):
             each = (time.monotonic() - self._started) / (index + 1 - self._done)
             left = each * (self._count - index - 1)
-            done = f"{self._unit} {index + 1}/{self._count}"
-            stderr.print(f"{done}  {note}  ETA {left:.0f} s", markup=False)
+            parts = (f"{self._unit} {index + 1}/{self._count}", note, f"ETA {left:.0f} s")
+            stderr.print("  ".join(part for part in parts if part), markup=False)

@@ -1,10 +1,11 @@
 """`msquant evaluate`: what quantization cost a model, in numbers."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from msquant.cli import console, options, scores
+from msquant.cli import console, options, scores, task_scores
 
 
 def evaluate(
@@ -27,6 +28,33 @@ def evaluate(
     text_field: options.TextField = None,
     sequences: scores.Sequences = 4,
     sequence_length: scores.SequenceLength = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask the questions of these tasks of lm_eval instead, separated by commas: gsm8k,mmlu. "
+            "Needs msquant[eval]."
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the questions: TASK.jsonl, or TASK/test.jsonl and TASK/dev.jsonl. "
+            " [default: the hub's]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many questions of each task at most.")] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question.  [default: as the task says]"),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask an OpenAI-compatible server of the model: http://127.0.0.1:8000/v1. MODEL is the "
+            "folder that it serves."
+        ),
+    ] = None,
     device: options.Device = "cpu",
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -40,7 +68,29 @@ def evaluate(
     Example: msquant evaluate smollm2-135m-osl
 
     Example: msquant evaluate ./Llama-W8A8 --baseline ./Llama-3.1-8B --text mine.jsonl
+
+    Example: msquant evaluate smollm2-135m-osl --tasks gsm8k,mmlu --task-data questions --limit 50
     """
+    if tasks is not None:
+        text_options = {"--text": text, "--no-builtin": no_builtin or None, "--text-field": text_field}
+        task_scores.refuse(text_options | {"--sequence-length": sequence_length}, "leave out --tasks")
+        task_scores.show(
+            task_scores.run(
+                model,
+                tasks.split(","),
+                verbose=verbose,
+                baseline=baseline,
+                endpoint=endpoint,
+                task_data=task_data,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                device=device,
+            ),
+            as_json=as_json,
+        )
+        return
+    task_options = {"--task-data": task_data, "--limit": limit, "--num-fewshot": num_fewshot}
+    task_scores.refuse({**task_options, "--endpoint": endpoint}, "name tasks with --tasks")
     result = scores.run_comparison(
         [model],
         verbose=verbose,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.quantized_folder import write_quantized
+from tests.tasks.questions import sums, write_records
 
 
 def msquant(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,31 @@ def test_folders_side_by_side(folders: list[Path], tiny_llama: Path) -> None:
     assert [row["folder"].strip() for row in cells] == [str(f) for f in (tiny_llama, *folders)]
     assert cells[0]["KL all"].strip() == ""
     assert 0 < float(cells[1]["KL all"]) < float(cells[2]["KL all"])
+
+
+def test_tasks(folders: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="tasks need the extra eval")
+    write_records(tmp_path / "gsm8k.jsonl", sums(30))
+    options = ("--task-data", tmp_path, "--num-fewshot", 0, "--baseline", tiny_llama, "--limit", 24)
+    done = msquant("evaluate", folders[0], "--tasks", "gsm8k", *options)
+    assert done.returncode == 0, done.stderr
+    for word in ("gsm8k v3.0", "flexible-extract", " 24 ", "float", "lm_eval 0.4.13"):
+        assert word in done.stdout
+    assert done.stderr.splitlines()[-1] == "answer 24/24  ETA 0 s"
+    assert "it/s" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--limit", 3), "--limit: the option has no effect here"),
+        (("--tasks", "gsm8k", "--text", "mine.txt"), "--text: the option has no effect here"),
+    ],
+)
+def test_options_of_the_other_kind(folders: list[Path], options: tuple[object, ...], message: str) -> None:
+    done = msquant("evaluate", folders[0], *options)
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 def test_one_folder_is_nothing_to_compare(folders: list[Path]) -> None:

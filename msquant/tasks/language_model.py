@@ -1,0 +1,167 @@
+"""The embedded engine as a language model of lm_eval; imported only where lm_eval is installed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
+
+from msquant.errors import EngineError
+from msquant.inference.embedded import EmbeddedEngine
+from msquant.inference.engine import Sampling
+from msquant.progress import Progress
+
+# What lm_eval's own models take where a task says nothing.
+MAX_NEW_TOKENS = 256
+
+# Prompts that are continued together.
+TOGETHER = 8
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+class EmbeddedLM(TemplateLM):
+    """Scores and continues texts as lm_eval's model of transformers does, with the embedded engine.
+
+    Contexts that are too long lose their beginning.
+
+    Args:
+        engine: a loaded model.
+        progress: `layers` is called with the number of requests, and `layer` with each one's `index`.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, progress: Progress) -> None:
+        super().__init__()
+        self.tokenizer = engine.tokenizer
+        self._engine, self._progress = engine, progress
+        self._longest = engine.config.max_position_embeddings
+        self._newest: tuple[tuple[int, ...], NDArray[np.float64]] | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        own = self.tokenizer.eos_token_id
+        return int(own if own is not None else self._engine.config.eos_token_ids[0])
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        first = self.tokenizer.bos_token_id
+        return int(first) if first is not None else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text; what the tokenizer puts in front of one is not put there twice."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return [int(token) for token in self.tokenizer.encode(string, **options)]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Natural logarithm of each continuation's probability, and whether it is the most likely one."""
+        self._begin("scoring answers", len(requests))
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+        scores = []
+        for i, (_texts, context, continuation) in enumerate(requests):
+            scores.append(self._score(context, continuation))
+            self._progress.layer({"index": i})
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Natural logarithm of each whole text's probability, in windows as long as the model takes."""
+        self._begin("scoring texts", len(requests))
+        scores = []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._longest,
+                context_len=1,
+            )
+            scores.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
+            self._progress.layer({"index": i})
+        return scores
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Continue each context until a stop string or the end of the text."""
+        self._begin("writing answers", len(requests))
+        texts: list[str] = []
+        for start in range(0, len(requests), TOGETHER):
+            answers = [self._answer(*request.args) for request in requests[start : start + TOGETHER]]
+            texts += in_turn(answers, partial(self._ended, start))
+        return texts
+
+    def _ended(self, start: int, count: int) -> None:
+        self._progress.layer({"index": start + count})
+
+    def _begin(self, stage: str, count: int) -> None:
+        self._progress.stage(stage)
+        self._progress.layers(count, 0)
+
+    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        if not continuation:
+            return 0.0, True
+        # The continuation's last token predicts nothing that is asked for.
+        ids = (context + continuation)[-(self._longest + 1) :][:-1]
+        wanted = continuation[-len(ids) :]
+        total, greedy, done = 0.0, True, 0
+        for rows in self._log_probabilities(ids, len(wanted)):
+            targets = wanted[done : done + len(rows)]
+            total += float(rows[np.arange(len(rows)), targets].sum())
+            greedy = greedy and bool((rows.argmax(axis=1) == targets).all())
+            done += len(rows)
+        return total, greedy
+
+    def _log_probabilities(self, ids: list[int], count: int) -> Iterator[NDArray[np.float64]]:
+        """Of the token after each of the last `count` of `ids`, in blocks `[rows, V]`."""
+        # The answers A, B, C and D of a question follow the same tokens.
+        if count == 1 and self._newest is not None and self._newest[0] == tuple(ids):
+            yield self._newest[1]
+            return
+        for logits in self._engine.logits(ids, count):
+            if not np.isfinite(logits).all():
+                raise EngineError(
+                    "the logits are not finite",
+                    remedy="check the folder with msquant inspect, or quantize again",
+                )
+            rows = logits.astype(np.float64)
+            rows -= rows.max(axis=1, keepdims=True)
+            rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            if count == 1:
+                self._newest = tuple(ids), rows
+            yield rows
+
+    def _answer(self, context: str, settings: dict[str, Any]) -> Iterator[str]:
+        stops = settings.get("until") or []
+        most = int(settings.get("max_gen_toks") or settings.get("max_tokens") or MAX_NEW_TOKENS)
+        sampled = bool(settings.get("do_sample"))
+        sampling = Sampling(
+            max_tokens=most,
+            temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
+            top_p=float(settings.get("top_p", 1.0)),
+            stop=tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop),
+        )
+        # At least half of what the model takes is left to the context.
+        kept = max(self._longest - most, self._longest // 2)
+        ids = self.tok_encode(context)[-kept:] or [self.prefix_token_id]
+        return iter(self._engine.answer(ids, sampling))
+
+
+def in_turn(answers: Sequence[Iterator[str]], on_end: Callable[[int], None]) -> list[str]:
+    """Advance answers in turn, which computes them together; `on_end` is told how many ended before."""
+    texts = [""] * len(answers)
+    going, ended = dict(enumerate(answers)), 0
+    while going:
+        for i in list(going):
+            piece = next(going[i], None)
+            if piece is None:
+                del going[i]
+                on_end(ended)
+                ended += 1
+            else:
+                texts[i] += piece
+    return texts
