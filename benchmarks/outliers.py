@@ -1,13 +1,13 @@
-"""Outlier channels for a trained DeepSeek-V3 on torch, without changing its function.
+"""Outlier channels for a trained DeepSeek-V3, Qwen3 or Qwen3-MoE on torch, without changing its function.
 
 Where a tensor's channel reaches others through nothing but their own columns for it, the channel is scaled up
 and these columns are scaled down by the same factor:
 
-- `attention`: `input_layernorm` and `q_a_proj`, `kv_a_proj_with_mqa`.
+- `attention`: `input_layernorm` and what reads it: `q_a_proj` and `kv_a_proj_with_mqa`, or q, k and v.
 - `feed_forward`: `post_attention_layernorm` and the gate and up projections of the dense layer, or of all
   experts and the router.
 - `inner`: `q_a_layernorm` and `q_b_proj`; `kv_a_layernorm` and `kv_b_proj`; the value rows of `kv_b_proj`
-  and `o_proj`; the rows of every `up_proj` and its `down_proj`.
+  or the rows of `v_proj`, and `o_proj`; the rows of every `up_proj` and its `down_proj`.
 
 These are where large models have them.
 """
@@ -39,7 +39,7 @@ class Outliers:
 
 
 def add_outliers(model: Any, outliers: Outliers) -> None:
-    """Scale channels of `DeepseekV3ForCausalLM` in place; its logits stay equal up to rounding."""
+    """Scale channels of a causal language model in place; its logits stay equal up to rounding."""
     import torch
 
     generator = torch.Generator().manual_seed(outliers.seed)
@@ -59,19 +59,34 @@ def add_outliers(model: Any, outliers: Outliers) -> None:
 def _places(layer: Any, config: Any, outliers: Outliers) -> Iterator[tuple[Any, Sequence[Any], float]]:
     """What is scaled up (a view of a norm `[C]` or of rows `[C, K]`), who reads it `[N, C]`, by how much."""
     attention, mlp = layer.self_attn, layer.mlp
-    experts = [*mlp.experts, mlp.shared_experts] if hasattr(mlp, "experts") else [mlp]
+    experts = [*mlp.experts] if hasattr(mlp, "experts") else [mlp]
+    experts += [mlp.shared_experts] if hasattr(mlp, "shared_experts") else []
     inputs = [projection.weight for expert in experts for projection in (expert.gate_proj, expert.up_proj)]
     if hasattr(mlp, "gate"):
         inputs.append(mlp.gate.weight)
-    compressed = [attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight]
-    yield layer.input_layernorm.weight, compressed, outliers.attention
+    latent = hasattr(attention, "q_a_proj")
+    names = ("q_a_proj", "kv_a_proj_with_mqa") if latent else ("q_proj", "k_proj", "v_proj")
+    readers = [attention.get_submodule(name).weight for name in names]
+    yield layer.input_layernorm.weight, readers, outliers.attention
     yield layer.post_attention_layernorm.weight, inputs, outliers.feed_forward
-    yield attention.q_a_layernorm.weight, [attention.q_b_proj.weight], outliers.inner
-    yield attention.kv_a_layernorm.weight, [attention.kv_b_proj.weight], outliers.inner
-    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    per_head = attention.kv_b_proj.weight.view(heads, nope + value, -1)
-    for head in range(heads):
-        columns = attention.o_proj.weight[:, head * value : (head + 1) * value]
-        yield per_head[head, nope:], [columns], outliers.inner
+    yield from ((rows, columns, outliers.inner) for rows, columns in _attention_places(attention, config))
     for expert in experts:
         yield expert.up_proj.weight, [expert.down_proj.weight], outliers.inner
+
+
+def _attention_places(attention: Any, config: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Within attention: for latent attention its norms, and the values' rows with o_proj's columns."""
+    heads, output = config.num_attention_heads, attention.o_proj.weight
+    if not hasattr(attention, "q_a_proj"):
+        size, shared = attention.head_dim, heads // config.num_key_value_heads
+        for head in range(config.num_key_value_heads):
+            readers = range(head * shared, (head + 1) * shared)
+            columns = [output[:, reader * size : (reader + 1) * size] for reader in readers]
+            yield attention.v_proj.weight[head * size : (head + 1) * size], columns
+        return
+    yield attention.q_a_layernorm.weight, [attention.q_b_proj.weight]
+    yield attention.kv_a_layernorm.weight, [attention.kv_b_proj.weight]
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    per_head = attention.kv_b_proj.weight.view(heads, nope + value, -1)
+    for head in range(heads):
+        yield per_head[head, nope:], [output[:, head * value : (head + 1) * value]]

@@ -145,7 +145,7 @@ def write_r1_layers(
     Raises:
         SystemExit: the disk has too little room.
     """
-    from benchmarks.tiny_deepseek import train_tokenizer, training_texts
+    from benchmarks.tiny_training import train_tokenizer, training_texts
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors(dense, moe, sizes))

@@ -15,9 +15,8 @@ from tests.fixtures.torch_simulation import relative_mse
 TOKENS = torch.arange(48).view(2, 24)
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Any:
-    folder = write_tiny(tmp_path / "model", "deepseek_v3")
+def tiny(tmp_path: Path, model_type: str = "deepseek_v3") -> Any:
+    folder = write_tiny(tmp_path / "model", model_type)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -26,7 +25,9 @@ def logits(model: Any) -> Any:
         return model(TOKENS).logits
 
 
-def test_the_logits_stay_and_every_place_has_outliers(model: Any) -> None:
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3", "qwen3_moe"])
+def test_the_logits_stay_and_every_place_has_outliers(tmp_path: Path, model_type: str) -> None:
+    model = tiny(tmp_path, model_type)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     expected = logits(model)
     add_outliers(model, Outliers(share=0.05, least=4.0, attention=30.0, feed_forward=30.0, inner=20.0))
@@ -34,7 +35,7 @@ def test_the_logits_stay_and_every_place_has_outliers(model: Any) -> None:
     changed = {
         name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
     }
-    kept = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    kept = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
     assert changed == {name for name in before if not name.endswith(kept)}
     norm = "model.layers.1.input_layernorm.weight"
     factors = model.get_parameter(norm).detach() / before[norm]
@@ -42,7 +43,8 @@ def test_the_logits_stay_and_every_place_has_outliers(model: Any) -> None:
     assert float(factors.max()) <= 30.0
 
 
-def test_outliers_make_rounding_worse_and_smoothing_repairs_some_of_it(model: Any) -> None:
+def test_outliers_make_rounding_worse_and_smoothing_repairs_some_of_it(tmp_path: Path) -> None:
+    model = tiny(tmp_path)
     plain = relative_mse(round_to_nearest(model), model, TOKENS)
     add_outliers(model, Outliers(least=4.0, attention=64.0, feed_forward=64.0, inner=4.0))
     rounded = relative_mse(round_to_nearest(model), model, TOKENS)
