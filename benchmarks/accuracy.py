@@ -70,14 +70,19 @@ class Reference:
         return {name: _perplexity(self.expected[name], given) for name, given in self.tokens.items()}
 
     def score(self, simulation: Any) -> tuple[dict[str, float], str]:
-        """KL(float || simulation) in nats, a mean over the tokens of a kind, and a line with perplexity."""
+        """As `compare`: KL, and both in a line."""
+        kl, perplexities = self.compare(simulation)
+        return kl, f"KL {_listed(kl, 4)}; perplexity {_listed(perplexities, 2)}"
+
+    def compare(self, simulation: Any) -> tuple[dict[str, float], dict[str, float]]:
+        """KL(float || simulation) in nats, a mean over the tokens of a kind, and the perplexity."""
         kl, perplexities = {}, {}
         for name, given in self.tokens.items():
             found = list(_log_probabilities(simulation, given))
             pairs = zip(self.expected[name], found, strict=True)
             kl[name] = float(np.mean([float((p.exp() * (p - q)).sum(dim=-1).mean()) for p, q in pairs]))
             perplexities[name] = _perplexity(found, given)
-        return kl, f"KL {_listed(kl, 4)}; perplexity {_listed(perplexities, 2)}"
+        return kl, perplexities
 
     def measure(self, policy: dict[str, Any]) -> tuple[dict[str, float], str, float]:
         """Quantize, score and count the CPU seconds of quantizing."""

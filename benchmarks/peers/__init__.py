@@ -1,0 +1,68 @@
+"""msquant beside its peers: the same models, tokens, texts and arithmetic, each peer in its own environment.
+
+`python -m benchmarks peers` makes the environments (about 10 GB), trains the tiny models, runs everything one
+after the other, and writes `docs/peers.md`. Peers that fail are in the table with their own last error.
+`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.jobs import PEERS, SCHEMES, Job, Result, run_job
+from benchmarks.peers.table import write_table
+from benchmarks.rows import row
+from benchmarks.smollm2 import float_folder
+from benchmarks.tiny_deepseek import trained_model
+from benchmarks.tiny_qwen import trained_qwen3, trained_qwen3_moe
+
+MODELS: dict[str, Callable[[], Path]] = {
+    "tiny-qwen3": trained_qwen3,
+    "tiny-qwen3-moe": trained_qwen3_moe,
+    "tiny-deepseek-v3": trained_model,
+    "smollm2-135m": float_folder,
+}
+
+MOST_CPU = {"msquant": 10.0, "msquant smoothquant": 1.5}
+"""CPU seconds at most, as multiples of llm-compressor's; on `TIMED`: tiny ones are all start-up."""
+TIMED = "smollm2-135m"
+
+
+def measure() -> list[dict[str, Any]]:
+    """Run every peer on every model in every scheme, and write the table."""
+    results = list(_results())
+    write_table(results)
+    return [row(result.job.title, result.line, *_target(result, results)) for result in results]
+
+
+def _results() -> Iterator[Result]:
+    from benchmarks.accuracy import Reference
+
+    names = [name for name in os.environ.get("MSQUANT_PEERS_MODELS", "").split(",") if name]
+    for model in names or MODELS:
+        folder = MODELS[model]()
+        reference = Reference(folder)
+        for scheme in SCHEMES[model]:
+            for peer in PEERS:
+                with tempfile.TemporaryDirectory(prefix="msquant-peers-") as parent:
+                    yield run_job(Job(model, scheme, peer), folder, Path(parent), reference)
+
+
+def _target(result: Result, results: list[Result]) -> tuple[str, bool | None]:
+    """The default is to have the lowest KL of its setting on every text; both are bounded in time."""
+    if not result.job.is_ours:
+        return "", None
+    within = [other for other in results if other.job.setting == result.job.setting]
+    rivals = [other for other in within if other.kl and not other.job.is_ours]
+    text, met = "", bool(result.kl)
+    if result.job.peer == "msquant":
+        text = "the lowest KL on every text; "
+        met &= all(result.kl[name] <= rival.kl[name] for rival in rivals for name in result.kl)
+    if result.job.model == TIMED:
+        most = MOST_CPU[result.job.peer]
+        text += f"at most {most} times llm-compressor's CPU seconds"
+        theirs = [other.measured.cpu_seconds for other in rivals if other.job.peer == "llm-compressor"]
+        met &= all(result.measured.cpu_seconds <= most * seconds for seconds in theirs)
+    return text.removesuffix("; "), met if text else None

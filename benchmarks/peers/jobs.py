@@ -1,0 +1,153 @@
+"""One peer on one model in one scheme: run, read back, scored."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.environments import python_of
+from benchmarks.peers.folders import read_folder
+from benchmarks.peers.process import Measured, run_measured
+from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH
+
+# msquant's own, by the algorithm; the default one is whatever the model's recipe would take.
+OURS = {"msquant": None, "msquant smoothquant": "smoothquant"}
+RUNNERS = {
+    "llm-compressor": "run_llm_compressor.py",
+    "AutoRound": "run_auto_round.py",
+    "msModelSlim": "run_msmodelslim.py",
+    "golden-stick": "run_golden_stick.py",
+}
+PEERS = (*OURS, *RUNNERS)
+# Experts cannot be served with static activations: vLLM and MindFormers both take them per token alone.
+SCHEMES = {
+    "tiny-qwen3": ("static", "dynamic"),
+    "tiny-qwen3-moe": ("mixed", "dynamic"),
+    "tiny-deepseek-v3": ("mixed", "dynamic"),
+    "smollm2-135m": ("static", "dynamic"),
+}
+DYNAMIC = {"static": [], "dynamic": ["proj"], "mixed": ["mlp."]}
+"""What the scheme computes per token, as a recipe's `dynamic`; the rest is static."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run.
+
+    Attributes:
+        model: one of the models' names.
+        scheme: `static`, `dynamic`, or `mixed`: static attention, feed-forward blocks per token.
+        peer: one of `PEERS`.
+    """
+
+    model: str
+    scheme: str
+    peer: str
+
+    @property
+    def setting(self) -> tuple[str, str]:
+        """What a peer is compared within."""
+        return self.model, self.scheme
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether msquant itself runs."""
+        return self.peer in OURS
+
+    @property
+    def title(self) -> str:
+        """For a table."""
+        return f"{self.model}, {self.scheme}: {self.peer}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it.
+
+    Attributes:
+        job: what was run.
+        measured: of its process.
+        kl: to the float model in nats, by text; empty if the peer failed or its folder cannot be read.
+        perplexity: by text, likewise.
+        nbytes: of the folder's shards.
+        error: why there is no figure.
+    """
+
+    job: Job
+    measured: Measured
+    kl: dict[str, float]
+    perplexity: dict[str, float]
+    nbytes: int
+    error: str | None
+
+    @property
+    def line(self) -> str:
+        """In one line."""
+        if self.error:
+            return self.error
+        kl = ", ".join(f"{text} {value:.4f}" for text, value in self.kl.items())
+        return f"KL {kl}; {self.measured.cpu_seconds:.0f} CPU s, {self.measured.peak_memory / 1e9:.1f} GB"
+
+
+def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
+    """Quantize with one peer and score what it wrote.
+
+    Args:
+        job: what to run.
+        folder: the float model.
+        parent: takes the output and the log.
+        reference: the float model's distributions.
+    """
+    from benchmarks.accuracy import simulated
+
+    output, log = parent / "out", parent / "log.txt"
+    command = _ours(job, folder, output, parent) if job.is_ours else _peers(job, folder, output, parent)
+    measured = run_measured(command, log, {"HF_HUB_OFFLINE": "1"})
+    if measured.error:
+        return Result(job, measured, {}, {}, 0, measured.error)
+    nbytes = sum(shard.stat().st_size for shard in output.glob("*.safetensors"))
+    try:
+        kl, perplexity = reference.compare(simulated(folder, read_folder(output)))
+    except (SystemExit, AttributeError, KeyError, RuntimeError) as error:
+        return Result(job, measured, {}, {}, nbytes, f"its folder cannot be read: {error}")
+    return Result(job, measured, kl, perplexity, nbytes, None)
+
+
+def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
+    """`msquant quantize` of a recipe file, without the accuracy that it measures at the end."""
+    from msquant.recipes import find_recipe, write_recipe
+
+    recipe = find_recipe(str(folder)).replace("calibration", samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+    policy = {"algorithm": OURS[job.peer], "dynamic": tuple(DYNAMIC[job.scheme])}
+    write_recipe(recipe.replace("quantization", **policy), parent / "recipe.yaml")
+    options = ["--format", "compressed-tensors", "--no-evaluate", "--output", str(output), "--json"]
+    return [sys.executable, "-m", "msquant", "quantize", str(parent / "recipe.yaml"), *options]
+
+
+def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Path]:
+    from msquant.pipeline import calibration_tokens
+    from msquant.recipes import Recipe
+
+    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
+    recipe = Recipe(model=str(folder)).replace("calibration", **settings)
+    np.save(parent / "tokens.npy", calibration_tokens(recipe, folder))
+    script = Path(__file__).parent / RUNNERS[job.peer]
+    model = _with_index(folder, parent / "model")
+    return [python_of(job.peer), script, str(model), str(parent / "tokens.npy"), str(output), job.scheme]
+
+
+def _with_index(folder: Path, copy: Path) -> Path:
+    """A copy that has an index of its shards, also of one: msModelSlim reads some models by nothing else."""
+    from safetensors import safe_open
+
+    shutil.copytree(folder, copy)
+    index = copy / "model.safetensors.index.json"
+    if not index.exists():
+        with safe_open(copy / "model.safetensors", framework="numpy") as shard:
+            weight_map = dict.fromkeys(shard.keys(), "model.safetensors")
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return copy
