@@ -79,7 +79,6 @@ def analyze(
 
     if not verbose:
         silence_libraries()
-    from msquant.progress import Progress
     from msquant.recipes import find_recipe, write_recipe
     from msquant.sensitivity import analyze as analyze_model
 
@@ -100,12 +99,7 @@ def analyze(
             device=device,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             verbose=verbose,
-            progress=Progress(
-                stage=display.stage,
-                layers=display.start,
-                layer=lambda record: display.advance(record["index"], _note(record["errors"])),
-                step=display.step,
-            ),
+            progress=display.flow(lambda record: _note(record["errors"])),
         )
     if output is not None and analysis.recipe is not None:
         write_recipe(analysis.recipe, output, overwrite=overwrite)

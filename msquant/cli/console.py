@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from msquant.errors import MsquantError, RecipeError
+from msquant.progress import Progress as FlowProgress
 
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -198,6 +199,15 @@ class LayerProgress:
             yield
         finally:
             self._progress.start()
+
+    def flow(self, note: Callable[[dict[str, Any]], str]) -> FlowProgress:
+        """Callbacks of a flow over decoder layers that show here; `note` makes a line of a record."""
+        return FlowProgress(
+            stage=self.stage,
+            layers=self.start,
+            layer=lambda record: self.advance(record["index"], note(record)),
+            step=self.step,
+        )
 
     def stage(self, text: str) -> None:
         """Say what begins now."""

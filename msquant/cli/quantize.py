@@ -72,7 +72,6 @@ def quantize(
         silence_libraries()
     from msquant.hub.choose import is_offline
     from msquant.pipeline import quantize as quantize_model
-    from msquant.progress import Progress
     from msquant.recipes import find_recipe
 
     recipe = find_recipe(model)
@@ -109,12 +108,7 @@ def quantize(
             memory_budget=budget,
             verbose=verbose,
             fetch=None if offline or is_offline() else fetch,
-            progress=Progress(
-                stage=display.stage,
-                layers=display.start,
-                layer=lambda record: display.advance(record["index"], _alphas(record)),
-                step=display.step,
-            ),
+            progress=display.flow(_alphas),
         )
     if as_json:
         console.print_json(_as_json(result))

@@ -30,17 +30,12 @@ def run_comparison(models: list[str], *, verbose: bool, memory_budget: str, **se
     if not verbose:
         silence_libraries()
     from msquant.comparison import compare
-    from msquant.progress import Progress
 
     with console.LayerProgress() as display:
         return compare(
             models,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
-            progress=Progress(
-                stage=display.stage,
-                layers=display.start,
-                layer=lambda record: display.advance(record["index"], _note(record["layers"])),
-            ),
+            progress=display.flow(lambda record: _note(record["layers"])),
             **settings,
         )
 
