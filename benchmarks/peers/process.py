@@ -1,13 +1,22 @@
 """A process that is measured: CPU seconds, wall time, peak memory, and its exact error."""
 
+import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _ERROR_CHARACTERS = 300
+_COUNT = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, code], file)
+"""
 
 
 @dataclass(frozen=True)
@@ -35,20 +44,23 @@ def run_measured(command: Sequence[str | Path], log: Path, environment: dict[str
         log: takes what it prints.
         environment: added to this process's own.
     """
-    # A program starts with the peak memory of the process that it replaces: a shell in between is small.
-    shell = ["sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]
+    # A process starts with the peak memory of the one it was forked from: a small one runs and counts it.
+    counts = log.with_suffix(".json")
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            shell, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        subprocess.run(
+            [sys.executable, "-S", "-c", _COUNT, counts, *map(str, command)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            check=True,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    cpu_seconds, peak_memory, code = json.loads(counts.read_text())
     return Measured(
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        cpu_seconds=cpu_seconds,
         seconds=time.monotonic() - started,
-        peak_memory=usage.ru_maxrss * 1024,
-        error=None if process.returncode == 0 else _last_lines(log, process.returncode),
+        peak_memory=peak_memory,
+        error=None if code == 0 else _last_lines(log, code),
     )
 
 
