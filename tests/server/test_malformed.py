@@ -146,7 +146,9 @@ def storm(server: RunningServer, count: int) -> None:
     server.wait_until_idle(60)
     assert send(server, with_value()).partition(b"\r\n\r\n")[0].startswith(b"HTTP/1.1 200")
     server.wait_until_idle()
-    assert (server.tasks(), open_files()) == (tasks, files)
+    assert server.tasks() == tasks
+    # Fewer are open when the collector closes what an earlier test has left.
+    assert open_files() <= files
 
 
 @pytest.fixture(scope="module")
