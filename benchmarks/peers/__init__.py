@@ -2,16 +2,19 @@
 
 `python -m benchmarks peers` makes the environments (about 10 GB), trains the tiny models, runs everything one
 after the other, and writes `docs/peers.md`. Peers that fail are in the table with their own last error.
-`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models.
+`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models again; what was measured of the others stays.
 """
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.jobs import PEERS, SCHEMES, Job, Result, run_job
+from benchmarks.peers.jobs import PEERS, SCHEMES, Job, Result, Setting, run_job
+from benchmarks.peers.results import load_results, save_results
 from benchmarks.peers.table import write_table
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
@@ -31,30 +34,44 @@ TIMED = "smollm2-135m"
 
 
 def measure() -> list[dict[str, Any]]:
-    """Run every peer on every model in every scheme, and write the table."""
-    results = list(_results())
-    write_table(results)
-    return [row(result.job.title, result.line, *_target(result, results)) for result in results]
+    """Run every peer on every model in every scheme, and write the table after each of these."""
+    names = [name for name in os.environ.get("MSQUANT_PEERS_MODELS", "").split(",") if name]
+    results = load_results()
+    for setting, found in _results(names or MODELS):
+        results[setting] = found
+        results = {known: results[known] for known in _settings(MODELS) if known in results}
+        save_results(results)
+        write_table(list(results.values()))
+    return [
+        row(result.job.title, result.line, *_target(result, found))
+        for found in results.values()
+        for result in found
+    ]
 
 
-def _results() -> Iterator[Result]:
+def _settings(models: Iterable[str]) -> Iterator[Setting]:
+    return ((model, scheme) for model in models for scheme in SCHEMES[model])
+
+
+def _results(models: Iterable[str]) -> Iterator[tuple[Setting, list[Result]]]:
     from benchmarks.accuracy import Reference
 
-    names = [name for name in os.environ.get("MSQUANT_PEERS_MODELS", "").split(",") if name]
-    for model in names or MODELS:
+    for model, settings in groupby(_settings(models), key=lambda setting: setting[0]):
         folder = MODELS[model]()
         reference = Reference(folder)
-        for scheme in SCHEMES[model]:
+        for _, scheme in settings:
+            found = []
             for peer in PEERS:
                 with tempfile.TemporaryDirectory(prefix="msquant-peers-") as parent:
-                    yield run_job(Job(model, scheme, peer), folder, Path(parent), reference)
+                    found.append(run_job(Job(model, scheme, peer), folder, Path(parent), reference))
+                print(f"{found[-1].job.title}: {found[-1].line}", file=sys.stderr)
+            yield (model, scheme), found
 
 
-def _target(result: Result, results: list[Result]) -> tuple[str, bool | None]:
+def _target(result: Result, within: list[Result]) -> tuple[str, bool | None]:
     """The default is to have the lowest KL of its setting on every text; both are bounded in time."""
     if not result.job.is_ours:
         return "", None
-    within = [other for other in results if other.job.setting == result.job.setting]
     rivals = [other for other in within if other.kl and not other.job.is_ours]
     text, met = "", bool(result.kl)
     if result.job.peer == "msquant":

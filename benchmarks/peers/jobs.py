@@ -1,9 +1,10 @@
 """One peer on one model in one scheme: run, read back, scored."""
 
+import datetime
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ SCHEMES = {
 DYNAMIC = {"static": [], "dynamic": ["proj"], "mixed": ["mlp."]}
 """What the scheme computes per token, as a recipe's `dynamic`; the rest is static."""
 
+Setting = tuple[str, str]
+"""A model and a scheme: what a peer is compared within."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,11 +51,6 @@ class Job:
     model: str
     scheme: str
     peer: str
-
-    @property
-    def setting(self) -> tuple[str, str]:
-        """What a peer is compared within."""
-        return self.model, self.scheme
 
     @property
     def is_ours(self) -> bool:
@@ -71,18 +70,32 @@ class Result:
     Attributes:
         job: what was run.
         measured: of its process.
-        kl: to the float model in nats, by text; empty if the peer failed or its folder cannot be read.
+        kl: to the float model in nats, by text, simulated on torch; empty if the peer failed or its folder
+            cannot be read.
         perplexity: by text, likewise.
+        compared_kl: by text, in the arithmetic of `msquant compare`; empty if that refuses the folder.
         nbytes: of the folder's shards.
         error: why there is no figure.
+        date: when it was run, ISO 8601.
     """
 
     job: Job
     measured: Measured
     kl: dict[str, float]
     perplexity: dict[str, float]
+    compared_kl: dict[str, float]
     nbytes: int
     error: str | None
+    date: str
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Result":
+        """The reverse of `to_json`."""
+        return cls(**{**raw, "job": Job(**raw["job"]), "measured": Measured(**raw["measured"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """In what JSON knows."""
+        return asdict(self)
 
     @property
     def line(self) -> str:
@@ -107,14 +120,30 @@ def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
     output, log = parent / "out", parent / "log.txt"
     command = _ours(job, folder, output, parent) if job.is_ours else _peers(job, folder, output, parent)
     measured = run_measured(command, log, {"HF_HUB_OFFLINE": "1"})
+    today = datetime.date.today().isoformat()
     if measured.error:
-        return Result(job, measured, {}, {}, 0, measured.error)
+        return Result(job, measured, {}, {}, {}, 0, measured.error, today)
     nbytes = sum(shard.stat().st_size for shard in output.glob("*.safetensors"))
     try:
         kl, perplexity = reference.compare(simulated(folder, read_folder(output)))
     except (SystemExit, AttributeError, KeyError, RuntimeError) as error:
-        return Result(job, measured, {}, {}, nbytes, f"its folder cannot be read: {error}")
-    return Result(job, measured, kl, perplexity, nbytes, None)
+        return Result(job, measured, {}, {}, {}, nbytes, f"its folder cannot be read: {error}", today)
+    return Result(job, measured, kl, perplexity, _compared(folder, output, reference), nbytes, None, today)
+
+
+def _compared(folder: Path, output: Path, reference: Any) -> dict[str, float]:
+    """KL by text in msquant's own arithmetic; says on stderr why there is none."""
+    from msquant.comparison import score_folders
+    from msquant.errors import MsquantError
+    from msquant.evaluation.inputs import Text
+
+    texts = [Text(name, tokens) for name, tokens in reference.tokens.items()]
+    try:
+        score = score_folders([folder, output], texts, "cpu")[1]
+    except MsquantError as error:
+        print(f"msquant compare refuses the folder: {error}", file=sys.stderr)
+        return {}
+    return {text.text: text.kl for text in score.texts if text.kl is not None}
 
 
 def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:

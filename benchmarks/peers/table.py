@@ -1,8 +1,6 @@
 """`docs/peers.md`: the table of the peers, as the benchmark measured it."""
 
-import datetime
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +13,12 @@ if TYPE_CHECKING:
 DOCUMENT = Path(__file__).parents[2] / "docs" / "peers.md"
 INTRODUCTION = """# Beside its peers
 
-Written by `python -m benchmarks peers` on {date}, one process after the other on {cores} cores:
+Written by `python -m benchmarks peers`, one process after the other on {cores} cores:
 {versions}. All get the same float32 model and the same 16 x 128 calibration tokens. CPU seconds, wall
 time and peak memory are of the whole process, imports and writing included. KL is to the float model in
 nats per token, on 4 x 512 tokens of each text: the calibrated kind, the King James Bible and Hamlet;
-every folder is computed by the same integer arithmetic on torch, which shares no code with msquant. Lower
-is better.
+every folder is computed by the same integer arithmetic on torch, which shares no code with msquant, and
+once more by `msquant compare`. Lower is better.
 
 `static` quantizes activations with one scale per tensor, `dynamic` with one per token; `mixed` is static
 in attention and per token in feed-forward blocks, which is how experts can be served. llm-compressor runs
@@ -28,27 +26,28 @@ SmoothQuant at 0.5, AutoRound SignRound in 200 steps a layer, msModelSlim `iter_
 own OSL on its own models. msquant is `msquant quantize` with the recipe it makes for such a model, and
 once more with `--algo smoothquant`.
 """
-COLUMNS = ("", "KL", "perplexity", "CPU s", "wall s", "peak GB", "shards MB")
+COLUMNS = ("", "KL", "KL, `msquant compare`", "perplexity", "CPU s", "wall s", "peak GB", "shards MB")
 
 
-def write_table(results: Sequence["Result"], document: Path = DOCUMENT) -> None:
+def write_table(settings: Sequence[Sequence["Result"]], document: Path = DOCUMENT) -> None:
     """Write the document.
 
     Args:
-        results: those of one model and scheme next to each other.
+        settings: the results of each model and scheme.
         document: the Markdown file.
     """
     import os
 
     parts = [
         INTRODUCTION.format(
-            date=datetime.date.today().isoformat(),
             cores=os.cpu_count(),
             versions=", ".join(map(versions, RUNNERS)),
         )
     ]
-    for (model, scheme), group in groupby(results, key=lambda result: result.job.setting):
-        parts.append(f"## {model}, {scheme}\n\n" + "\n".join(_rows(list(group))) + "\n")
+    for found in settings:
+        job = found[0].job
+        rows = "\n".join(_rows(found))
+        parts.append(f"## {job.model}, {job.scheme}\n\nMeasured on {found[0].date}.\n\n{rows}\n")
     document.write_text("\n".join(parts))
 
 
@@ -63,11 +62,15 @@ def _rows(results: Sequence["Result"]) -> Iterator[str]:
             f"{measured.peak_memory / 1e9:.1f}",
         ]
         if result.error:
-            yield _line([result.job.peer, f"failed: `{_plain(result.error)}`", "", *costs, ""])
+            yield _line([result.job.peer, f"failed: `{_plain(result.error)}`", "", "", *costs, ""])
             continue
-        kl = ", ".join(f"{value:.4f}" for value in result.kl.values())
-        perplexity = ", ".join(f"{value:.2f}" for value in result.perplexity.values())
-        yield _line([result.job.peer, kl, perplexity, *costs, f"{result.nbytes / 1e6:.1f}"])
+        kl, compared = (_listed(values, 4) for values in (result.kl, result.compared_kl))
+        perplexity = _listed(result.perplexity, 2)
+        yield _line([result.job.peer, kl, compared, perplexity, *costs, f"{result.nbytes / 1e6:.1f}"])
+
+
+def _listed(values: Mapping[str, float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values.values())
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from benchmarks.peers import _target
 from benchmarks.peers.folders import read_folder
 from benchmarks.peers.jobs import Job, Result, _with_index
 from benchmarks.peers.process import Measured, run_measured
+from benchmarks.peers.results import load_results, save_results
 from benchmarks.peers.table import _rows
 
 WEIGHT = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
@@ -82,13 +83,26 @@ def test_a_model_in_one_shard_gets_an_index(tmp_path: Path) -> None:
 
 def result(peer: str, kl: float | None, error: str | None = None) -> Result:
     values = {} if kl is None else {"same": kl, "bible": kl}
-    return Result(Job("tiny", "static", peer), Measured(3.4, 2.0, 10**9, error), values, values, 10**6, error)
+    measured = Measured(3.4, 2.0, 10**9, error)
+    job = Job("tiny", "static", peer)
+    return Result(job, measured, values, values, values, 10**6, error, "2026-11-23")
 
 
 def test_the_table_shows_figures_and_errors() -> None:
     rows = list(_rows([result("msquant", 0.25), result("AutoRound", None, "a|b")]))
-    assert rows[2] == "| msquant | 0.2500, 0.2500 | 0.25, 0.25 | 3 | 2 | 1.0 | 1.0 |"
-    assert rows[3] == "| AutoRound | failed: `a/b` |  | 3 | 2 | 1.0 |  |"
+    assert rows[2] == "| msquant | 0.2500, 0.2500 | 0.2500, 0.2500 | 0.25, 0.25 | 3 | 2 | 1.0 | 1.0 |"
+    assert rows[3] == "| AutoRound | failed: `a/b` |  |  | 3 | 2 | 1.0 |  |"
+
+
+def test_a_run_of_some_models_keeps_what_was_measured_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path))
+    (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
+    assert load_results() == {}
+    found = [result("msquant", 0.25), result("AutoRound", None, "no")]
+    save_results({("tiny", "static"): found})
+    assert load_results() == {("tiny", "static"): found}
 
 
 def test_msquant_has_to_be_first_on_every_text() -> None:
@@ -105,7 +119,7 @@ def test_msquant_has_to_be_first_on_every_text() -> None:
 def test_the_cpu_seconds_are_bounded_beside_llm_compressor() -> None:
     def timed(peer: str, seconds: float) -> Result:
         measured = Measured(seconds, seconds, 10**9, None)
-        return Result(Job("smollm2-135m", "static", peer), measured, {"same": 0.1}, {}, 1, None)
+        return Result(Job("smollm2-135m", "static", peer), measured, {"same": 0.1}, {}, {}, 1, None, "")
 
     theirs = timed("llm-compressor", 100.0)
     for ours, met in (("msquant smoothquant", 149.0), True), (("msquant smoothquant", 151.0), False):
