@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
-from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
 
 QUANT_METHOD: Literal["ascend"] = "ascend"
 """What vllm-ascend's `quantization=` takes for this format."""
@@ -24,12 +24,7 @@ DESCRIBED: dict[Scheme, str] = {"float": FLOAT, "static": "W8A8", "dynamic": "W8
 # A description of a cache, or of attention, that is quantized too.
 CACHE_ENTRIES = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "indexer_quant_type")
 
-_FLOAT_ONLY = {
-    "lm_head": "the output head",
-    "embed_tokens": "embeddings",
-    "mlp.gate": "the router",
-    "kv_b_proj": "kv_b_proj, which it folds into the attention,",
-}
+_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention,"}
 
 
 def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
@@ -38,24 +33,7 @@ def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     Args:
         linears: the scheme of each linear layer by module.
     """
-    for module, scheme in linears.items():
-        if scheme not in DESCRIBED:
-            accepted = ", ".join(DESCRIBED)
-            yield Finding(module, f"is {scheme}: in this format msquant writes {accepted} for vllm-ascend")
-        elif scheme != "float":
-            yield from _check_quantized(module, scheme)
-    yield from check_fused_schemes(linears)
-
-
-def _check_quantized(module: str, scheme: Scheme) -> Iterator[Finding]:
-    for suffix, what in _FLOAT_ONLY.items():
-        if module == suffix or module.endswith(f".{suffix}"):
-            yield Finding(module, f"is {scheme}: vllm-ascend takes {what} in floating point only")
-    if scheme == "static" and experts_parent(module):
-        yield Finding(
-            module,
-            "is static: vllm-ascend runs routed experts in int8 with per-token activations (dynamic) only",
-        )
+    yield from check_linear_schemes(linears, "vllm-ascend", DESCRIBED, _FLOAT_ONLY)
 
 
 def describe(names: Iterable[str], linears: Mapping[str, Scheme]) -> dict[str, Any]:

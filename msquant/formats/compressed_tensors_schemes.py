@@ -9,13 +9,10 @@ from collections.abc import Iterator, Mapping
 
 from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
-from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
 
 DESCRIBED: dict[Scheme, str] = {"float": "FLOAT", "static": "W8A8", "dynamic": "W8A8_DYNAMIC"}
 """The schemes that vLLM runs and msquant writes, in the words of `msquant inspect`."""
-
-# Never a quantized layer of vLLM 0.11: tables, and the router, which is built without a quantization method.
-_FLOAT_ONLY = {"lm_head": "the output head", "embed_tokens": "embeddings", "mlp.gate": "the router"}
 
 
 def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
@@ -24,27 +21,11 @@ def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     Args:
         linears: the scheme of each linear layer by module.
     """
+    yield from check_linear_schemes(linears, "vLLM", DESCRIBED, FLOAT_ONLY)
     for module, scheme in linears.items():
-        if scheme not in DESCRIBED:
-            accepted = ", ".join(DESCRIBED)
-            yield Finding(module, f"is {scheme}: in this format vLLM accepts {accepted}")
-        elif scheme != "float":
-            yield from _check_quantized(module, scheme)
-    yield from check_fused_schemes(linears)
-
-
-def _check_quantized(module: str, scheme: Scheme) -> Iterator[Finding]:
-    for suffix, what in _FLOAT_ONLY.items():
-        if module == suffix or module.endswith(f".{suffix}"):
-            yield Finding(module, f"is {scheme}: vLLM takes {what} in floating point only")
-    if scheme == "static" and experts_parent(module):
-        yield Finding(
-            module,
-            "is static: vLLM runs routed experts in int8 with per-token activations (dynamic) only",
-        )
-    if scheme == "static" and module.endswith(".kv_b_proj"):
-        yield Finding(
-            module,
-            "is static: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
-            "activations cut off; it accepts dynamic and float",
-        )
+        if scheme == "static" and module.endswith(".kv_b_proj"):
+            yield Finding(
+                module,
+                "is static: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
+                "activations cut off; it accepts dynamic and float",
+            )

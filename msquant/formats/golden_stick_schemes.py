@@ -13,6 +13,7 @@ from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.scheme_rules import FLOAT_ONLY, float_only
 
 W8A8 = "W8A8"
 W8A8_DYNAMIC = "W8A8_DYNAMIC"
@@ -40,14 +41,8 @@ ACCEPTED: dict[Variant, tuple[str, ...]] = {
 
 _MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
 
-# Never built as a quantized layer: tables, the router, which is a plain parameter, and the projection whose
-# weight latent attention takes apart (`MLASelfAttention.process_weights_after_loading`).
-_FLOAT_ONLY = {
-    "lm_head": "the output head",
-    "embed_tokens": "embeddings",
-    "mlp.gate": "the router",
-    "kv_b_proj": "kv_b_proj, which it folds into the attention",
-}
+# MindFormers takes its weight apart as well (`MLASelfAttention.process_weights_after_loading`).
+_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention"}
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -110,17 +105,11 @@ def check_schemes(
         if value not in ACCEPTED[variant]:
             known = " and ".join(ACCEPTED[variant])
             yield Finding(module, f"described as {value!r}: the {variant} backend knows only {known}")
-        elif value != FLOAT:
-            yield from _check_quantized(module, value)
+        elif value != FLOAT and (what := float_only(module, _FLOAT_ONLY)):
+            yield Finding(module, f"described as {value}: the engine never quantizes {what}")
     if variant == "mindformers":
         yield from _check_experts(schemes, config)
     yield from check_fused_schemes(schemes, "described as")
-
-
-def _check_quantized(module: str, value: str) -> Iterator[Finding]:
-    for suffix, what in _FLOAT_ONLY.items():
-        if module == suffix or module.endswith(f".{suffix}"):
-            yield Finding(module, f"described as {value}: the engine never quantizes {what}")
 
 
 def _check_experts(schemes: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:

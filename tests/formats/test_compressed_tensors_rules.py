@@ -173,7 +173,7 @@ def test_a_changed_file_is_found(folder: Path) -> None:
     ("config", "change", "message"),
     [
         (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, unlike {Q} (static): they run as one layer"),
-        (CONFIG, {Q: "weight_only"}, "in this format vLLM accepts float, static, dynamic"),
+        (CONFIG, {Q: "weight_only"}, "in this format msquant writes float, static, dynamic for vLLM"),
         (CONFIG, {"lm_head": "dynamic"}, "vLLM takes the output head in floating point only"),
         (QWEN, {EXPERT: "float"}, "they run as one layer"),
         (QWEN, {"model.layers.1.mlp.gate": "dynamic"}, "the router"),
