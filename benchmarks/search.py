@@ -26,7 +26,6 @@ def measure() -> list[dict[str, Any]]:
     from msquant.quantization.policy import QuantizationPolicy
 
     folder, dtype = float_folder(), use_device()
-    golden_stick.set_log_level(verbose=False)
     config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
     tokenizer = load_tokenizer(folder)
     tokens = calibration_batches(
@@ -37,6 +36,7 @@ def measure() -> list[dict[str, Any]]:
     for index in range(LAYER):
         hidden = DecoderLayer(config, checkpoint, index, dtype)(hidden, places)
 
+    golden_stick.set_log_level(verbose=False)
     seconds, results = {}, {}
     for search in ("fast", "reference"):
         layer = DecoderLayer(config, checkpoint, LAYER, dtype)

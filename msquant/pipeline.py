@@ -5,7 +5,6 @@ golden-stick; they are kept on disk beside a journal of the finished layers, so 
 continues with the layer it was in and ends with the same bytes.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -219,8 +218,6 @@ def _write_layers(
 
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
-    # golden-stick collects garbage many times a layer; what is loaded by now is not worth looking at again.
-    gc.freeze()
     progress.layers(count, done)
     policy, length = recipe.quantization, tokens.shape[1]
     decoder = DecoderPass(config, checkpoint, policy, length, dtype, store, progress.step)

@@ -4,7 +4,6 @@ One pass over the decoder layers in floating point, one layer in memory at a tim
 nothing is written but hidden states, into a temporary folder.
 """
 
-import gc
 import math
 import tempfile
 import time
@@ -134,8 +133,6 @@ def _measure(
 
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
-    # golden-stick collects garbage many times a layer; what is loaded by now is not worth looking at again.
-    gc.freeze()
     config, policy, length = source.config, recipe.quantization, tokens.shape[1]
     measured: list[GroupError] = []
     with tempfile.TemporaryDirectory(prefix="msquant-") as folder, deferred_interrupts():
