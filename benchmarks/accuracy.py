@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.rows import row
 from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
-from benchmarks.texts import domains
+from benchmarks.texts import SEQUENCES, domains
 from msquant.recipes import Recipe
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
@@ -57,13 +57,13 @@ class Captured:
 class Reference:
     """The float model's next-token distributions on every kind of text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sequences: int = SEQUENCES) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         from msquant.checkpoint.tokenizer import load_tokenizer
 
-        self.folder, self.tokens = folder, domains(load_tokenizer(folder))
+        self.folder, self.tokens = folder, domains(load_tokenizer(folder), sequences)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.expected = {name: list(_log_probabilities(model, given)) for name, given in self.tokens.items()}
 

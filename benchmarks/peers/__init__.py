@@ -2,13 +2,14 @@
 
 `python -m benchmarks peers` makes the environments (about 10 GB), trains the tiny models, runs everything one
 after the other, and writes `docs/peers.md`. Peers that fail are in the table with their own last error.
-`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models again; what was measured of the others stays.
+`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models again and `MSQUANT_PEERS=AutoRound,...` some of
+the peers; what was measured of the others stays.
 """
 
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ MODELS: dict[str, Callable[[], Path]] = {
     "tiny-deepseek-v3": trained_model,
     "smollm2-135m": float_folder,
 }
+TEXT_SEQUENCES = dict.fromkeys(MODELS, 16) | {"smollm2-135m": 4}
+"""Of each text: a router's choices, which flip, make the figures of a small model uncertain with fewer."""
 
 MOST_CPU = {"msquant": 10.0, "msquant smoothquant": 1.5}
 """CPU seconds at most, as multiples of llm-compressor's; on `TIMED`: tiny ones are all start-up."""
@@ -35,10 +38,11 @@ TIMED = "smollm2-135m"
 
 def measure() -> list[dict[str, Any]]:
     """Run every peer on every model in every scheme, and write the table after each of these."""
-    names = [name for name in os.environ.get("MSQUANT_PEERS_MODELS", "").split(",") if name]
     results = load_results()
-    for setting, found in _results(names or MODELS):
-        results[setting] = found
+    peers = _named("MSQUANT_PEERS") or PEERS
+    for setting, found in _results(_named("MSQUANT_PEERS_MODELS") or MODELS, peers):
+        by_peer = {result.job.peer: result for result in [*results.get(setting, []), *found]}
+        results[setting] = [by_peer[peer] for peer in PEERS if peer in by_peer]
         results = {known: results[known] for known in _settings(MODELS) if known in results}
         save_results(results)
         write_table(list(results.values()))
@@ -49,19 +53,23 @@ def measure() -> list[dict[str, Any]]:
     ]
 
 
+def _named(variable: str) -> list[str]:
+    return [name for name in os.environ.get(variable, "").split(",") if name]
+
+
 def _settings(models: Iterable[str]) -> Iterator[Setting]:
     return ((model, scheme) for model in models for scheme in SCHEMES[model])
 
 
-def _results(models: Iterable[str]) -> Iterator[tuple[Setting, list[Result]]]:
+def _results(models: Iterable[str], peers: Collection[str]) -> Iterator[tuple[Setting, list[Result]]]:
     from benchmarks.accuracy import Reference
 
     for model, settings in groupby(_settings(models), key=lambda setting: setting[0]):
         folder = MODELS[model]()
-        reference = Reference(folder)
+        reference = Reference(folder, TEXT_SEQUENCES[model])
         for _, scheme in settings:
             found = []
-            for peer in PEERS:
+            for peer in peers:
                 with tempfile.TemporaryDirectory(prefix="msquant-peers-") as parent:
                     found.append(run_job(Job(model, scheme, peer), folder, Path(parent), reference))
                 print(f"{found[-1].job.title}: {found[-1].line}", file=sys.stderr)

@@ -10,7 +10,11 @@ TORCH = "torch==2.13.0"
 # First torch, by itself: left to the peers, pip would take one for CUDA.
 REQUIREMENTS: dict[str, list[str]] = {
     "llm-compressor": [TORCH, "llmcompressor==0.14.0.1"],
-    "AutoRound": [TORCH, "auto-round==0.16.1", "transformers==4.57.1"],
+    # An older datasets, which resolvers fall back to, breaks on a new pyarrow.
+    "AutoRound": [
+        *(TORCH, "auto-round==0.16.1", "transformers==4.57.1", "datasets==4.4.1"),
+        "compressed-tensors==0.19.0",
+    ],
     "msModelSlim": [TORCH, "msmodelslim==26.1.0", "transformers==4.57.1", "pyyaml"],
 }
 """What pip is told, by peer. golden-stick is not among them: it is in msquant's own environment."""

@@ -102,7 +102,7 @@ class Result:
         """In one line."""
         if self.error:
             return self.error
-        kl = ", ".join(f"{text} {value:.4f}" for text, value in self.kl.items())
+        kl = ", ".join(f"{text} {value:.3g}" for text, value in self.kl.items())
         return f"KL {kl}; {self.measured.cpu_seconds:.0f} CPU s, {self.measured.peak_memory / 1e9:.1f} GB"
 
 

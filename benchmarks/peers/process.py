@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ERROR_CHARACTERS = 300
+# Of an error: some go on for lines.
+_ERROR_LINES, _ERROR_CHARACTERS = 3, 300
 _COUNT = """
 import json, resource, subprocess, sys
 code = subprocess.call(sys.argv[2:])
@@ -66,6 +67,6 @@ def run_measured(command: Sequence[str | Path], log: Path, environment: dict[str
 
 def _last_lines(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error" in line]
-    text = (errors or lines or [f"exit code {code}"])[-1]
+    errors = [i for i, line in enumerate(lines) if "Error" in line or "error" in line]
+    text = " ".join(lines[errors[-1] if errors else -1 :][:_ERROR_LINES]) or f"exit code {code}"
     return text[:_ERROR_CHARACTERS]

@@ -16,9 +16,9 @@ INTRODUCTION = """# Beside its peers
 Written by `python -m benchmarks peers`, one process after the other on {cores} cores:
 {versions}. All get the same float32 model and the same 16 x 128 calibration tokens. CPU seconds, wall
 time and peak memory are of the whole process, imports and writing included. KL is to the float model in
-nats per token, on 4 x 512 tokens of each text: the calibrated kind, the King James Bible and Hamlet;
-every folder is computed by the same integer arithmetic on torch, which shares no code with msquant, and
-once more by `msquant compare`. Lower is better.
+nats per token, on 4 x 512 tokens of each text (16 x 512 for the tiny models): the calibrated kind, the
+King James Bible and Hamlet; every folder is computed by the same integer arithmetic on torch, which shares
+no code with msquant, and once more by `msquant compare`. Lower is better.
 
 `static` quantizes activations with one scale per tensor, `dynamic` with one per token; `mixed` is static
 in attention and per token in feed-forward blocks, which is how experts can be served. llm-compressor runs
@@ -47,7 +47,8 @@ def write_table(settings: Sequence[Sequence["Result"]], document: Path = DOCUMEN
     for found in settings:
         job = found[0].job
         rows = "\n".join(_rows(found))
-        parts.append(f"## {job.model}, {job.scheme}\n\nMeasured on {found[0].date}.\n\n{rows}\n")
+        dates = " and ".join(sorted({result.date for result in found}))
+        parts.append(f"## {job.model}, {job.scheme}\n\nMeasured on {dates}.\n\n{rows}\n")
     document.write_text("\n".join(parts))
 
 
@@ -64,13 +65,13 @@ def _rows(results: Sequence["Result"]) -> Iterator[str]:
         if result.error:
             yield _line([result.job.peer, f"failed: `{_plain(result.error)}`", "", "", *costs, ""])
             continue
-        kl, compared = (_listed(values, 4) for values in (result.kl, result.compared_kl))
-        perplexity = _listed(result.perplexity, 2)
+        kl, compared = (_listed(values, ".3g") for values in (result.kl, result.compared_kl))
+        perplexity = _listed(result.perplexity, ".2f")
         yield _line([result.job.peer, kl, compared, perplexity, *costs, f"{result.nbytes / 1e6:.1f}"])
 
 
-def _listed(values: Mapping[str, float], digits: int) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values.values())
+def _listed(values: Mapping[str, float], form: str) -> str:
+    return ", ".join(f"{value:{form}}" for value in values.values())
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -28,10 +28,11 @@ def test_a_process_is_measured(tmp_path: Path) -> None:
     assert 80e6 < measured.peak_memory < 300e6
 
 
-def test_the_error_of_a_process_is_its_own(tmp_path: Path) -> None:
-    code = "print('fine'); raise ValueError('no such scheme')"
+@pytest.mark.parametrize("message", ["no such scheme", "no such scheme:\\n  static"])
+def test_the_error_of_a_process_is_its_own(tmp_path: Path, message: str) -> None:
+    code = f"print('fine'); raise ValueError('{message}')"
     measured = run_measured([sys.executable, "-c", code], tmp_path / "log", {})
-    assert measured.error == "ValueError: no such scheme"
+    assert measured.error == "ValueError: " + message.replace("\\n ", "")
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -90,7 +91,7 @@ def result(peer: str, kl: float | None, error: str | None = None) -> Result:
 
 def test_the_table_shows_figures_and_errors() -> None:
     rows = list(_rows([result("msquant", 0.25), result("AutoRound", None, "a|b")]))
-    assert rows[2] == "| msquant | 0.2500, 0.2500 | 0.2500, 0.2500 | 0.25, 0.25 | 3 | 2 | 1.0 | 1.0 |"
+    assert rows[2] == "| msquant | 0.25, 0.25 | 0.25, 0.25 | 0.25, 0.25 | 3 | 2 | 1.0 | 1.0 |"
     assert rows[3] == "| AutoRound | failed: `a/b` |  |  | 3 | 2 | 1.0 |  |"
 
 
