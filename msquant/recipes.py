@@ -99,8 +99,7 @@ def default_policy(model_type: str | None) -> QuantizationPolicy:
     if model_type in LATENT_TYPES:
         raw["skip"] = ("lm_head", "kv_b_proj")
     if model_type in EXPERT_COUNT:
-        # osl-robust measures no better where all that is static is the attention: docs/algorithms.md.
-        raw |= {"algorithm": "osl", "dynamic": ("mlp.",), "feed_forward_alpha": 0.5}
+        raw |= {"dynamic": ("mlp.",), "feed_forward_alpha": 0.5}
     return QuantizationPolicy(**raw)
 
 

@@ -12,6 +12,9 @@ SEARCH_TOKENS = 512
 HELD_OUT_TOKENS = 1024
 """Inputs that candidates of osl-robust are compared on, as in `quantization/held_out.py`."""
 
+STATIC_PARTS, PER_TOKEN_PARTS = 2, 4
+"""Parts of the samples that candidates are compared on, each with the ranges of the others, likewise."""
+
 # Of the candidates of a group, how many are computed beyond the first batch: measured on SmolLM2-135M.
 SURVIVORS = 9
 
@@ -58,16 +61,16 @@ def _search(blocks: LayerBlocks, place: int, tokens: Tokens, scores: int) -> Wor
 
 
 def _held_out_search(policy: QuantizationPolicy, group: list[Linear], tokens: Tokens) -> Work:
-    """One group: every candidate with the ranges of each half of the samples."""
-    halves = 2 if tokens.samples > 1 else 1
+    """One group: every candidate on each part of the samples."""
+    parts = min(tokens.samples, PER_TOKEN_PARTS if group[0].scheme == "dynamic" else STATIC_PARTS)
     candidates = len(policy.smooth_alpha) + 2 * (len(policy.range_floor) - 1)
     kept, weights = min(tokens.count, HELD_OUT_TOKENS), weights_of(group)
     return Work(
         products=(candidates + 1) * 2 * kept * weights,
-        streamed=(halves * candidates + 1) * weights,
-        rounded=halves * candidates * weights,
+        streamed=(parts * candidates + 1) * weights,
+        rounded=parts * candidates * weights,
         inputs=candidates * kept * group[0].columns,
-        seconds=halves * candidates * CANDIDATE_SECONDS,
+        seconds=parts * candidates * CANDIDATE_SECONDS,
     )
 
 

@@ -7,7 +7,8 @@ changes to OutlierSuppressionLite follow:
 - A channel's range is never taken for less than a floor: a quantile, over all channels, of the measured
   range in units of what is typical for the channel by the weights in front of it, times what is typical.
 - Alpha and the floor are chosen on tokens held out from the range statistics: each half of the samples is
-  quantized with the ranges of the other half.
+  quantized with the ranges of the other half; per token, where nothing can saturate, each quarter with those
+  of the rest.
 
 The loss is the group's own output error of every token relative to what the token's output is read
 by: the residual stream, which the next norm divides by its size, where the group writes to it, otherwise the
@@ -28,6 +29,9 @@ Floats = NDArray[np.float32]
 
 SEARCH_TOKENS = 1024
 """Tokens that candidates are compared on, spread evenly over the samples."""
+
+STATIC_PARTS, PER_TOKEN_PARTS = 2, 4
+"""Parts of the samples, each of which is quantized with the ranges of the others."""
 
 # Where the search starts: best on most of the groups of SmolLM2-135M.
 FIRST_ALPHA = 0.85
@@ -96,7 +100,7 @@ class HeldOutSearch:
         self._outputs = [inputs.x @ weight.T for weight in weights]
         read = [inputs.residual + y if inputs.residual is not None else y for y in self._outputs]
         self._factors = [_reciprocal(values) for values in read]
-        self._folds = _folds(inputs)
+        self._folds = _folds(inputs, PER_TOKEN_PARTS if per_token else STATIC_PARTS)
 
     @np.errstate(over="ignore", invalid="ignore")
     def best(self, alphas: Sequence[float], floors: Sequence[float]) -> Choice:
@@ -125,7 +129,7 @@ class HeldOutSearch:
         return Choice(alpha, floor, loss((alpha, floor)))
 
     def loss(self, alpha: float, floor: float) -> float:
-        """Mean over tokens and linears of the relative squared error, with the ranges of the other half."""
+        """Mean over tokens and linears of the relative squared error, with the ranges of the other parts."""
         total = 0.0
         for measured, rows in self._folds:
             low, high = self._inputs.low[measured].min(axis=0), self._inputs.high[measured].max(axis=0)
@@ -172,12 +176,16 @@ def typical_magnitudes(*weights: Floats) -> Floats:
     return np.maximum(typical, 1e-6 * typical.max(initial=1e-30)).astype(np.float32)
 
 
-def _folds(inputs: GroupInputs) -> list[tuple[NDArray[np.integer], NDArray[np.integer]]]:
-    """Samples whose ranges are measured and rows that are quantized with them, twice."""
+def _folds(inputs: GroupInputs, parts: int) -> list[tuple[NDArray[np.integer], NDArray[np.integer]]]:
+    """Samples whose ranges are measured and rows that are quantized with them, once for each part."""
     samples = np.arange(len(inputs.low))
     if len(samples) == 1:
         return [(samples, np.arange(len(inputs.x)))]
-    return [(samples[samples % 2 != half], np.flatnonzero(inputs.sample % 2 == half)) for half in (0, 1)]
+    parts = min(parts, len(samples))
+    return [
+        (samples[samples % parts != part], np.flatnonzero(inputs.sample % parts == part))
+        for part in range(parts)
+    ]
 
 
 def _reciprocal(read: Floats) -> Floats:

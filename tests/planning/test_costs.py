@@ -11,7 +11,7 @@ from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET, quantize
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.costs import carried_work, feed_forward_rounds, layer_work
-from msquant.planning.search_costs import HELD_OUT_TOKENS, SEARCH_TOKENS
+from msquant.planning.search_costs import HELD_OUT_TOKENS, PER_TOKEN_PARTS, SEARCH_TOKENS, STATIC_PARTS
 from msquant.planning.work import Rates, Work
 from msquant.quantization import feed_forward, held_out, osl, quantizer
 from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
@@ -125,17 +125,19 @@ def test_work_adds_up_and_rates_divide() -> None:
 def test_the_searches_keep_as_many_inputs() -> None:
     assert SEARCH_TOKENS == CLIP_TOKENS
     assert HELD_OUT_TOKENS == held_out.SEARCH_TOKENS
+    assert (STATIC_PARTS, PER_TOKEN_PARTS) == (held_out.STATIC_PARTS, held_out.PER_TOKEN_PARTS)
 
 
-def test_the_held_out_search_by_hand() -> None:
+@pytest.mark.parametrize(("dynamic", "parts"), [((), 2), (("proj",), 4)])
+def test_the_held_out_search_by_hand(dynamic: tuple[str, ...], parts: int) -> None:
     config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
-    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl-robust")
+    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl-robust", dynamic=dynamic)
     tokens = Tokens(16, 128, 1)
     names = config.layer_shapes(0)
     work = layer_work(LayerBlocks(config, recipe.quantization, 0), tokens, dict.fromkeys(names, 0), 0, 1)
     weights = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    # 20 alphas and 4 more floors, twice, each with the ranges of both halves.
-    assert work.rounded == 28 * 2 * weights
+    # 20 alphas and 4 more floors, twice, each with the ranges of every part.
+    assert work.rounded == 28 * parts * weights
     assert work.products == (6 * 2 * 2048 + 29 * 2 * 1024 + 2 * 128) * weights
 
 

@@ -31,8 +31,9 @@ def torch_loss(inputs, weights, alpha, floor, per_token):
     typical, sample = torch.tensor(inputs.typical, dtype=torch.float64), torch.tensor(inputs.sample)
     weights = [torch.tensor(w, dtype=torch.float64) for w in weights]
     total = 0.0
-    for half in (0, 1):
-        others, rows = torch.arange(S) % 2 != half, sample % 2 == half
+    parts = 4 if per_token else 2
+    for part in range(parts):
+        others, rows = torch.arange(S) % parts != part, sample % parts == part
         least, most = low[others].amin(0), high[others].amax(0)
         maxima = torch.maximum(least.abs(), most.abs())
         if floor:
