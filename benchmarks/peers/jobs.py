@@ -165,18 +165,25 @@ def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Pat
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)
     np.save(parent / "tokens.npy", calibration_tokens(recipe, folder))
     script = Path(__file__).parent / RUNNERS[job.peer]
-    model = _with_index(folder, parent / "model")
+    model = _float_copy(folder, parent / "model")
     return [python_of(job.peer), script, str(model), str(parent / "tokens.npy"), str(output), job.scheme]
 
 
-def _with_index(folder: Path, copy: Path) -> Path:
-    """A copy that has an index of its shards, also of one: msModelSlim reads some models by nothing else."""
-    from safetensors import safe_open
+def _float_copy(folder: Path, copy: Path) -> Path:
+    """A copy in float32, which llm-compressor and AutoRound are told to load: msModelSlim asks the config.
+
+    It has an index of its shards, also of one: msModelSlim reads some models by nothing else.
+    """
+    from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, copy)
-    index = copy / "model.safetensors.index.json"
-    if not index.exists():
-        with safe_open(copy / "model.safetensors", framework="numpy") as shard:
-            weight_map = dict.fromkeys(shard.keys(), "model.safetensors")
-        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weight_map = {}
+    for shard in sorted(copy.glob("*.safetensors")):
+        tensors = {name: tensor.float() for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     return copy

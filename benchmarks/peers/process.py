@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,6 @@ def run_measured(command: Sequence[str | Path], log: Path, environment: dict[str
 
 def _last_lines(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [i for i, line in enumerate(lines) if "Error" in line or "error" in line]
+    errors = [i for i, line in enumerate(lines) if re.search(r"(Error|Exception)\b", line)]
     text = " ".join(lines[errors[-1] if errors else -1 :][:_ERROR_LINES]) or f"exit code {code}"
     return text[:_ERROR_CHARACTERS]

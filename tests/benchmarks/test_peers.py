@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import _target
 from benchmarks.peers.folders import read_folder
-from benchmarks.peers.jobs import Job, Result, _with_index
+from benchmarks.peers.jobs import Job, Result, _float_copy
 from benchmarks.peers.process import Measured, run_measured
 from benchmarks.peers.results import load_results, save_results
 from benchmarks.peers.table import _rows
@@ -74,12 +74,16 @@ def test_a_folder_of_no_known_format_is_refused(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
-def test_a_model_in_one_shard_gets_an_index(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
-    copy = _with_index(tmp_path / "model", tmp_path / "copy")
+def test_peers_get_the_model_in_float32_with_an_index(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(1)}, model / "model.safetensors")
+    (model / "config.json").write_text('{"torch_dtype": "bfloat16", "vocab_size": 4}')
+    copy = _float_copy(model, tmp_path / "copy")
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": "model.safetensors", "b": "model.safetensors"}
+    assert {tensor.dtype for tensor in load_file(copy / "model.safetensors").values()} == {torch.float32}
+    assert json.loads((copy / "config.json").read_text()) == {"torch_dtype": "float32", "vocab_size": 4}
 
 
 def result(peer: str, kl: float | None, error: str | None = None) -> Result:
