@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.results import newest_result
+from msquant.checkpoint.weight_map import find_weights
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError, ModelError
 from msquant.folder_checks import require_intact, require_memory
@@ -125,6 +125,7 @@ def find_model(explicit: Path | None = None) -> Path:
 
     Raises:
         ModelError: there is none, or the folder is not a complete model.
+        CheckpointError: it has no weights.
     """
     if explicit is not None:
         return _complete(explicit.expanduser())
@@ -226,18 +227,13 @@ def _complete(folder: Path) -> Path:
             remedy="run the same `msquant quantize` again to finish it",
         )
     require_complete(folder)
-    has_weights = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
-    missing = [
-        name
-        for name, found in (("config.json", (folder / "config.json").is_file()), (INDEX_NAME, has_weights))
-        if not found
-    ]
-    if missing:
+    if not (folder / "config.json").is_file():
         raise ModelError(
-            f"is not a complete model folder: {' and '.join(missing)} missing",
+            "is not a complete model folder: config.json is missing",
             where=folder,
             remedy="copy or download the whole folder, or quantize again",
         )
+    find_weights(folder)
     return folder
 
 

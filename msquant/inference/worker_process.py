@@ -200,7 +200,8 @@ class WorkerProcess:
         error = EngineError(
             f"{self._name} {how} while {doing}",
             where=self.log,
-            remedy="memory may have run out: choose a smaller model, or lower VLLM_CPU_KVCACHE_SPACE"
+            remedy="memory may have run out: choose a smaller model, or give the engine less for its cache "
+            "(vLLM on the CPU: VLLM_CPU_KVCACHE_SPACE)"
             if how.endswith("SIGKILL")
             else f"the log says more; then check the engine: {self._check_command}",
         )
