@@ -38,9 +38,9 @@ TIMED = "smollm2-135m"
 
 def measure() -> list[dict[str, Any]]:
     """Run every peer on every model in every scheme, and write the table after each of these."""
-    results = load_results()
     peers = _named("MSQUANT_PEERS") or PEERS
     for setting, found in _results(_named("MSQUANT_PEERS_MODELS") or MODELS, peers):
+        results = load_results()
         by_peer = {result.job.peer: result for result in [*results.get(setting, []), *found]}
         results[setting] = [by_peer[peer] for peer in PEERS if peer in by_peer]
         results = {known: results[known] for known in _settings(MODELS) if known in results}
@@ -48,7 +48,7 @@ def measure() -> list[dict[str, Any]]:
         write_table(list(results.values()))
     return [
         row(result.job.title, result.line, *_target(result, found))
-        for found in results.values()
+        for found in load_results().values()
         for result in found
     ]
 
