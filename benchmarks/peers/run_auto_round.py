@@ -4,6 +4,7 @@ Its scheme INT8 with its default algorithm, SignRound, in its default 200 steps 
 """
 
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -29,7 +30,10 @@ def main() -> None:
         iters=200,
         device_map="cpu",
         **options,
-    ).quantize_and_save(output, format="llm_compressor")
+    ).quantize_and_save(f"{output}-parent", format="llm_compressor")
+    # It makes a folder in there that is named after the scheme.
+    (written,) = Path(f"{output}-parent").iterdir()
+    written.rename(output)
 
 
 if __name__ == "__main__":
