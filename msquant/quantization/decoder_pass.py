@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
 from msquant.errors import CheckpointError
-from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
 from msquant.quantization.feed_forward import FeedForwardPass
@@ -79,14 +78,15 @@ class DecoderPass:
 
         if in_two_blocks(self._config, self._policy, index):
             return self._two_blocks(index, hidden, put_finite, sink)
-        layer = self._layer(self._source, index, "whole")
         first: list[Floats] = []
-        for batch in hidden:
-            check_interrupt()
-            output = self._compute(layer, batch)
-            first = first or [output]
+
+        def keep(output: Floats) -> None:
             put_finite(output)
-        result = self._golden_stick(index, layer, hidden, sink)
+            if not first:
+                first.append(output)
+
+        layer = self._layer(self._source, index, "whole")
+        result = self._golden_stick(index, layer, hidden, sink, keep)
         del layer
         quantized = self._compute(self._layer(result, index, "whole"), hidden[0])
         result.report.error = relative_error(hidden[0], first[0], quantized)
@@ -98,10 +98,7 @@ class DecoderPass:
         self._step("attention")
         attention = self._layer(self._source, index, "attention")
         with self._store.write(BETWEEN) as between:
-            for batch in hidden:
-                check_interrupt()
-                between.append(self._compute(attention, batch))
-        result = self._golden_stick(index, attention, hidden, sink)
+            result = self._golden_stick(index, attention, hidden, sink, between.append)
         del attention
         sample = self._compute(self._layer(result, index, "attention"), hidden[0])
         report = result.report
@@ -146,10 +143,15 @@ class DecoderPass:
         return layer(Tensor(batch, self._dtype), self._places).asnumpy().astype(np.float32, copy=False)
 
     def _golden_stick(
-        self, index: int, layer: DecoderLayer, hidden: Sequence[Floats], sink: LayerSink
+        self,
+        index: int,
+        layer: DecoderLayer,
+        hidden: Sequence[Floats],
+        sink: LayerSink,
+        put: Callable[[Floats], None] = lambda output: None,
     ) -> LayerResult:
         inputs = [Tensor(batch, self._dtype) for batch in hidden]
-        result = quantize_layer(self._config, index, layer, inputs, self._places, self._policy)
+        result = quantize_layer(self._config, index, layer, inputs, self._places, self._policy, put)
         for name, values in result.norms.items():
             sink.tensor(name, values)
         for module, linear in result.linears.items():

@@ -2,7 +2,8 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
+from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
@@ -64,6 +66,7 @@ def quantize_layer(
     hidden: Sequence[Tensor],
     places: Positions,
     policy: QuantizationPolicy,
+    put: Callable[[NDArray[np.float32]], None] = lambda output: None,
 ) -> LayerResult:
     """Smooth, clip and quantize one decoder layer with golden-stick.
 
@@ -74,6 +77,7 @@ def quantize_layer(
         hidden: its inputs, batches of samples `[B, T, H]`.
         places: the tokens' positions, the same for every sample.
         policy: what to do.
+        put: takes the layer's floating-point outputs, batch by batch, in the shapes of `hidden`.
 
     Returns:
         The quantized layer; its `report.error` is yet to be measured, with `relative_error`.
@@ -89,6 +93,7 @@ def quantize_layer(
     groups = [group for group in config.groups if group.name in layer.step_of]
     linears = [linear for group in groups for linear in group.linears]
     report = LayerReport(name)
+    outputs = _FirstOutputs([len(batch) for batch in hidden], put)
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
@@ -101,7 +106,8 @@ def quantize_layer(
     with golden_stick.pipeline(_modules(policy, report)):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
         ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
-        ptq.apply(model, datasets=items, framework="mindone")
+        with outputs.of(layer):
+            ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
         linears={f"{name}.{linear}": _result(find_cell(layer, linear)) for linear in linears},
         norms={
@@ -133,6 +139,36 @@ def _modules(policy: QuantizationPolicy, report: LayerReport) -> list[Callable[.
     }
     reporting = [partial(module, report=report) for module in modules[policy.algorithm]]
     return [*reporting, FastQuantizer if fast else Quantizer]
+
+
+class _FirstOutputs:
+    """Hands on what the layer makes of its inputs when golden-stick first computes it, unchanged yet.
+
+    golden-stick does that for the layer after it, and drops the outputs of the last one, as a single one is.
+    """
+
+    def __init__(self, samples: list[int], put: Callable[[NDArray[np.float32]], None]) -> None:
+        self._samples, self._put = samples, put
+        self._held: list[NDArray[np.float32]] = []
+
+    @contextmanager
+    def of(self, layer: DecoderLayer) -> Iterator[None]:
+        """Within the block, every batch goes to `put` as soon as all its samples are computed."""
+        handle = layer.register_forward_hook(self._take)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _take(self, layer: DecoderLayer, inputs: Any, output: Tensor) -> None:
+        if not self._samples:
+            return
+        check_interrupt()
+        self._held.append(output.asnumpy().astype(np.float32, copy=False))
+        if sum(map(len, self._held)) == self._samples[0]:
+            self._put(np.concatenate(self._held) if len(self._held) > 1 else self._held[0])
+            self._held.clear()
+            del self._samples[0]
 
 
 class _OneLayerModel:
