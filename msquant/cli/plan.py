@@ -135,7 +135,7 @@ def _print(plan: "Plan") -> None:
         ["scratch", console.as_bytes(plan.scratch_bytes)],
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
         ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
-        ["time", "not estimated" if plan.seconds is None else f"about {console.as_duration(plan.seconds)}"],
+        ["time", _time(plan)],
     ]
     console.print_table("What it takes", ["", ""], rows)
     if plan.seconds_by_work is not None:
@@ -146,6 +146,15 @@ def _print(plan: "Plan") -> None:
         console.print_line(f"Note: {note}")
     for problem in plan.problems:
         console.print_error(OutputError(f"does not fit: {problem}"))
+
+
+def _time(plan: "Plan") -> str:
+    if plan.seconds is None:
+        return "not estimated"
+    time = f"about {console.as_duration(plan.seconds)}"
+    if not plan.evaluation_seconds:
+        return time
+    return f"{time}, of which {console.as_duration(plan.evaluation_seconds)} to evaluate the result"
 
 
 def _alike(part: "PartPlan") -> tuple[Any, ...]:

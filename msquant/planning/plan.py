@@ -17,9 +17,11 @@ from msquant.export import output_folders
 from msquant.formats.format import FormatName
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
+from msquant.models.families import EMBEDDING, HEAD
 from msquant.pipeline import MEMORY_BUDGET
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.costs import START_SECONDS, carried_work, layer_work
+from msquant.planning.evaluation_costs import EvaluationTokens, evaluation_work, head_work
 from msquant.planning.footprint import BASE_BYTES, layer_bytes
 from msquant.planning.work import Rates, Work
 from msquant.recipes import Recipe
@@ -97,7 +99,8 @@ class Plan:
         peak_memory: resident at most, an estimate.
         available_memory: on this machine; None if that cannot be told.
         seconds: an estimate from rates measured here; None where nothing was measured.
-        seconds_by_work: the same by kind of work, see `work.Work`.
+        evaluation_seconds: of these, for the short evaluation of what was written.
+        seconds_by_work: all of them by kind of work, see `work.Work`.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
     """
@@ -120,6 +123,7 @@ class Plan:
     peak_memory: int
     available_memory: int | None
     seconds: float | None
+    evaluation_seconds: float | None
     seconds_by_work: dict[str, float] | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
@@ -188,7 +192,9 @@ def make_plan(
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
     elif probe is not None:
         notes.append("the time of golden-stick's own search is not estimated; it is some 50 times slower")
+    evaluated = EvaluationTokens.of(recipe.evaluation, config)
     works, peaks, parts = [], [0], []
+    evaluation = Work()
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         sources = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
         written, *others = (folder.group_bytes[group] for folder in folders)
@@ -198,6 +204,7 @@ def make_plan(
             schemes = blocks.schemes
             work = layer_work(blocks, tokens, sources, written, memory_budget)
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
+            evaluation += evaluation_work(blocks, evaluated, sources, written)
         else:
             work = carried_work(sum(sources.values()), shapes.values(), written)
         # Every other format is made from the first one's folder.
@@ -217,7 +224,8 @@ def make_plan(
         )
     times = None
     if rates is not None:
-        times = rates.parts(sum(works, Work(seconds=START_SECONDS)))
+        evaluation += head_work(config, evaluated, sources.get(HEAD) or sources[EMBEDDING])
+        times = rates.parts(sum(works, evaluation + Work(seconds=START_SECONDS)))
     scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
     written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
@@ -243,6 +251,7 @@ def make_plan(
         peak_memory=peak,
         available_memory=available,
         seconds=None if times is None else sum(times.values()),
+        evaluation_seconds=None if rates is None else rates.seconds(evaluation),
         seconds_by_work=times,
         notes=tuple(notes),
         problems=tuple(_problems(written_bytes + scratch, free, peak, available)),

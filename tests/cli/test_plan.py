@@ -13,6 +13,7 @@ KEYS = {
     "formats",
     *("parts", "parameters", "source_bytes", "output_bytes", "scratch_bytes", "disk_bytes", "free_disk"),
     *("peak_memory", "available_memory", "seconds", "seconds_by_work", "notes", "problems", "fits"),
+    "evaluation_seconds",
 }
 PART_KEYS = {"kind", "index", "linears", "experts", "parameters", "source_bytes", "output_bytes", "seconds"}
 
@@ -28,6 +29,7 @@ def test_a_person_sees_what_it_takes(tiny_llama: Path, tmp_path: Path) -> None:
         "disk",
         "seconds",
         "llama-osl-robust",
+        "to evaluate the result",
         "Most of the",
     ):
         assert word in done.stdout

@@ -146,10 +146,15 @@ def test_time_follows_the_rates(tiny_llama: Path, tmp_path: Path) -> None:
     assert plan.seconds_by_work is not None
     assert plan.seconds == pytest.approx(sum(plan.seconds_by_work.values()))
     assert sum(part.seconds or 0 for part in plan.parts) < plan.seconds
+    assert plan.evaluation_seconds is not None
+    assert 0 < plan.evaluation_seconds < plan.seconds
     assert isinstance(asked[0][1], Checkpoint)
     longer = make_plan(short_recipe(tiny_llama, samples=64), tmp_path / "out", probe=probe)
     assert longer.seconds is not None
     assert longer.seconds > plan.seconds
+    assert longer.evaluation_seconds == plan.evaluation_seconds
+    without = short_recipe(tiny_llama).replace("evaluation", sequences=0)
+    assert make_plan(without, tmp_path / "out", probe=probe).evaluation_seconds == 0
     assert make_plan(find_recipe("llama-3.1-8b"), tmp_path / "out", probe=probe).seconds
     assert asked[-1][1] is None
 
