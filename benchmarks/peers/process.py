@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 # Of an error: some go on for lines.
@@ -69,5 +70,7 @@ def run_measured(command: Sequence[str | Path], log: Path, environment: dict[str
 def _last_lines(log: Path, code: int) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.search(r"(Error|Exception)\b", line)]
-    text = " ".join(lines[errors[-1] if errors else -1 :][:_ERROR_LINES]) or f"exit code {code}"
-    return text[:_ERROR_CHARACTERS]
+    last = takewhile(lambda line: "Warning:" not in line, lines[errors[-1] if errors else -1 :])
+    text = " ".join(islice(last, _ERROR_LINES)) or f"exit code {code}"
+    # A path in a temporary folder says nothing to the reader.
+    return text.replace(f"{log.parent}/", "")[:_ERROR_CHARACTERS]

@@ -35,6 +35,12 @@ def test_the_error_of_a_process_is_its_own(tmp_path: Path, message: str) -> None
     assert measured.error == "ValueError: " + message.replace("\\n ", "")
 
 
+def test_what_follows_an_error_is_not_its_own_and_the_folder_is_nowhere(tmp_path: Path) -> None:
+    code = "import sys; print('ValueError: not', sys.argv[1]); print('x.py:1: UserWarning: old'); sys.exit(1)"
+    measured = run_measured([sys.executable, "-c", code, tmp_path / "model"], tmp_path / "log", {})
+    assert measured.error == "ValueError: not model"
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_both_formats_are_read_as_the_same_linear(tmp_path: Path, static: bool) -> None:
     linear, norm = "model.layers.0.mlp.up_proj", {"model.norm.weight": torch.ones(4)}
