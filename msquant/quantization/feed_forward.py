@@ -119,7 +119,7 @@ class FeedForwardPass:
             float32 `[T, H]`.
         """
         x = self._normalize(hidden)
-        smooth = self._policy.feed_forward_alpha is not None
+        smooth = self._policy.feed_forward_smoothing is not None
         first = smooth and self._columns is None
         columns = np.zeros(self._config.hidden_size, np.float32)
         output = hidden.copy()
@@ -176,7 +176,7 @@ class FeedForwardPass:
 
     def groups(self) -> list[GroupReport]:
         """The smooth groups, of all experts together, after `forward`; none if they are not smoothed."""
-        alpha = self._policy.feed_forward_alpha
+        alpha = self._policy.feed_forward_smoothing
         if alpha is None:
             return []
         seen = [expert for expert in self._experts if expert.gated.size]
@@ -225,14 +225,14 @@ class FeedForwardPass:
 
     def _shared_scale(self) -> Floats:
         """Of the norm's output, which gate, up and the router share; powers of two change no router."""
-        alpha = self._policy.feed_forward_alpha
+        alpha = self._policy.feed_forward_smoothing
         if alpha is None or self._columns is None:
             return np.ones(self._config.hidden_size, np.float32)
         return power_of_two(smooth_scale(self._inputs, self._columns, alpha))
 
     def _inner_scale(self, expert: _Expert) -> Floats | None:
         """Of an expert's gated product; None, from the weights alone, where too few tokens were seen."""
-        alpha = self._policy.feed_forward_alpha
+        alpha = self._policy.feed_forward_smoothing
         if alpha is None or expert.tokens < self._policy.min_expert_tokens:
             return None
         return smooth_scale(expert.gated, expert.down, alpha)

@@ -51,7 +51,9 @@ class QuantizationPolicy(BaseModel):
         description="Grid of floors under a channel's range, as quantiles over all channels; 0 is no floor; "
         "of osl-robust.",
     )
-    smoothquant_alpha: Alpha = Field(0.5, description="Migration strength of smoothquant.")
+    smoothquant_alpha: Alpha = Field(
+        0.6, description="Migration strength of smoothquant; search: reference knows 0.5 only."
+    )
     weight_clip_ratio: tuple[Ratio, ...] = Field(
         tuple(1 - i / 20 for i in range(10)),
         min_length=1,
@@ -74,7 +76,8 @@ class QuantizationPolicy(BaseModel):
     feed_forward_alpha: Alpha | None = Field(
         None,
         description="Migration strength of smoothing in feed-forward blocks with a scale per token, experts "
-        "included; null: they are not smoothed.",
+        "included; null: smoothquant takes its own, osl-robust searches dense blocks, the rest stays "
+        "unsmoothed; of all but rtn.",
     )
     min_expert_tokens: int = Field(
         8,
@@ -82,6 +85,15 @@ class QuantizationPolicy(BaseModel):
         description="An expert that got fewer calibration tokens is listed, and quantized from its weights "
         "alone.",
     )
+
+    @property
+    def feed_forward_smoothing(self) -> float | None:
+        """The migration strength in feed-forward blocks that go one expert at a time; None: none."""
+        if self.algorithm == "rtn":
+            return None
+        if self.feed_forward_alpha is None and self.algorithm == "smoothquant":
+            return self.smoothquant_alpha
+        return self.feed_forward_alpha
 
     def scheme(self, linear: str) -> Scheme:
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
@@ -96,7 +108,8 @@ class QuantizationPolicy(BaseModel):
         if self.search == "reference" and self.algorithm == "osl-robust":
             raise ValueError("golden-stick has no osl-robust; search: reference takes osl, smoothquant, rtn")
         if self.search == "reference" and self.algorithm == "smoothquant" and self.smoothquant_alpha != 0.5:
-            raise ValueError("golden-stick's smoothquant knows only smoothquant_alpha: 0.5")
+            alpha = self.smoothquant_alpha
+            raise ValueError(f"golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not {alpha}")
         return self
 
 

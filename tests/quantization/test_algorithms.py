@@ -30,7 +30,7 @@ def same(ours, theirs):
 def test_fast_equals_golden_sticks_own(case, algorithm, dynamic, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    policy = {"algorithm": algorithm, "dynamic": dynamic}
+    policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, "dynamic": dynamic}
     reference = run_pass(folder, 2, part, search="reference", **policy)
     fast = run_pass(folder, 2, part, search="fast", **policy)
     same(fast, reference)
@@ -41,7 +41,7 @@ def test_fast_equals_golden_sticks_own(case, algorithm, dynamic, tmp_path):
 
 def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
-    half = run_pass(folder, 2, algorithm="smoothquant")
+    half = run_pass(folder, 2, algorithm="smoothquant", smoothquant_alpha=0.5)
     most = run_pass(folder, 2, algorithm="smoothquant", smoothquant_alpha=0.8)
     assert {group.alpha for group in most.report.groups} == {0.8}
     name = "model.layers.1.input_layernorm.weight"

@@ -101,6 +101,22 @@ def test_the_output_is_that_of_the_whole_layer(block: Block, alpha: float | None
         assert done.expert_tokens == []
 
 
+def test_smoothquant_smooths_with_its_own_alpha(block: Block) -> None:
+    _, _, _, own = block.run(algorithm="smoothquant", smoothquant_alpha=0.3)
+    _, _, _, given = block.run(algorithm="osl", feed_forward_alpha=0.3)
+    _, _, _, other = block.run(algorithm="smoothquant", smoothquant_alpha=0.3, feed_forward_alpha=0.5)
+    same = [np.array_equal(own.linears[name].weight, given.linears[name].weight) for name in own.linears]
+    assert all(same)
+    assert not all(np.array_equal(own.linears[n].weight, other.linears[n].weight) for n in own.linears)
+
+
+def test_round_to_nearest_smooths_nothing(block: Block) -> None:
+    done, _, _, sink = block.run(algorithm="rtn", feed_forward_alpha=0.5)
+    assert done.groups() == []
+    _, _, _, plain = block.run(algorithm="osl")
+    assert all(np.array_equal(sink.linears[n].weight, plain.linears[n].weight) for n in plain.linears)
+
+
 def test_tokens_in_two_rounds_give_the_same(deepseek: Path) -> None:
     block = Block(deepseek, EXPERTS)
     policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=0.5, min_expert_tokens=1)

@@ -39,9 +39,8 @@ def inputs(folder: Path, part: str) -> dict[str, np.ndarray]:
 def test_ranges_are_those_of_the_inputs(case, algorithm, search, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    result = run_pass(
-        folder, 2, part, algorithm=algorithm, search=search, smooth_alpha=(0.5,), weight_clip_ratio=(1.0,)
-    )
+    alphas = {"smooth_alpha": (0.5,), "smoothquant_alpha": 0.5}
+    result = run_pass(folder, 2, part, algorithm=algorithm, search=search, weight_clip_ratio=(1.0,), **alphas)
     read = inputs(folder, part)
     assert len(result.report.groups) >= 4
     for group in result.report.groups:
