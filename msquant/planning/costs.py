@@ -13,9 +13,9 @@ from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
 from msquant.planning.search_costs import search_work
 from msquant.planning.work import Work
 
-# Floating-point passes of golden-stick's block: one before its modules, one in each of its three modules, and
-# the one that keeps what the search starts from.
-FLOAT_PASSES = 5
+# Floating-point passes of golden-stick's block: one in each of three modules, and the one that keeps what
+# the search starts from.
+FLOAT_PASSES = 4
 
 # Python, operator dispatch and garbage collection, measured on tiny models: seconds.
 LAYER_SECONDS = 0.5

@@ -93,7 +93,7 @@ def quantize_layer(
     groups = [group for group in config.groups if group.name in layer.step_of]
     linears = [linear for group in groups for linear in group.linears]
     report = LayerReport(name)
-    outputs = _FirstOutputs([len(batch) for batch in hidden], put)
+    passes = _Passes([len(batch) for batch in hidden], put)
     if policy.search == "reference":
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
@@ -103,10 +103,13 @@ def quantize_layer(
         cells[policy.scheme(f"{name}.{linear}")].append(f"network.layer.{linear}")
     per_token = ptq_config(policy, per_token=True)
     policies = OrderedDict((f"{re.escape(cell)}$", per_token) for cell in cells["dynamic"])
-    with golden_stick.pipeline(_modules(policy, report)):
+    *modules, quantizer = _modules(policy, report)
+    ranges = bool(cells["static"]) or policy.search == "reference"
+    pipeline = [*map(passes.of, modules), passes.of(quantizer, needed=ranges or not modules)]
+    with golden_stick.pipeline(pipeline):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
         ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
-        with outputs.of(layer):
+        with passes.over(layer):
             ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
         linears={f"{name}.{linear}": _result(find_cell(layer, linear)) for linear in linears},
@@ -141,26 +144,47 @@ def _modules(policy: QuantizationPolicy, report: LayerReport) -> list[Callable[.
     return [*reporting, FastQuantizer if fast else Quantizer]
 
 
-class _FirstOutputs:
-    """Hands on what the layer makes of its inputs when golden-stick first computes it, unchanged yet.
+class _Passes:
+    """golden-stick's passes over the layer, of which only those are computed that something comes of.
 
-    golden-stick does that for the layer after it, and drops the outputs of the last one, as a single one is.
+    The one before all modules is for the layer after it, which there is none of. In each module's own, cells
+    collect what they read: the quantizer's do for static scales alone. The first that is computed also gives
+    the layer's outputs, by weights that nothing has changed yet.
     """
 
     def __init__(self, samples: list[int], put: Callable[[NDArray[np.float32]], None]) -> None:
         self._samples, self._put = samples, put
         self._held: list[NDArray[np.float32]] = []
+        self._computed = False
+
+    def of(self, module: Callable[..., Any], needed: bool = True) -> Callable[..., Any]:
+        """An algorithm module, which golden-stick makes right before its pass."""
+
+        def make(*args: Any) -> Any:
+            self._computed = needed
+            return module(*args)
+
+        return make
 
     @contextmanager
-    def of(self, layer: DecoderLayer) -> Iterator[None]:
-        """Within the block, every batch goes to `put` as soon as all its samples are computed."""
-        handle = layer.register_forward_hook(self._take)
+    def over(self, layer: Any) -> Iterator[None]:
+        """Within the block, every batch of outputs goes to `put` as soon as all its samples are computed."""
+        compute = layer.construct
+
+        def construct(hidden: Tensor, places: Positions) -> Tensor:
+            if not self._computed:
+                return hidden
+            output = compute(hidden, places)
+            self._take(output)
+            return output
+
+        layer.construct = construct
         try:
             yield
         finally:
-            handle.remove()
+            layer.construct = compute
 
-    def _take(self, layer: DecoderLayer, inputs: Any, output: Tensor) -> None:
+    def _take(self, output: Tensor) -> None:
         if not self._samples:
             return
         check_interrupt()

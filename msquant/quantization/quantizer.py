@@ -30,7 +30,12 @@ class FastStaticCell(AllQuantLinearCell, FastWeightCell):
 
 
 class FastDynamicCell(DynamicQuantLinearCell, FastWeightCell):
-    """golden-stick's linear with a scale per token, likewise."""
+    """golden-stick's linear with a scale per token, likewise, which does not ask for what it reads."""
+
+    def process(self) -> None:
+        """Round the weight."""
+        self.samples.clear()
+        self.quant()
 
 
 class FastQuantizer(Quantizer):
