@@ -117,8 +117,8 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
         ("model: a\nquantization: {search: reference}\n", "golden-stick has no osl-robust"),
         (
-            "model: a\nquantization: {algorithm: smoothquant, search: reference}\n",
-            "golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not 0.6",
+            "model: a\nquantization: {algorithm: smoothquant, smoothquant_alpha: 0.7, search: reference}\n",
+            "golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not 0.7",
         ),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 0.2]}\n", "ascending"),

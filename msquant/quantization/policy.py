@@ -51,8 +51,10 @@ class QuantizationPolicy(BaseModel):
         description="Grid of floors under a channel's range, as quantiles over all channels; 0 is no floor; "
         "of osl-robust.",
     )
-    smoothquant_alpha: Alpha = Field(
-        0.6, description="Migration strength of smoothquant; search: reference knows 0.5 only."
+    smoothquant_alpha: Alpha | None = Field(
+        None,
+        description="Migration strength of smoothquant; null: 0.6, or 0.5 with search: reference, "
+        "which knows no other.",
     )
     weight_clip_ratio: tuple[Ratio, ...] = Field(
         tuple(1 - i / 20 for i in range(10)),
@@ -87,12 +89,19 @@ class QuantizationPolicy(BaseModel):
     )
 
     @property
+    def one_alpha(self) -> float:
+        """The migration strength that smoothquant gives every group."""
+        if self.smoothquant_alpha is None:
+            return 0.5 if self.search == "reference" else 0.6
+        return self.smoothquant_alpha
+
+    @property
     def feed_forward_smoothing(self) -> float | None:
         """The migration strength in feed-forward blocks that go one expert at a time; None: none."""
         if self.algorithm == "rtn":
             return None
         if self.feed_forward_alpha is None and self.algorithm == "smoothquant":
-            return self.smoothquant_alpha
+            return self.one_alpha
         return self.feed_forward_alpha
 
     def scheme(self, linear: str) -> Scheme:
@@ -107,9 +116,10 @@ class QuantizationPolicy(BaseModel):
     def _has_a_reference(self) -> "QuantizationPolicy":
         if self.search == "reference" and self.algorithm == "osl-robust":
             raise ValueError("golden-stick has no osl-robust; search: reference takes osl, smoothquant, rtn")
-        if self.search == "reference" and self.algorithm == "smoothquant" and self.smoothquant_alpha != 0.5:
-            alpha = self.smoothquant_alpha
-            raise ValueError(f"golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not {alpha}")
+        if self.search == "reference" and self.algorithm == "smoothquant" and self.one_alpha != 0.5:
+            raise ValueError(
+                f"golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not {self.one_alpha}"
+            )
         return self
 
 
@@ -148,6 +158,6 @@ def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequen
             "smooth_alpha": list(policy.smooth_alpha),
             "weight_clip_ratio": list(policy.weight_clip_ratio),
             "range_floor": list(policy.range_floor),
-            "smoothquant_alpha": policy.smoothquant_alpha,
+            "smoothquant_alpha": policy.one_alpha,
         },
     )

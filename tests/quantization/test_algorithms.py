@@ -39,6 +39,13 @@ def test_fast_equals_golden_sticks_own(case, algorithm, dynamic, tmp_path):
     assert (algorithm == "rtn") == (not reference.report.groups)
 
 
+def test_smoothquant_has_an_alpha_of_its_own_and_golden_sticks_for_its_modules(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama")
+    for search, alpha in (("fast", 0.6), ("reference", 0.5)):
+        result = run_pass(folder, 2, algorithm="smoothquant", search=search)
+        assert {group.alpha for group in result.report.groups} == {alpha}
+
+
 def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
     half = run_pass(folder, 2, algorithm="smoothquant", smoothquant_alpha=0.5)
