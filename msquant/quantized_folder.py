@@ -14,7 +14,6 @@ from msquant.formats.dtypes import DTYPE_CODES, cast, stored_dtype
 from msquant.formats.folder_rules import check_manifest
 from msquant.formats.format import Format
 from msquant.formats.registry import folder_format, refuse_other_formats
-from msquant.formats.stored import stored_scheme
 from msquant.models.config import ModelConfig
 from msquant.quantization.schemes import layer_linears
 from msquant.source import prediction_layers, refuse_unknown_tensors
@@ -63,11 +62,8 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
     for name, shape in config.shapes.items():
         checkpoint.expect(name, shape)
-    linears = {
-        module: stored_scheme(checkpoint, module)
-        for index in range(config.num_hidden_layers)
-        for module in layer_linears(config, index)
-    }
+    modules = [m for index in range(config.num_hidden_layers) for m in layer_linears(config, index)]
+    linears = form.stored_schemes(checkpoint, modules)
     extras = prediction_layers(config, checkpoint)
     for shapes in extras:
         for name, shape in shapes.items():

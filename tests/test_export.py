@@ -196,6 +196,10 @@ def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:
     refused(
         dynamic, "golden-stick: the native backend of vLLM-MindSpore .* only W8A8 and FLOAT", "golden-stick"
     )
+    schemes = dict.fromkeys(modules, "static") | {modules[3]: "weight_only"}
+    alone = write(tmp_path / "alone", config, "ascend", schemes=schemes)
+    refused(alone, f"{modules[3]}: .* is weight_only: .* writes float, static, dynamic for vLLM")
+    refused(alone, "the native backend of vLLM-MindSpore .* only W8A8 and FLOAT", "golden-stick")
     single = write(tmp_path / "single", config | {"torch_dtype": "float32"}, "compressed-tensors")
     for name in ("golden-stick", "ascend"):
         refused(single, "is in float32: .* takes bfloat16 or float16", name)  # type: ignore[arg-type]

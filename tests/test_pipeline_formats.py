@@ -11,10 +11,13 @@ from msquant.errors import MsquantError
 from msquant.export import export
 from msquant.formats.format import FORMAT_NAMES
 from msquant.formats.registry import folder_format
+from msquant.formats.summary import summarize
 from msquant.generation import generate
 from msquant.inference.engine import Sampling
 from msquant.pipeline import Progress, quantize
+from msquant.quantized_folder import open_quantized
 from msquant.recipes import Recipe, validate_recipe
+from tests.fixtures.torch_simulation import greedy
 
 
 def recipe_of(model: Path, *formats: str, **quantization: Any) -> Recipe:
@@ -102,6 +105,39 @@ def refused(recipe: Recipe, folder: Path, message: str) -> None:
 def test_what_one_format_cannot_express_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_llama, "compressed-tensors", "golden-stick", dynamic=["down_proj"])
     refused(recipe, tmp_path, "native backend of vLLM-MindSpore cannot serve this: .* only W8A8 and FLOAT")
+
+
+@pytest.mark.parametrize("name", ["golden-stick", "compressed-tensors"])
+def test_int8_weights_alone_are_refused_where_nobody_serves_them(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    refused(recipe_of(tiny_llama, name, weight_only=["down_proj"]), tmp_path, "W8A16|weight_only")
+
+
+def test_int8_weights_alone_compute_what_they_say(tiny_llama: Path, tmp_path: Path) -> None:
+    """The greedy tokens of transformers on torch with every linear's weights rounded by its own scales."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = recipe_of(tiny_llama, "ascend", weight_only=["proj"])
+    folder = quantize(recipe, tmp_path / "out").folder
+    form = folder_format(folder)
+    assert form is not None
+    assert form.validate(folder, verify_hashes=True) == []
+    assert set(open_quantized(folder).linears.values()) == {"weight_only"}
+    summary = summarize(folder)
+    assert set(summary.schemes()) == {"W8A16", "FLOAT"}
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+            weight = linear.weight.data
+            scale = 2 * weight.abs().amax(1, keepdim=True) / 255
+            linear.weight.data = (weight / scale).round().clamp(-128, 127) * scale
+    expected = greedy(model, AutoTokenizer.from_pretrained(tiny_llama), "import", 8)
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    done = generate(folder, ["import"], sampling, engine="embedded")
+    assert list(done.completions[0].token_ids) == expected
 
 
 def test_a_folder_that_is_taken_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:

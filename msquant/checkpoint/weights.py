@@ -25,6 +25,11 @@ class FloatLinear:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None = None
 
+    @property
+    def scheme(self) -> Scheme:
+        """How it is computed."""
+        return "float"
+
     def take_rows(self, rows: NDArray[np.integer]) -> "FloatLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""
         return FloatLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
@@ -32,14 +37,19 @@ class FloatLinear:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
-    """A linear layer in W8A8: `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias`.
+    """A linear layer with int8 weights.
+
+    In W8A8 `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias`, in W8A16 `y =
+    weight_scale * (weight @ x) + bias`.
 
     Attributes:
         weight: int8 `[N, K]`, symmetric per output channel.
         weight_scale: float32 `[N]`.
         bias: float32 `[N]`, or None.
-        input_scale: float32 `[1]` for static per-tensor activations; None when they are quantized per token.
+        input_scale: float32 `[1]` for static per-tensor activations; None when they are quantized per token,
+            or not at all.
         input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
+        weight_only: activations stay in floating point (W8A16).
     """
 
     weight: NDArray[np.int8]
@@ -47,11 +57,23 @@ class QuantizedLinear:
     bias: NDArray[np.float32] | None = None
     input_scale: NDArray[np.float32] | None = None
     input_offset: NDArray[np.int32] | None = None
+    weight_only: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is computed."""
+        if self.weight_only:
+            return "weight_only"
+        return "static" if self.is_static else "dynamic"
 
     @property
     def is_static(self) -> bool:
         """Whether activations are quantized with a scale fixed at calibration."""
         return self.input_scale is not None
+
+    def dequantized(self) -> FloatLinear:
+        """The layer in floating point with the weights that int8 has kept."""
+        return FloatLinear(self.weight * self.weight_scale[:, None], self.bias)
 
     def take_rows(self, rows: NDArray[np.integer]) -> "QuantizedLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""

@@ -16,6 +16,7 @@ SHOWN_FINDINGS = 20
 SCHEME_NAMES = {
     "W8A8": "W8A8, static activations",
     "W8A8_DYNAMIC": "W8A8, activations per token",
+    "W8A16": "int8 weights alone (W8A16)",
     "FLOAT": "floating point",
 }
 
@@ -137,7 +138,8 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
     offsets = [module.input_offset for module in modules if module.input_offset is not None]
     weight_range = f"{min(weights):.1e} to {max(weights):.1e}"
     if not inputs:
-        return [kind, weight_range, "by token", ""]
+        alone = all(module.scheme == "W8A16" for module in modules)
+        return [kind, weight_range, "floating point" if alone else "by token", ""]
     zero_points = f"{min(offsets)} to {max(offsets)}" if offsets else "by column"
     return [kind, weight_range, f"{min(inputs):.1e} to {max(inputs):.1e}", zero_points]
 

@@ -22,7 +22,12 @@ _CAPTION = (
     "Linears by scheme, sizes and seconds are of one layer. prediction: multi-token prediction, carried "
     "through; ends: embeddings, last norm, output head."
 )
-_SCHEMES: "tuple[Scheme, ...]" = ("static", "dynamic", "float")
+_SCHEMES: "dict[Scheme, str]" = {
+    "static": "static",
+    "dynamic": "token",
+    "weight_only": "weight only",
+    "float": "float",
+}
 _WORK = {
     "read": "reading",
     "converted": "converting to float32",
@@ -114,9 +119,10 @@ def _as_json(plan: "Plan") -> dict[str, Any]:
 
 
 def _print(plan: "Plan") -> None:
-    columns = ["layers", "kind", "static", "token", "float", "before", "after"]
+    shown = [s for s in _SCHEMES if s != "weight_only" or any(s in part.linears for part in plan.parts)]
+    columns = ["layers", "kind", *(_SCHEMES[scheme] for scheme in shown), "before", "after"]
     timed = plan.seconds is not None
-    rows = [_row(list(parts), timed) for _, parts in groupby(plan.parts, key=_alike)]
+    rows = [_row(list(parts), shown, timed) for _, parts in groupby(plan.parts, key=_alike)]
     each = ["seconds"] if timed else []
     console.print_table(
         f"{plan.model}: {plan.architecture}, {plan.parameters / 1e9:,.2f} B parameters, {plan.stored}",
@@ -162,7 +168,7 @@ def _alike(part: "PartPlan") -> tuple[Any, ...]:
     return part.kind, tuple(part.linears.items()), part.parameters, part.source_bytes
 
 
-def _row(parts: "list[PartPlan]", timed: bool) -> list[Any]:
+def _row(parts: "list[PartPlan]", schemes: "list[Scheme]", timed: bool) -> list[Any]:
     first, last = parts[0], parts[-1]
     layers = "" if first.index is None else f"{first.index}"
     if first is not last:
@@ -170,6 +176,6 @@ def _row(parts: "list[PartPlan]", timed: bool) -> list[Any]:
     kind = f"{first.experts} experts" if first.experts else first.kind
     sizes = [console.as_bytes(first.source_bytes), console.as_bytes(first.output_bytes)]
     seconds = sum(part.seconds or 0 for part in parts) / len(parts)
-    linears = [first.linears.get(scheme, 0) for scheme in _SCHEMES]
+    linears = [first.linears.get(scheme, 0) for scheme in schemes]
     row = [layers, kind, *linears, *sizes]
     return [*row, round(seconds, 1)] if timed else row

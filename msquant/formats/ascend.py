@@ -10,6 +10,7 @@ from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
+from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
@@ -72,7 +73,7 @@ class AscendCheckpoint:
             raise CheckpointError(
                 f"{self.description.tensors[f'{module}.weight']} is not computed by msquant",
                 where=f"{self.checkpoint.folder}, {module}",
-                remedy="msquant reads W8A8, W8A8_DYNAMIC and FLOAT",
+                remedy=f"msquant reads {', '.join(DESCRIBED.values())}",
             )
         if findings := check_layout(self.checkpoint, module, scheme):
             raise CheckpointError(
@@ -80,8 +81,7 @@ class AscendCheckpoint:
                 where=f"{self.checkpoint.folder}, {findings[0].where}",
                 remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
             )
-        parts = [*(DYNAMIC_PARTS if scheme == "dynamic" else STATIC_PARTS)]
+        parts = [*(STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS)]
         parts += ["bias"] if f"{module}.bias" in self.checkpoint else []
-        return decode_linear(
-            module, {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
-        )
+        tensors = {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
+        return decode_linear(module, tensors, weight_only=scheme == "weight_only")

@@ -1,15 +1,17 @@
 """`quant_model_description.json`, read: what msModelSlim, or msquant, says of every tensor of a folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_schemes import CACHE_ENTRIES, DESCRIBED, DESCRIPTION_NAME, FLOAT
 from msquant.formats.format import Finding
+from msquant.formats.stored import stored_scheme
 
 _SCHEMES: dict[str, Scheme] = {word: scheme for scheme, word in DESCRIBED.items()}
 
@@ -55,6 +57,22 @@ def read_description(folder: Path) -> Description:
     return Description(tensors, entries)
 
 
+def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+    """The schemes of some modules of a folder, by their tensors, and the description where those are alike.
+
+    A description that cannot be read is left to the rules.
+    """
+    try:
+        described = read_description(checkpoint.folder)
+    except CheckpointError:
+        described = Description({}, {})
+    schemes = {module: stored_scheme(checkpoint, module) for module in modules}
+    for module, scheme in schemes.items():
+        if scheme == "dynamic" and described.scheme(module) == "weight_only":
+            schemes[module] = "weight_only"
+    return schemes
+
+
 def check_words(description: Description, stored: Mapping[str, str]) -> Iterator[Finding]:
     """Check that every tensor is described, by a word that vllm-ascend and msquant know.
 
@@ -82,5 +100,5 @@ def check_words(description: Description, stored: Mapping[str, str]) -> Iterator
 
 def _refused(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        what, where=path, remedy="msquant reads W8A8 and W8A8_DYNAMIC layers with a floating-point cache"
+        what, where=path, remedy="msquant reads layers in int8 with a floating-point cache"
     )

@@ -7,10 +7,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
 from msquant.formats.ascend import AscendCheckpoint
+from msquant.formats.ascend_description import stored_schemes
 from msquant.formats.ascend_layout import SERVED_DTYPES, encode_linear, linear_specs
 from msquant.formats.ascend_rules import validate
 from msquant.formats.ascend_schemes import (
@@ -78,6 +80,10 @@ class AscendFormat:
     ) -> dict[str, Any]:
         """See `Format`: nothing, for vLLM would read that instead of the description."""
         return {}
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """See `Format`."""
+        return stored_schemes(checkpoint, modules)
 
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""

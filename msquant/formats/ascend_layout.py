@@ -1,14 +1,18 @@
 """The tensors of one linear layer as msModelSlim writes them for vllm-ascend, written and read back.
 
 Read in msModelSlim (quant_service/modelslim_v1/save/ascendv1.py, `on_w8a8_static`,
-`on_w8a8_dynamic_per_channel`) and vllm-ascend (quantization/methods/w8a8_static.py, w8a8_dynamic.py). Static
-activations, with int32 sums:
+`on_w8a8_dynamic_per_channel`, `on_w8a16_static_per_channel`) and vllm-ascend (quantization/methods/
+w8a8_static.py, w8a8_dynamic.py, w8a16.py). Static activations, with int32 sums:
 
     y = deq_scale * (weight @ x_q + quant_bias),    x_q = clamp(round(x / input_scale) + input_offset)
 
 The layer's own bias is part of `quant_bias`. Per-token activations:
 
     y = weight_scale * s * (weight @ round(x / s)) + bias,    s = max|x| / 127 of each token
+
+With weights alone in int8 (W8A16) the tensors are the same, and
+
+    y = (weight_scale * weight) @ x + bias
 """
 
 from collections.abc import Mapping
@@ -27,7 +31,7 @@ STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scal
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
 
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
-"""The tensors of a W8A8_DYNAMIC linear layer, likewise."""
+"""The tensors of a W8A8_DYNAMIC or W8A16 linear layer, likewise."""
 
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vllm-ascend accepts with this format (`AscendModelSlimConfig.get_supported_act_dtypes`)."""
@@ -46,13 +50,13 @@ def linear_specs(
     Args:
         module: its name.
         shape: `(N, K)`.
-        scheme: `static` or `dynamic`.
+        scheme: `static`, `dynamic` or `weight_only`.
         dtype: the model's.
         bias: whether it has one.
     """
     rows = shape[:1]
     parts: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", shape)]
-    if scheme == "dynamic":
+    if scheme != "static":
         parts += [("weight_scale", "F32", (*rows, 1)), ("weight_offset", "F32", (*rows, 1))]
     else:
         parts += [("quant_bias", "I32", rows), ("input_scale", "F32", (1,)), ("input_offset", "F32", (1,))]
@@ -70,14 +74,14 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
 
     Args:
         module: its name, for example `model.layers.0.self_attn.q_proj`.
-        linear: in floating point, or W8A8 with static or per-token activations.
+        linear: in any scheme.
         dtype: the model's: `bfloat16` or `float16`.
 
     Returns:
         Arrays by full tensor name. Floating point: `weight` and `bias` in `dtype`. W8A8, with s_x the rounded
         input scale and zp its zero point: `weight` int8 [N, K]; `deq_scale` = s_x s_w float32 [N], in a
         float16 model int64 with its bits; `quant_bias` = round(bias / deq_scale) - sum_k zp W int32 [N];
-        `input_scale` = s_x and `input_offset` = zp float32 [1]. W8A8_DYNAMIC: `weight` int8 [N, K];
+        `input_scale` = s_x and `input_offset` = zp float32 [1]. W8A8_DYNAMIC and W8A16: `weight` int8 [N, K];
         `weight_scale` = s_w and `weight_offset` = 0, float32 [N, 1]. `bias`, if there is one, rounded to
         `dtype`, of a quantized layer in float32 [N]: msModelSlim keeps it beside `quant_bias`.
 
@@ -138,13 +142,16 @@ def folded_bias(
     return folded.astype(np.int32)
 
 
-def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def decode_linear(
+    module: str, tensors: Mapping[str, NDArray[Any]], *, weight_only: bool = False
+) -> QuantizedLinear:
     """The quantized layer that `encode_linear`, or msModelSlim, stored.
 
     Args:
         module: its name.
         tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
+        weight_only: whether it is W8A16; W8A8_DYNAMIC has the same tensors.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -164,7 +171,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
             raise CheckpointError(
                 "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
             )
-        return QuantizedLinear(weight=weight, weight_scale=scale, bias=bias)
+        return QuantizedLinear(weight=weight, weight_scale=scale, bias=bias, weight_only=weight_only)
     deq_scale = deq_scale_values(tensors[f"{module}.deq_scale"])
     input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)
     zero_point = zero_point_of(tensors[f"{module}.input_offset"])

@@ -18,7 +18,12 @@ DESCRIPTION_NAME = "quant_model_description.json"
 
 FLOAT = "FLOAT"
 
-DESCRIBED: dict[Scheme, str] = {"float": FLOAT, "static": "W8A8", "dynamic": "W8A8_DYNAMIC"}
+DESCRIBED: dict[Scheme, str] = {
+    "float": FLOAT,
+    "static": "W8A8",
+    "dynamic": "W8A8_DYNAMIC",
+    "weight_only": "W8A16",
+}
 """The word the description has for each scheme that vllm-ascend runs and msquant reads."""
 
 # A description of a cache, or of attention, that is quantized too.
@@ -52,7 +57,7 @@ def describe(names: Iterable[str], linears: Mapping[str, Scheme]) -> dict[str, A
         description[name] = FLOAT if part == "bias" else DESCRIBED[linears.get(module, "float")]
     words = set(description.values())
     # The order of msModelSlim's QUANT_TYPE_PRIORITY.
-    model_type = next(word for word in ("W8A8", "W8A8_DYNAMIC", FLOAT) if word in words)
+    model_type = next(word for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", FLOAT) if word in words)
     return {
         **dict(sorted(description.items())),
         "version": "1.0.0",

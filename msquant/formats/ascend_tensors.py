@@ -1,7 +1,7 @@
 """What the tensors themselves must be for vllm-ascend's int8 layers: dtypes, shapes and values.
 
-Read in vllm-ascend (methods/w8a8_static.py, w8a8_dynamic.py: `get_pertensor_param`, `get_perchannel_param`):
-the loader copies into a parameter's dtype, but insists on its shape.
+Read in vllm-ascend (methods/w8a8_static.py, w8a8_dynamic.py, w8a16.py: `get_pertensor_param`,
+`get_perchannel_param`): the loader copies into a parameter's dtype, but insists on its shape.
 """
 
 from collections.abc import Iterator
@@ -46,16 +46,16 @@ def check_layout(
     Args:
         checkpoint: the opened folder.
         module: the layer, for example `model.layers.0.mlp.up_proj`.
-        scheme: `static` or `dynamic`.
+        scheme: `static`, `dynamic` or `weight_only`.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
     """
-    dynamic = scheme == "dynamic"
-    shape = layer_shape(checkpoint, module, DYNAMIC_PARTS if dynamic else STATIC_PARTS)
+    static = scheme == "static"
+    shape = layer_shape(checkpoint, module, STATIC_PARTS if static else DYNAMIC_PARTS)
     if isinstance(shape, list):
         return shape
     rows = shape[:1]
     expected: Parts = {"weight": (_INT8, (shape,))}
-    if dynamic:
+    if not static:
         expected["weight_scale"] = (FLOAT_CODES, ((*rows, 1),))
         expected["weight_offset"] = (FLOAT_CODES, ((*rows, 1),))
     else:
@@ -99,7 +99,7 @@ def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterat
     if bias in checkpoint and (found := list(check_float(checkpoint, bias))):
         yield from found
         return
-    if scheme == "dynamic":
+    if scheme != "static":
         yield from check_positive(checkpoint, f"{module}.weight_scale")
         if checkpoint.raw(f"{module}.weight_offset").any():
             yield Finding(

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
@@ -21,6 +22,7 @@ from msquant.formats.compressed_tensors_rules import notes, validate
 from msquant.formats.compressed_tensors_schemes import DESCRIBED, check_schemes
 from msquant.formats.compressed_tensors_section import make_section
 from msquant.formats.format import Finding, FormatName
+from msquant.formats.stored import stored_scheme
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class CompressedTensorsFormat:
     ) -> dict[str, Any]:
         """See `Format`."""
         return {"quantization_config": make_section(linears, names)}
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """See `Format`."""
+        return {module: stored_scheme(checkpoint, module) for module in modules}
 
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 from numpy.typing import NDArray
 from pydantic import BeforeValidator
 
+from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
@@ -116,7 +117,7 @@ class Format(Protocol):
         Args:
             module: its name, for example `model.layers.0.self_attn.q_proj`.
             shape: `(N, K)`.
-            scheme: `static` or `dynamic`.
+            scheme: one of `schemes`, but not `float`.
             dtype: the model's, one of `dtypes`.
             bias: whether it has one.
         """
@@ -146,6 +147,10 @@ class Format(Protocol):
         self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What is put into `config.json`. Arguments as for `documents`."""
+        ...
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """The schemes of some modules of a folder, damaged or not; `float` where nothing says another."""
         ...
 
     def open(self, folder: Path) -> WeightSource:

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
@@ -28,6 +29,7 @@ from msquant.formats.golden_stick_schemes import (
     check_schemes,
     serving_notes,
 )
+from msquant.formats.stored import stored_scheme
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class GoldenStickFormat:
     ) -> dict[str, Any]:
         """See `Format`: nothing, for vLLM-MindSpore would read that instead of the description."""
         return {}
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """See `Format`."""
+        return {module: stored_scheme(checkpoint, module) for module in modules}
 
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""

@@ -12,7 +12,7 @@ from msquant.checkpoint.rope_rows import RowOrder
 from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, Scheme
+from msquant.checkpoint.weights import Linear
 from msquant.errors import OutputError
 from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
@@ -91,7 +91,7 @@ class GroupWriter:
                 before; or the disk is full.
             CheckpointError: as `Format.encode_linear`.
         """
-        scheme = _scheme(linear)
+        scheme = linear.scheme
         planned = self._plan.linears.get(module, "float")
         if scheme != planned:
             raise OutputError(f"its scheme is {scheme}, {planned} is planned", where=module)
@@ -147,12 +147,6 @@ class GroupWriter:
             f"{name} is given with shape {list(shape)}, but planned as {self._spec(name)[1]}",
             where=self._folder,
         )
-
-
-def _scheme(linear: Linear) -> Scheme:
-    if isinstance(linear, FloatLinear):
-        return "float"
-    return "static" if linear.is_static else "dynamic"
 
 
 def _runs(targets: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -41,7 +41,7 @@ def check_linear_schemes(
             yield Finding(module, f"is {scheme}: in this format msquant writes {known} for {consumer}")
         elif scheme != "float" and (what := float_only(module, names)):
             yield Finding(module, f"is {scheme}: {consumer} takes {what} in floating point only")
-        if scheme == "static" and experts_parent(module):
+        if scheme in ("static", "weight_only") and experts_parent(module):
             problem = f"{consumer} runs routed experts in int8 with per-token activations (dynamic) only"
-            yield Finding(module, f"is static: {problem}")
+            yield Finding(module, f"is {scheme}: {problem}")
     yield from check_fused_schemes(linears)

@@ -1,4 +1,4 @@
-"""How a linear layer is stored, from the tensors alone: the same in every format."""
+"""How a linear layer is stored, from the tensors alone: nearly the same in every format."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,10 @@ class StoredScales:
 
 
 def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
-    """The scheme of a layer: weights of a quantized one are int8, and its static input has a scale."""
+    """The scheme of a layer: weights of a quantized one are int8, and its static input has a scale.
+
+    The tensors of ascend's `weight_only` are those of its `dynamic`; its description tells them apart.
+    """
     weight = f"{module}.weight"
     if weight not in checkpoint or checkpoint.dtype(weight) != "I8":
         return "float"

@@ -17,10 +17,10 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.format import Finding
+from msquant.formats.format import Finding, Format
 from msquant.formats.golden_stick_schemes import DESCRIBED, FLOAT
 from msquant.formats.registry import folder_format, refuse_other_formats
-from msquant.formats.stored import stored_scales, stored_scheme
+from msquant.formats.stored import stored_scales
 
 _LAYERS = "model.layers."
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -34,7 +34,7 @@ class ModuleSummary:
         name: for example `model.layers.0.self_attn.q_proj`.
         kind: the name without the layer and the expert's number, for example `mlp.experts.*.up_proj`.
         layer: the decoder layer it is in; None outside of the decoder.
-        scheme: `W8A8`, `W8A8_DYNAMIC` or `FLOAT`.
+        scheme: `W8A8`, `W8A8_DYNAMIC`, `W8A16` or `FLOAT`.
         dtype: safetensors dtype of the weight.
         shape: of the weight.
         nbytes: of all its tensors on disk.
@@ -175,7 +175,7 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False, check: bool = 
         quantization=name,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         dtype=model_dtype(config),
-        modules=list(_modules(checkpoint)),
+        modules=list(_modules(checkpoint, form)),
         layers=list(_layers(_manifest(folder))),
         has_manifest=bool(_manifest(folder)),
         findings=findings,
@@ -206,10 +206,11 @@ def _layers(manifest: dict[str, Any]) -> Iterator[LayerSummary]:
         return
 
 
-def _modules(checkpoint: Checkpoint) -> Iterator[ModuleSummary]:
+def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSummary]:
     names: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names():
         names[name.rpartition(".")[0] or name].append(name)
+    schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, "float")
     for module in sorted(names, key=_natural_order):
         weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
         layer, kind = _place(module)
@@ -218,7 +219,7 @@ def _modules(checkpoint: Checkpoint) -> Iterator[ModuleSummary]:
             name=module,
             kind=kind,
             layer=layer,
-            scheme=DESCRIBED[stored_scheme(checkpoint, module)],
+            scheme=DESCRIBED[schemes[module]],
             dtype=checkpoint.dtype(weight),
             shape=checkpoint.shape(weight),
             nbytes=sum(checkpoint.nbytes(name) for name in names[module]),

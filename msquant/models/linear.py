@@ -1,4 +1,4 @@
-"""Linear layers as MindSpore cells: floating point, and W8A8 with exact integer arithmetic."""
+"""Linear layers as MindSpore cells: floating point and W8A16, and W8A8 with exact integer arithmetic."""
 
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,8 @@ def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
     """Build the cell that computes `linear` on inputs `[T, K]`, in `dtype` outside the integer product."""
     if isinstance(linear, FloatLinear):
         return dense(linear, dtype)
+    if linear.weight_only:
+        return dense(linear.dequantized(), dtype)
     return Int8Linear(linear, dtype)
 
 

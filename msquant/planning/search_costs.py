@@ -35,7 +35,7 @@ def search_work(blocks: LayerBlocks, tokens: Tokens, scores: int) -> Work:
     for place, group in enumerate(blocks.groups):
         if policy.algorithm == "osl" and group[0].scheme == "static":
             total += _search(blocks, place, tokens, scores)
-        elif policy.algorithm == "osl-robust" and group[0].scheme != "float":
+        elif policy.algorithm == "osl-robust" and group[0].scheme in ("static", "dynamic"):
             total += _held_out_search(policy, group, tokens)
     for linear in blocks.searched:
         if policy.algorithm == "osl" and linear.scheme == "static":

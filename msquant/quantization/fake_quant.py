@@ -32,6 +32,20 @@ def activation_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
     return scale.astype(np.float32), offset.astype(np.float32)
 
 
+def in_int8(scale: Floats, offset: NDArray[np.int32]) -> tuple[Floats, NDArray[np.int32]]:
+    """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks.
+
+    Args:
+        scale: float32 `[1]`.
+        offset: int32 `[1]`, outside of [-128, 127] where the range lies on one side of 0.
+    """
+    if INT8_MIN <= offset[0] <= INT8_MAX:
+        return scale, offset
+    low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale
+    scale, wide_offset = activation_parameters(np.minimum(low, 0), np.maximum(high, 0))
+    return scale, wide_offset.astype(np.int32)
+
+
 def weight_scale(weight: Floats) -> Floats:
     """Symmetric scale of every output channel: `[N, K]` to `2 max|row| / 255`, `[N, 1]`; 1 for zeros."""
     scale = 2 * row_maxima(weight)[:, None].astype(np.float64) / STEPS

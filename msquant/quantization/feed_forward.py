@@ -218,8 +218,8 @@ class FeedForwardPass:
             weight /= rows[:, None]
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
-        if self._policy.scheme(module) == "dynamic":
-            linear = QuantizedLinear(*quantize_weight(weight), bias)
+        if (scheme := self._policy.scheme(module)) != "float":
+            linear = QuantizedLinear(*quantize_weight(weight), bias, weight_only=scheme == "weight_only")
         sink.linear(module, linear)
         return linear
 
@@ -256,6 +256,8 @@ class FeedForwardPass:
 
 def _apply(linear: Linear, x: Floats) -> Floats:
     """`[T, K]` to `[T, N]`: per-token int8 as in `models.linear.Int8Linear`, but for sums' last digits."""
+    if isinstance(linear, QuantizedLinear) and linear.weight_only:
+        linear = linear.dequantized()
     if isinstance(linear, FloatLinear):
         y = x @ linear.weight.T
     else:

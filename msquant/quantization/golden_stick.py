@@ -28,6 +28,7 @@ def load() -> None:
             DynamicQuantLinearCell,
             OSLSmoothQuantLinearCell,
             SmoothQuantLinearCell,
+            WeightQuantLinearCell,
         )
 
     # The original reads the source of the whole stack for every message, even a suppressed one: 0.1 s each.
@@ -41,6 +42,7 @@ def load() -> None:
         ClipLinearCell,
         AllQuantLinearCell,
         DynamicQuantLinearCell,
+        WeightQuantLinearCell,
     ):
         cell.reg_self()
     # It collects garbage many times a layer, 0.4 s each with all that is loaded by now.

@@ -12,13 +12,13 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.quantization import golden_stick
-from msquant.quantization.fake_quant import activation_parameters
+from msquant.quantization.fake_quant import in_int8
 from msquant.quantization.policy import Algorithm, QuantizationPolicy, ptq_config
 from msquant.quantization.report import LayerReport
 
@@ -98,21 +98,26 @@ def quantize_layer(
         # golden-stick takes every item for one sample.
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
     model = _OneLayerModel(config, groups, layer, hidden, places)
-    cells: dict[str, list[str]] = {"float": [], "static": [], "dynamic": []}
-    for linear in linears:
-        cells[policy.scheme(f"{name}.{linear}")].append(f"network.layer.{linear}")
-    per_token = ptq_config(policy, per_token=True)
-    policies = OrderedDict((f"{re.escape(cell)}$", per_token) for cell in cells["dynamic"])
+    schemes = {linear: policy.scheme(f"{name}.{linear}") for linear in linears}
+    policies = OrderedDict(
+        (f"{re.escape(f'network.layer.{linear}')}$", ptq_config(policy, scheme))
+        for linear, scheme in schemes.items()
+        if scheme in ("dynamic", "weight_only")
+    )
+    skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme == "float"]
     *modules, quantizer = _modules(policy, report)
-    ranges = bool(cells["static"]) or policy.search == "reference"
+    ranges = "static" in schemes.values() or policy.search == "reference"
     pipeline = [*map(passes.of, modules), passes.of(quantizer, needed=ranges or not modules)]
     with golden_stick.pipeline(pipeline):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
-        ptq = PTQ(ptq_config(policy, skip=cells["float"]), policies)
+        ptq = PTQ(ptq_config(policy, skip=skip), policies)
         with passes.over(layer):
             ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
-        linears={f"{name}.{linear}": _result(find_cell(layer, linear)) for linear in linears},
+        linears={
+            f"{name}.{linear}": _result(find_cell(layer, linear), scheme)
+            for linear, scheme in schemes.items()
+        },
         norms={
             f"{name}.{norm}.weight": find_cell(layer, norm).weight.asnumpy()
             for norm in _norms(config, index)
@@ -271,29 +276,13 @@ def _norms(config: ModelConfig, index: int) -> list[str]:
     return [name.removesuffix(suffix) for name in names if name.endswith(f"norm{suffix}")]
 
 
-def _result(cell: Any) -> Linear:
+def _result(cell: Any, scheme: Scheme) -> Linear:
     """The weights of a linear after the pass, whether golden-stick quantized it or was told to skip it."""
     bias = cell.bias.asnumpy() if cell.has_bias else None
-    if isinstance(cell, nn.Dense):
+    if scheme == "float":
         return FloatLinear(cell.weight.asnumpy(), bias)
     weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy().reshape(-1)
-    if not hasattr(cell, "input_scale"):
-        return QuantizedLinear(weight, weight_scale, bias)
+    if scheme != "static":
+        return QuantizedLinear(weight, weight_scale, bias, weight_only=scheme == "weight_only")
     scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
     return QuantizedLinear(weight, weight_scale, bias, input_scale=scale, input_offset=offset)
-
-
-def in_int8(
-    scale: NDArray[np.float32], offset: NDArray[np.int32]
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks.
-
-    Args:
-        scale: float32 `[1]`.
-        offset: int32 `[1]`, outside of [-128, 127] where the range lies on one side of 0.
-    """
-    if INT8_MIN <= offset[0] <= INT8_MAX:
-        return scale, offset
-    low, high = (INT8_MIN - offset) * scale, (INT8_MAX - offset) * scale
-    scale, wide_offset = activation_parameters(np.minimum(low, 0), np.maximum(high, 0))
-    return scale, wide_offset.astype(np.int32)

@@ -24,7 +24,7 @@ Algorithm = Literal["osl-robust", "osl", "smoothquant", "rtn"]
 
 
 class QuantizationPolicy(BaseModel):
-    """Int8 weights per channel, int8 activations static per tensor or with a scale per token."""
+    """Int8 weights per channel; activations static per tensor, with a scale per token, or not quantized."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +68,7 @@ class QuantizationPolicy(BaseModel):
     weight_only: tuple[str, ...] = Field(
         (),
         description="Linears whose name contains one of these get int8 weights and floating-point "
-        "activations (W8A16).",
+        "activations (W8A16), rounded to nearest by any algorithm; of the ascend format.",
     )
     dynamic: tuple[str, ...] = Field(
         (),
@@ -123,13 +123,14 @@ class QuantizationPolicy(BaseModel):
         return self
 
 
-def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequence[str] = ()) -> Any:
+def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequence[str] = ()) -> Any:
     """Translate the policy to golden-stick's `PTQConfig`.
 
     Args:
         policy: what was asked for.
-        per_token: for linears with a scale per token. They are smoothed too, except by osl: golden-stick's
-            own configs for that one leave them as they are.
+        scheme: of the linears it is for, not `float`. Those with a scale per token (`dynamic`) are smoothed
+            too, except by osl: golden-stick's own configs for that one leave them as they are. Those with
+            int8 weights alone (`weight_only`) never are: golden-stick smooths for W8A8 only.
         skip: cells whose name contains one of these stay in floating point.
     """
     from mindspore import dtype
@@ -143,17 +144,18 @@ def ptq_config(policy: QuantizationPolicy, per_token: bool = False, skip: Sequen
         "smoothquant": OutliersSuppressionType.SMOOTH,
         "rtn": OutliersSuppressionType.NONE,
     }[policy.algorithm]
-    if per_token and policy.algorithm == "osl":
+    if scheme == "weight_only" or (scheme == "dynamic" and policy.algorithm == "osl"):
         suppression = OutliersSuppressionType.NONE
+    granularity = QuantGranularity.PER_TOKEN if scheme == "dynamic" else QuantGranularity.PER_TENSOR
     return PTQConfig(
         mode=PTQMode.QUANTIZE,
         backend=BackendTarget.ASCEND,
         opname_blacklist=list(skip),
         weight_quant_dtype=dtype.int8,
-        act_quant_dtype=dtype.int8,
+        act_quant_dtype=None if scheme == "weight_only" else dtype.int8,
         outliers_suppression=suppression,
         weight_quant_granularity=QuantGranularity.PER_CHANNEL,
-        act_quant_granularity=QuantGranularity.PER_TOKEN if per_token else QuantGranularity.PER_TENSOR,
+        act_quant_granularity=granularity,
         algo_args={
             "smooth_alpha": list(policy.smooth_alpha),
             "weight_clip_ratio": list(policy.weight_clip_ratio),

@@ -1,5 +1,6 @@
 """golden-stick's last module, which rounds the weights, with msquant's rounding in its cells."""
 
+from collections.abc import Callable
 from typing import Any
 
 from mindspore import Parameter, Tensor
@@ -29,8 +30,11 @@ class FastStaticCell(AllQuantLinearCell, FastWeightCell):
     """golden-stick's static linear, by whose `super().quant()` the weight comes to `FastWeightCell`."""
 
 
-class FastDynamicCell(DynamicQuantLinearCell, FastWeightCell):
-    """golden-stick's linear with a scale per token, likewise, which does not ask for what it reads."""
+class _Unread:
+    """Of cells to whom what they read is nothing; golden-stick's do not go without."""
+
+    samples: list[Any]
+    quant: Callable[[], None]
 
     def process(self) -> None:
         """Round the weight."""
@@ -38,10 +42,22 @@ class FastDynamicCell(DynamicQuantLinearCell, FastWeightCell):
         self.quant()
 
 
+class FastDynamicCell(_Unread, DynamicQuantLinearCell, FastWeightCell):
+    """golden-stick's linear with a scale per token, likewise."""
+
+
+class FastWeightOnlyCell(_Unread, FastWeightCell):
+    """golden-stick's linear with int8 weights alone."""
+
+
 class FastQuantizer(Quantizer):
     """golden-stick's quantizer with these cells."""
 
-    cells = {AllQuantLinearCell: FastStaticCell, DynamicQuantLinearCell: FastDynamicCell}  # noqa: RUF012
+    cells = {  # noqa: RUF012
+        AllQuantLinearCell: FastStaticCell,
+        DynamicQuantLinearCell: FastDynamicCell,
+        WeightQuantLinearCell: FastWeightOnlyCell,
+    }
 
     def get_wrapper_layer(self, layer_type: Any, config: Any) -> type | None:
         """Wrap what golden-stick would wrap, in our cell."""

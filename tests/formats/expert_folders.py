@@ -95,8 +95,8 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
         return FloatLinear(rng.normal(size=shape).astype(np.float32), stored_bias)
     weight = rng.integers(-128, 128, shape, dtype=np.int8)
     scales = rng.uniform(1e-4, 1e-2, shape[0]).astype(np.float32)
-    if scheme == "dynamic":
-        return QuantizedLinear(weight, scales, stored_bias)
+    if scheme != "static":
+        return QuantizedLinear(weight, scales, stored_bias, weight_only=scheme == "weight_only")
     own = module.endswith(("o_proj", "b_proj"))
     scale, offset = np.full(1, 0.03 if own else 0.07, np.float32), np.full(1, 5 if own else -3, np.int32)
     return QuantizedLinear(weight, scales, stored_bias, scale, offset)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import INDEX_NAME
+from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.ascend import AscendCheckpoint
@@ -27,9 +27,10 @@ BIASED = {**CONFIG, "attention_bias": True}
 
 
 def mixed(config: dict[str, Any]) -> dict[str, Scheme]:
-    """Static, but for down_proj per token, and one that is not quantized."""
+    """Static, but for down_proj per token, o_proj by its weights alone, and one that is not quantized."""
     schemes = schemes_of(config)
     schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
+    schemes.update({module: "weight_only" for module in schemes if module.endswith("o_proj")})
     return {**schemes, "model.layers.1.mlp.down_proj": "float"}
 
 
@@ -82,7 +83,8 @@ def test_a_written_folder_keeps_the_rules_and_is_what_was_written(
         if isinstance(linear, QuantizedLinear) and isinstance(expected, QuantizedLinear):
             np.testing.assert_array_equal(linear.weight, expected.weight)
             np.testing.assert_allclose(linear.weight_scale, expected.weight_scale, rtol=3e-7)
-            assert linear.is_static == expected.is_static
+            assert linear.scheme == expected.scheme
+    assert form.stored_schemes(Checkpoint.open(tmp_path / "m"), schemes) == schemes
 
 
 def test_the_description_has_what_vllm_ascend_and_msmodelslim_expect() -> None:
@@ -100,6 +102,8 @@ def test_the_description_has_what_vllm_ascend_and_msmodelslim_expect() -> None:
         "group_size": 0,
     }
     assert describe([f"{DOWN}.weight"], {DOWN: "dynamic"})["model_quant_type"] == "W8A8_DYNAMIC"
+    alone = describe([f"{DOWN}.weight", f"{DOWN}.weight_scale"], {DOWN: "weight_only"})
+    assert alone["model_quant_type"] == alone[f"{DOWN}.weight_scale"] == "W8A16"
 
 
 def test_a_folder_of_msmodelslim_is_found_and_read(folder: Path) -> None:
@@ -170,7 +174,10 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{Q}.weight": "W4A8"}, f"{Q}.weight: described as 'W4A8': only FLOAT, W8A8 and W8A8_DYNAMIC"),
+        (
+            {f"{Q}.weight": "W4A8"},
+            f"{Q}.weight: described as 'W4A8': only FLOAT, W8A8, W8A8_DYNAMIC and W8A16",
+        ),
         ({f"{Q}.deq_scale": "W8A8_DYNAMIC"}, f"{Q}.deq_scale: described as W8A8_DYNAMIC, but the layer's"),
         ({f"{Q}.smooth": "W8A8"}, f"{Q}.smooth: described, but not stored"),
         ({f"{Q}.deq_scale": None}, f"{Q}.deq_scale: stored, but not described"),
@@ -233,10 +240,15 @@ def test_a_missing_description_is_an_error(folder: Path) -> None:
     ("config", "change", "message"),
     [
         (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, unlike {Q} (static): they run as one layer"),
-        (CONFIG, {Q: "weight_only"}, "msquant writes float, static, dynamic for vllm-ascend"),
+        (CONFIG, {Q: "weight_only"}, f"{K}: is static, unlike {Q} (weight_only): they run as one layer"),
         (CONFIG, {"lm_head": "dynamic"}, "vllm-ascend takes the output head in floating point only"),
         (QWEN, {EXPERT: "float"}, "they run as one layer"),
         (QWEN, {EXPERT: "static"}, "per-token activations (dynamic) only"),
+        (
+            QWEN,
+            {EXPERT: "weight_only"},
+            "is weight_only: vllm-ascend runs routed experts in",
+        ),
         (DEEPSEEK, {"model.layers.1.self_attn.kv_b_proj": "dynamic"}, "which it folds into the attention"),
         (DEEPSEEK, {"model.layers.0.self_attn.q_a_proj": "float"}, "they run as one layer"),
     ],

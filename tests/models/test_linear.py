@@ -1,5 +1,6 @@
 """W8A8 linear layers against exact integer arithmetic in NumPy."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool, dty
     # One step of the int8 input moves the output by far more than this.
     atol = 2e-7 * np.abs(expected).max()
     np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_with_int8_weights_alone_equals_the_reference(bias: bool, dtype: Any) -> None:
+    linear, x = replace(random_linear(64, static=False, bias=bias), weight_only=True), random_input(64)
+    expected = reference(linear, x)
+    atol = 2e-7 * np.abs(expected).max()
+    np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("k", SIZES)

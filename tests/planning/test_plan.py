@@ -55,6 +55,16 @@ def test_the_planned_size_is_that_of_the_written_shards(model_type: str, tmp_pat
     assert plan.problems == ()
 
 
+def test_int8_weights_alone_are_planned(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "llama", dtype="bfloat16")
+    recipe = short_recipe(folder).replace("quantization", weight_only=["down_proj"])
+    recipe = recipe.model_copy(update={"format": "ascend"})
+    plan = make_plan(recipe, tmp_path / "out")
+    quantize(recipe, tmp_path / "out")
+    assert plan.output_bytes == shard_sizes(tmp_path / "out")
+    assert plan.parts[0].linears == {"static": 6, "weight_only": 1}
+
+
 def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
     plain = write_tiny(tmp_path / "plain", "deepseek_v3", dtype="bfloat16", prediction_layers=1)
     folder = to_fp8(plain, tmp_path / "fp8", (32, 32))

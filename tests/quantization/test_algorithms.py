@@ -16,7 +16,7 @@ def same(ours, theirs):
     for name, linear in theirs.linears.items():
         np.testing.assert_array_equal(ours.linears[name].weight, linear.weight)
         np.testing.assert_allclose(ours.linears[name].weight_scale, linear.weight_scale, rtol=1e-6)
-        assert (ours.linears[name].input_scale is None) == (linear.input_scale is None)
+        assert ours.linears[name].scheme == linear.scheme
         if linear.input_scale is not None:
             np.testing.assert_allclose(ours.linears[name].input_scale, linear.input_scale, rtol=1e-6)
             np.testing.assert_array_equal(ours.linears[name].input_offset, linear.input_offset)
@@ -24,19 +24,37 @@ def same(ours, theirs):
         np.testing.assert_allclose(ours.norms[name], theirs_norm, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [(), ("proj",)], ids=["static", "per token"])
+@pytest.mark.parametrize(
+    "schemes",
+    [{}, {"dynamic": ("proj",)}, {"weight_only": ("proj",)}],
+    ids=["static", "per token", "weights alone"],
+)
 @pytest.mark.parametrize("algorithm", ["smoothquant", "rtn"])
 @pytest.mark.parametrize("case", ["grouped queries", "one key per query, biases", "latent attention"])
-def test_fast_equals_golden_sticks_own(case, algorithm, dynamic, tmp_path):
+def test_fast_equals_golden_sticks_own(case, algorithm, schemes, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, "dynamic": dynamic}
+    policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, **schemes}
     reference = run_pass(folder, 2, part, search="reference", **policy)
     fast = run_pass(folder, 2, part, search="fast", **policy)
     same(fast, reference)
-    expected = [] if algorithm == "rtn" else [0.5] * len(reference.report.groups)
-    assert [group.alpha for group in fast.report.groups] == expected
-    assert (algorithm == "rtn") == (not reference.report.groups)
+    assert {linear.scheme for linear in fast.linears.values()} == {next(iter(schemes), "static")}
+    smoothed = algorithm == "smoothquant" and "weight_only" not in schemes
+    assert [group.alpha for group in fast.report.groups] == [0.5] * len(reference.report.groups)
+    assert smoothed == bool(reference.report.groups)
+
+
+@pytest.mark.parametrize("algorithm", ["osl-robust", "osl", "smoothquant"])
+def test_int8_weights_alone_are_not_smoothed_while_others_are(algorithm, tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama")
+    policy = {"algorithm": algorithm, "smooth_alpha": (0.5,), "range_floor": (0.0,)}
+    result = run_pass(folder, 2, **policy, weight_only=("down_proj",))
+    rtn = run_pass(folder, 2, algorithm="rtn", weight_only=("down_proj",))
+    name = "model.layers.1.mlp.down_proj"
+    assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
+    assert [linear for linear in result.linears if result.linears[linear].scheme == "weight_only"] == [name]
+    np.testing.assert_array_equal(result.linears[name].weight, rtn.linears[name].weight)
+    np.testing.assert_array_equal(result.linears[name].weight_scale, rtn.linears[name].weight_scale)
 
 
 def test_smoothquant_has_an_alpha_of_its_own_and_golden_sticks_for_its_modules(tmp_path):

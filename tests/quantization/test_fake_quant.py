@@ -6,7 +6,7 @@ import pytest
 from mindspore import ops
 
 from msquant.models.device import use_device
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
+from msquant.quantization.fake_quant import activation_parameters, fake_quantize, in_int8, weight_scale
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,3 +64,21 @@ def test_a_row_of_zeros_stays_zero():
     weight[1] = 1
     assert weight_scale(weight)[0] == 1
     np.testing.assert_array_equal(fake_quantize(weight, weight_scale(weight))[0], 0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-9.0, -8.5), (0.5, 300.0)])
+def test_a_range_that_leaves_out_zero_is_widened_to_an_int8_zero_point(low, high):
+    scale = np.float32([(high - low) / 255])
+    offset = np.rint(-128 - low / scale).astype(np.int32)
+
+    scale, offset = in_int8(scale, offset)
+
+    assert -128 <= offset[0] <= 127
+    least, most = (-128 - offset[0]) * scale[0], (127 - offset[0]) * scale[0]
+    assert least <= low + scale[0] / 2
+    assert most >= high - scale[0] / 2
+
+
+def test_a_range_that_holds_zero_is_left_as_it_is():
+    scale, offset = np.float32([0.02]), np.int32([-128])
+    assert in_int8(scale, offset) == (scale, offset)

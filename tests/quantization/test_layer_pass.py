@@ -10,7 +10,7 @@ from msquant.models.config import ModelConfig
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization import golden_stick
-from msquant.quantization.layer_pass import in_int8, quantize_layer
+from msquant.quantization.layer_pass import quantize_layer
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.report import relative_error
 
@@ -87,21 +87,3 @@ def test_linears_with_a_scale_per_token_are_not_searched(parts):
     assert all(static.values())
     assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
     assert 0 < error(hidden, output, DecoderLayer(config, result, NAME, dtype), places) < 0.01
-
-
-@pytest.mark.parametrize(("low", "high"), [(3.0, 5.0), (-9.0, -8.5), (0.5, 300.0)])
-def test_a_range_that_leaves_out_zero_is_widened_to_an_int8_zero_point(low, high):
-    scale = np.float32([(high - low) / 255])
-    offset = np.rint(-128 - low / scale).astype(np.int32)
-
-    scale, offset = in_int8(scale, offset)
-
-    assert -128 <= offset[0] <= 127
-    least, most = (-128 - offset[0]) * scale[0], (127 - offset[0]) * scale[0]
-    assert least <= low + scale[0] / 2
-    assert most >= high - scale[0] / 2
-
-
-def test_a_range_that_holds_zero_is_left_as_it_is():
-    scale, offset = np.float32([0.02]), np.int32([-128])
-    assert in_int8(scale, offset) == (scale, offset)

@@ -138,6 +138,18 @@ def test_every_groups_error_is_that_of_an_independent_computation(
         assert error.dynamic_error == pytest.approx(per_token[group], rel=0.01)
 
 
+def test_int8_weights_alone_cost_less_than_activations_too(tiny_llama: Path, tmp_path: Path) -> None:
+    hidden = samples(2)
+    alone, _ = measure(
+        tiny_llama, tmp_path / "a", QuantizationPolicy(algorithm="rtn", weight_only=("proj",)), hidden
+    )
+    both, _ = measure(tiny_llama, tmp_path / "b", QuantizationPolicy(algorithm="rtn"), hidden)
+    assert list(alone) == list(GROUPS)
+    for group, error in alone.items():
+        assert (error.scheme, error.dynamic_error) == ("weight_only", None)
+        assert 0 < error.error < both[group].dynamic_error
+
+
 def test_osl_leaves_linears_with_a_scale_per_token_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
     policy = QuantizationPolicy(algorithm="osl", smooth_alpha=(0.6,), weight_clip_ratio=(0.9,))
     hidden = samples(2)

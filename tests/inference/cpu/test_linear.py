@@ -66,6 +66,10 @@ def float_linear(k: int) -> FloatLinear:
     return FloatLinear(weight)
 
 
+def weight_only(k: int) -> QuantizedLinear:
+    return dataclasses.replace(random_linear(k, static=False), weight_only=True)
+
+
 def shifted(linear: QuantizedLinear) -> QuantizedLinear:
     return dataclasses.replace(linear, input_offset=np.array([5], np.int32))
 
@@ -79,8 +83,10 @@ def shifted(linear: QuantizedLinear) -> QuantizedLinear:
         (random_linear(64, static=True), random_linear(64, static=False), float_linear(64)),
         (float_linear(64), random_linear(64, static=True)),
         (float_linear(64), float_linear(64)),
+        (weight_only(64), weight_only(64)),
+        (random_linear(64, static=True), weight_only(64)),
     ],
-    ids=["static", "dynamic", "other offset", "all kinds", "float first", "float"],
+    ids=["static", "dynamic", "other offset", "all kinds", "float first", "float", "weights alone", "both"],
 )
 def test_several_linears_of_one_input(linears: tuple[Linear, ...]) -> None:
     x = random_input(64)
