@@ -12,15 +12,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
-from msquant.checkpoint.weights import Scheme
+from msquant.checkpoint.weights import QuantizedLinear, Scheme
+from msquant.formats.ascend_layout import encode_linear
 from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
 from msquant.formats.compressed_tensors_section import make_section
 from msquant.formats.fused_layers import experts_parent, fused_layers
-from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of, write_experts
+from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG
 from tests.formats.stand_ins import find_file, load_file
 
@@ -42,6 +44,12 @@ def mixed() -> dict[str, Scheme]:
     schemes.update({f"model.layers.1.self_attn.{name}_proj": "dynamic" for name in "qkv"})
     schemes["model.layers.1.mlp.down_proj"] = "float"
     return schemes
+
+
+def weights_alone() -> dict[str, Scheme]:
+    """Llama with int8 weights alone in o_proj and in one layer's q, k and v."""
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
+    return {**schemes_of(CONFIG), **dict.fromkeys(["model.layers.0.self_attn.o_proj", *names], "weight_only")}
 
 
 CASES = [
@@ -129,7 +137,9 @@ def test_vllm_mindspore_refuses_the_ascend_folder_of_a_model_with_biases(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(ASCEND is None, reason="vllm_ascend is not installed")
-@pytest.mark.parametrize(("config", "schemes"), CASES)
+@pytest.mark.parametrize(
+    ("config", "schemes"), [*CASES, pytest.param(CONFIG, weights_alone(), id="weights alone")]
+)
 def test_vllm_ascend_finds_every_layers_scheme(
     tmp_path: Path, config: dict[str, Any], schemes: dict[str, Scheme]
 ) -> None:
@@ -163,3 +173,40 @@ def test_vllm_ascend_finds_every_layers_scheme(
         assert found.is_layer_skipped_ascend(layer, fused) == (scheme == "float"), layer
     assert not found.enable_fa_quant
     assert not found.enable_c8_quant
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ASCEND is None, reason="vllm_ascend is not installed")
+def test_vllm_ascends_own_method_computes_int8_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class makes the parameters, takes our tensors and calls the operator, which is stood in for."""
+    assert ASCEND is not None
+    names = (
+        "torch_npu",
+        "vllm_ascend.utils",
+        *(f"vllm_ascend.quantization.methods.{n}" for n in ("base", "registry")),
+    )
+    w8a16 = load_file(ASCEND.parent / "methods" / "w8a16.py", "vllm_ascend.quantization.methods.w8a16", names)
+    linear = random_linear("o_proj", (24, 16), "weight_only", bias=True)
+    tensors = encode_linear("o_proj", linear, "bfloat16")
+    method = w8a16.AscendW8A16LinearMethod()
+    made = method.get_weight(16, 24) | method.get_perchannel_param(24, torch.bfloat16)
+    layer = torch.nn.Module()
+    for name, parameter in made.items():
+        loaded = torch.from_numpy(tensors[f"o_proj.{name}"])
+        assert loaded.shape == parameter.shape
+        layer.register_parameter(name, torch.nn.Parameter(parameter.copy_(loaded), requires_grad=False))
+    monkeypatch.setattr(w8a16, "maybe_trans_nz", lambda weight: weight)
+    monkeypatch.setattr(w8a16.torch_npu, "npu_weight_quant_batchmatmul", batchmatmul, raising=False)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    y = method.apply(layer, x, torch.from_numpy(tensors["o_proj.bias"]))
+    assert isinstance(linear, QuantizedLinear)
+    floats = linear.dequantized()
+    expected = x.numpy() @ floats.weight.T + floats.bias
+    # The scales are rounded to bfloat16 as they are loaded.
+    np.testing.assert_allclose(y.numpy(), expected, rtol=0.01, atol=0.01 * np.abs(expected).max())
+
+
+def batchmatmul(x: Any, weight: Any, antiquant_scale: Any, antiquant_offset: Any, bias: Any) -> Any:
+    """`x @ ((weight + offset) * scale) + bias`, as Ascend documents aclnnWeightQuantBatchMatmul."""
+    return x @ ((weight.float() + antiquant_offset.float()) * antiquant_scale.float()) + bias
