@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
@@ -12,21 +9,21 @@ from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
+from msquant.formats.folder_source import FolderSource
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
 _NORM_ADDITIONS = ("norm.bias", "norm.module.weight", "norm.module.bias")
 
 
-class AscendCheckpoint:
+class AscendCheckpoint(FolderSource):
     """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
 
     Attributes:
-        checkpoint: its tensors.
-        description: what is said of them.
+        description: what is said of its tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint, description: Description) -> None:
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self.description = description
 
     @classmethod
@@ -49,17 +46,6 @@ class AscendCheckpoint:
                 )
         return cls(checkpoint, description)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.tensor(name)
-
-    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.rows(name, indices)
-
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
 
@@ -75,13 +61,6 @@ class AscendCheckpoint:
                 where=f"{self.checkpoint.folder}, {module}",
                 remedy=f"msquant reads {', '.join(DESCRIBED.values())}",
             )
-        if findings := check_layout(self.checkpoint, module, scheme):
-            raise CheckpointError(
-                findings[0].problem,
-                where=f"{self.checkpoint.folder}, {findings[0].where}",
-                remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
-            )
-        parts = [*(STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS)]
-        parts += ["bias"] if f"{module}.bias" in self.checkpoint else []
-        tensors = {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
-        return decode_linear(module, tensors, weight_only=scheme == "weight_only")
+        names = STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS
+        parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
+        return decode_linear(module, parts, weight_only=scheme == "weight_only")

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Scheme
 from msquant.formats.ascend_description import Description, check_words, read_description
 from msquant.formats.ascend_layout import SERVED_DTYPES
 from msquant.formats.ascend_schemes import DESCRIPTION_NAME, check_schemes
 from msquant.formats.ascend_tensors import check_tensors
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import attempt, check_index, check_manifest, check_shapes
+from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
 
 
@@ -32,21 +30,15 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     """
     folder = Path(folder)
     findings: list[Finding] = []
-    config = attempt(findings, lambda: read_json(folder / "config.json"))
+    config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
     description = attempt(findings, lambda: read_description(folder))
-    checkpoint = attempt(findings, lambda: Checkpoint.open(folder))
-    findings.extend(check_manifest(folder, verify_hashes))
     if config is not None:
         findings.extend(_check_config(config))
-    if checkpoint is not None:
-        findings.extend(check_index(checkpoint))
-        if description is not None:
-            findings.extend(check_words(description, checkpoint.weight_map))
-            findings.extend(_check_head(description))
-            findings.extend(check_schemes(_known(description)))
-            findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
-        if config is not None:
-            findings.extend(check_shapes(checkpoint, config))
+    if checkpoint is not None and description is not None:
+        findings.extend(check_words(description, checkpoint.weight_map))
+        findings.extend(_check_head(description))
+        findings.extend(check_schemes(_known(description)))
+        findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
     return findings
 
 

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
@@ -12,18 +9,18 @@ from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import decode_linear
 from msquant.formats.compressed_tensors_section import Section, read_section
 from msquant.formats.compressed_tensors_tensors import check_layout, parts_of
+from msquant.formats.folder_source import FolderSource
 
 
-class CompressedTensorsCheckpoint:
+class CompressedTensorsCheckpoint(FolderSource):
     """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
 
     Attributes:
-        checkpoint: its tensors.
         section: what its `config.json` says of the quantization.
     """
 
     def __init__(self, checkpoint: Checkpoint, section: Section) -> None:
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self.section = section
 
     @classmethod
@@ -40,17 +37,6 @@ class CompressedTensorsCheckpoint:
             raise CheckpointError(error.what, where=folder / "config.json", remedy=error.remedy) from error
         return cls(Checkpoint.open(folder), section)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
-
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.tensor(name)
-
-    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
-        return self.checkpoint.rows(name, indices)
-
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
 
@@ -61,12 +47,7 @@ class CompressedTensorsCheckpoint:
         group = self.section.group(module)
         if group is None:
             return self.checkpoint.linear(module)
-        if findings := check_layout(self.checkpoint, module, group):
-            raise CheckpointError(
-                findings[0].problem,
-                where=f"{self.checkpoint.folder}, {findings[0].where}",
-                remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
-            )
+        parts = self.parts(module, parts_of(group), check_layout(self.checkpoint, module, group))
         # Tools that store it at all store zeros.
         if (zero_point := f"{module}.weight_zero_point") in self and self.checkpoint.raw(zero_point).any():
             raise CheckpointError(
@@ -74,7 +55,4 @@ class CompressedTensorsCheckpoint:
                 where=self.checkpoint.folder,
                 remedy="quantize again with symmetric weights, as vLLM takes them to be",
             )
-        parts = [*parts_of(group), *(["bias"] if f"{module}.bias" in self.checkpoint else [])]
-        return decode_linear(
-            module, {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
-        )
+        return decode_linear(module, parts)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT
-from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
@@ -18,7 +17,7 @@ from msquant.formats.compressed_tensors_schemes import check_schemes
 from msquant.formats.compressed_tensors_section import Section, read_section
 from msquant.formats.compressed_tensors_tensors import check_tensors, is_linear
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import attempt, check_index, check_manifest, check_shapes
+from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import experts_parent, fused_layers
 
@@ -35,9 +34,7 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     """
     folder = Path(folder)
     findings: list[Finding] = []
-    config = attempt(findings, lambda: read_json(folder / "config.json"))
-    checkpoint = attempt(findings, lambda: Checkpoint.open(folder))
-    findings.extend(check_manifest(folder, verify_hashes))
+    config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
     section = None
     if config is not None:
         section = attempt(findings, lambda: read_section(config))
@@ -45,15 +42,11 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
             findings.append(
                 Finding("config.json", f"dtype is {dtype}, one of {', '.join(SERVED_DTYPES)} is expected")
             )
-    if checkpoint is not None:
-        findings.extend(check_index(checkpoint))
-        if section is not None:
-            schemes = stored_schemes(checkpoint, section)
-            findings.extend(check_schemes(schemes))
-            findings.extend(_check_fused_targets(section, schemes))
-            findings.extend(check_tensors(checkpoint, section))
-        if config is not None:
-            findings.extend(check_shapes(checkpoint, config))
+    if checkpoint is not None and section is not None:
+        schemes = stored_schemes(checkpoint, section)
+        findings.extend(check_schemes(schemes))
+        findings.extend(_check_fused_targets(section, schemes))
+        findings.extend(check_tensors(checkpoint, section))
     return findings
 
 

@@ -24,7 +24,30 @@ def attempt(findings: list[Finding], action: Callable[[], _T]) -> _T | None:
         return None
 
 
-def check_shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
+def open_folder(
+    folder: Path, findings: list[Finding], *, verify_hashes: bool
+) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """Open a folder to check it, and check what is the same in every format.
+
+    Args:
+        folder: the checkpoint.
+        findings: takes the broken rules.
+        verify_hashes: also compare every file's sha256 with the manifest, which reads everything.
+
+    Returns:
+        The content of `config.json` and the tensors, each None where it cannot be read.
+    """
+    config = attempt(findings, lambda: read_json(folder / "config.json"))
+    checkpoint = attempt(findings, lambda: Checkpoint.open(folder))
+    findings.extend(check_manifest(folder, verify_hashes))
+    if checkpoint is not None:
+        findings.extend(_check_index(checkpoint))
+        if config is not None:
+            findings.extend(_check_shapes(checkpoint, config))
+    return config, checkpoint
+
+
+def _check_shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
     """Check that every tensor that `config.json` implies is there with its shape.
 
     Multi-token-prediction layers are there as a whole or not at all. A model of an unknown type has no rules.
@@ -43,7 +66,7 @@ def check_shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Fin
             yield Finding(name, f"has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}")
 
 
-def check_index(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _check_index(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Check that the index knows every tensor that is stored."""
     for file_name, shard in checkpoint.shards.items():
         for name in shard.entries:

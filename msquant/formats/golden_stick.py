@@ -10,8 +10,8 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows, RowOrder, model_rope_rows
 from msquant.checkpoint.weights import Linear
-from msquant.errors import CheckpointError
 from msquant.formats.dtypes import MODEL_DTYPES, cast, model_dtype
+from msquant.formats.folder_source import FolderSource
 from msquant.formats.format import Finding
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
@@ -64,13 +64,12 @@ __all__ = [
 _NOTHING = RopeRows({}, 0)
 
 
-class GoldenStickCheckpoint:
+class GoldenStickCheckpoint(FolderSource):
     """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
 
     Rows that MindFormers wants de-interleaved are given back in the Hugging Face order.
 
     Attributes:
-        checkpoint: its tensors.
         description: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name.
         variant: the backend the folder is for.
     """
@@ -82,7 +81,7 @@ class GoldenStickCheckpoint:
         variant: Variant = "native",
         rope_rows: RopeRows = _NOTHING,
     ) -> None:
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self.description = description
         self.variant = variant
         self._rope_rows = rope_rows
@@ -103,9 +102,6 @@ class GoldenStickCheckpoint:
         variant = read_variant(folder, config)
         rows = model_rope_rows(config) if variant == "mindformers" else _NOTHING
         return cls(checkpoint, description, variant, rows)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
@@ -129,16 +125,9 @@ class GoldenStickCheckpoint:
             linear = self.checkpoint.linear(module)
             order = self._order(f"{module}.weight")
             return linear if order is None else linear.take_rows(order.interleaved())
-        if findings := check_layout(self.checkpoint, module, scheme=scheme):
-            raise CheckpointError(
-                findings[0].problem,
-                where=f"{self.checkpoint.folder}, {findings[0].where}",
-                remedy=f"see everything that is wrong with it: msquant inspect {self.checkpoint.folder}",
-            )
-        parts = [*(QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS)]
-        parts += ["bias"] if f"{module}.bias" in self.checkpoint else []
-        tensors = {f"{module}.{part}": self.checkpoint.raw(f"{module}.{part}") for part in parts}
-        decoded = decode_linear(module, tensors)
+        names = QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS
+        parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme=scheme))
+        decoded = decode_linear(module, parts)
         order = self._order(f"{module}.weight")
         return decoded if order is None else decoded.take_rows(order.interleaved())
 

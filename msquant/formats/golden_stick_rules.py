@@ -14,7 +14,7 @@ from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import attempt, check_index, check_manifest, check_shapes
+from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
 from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SERVED_DTYPES
 from msquant.formats.golden_stick_schemes import (
@@ -87,10 +87,8 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     """
     folder = Path(folder)
     findings: list[Finding] = []
-    config = attempt(findings, lambda: read_json(folder / "config.json"))
+    config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
     description = attempt(findings, lambda: read_description(folder))
-    checkpoint = attempt(findings, lambda: Checkpoint.open(folder))
-    findings.extend(check_manifest(folder, verify_hashes))
     if config is not None:
         findings.extend(_check_config(config))
     variant = attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
@@ -100,8 +98,6 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
         findings.extend(check_tensors(checkpoint, description, model_dtype(config or {})))
     if checkpoint is not None and variant == "mindformers":
         findings.extend(_check_stray_files(folder, checkpoint))
-    if checkpoint is not None and config is not None:
-        findings.extend(check_shapes(checkpoint, config))
     return findings
 
 
@@ -130,7 +126,6 @@ def _check_names(checkpoint: Checkpoint, description: dict[str, str], variant: V
             *most, last = ACCEPTED[variant]
             known = f"{', '.join(most)} and {last}"
             yield Finding(name, f"described as {value!r}: only {known} are known")
-    yield from check_index(checkpoint)
 
 
 def _check_schemes(
