@@ -8,7 +8,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
 from msquant.formats.ascend import AscendCheckpoint
@@ -22,12 +21,12 @@ from msquant.formats.ascend_schemes import (
     check_schemes,
     describe,
 )
-from msquant.formats.format import Finding, FormatName
+from msquant.formats.format import Finding, FormatName, PlainFormat
 
 
 @dataclass(frozen=True)
-class AscendFormat:
-    """See `Format`."""
+class AscendFormat(PlainFormat):
+    """See `Format`; vllm-ascend reorders rotary rows itself, and would read `config.json` first."""
 
     variant: str = "ascendV1"
 
@@ -55,10 +54,6 @@ class AscendFormat:
         """See `Format`."""
         return check_schemes(linears)
 
-    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
-        """See `Format`: none, vllm-ascend reorders rotary rows itself."""
-        return RopeRows({}, 0)
-
     def linear_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
     ) -> list[TensorSpec]:
@@ -75,12 +70,6 @@ class AscendFormat:
         """See `Format`."""
         return {DESCRIPTION_NAME: describe(names, linears)}
 
-    def config_entries(
-        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """See `Format`: nothing, for vLLM would read that instead of the description."""
-        return {}
-
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """See `Format`."""
         return stored_schemes(checkpoint, modules)
@@ -92,7 +81,3 @@ class AscendFormat:
     def validate(self, folder: Path, *, verify_hashes: bool = False) -> list[Finding]:
         """See `Format`."""
         return validate(folder, verify_hashes=verify_hashes)
-
-    def notes(self, config: Mapping[str, Any]) -> list[str]:
-        """See `Format`: none."""
-        return []

@@ -7,8 +7,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
 from msquant.formats.compressed_tensors import CompressedTensorsCheckpoint
@@ -21,13 +19,12 @@ from msquant.formats.compressed_tensors_layout import (
 from msquant.formats.compressed_tensors_rules import notes, validate
 from msquant.formats.compressed_tensors_schemes import DESCRIBED, check_schemes
 from msquant.formats.compressed_tensors_section import make_section
-from msquant.formats.format import Finding, FormatName
-from msquant.formats.stored import stored_scheme
+from msquant.formats.format import Finding, FormatName, PlainFormat
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFormat:
-    """See `Format`."""
+class CompressedTensorsFormat(PlainFormat):
+    """See `Format`; everything beside the shards is in `config.json`."""
 
     variant: str = "int-quantized"
 
@@ -55,10 +52,6 @@ class CompressedTensorsFormat:
         """See `Format`."""
         return check_schemes(linears)
 
-    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
-        """See `Format`: none."""
-        return RopeRows({}, 0)
-
     def linear_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
     ) -> list[TensorSpec]:
@@ -69,21 +62,11 @@ class CompressedTensorsFormat:
         """See `Format`."""
         return encode_linear(module, linear, dtype)
 
-    def documents(
-        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """See `Format`: none, everything is in `config.json`."""
-        return {}
-
     def config_entries(
         self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """See `Format`."""
         return {"quantization_config": make_section(linears, names)}
-
-    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
-        """See `Format`."""
-        return {module: stored_scheme(checkpoint, module) for module in modules}
 
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""

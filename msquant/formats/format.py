@@ -13,6 +13,7 @@ from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
 from msquant.errors import RecipeError
+from msquant.formats.stored import stored_scheme
 
 FormatName = Literal["golden-stick", "compressed-tensors", "ascend"]
 """The formats by name, as recipes and manifests have them."""
@@ -173,3 +174,31 @@ class Format(Protocol):
     def notes(self, config: Mapping[str, Any]) -> list[str]:
         """What keeps today's consumer from serving a correct folder of a model; often nothing."""
         ...
+
+
+class PlainFormat:
+    """What a `Format` is where nothing else is said: shards alone, in Hugging Face's order of rows."""
+
+    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
+        """See `Format`: none."""
+        return RopeRows({}, 0)
+
+    def documents(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `Format`: none."""
+        return {}
+
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `Format`: nothing."""
+        return {}
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """See `Format`: the tensors tell."""
+        return {module: stored_scheme(checkpoint, module) for module in modules}
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """See `Format`: none."""
+        return []

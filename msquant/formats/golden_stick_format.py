@@ -7,11 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, Scheme, WeightSource
-from msquant.formats.format import Finding, FormatName
+from msquant.formats.format import Finding, FormatName, PlainFormat
 from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
@@ -29,12 +28,11 @@ from msquant.formats.golden_stick_schemes import (
     check_schemes,
     serving_notes,
 )
-from msquant.formats.stored import stored_scheme
 
 
 @dataclass(frozen=True)
-class GoldenStickFormat:
-    """See `Format`.
+class GoldenStickFormat(PlainFormat):
+    """See `Format`; vLLM-MindSpore would read a section of `config.json` instead of the description.
 
     Attributes:
         variant: the backend of vLLM-MindSpore that a folder is for.
@@ -71,7 +69,7 @@ class GoldenStickFormat:
 
     def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
         """See `Format`."""
-        return model_rope_rows(config) if self.variant == "mindformers" else RopeRows({}, 0)
+        return model_rope_rows(config) if self.variant == "mindformers" else super().row_orders(config)
 
     def linear_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
@@ -90,16 +88,6 @@ class GoldenStickFormat:
         static = [module for module, scheme in linears.items() if scheme == "static"]
         dynamic = [module for module, scheme in linears.items() if scheme == "dynamic"]
         return {DESCRIPTION_NAME: describe(names, static, dynamic)}
-
-    def config_entries(
-        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """See `Format`: nothing, for vLLM-MindSpore would read that instead of the description."""
-        return {}
-
-    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
-        """See `Format`."""
-        return {module: stored_scheme(checkpoint, module) for module in modules}
 
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""
