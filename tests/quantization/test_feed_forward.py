@@ -117,6 +117,16 @@ def test_round_to_nearest_smooths_nothing(block: Block) -> None:
     assert all(np.array_equal(sink.linears[n].weight, plain.linears[n].weight) for n in plain.linears)
 
 
+def test_shared_experts_can_have_int8_weights_alone(deepseek: Path) -> None:
+    block = Block(deepseek, EXPERTS)
+    _, _, output, sink = block.run(algorithm="rtn", weight_only=("shared_experts.",))
+    assert {name for name, linear in sink.linears.items() if linear.scheme == "weight_only"} == {
+        f"model.layers.{EXPERTS}.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
+    }
+    found = block.output(sink, "whole")
+    np.testing.assert_allclose(output, found, rtol=0, atol=1e-6 * np.abs(found).max())
+
+
 def test_tokens_in_two_rounds_give_the_same(deepseek: Path) -> None:
     block = Block(deepseek, EXPERTS)
     policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=0.5, min_expert_tokens=1)
