@@ -164,6 +164,7 @@ def test_twenty_kills_at_random_moments(kind: str, tmp_path: Path) -> None:
             kill_after(process, moments.uniform(0, whole) if kills < 20 else 120)
             if process.returncode == -signal.SIGKILL:
                 kills += 1
-                assert journaled(output) >= before
+                # It may have been done, and only not yet gone.
+                assert output.exists() or journaled(output) >= before
         assert digests(output) == expected
         assert not output.with_name(output.name + ".partial").exists()
