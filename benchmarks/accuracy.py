@@ -28,6 +28,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rtn, per token": {"algorithm": "rtn", "dynamic": ALL},
     "smoothquant, per token": {"algorithm": "smoothquant", "dynamic": ALL},
     "osl-robust, per token": {"algorithm": "osl-robust", "dynamic": ALL},
+    "rtn, weights alone": {"algorithm": "rtn", "weight_only": ALL},
 }
 # KL at most: the calibrated kind of text, and the Bible.
 LIMITS = {
@@ -156,10 +157,13 @@ def simulated(folder: Path, captured: Captured) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.load_state_dict({k: torch.from_numpy(v) for k, v in captured.tensors.items()}, strict=False)
-    for module, linear in captured.linears.items():
-        model.get_submodule(module).weight.data = torch.from_numpy(linear.weight).float()
-        model.get_submodule(module).register_forward_pre_hook(_quantize_inputs(linear))
-        model.get_submodule(module).register_forward_hook(_dequantize_outputs(linear))
+    for name, linear in captured.linears.items():
+        module = model.get_submodule(name)
+        weight = linear.dequantized().weight if linear.scheme == "weight_only" else linear.weight
+        module.weight.data = torch.from_numpy(weight).float()
+        if linear.scheme in ("static", "dynamic"):
+            module.register_forward_pre_hook(_quantize_inputs(linear))
+            module.register_forward_hook(_dequantize_outputs(linear))
     return model
 
 
