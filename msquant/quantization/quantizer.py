@@ -30,8 +30,8 @@ class FastStaticCell(AllQuantLinearCell, FastWeightCell):
     """golden-stick's static linear, by whose `super().quant()` the weight comes to `FastWeightCell`."""
 
 
-class _Unread:
-    """Of cells to whom what they read is nothing; golden-stick's do not go without."""
+class _WithoutInputs:
+    """For cells that round a weight alone; golden-stick's own raise an error where nothing was read."""
 
     samples: list[Any]
     quant: Callable[[], None]
@@ -42,11 +42,11 @@ class _Unread:
         self.quant()
 
 
-class FastDynamicCell(_Unread, DynamicQuantLinearCell, FastWeightCell):
+class FastDynamicCell(_WithoutInputs, DynamicQuantLinearCell, FastWeightCell):
     """golden-stick's linear with a scale per token, likewise."""
 
 
-class FastWeightOnlyCell(_Unread, FastWeightCell):
+class FastWeightOnlyCell(_WithoutInputs, FastWeightCell):
     """golden-stick's linear with int8 weights alone."""
 
 
