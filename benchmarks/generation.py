@@ -74,12 +74,12 @@ def _agreement(folder: Path, simulation: Any, tokenizer: Any) -> tuple[float, fl
 
     from msquant.calibration.tokens import evaluation_tokens
     from msquant.formats.golden_stick import GoldenStickCheckpoint
-    from msquant.models.config import ModelConfig
+    from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.network import CausalLM
 
     tokens = evaluation_tokens(tokenizer, sequences=2, sequence_length=256)
-    model = CausalLM(ModelConfig.from_folder(folder), GoldenStickCheckpoint.open(folder), use_device())
+    model = CausalLM(read_config(folder), GoldenStickCheckpoint.open(folder), use_device())
     ours = model.logits(tokens).argmax(axis=-1)
 
     def choices() -> Any:

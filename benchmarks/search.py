@@ -17,7 +17,7 @@ def measure() -> list[dict[str, Any]]:
     from msquant.calibration.tokens import calibration_batches
     from msquant.checkpoint.reader import Checkpoint
     from msquant.checkpoint.tokenizer import load_tokenizer
-    from msquant.models.config import ModelConfig
+    from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.layers import DecoderLayer, positions
     from msquant.models.network import Embedding
@@ -26,7 +26,7 @@ def measure() -> list[dict[str, Any]]:
     from msquant.quantization.policy import QuantizationPolicy
 
     folder, dtype = float_folder(), use_device()
-    config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
     tokenizer = load_tokenizer(folder)
     tokens = calibration_batches(
         load_texts("builtin"), tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0

@@ -29,7 +29,7 @@ from msquant.evaluation.scores import LayerScore, ModelScore
 from msquant.generation import find_named_model, open_weights
 from msquant.hub.models import resolve_model
 from msquant.interrupts import deferred_interrupts
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.progress import Progress
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
@@ -122,7 +122,7 @@ def compare(
         )
     all_folders = [*([float_folder] if float_folder else []), *folders]
     progress.stage("reading texts")
-    config = ModelConfig.from_folder(all_folders[0])
+    config = read_config(all_folders[0])
     length = sequence_length or min(SEQUENCE_LENGTH, config.max_position_embeddings)
     domains = _domains(texts, builtin, text_field)
     tokens = _tokens(all_folders, domains, sequences, length, notes)
@@ -157,7 +157,7 @@ def score_folders(
 
     progress = progress or Progress()
     dtype = use_device(device)
-    opened = [Model(str(f), ModelConfig.from_folder(f), open_weights(f)) for f in folders]
+    opened = [Model(str(f), read_config(f), open_weights(f)) for f in folders]
     progress.layers(opened[0].config.num_hidden_layers, 0)
 
     def on_layer(index: int, layers: list[LayerScore]) -> None:

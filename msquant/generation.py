@@ -249,9 +249,9 @@ def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
 
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.inference.embedded import EmbeddedEngine
-    from msquant.models.config import ModelConfig
+    from msquant.models.config_json import read_config
 
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     if device == "cpu":
         require_memory(folder, config)
     return EmbeddedEngine(config, open_weights(folder), load_tokenizer(folder), device)

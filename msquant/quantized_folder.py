@@ -15,6 +15,7 @@ from msquant.formats.folder_rules import check_manifest
 from msquant.formats.format import Format
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.quantization.schemes import layer_linears
 from msquant.source import prediction_layers, refuse_unknown_tensors
 
@@ -59,7 +60,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
         raise CheckpointError(
             "is not quantized", where=folder, remedy="quantize it: msquant quantize FOLDER --format ..."
         )
-    config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
     for name, shape in config.shapes.items():
         checkpoint.expect(name, shape)
     modules = [m for index in range(config.num_hidden_layers) for m in layer_linears(config, index)]

@@ -13,6 +13,7 @@ from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.quantization.schemes import model_schemes
 from msquant.recipes import Recipe
 
@@ -58,7 +59,7 @@ def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Sourc
             of FP8 included.
     """
     folder = resolve_model(model, fetch=fetch)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     checkpoint = Checkpoint.open(folder)
     for name, shape in config.shapes.items():
         checkpoint.expect_weight(name, shape)

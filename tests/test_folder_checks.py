@@ -15,7 +15,7 @@ from msquant.folder_checks import require_intact, require_memory, weight_bytes
 from msquant.generation import generate
 from msquant.inference.cpu import onednn
 from msquant.inference.engine import Sampling
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from tests.fixtures.tiny_families import write_tiny
 from tests.inference.quantized_folder import write_quantized
 
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert caught.value.where == str(folder)
     assert "vllm-mindspore" in str(caught.value.remedy)
     monkeypatch.setattr(folder_checks, "available_memory", lambda: None)
-    require_memory(folder, ModelConfig.from_folder(folder))
+    require_memory(folder, read_config(folder))
 
 
 @pytest.mark.parametrize("widened", [False, True])
@@ -105,13 +105,13 @@ def test_the_bytes_of_weights(folder: Path, widened: bool, monkeypatch: pytest.M
     monkeypatch.setattr(onednn, "load_int8", lambda: None if widened else object())
     tensors = load_file(folder / SHARD).values()
     expected = sum(t.size * (1 if t.dtype == np.int8 and not widened else 4) for t in tensors)
-    found = weight_bytes(Checkpoint.open(folder), ModelConfig.from_folder(folder))
+    found = weight_bytes(Checkpoint.open(folder), read_config(folder))
     assert found == expected
 
 
 def test_layers_that_are_not_computed_do_not_count(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "deepseek_v3", num_nextn_predict_layers=1)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     assert not config.tie_word_embeddings
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]

@@ -11,7 +11,7 @@ import pytest
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.hub.published import HUB_IDS, configs_folder, published_bytes, published_config, published_name
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.recipes import find_recipe, shipped_recipes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -140,7 +140,7 @@ def test_the_layers_that_were_not_compared_repeat_the_last_that_was(name: str) -
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_config_is_accepted(name: str) -> None:
-    config, raw = ModelConfig.from_raw(config_of(name)), config_of(name)
+    config, raw = parse_config(config_of(name)), config_of(name)
     assert (config.hidden_size, config.num_hidden_layers) == (raw["hidden_size"], raw["num_hidden_layers"])
     assert config.dtype == "bfloat16"
     assert config.shapes == shapes_of(raw)

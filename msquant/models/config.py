@@ -2,13 +2,11 @@
 
 from dataclasses import field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
 from msquant.models.families import (
     EMBEDDING,
@@ -202,29 +200,6 @@ class ModelConfig:
         for name, shape in (self.shapes | self.extra_shapes).items():
             layers.setdefault(".".join(name.split(".")[:3]), {})[name] = shape
         return layers
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read `folder/config.json`, with the defaults of transformers' own config class.
-
-        Raises:
-            CheckpointError: the file is missing, is not JSON or contradicts itself.
-            ModelError: the architecture, or an option of it, is not supported.
-        """
-        path = Path(folder) / "config.json"
-        return cls.from_raw(read_json(path), path)
-
-    @classmethod
-    def from_raw(cls, raw: dict[str, Any], where: Path | str = "config.json") -> "ModelConfig":
-        """Build it from the content of a `config.json`; `where` is what errors name.
-
-        Raises:
-            CheckpointError: the values contradict one another.
-            ModelError: the architecture, or an option of it, is not supported.
-        """
-        from msquant.models.config_json import parse_config
-
-        return parse_config(raw, where)
 
 
 def check_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> None:

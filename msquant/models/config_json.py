@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import CheckpointError, ModelError
 from msquant.models.config import ExpertSizes, LatentSizes, ModelConfig
@@ -17,8 +18,24 @@ _CHECK = "check the file against the published one"
 _WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
-def parse_config(raw: dict[str, Any], where: Where) -> ModelConfig:
-    """Build a `ModelConfig`; see `ModelConfig.from_raw`."""
+def read_config(folder: Path) -> ModelConfig:
+    """Read `folder/config.json`, with the defaults of transformers' own config class.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON or contradicts itself.
+        ModelError: the architecture, or an option of it, is not supported.
+    """
+    path = Path(folder) / "config.json"
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConfig:
+    """Build a `ModelConfig` from the content of a `config.json`; `where` is what errors name.
+
+    Raises:
+        CheckpointError: the values contradict one another.
+        ModelError: the architecture, or an option of it, is not supported.
+    """
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ModelError(

@@ -17,6 +17,7 @@ from msquant.export import output_folders
 from msquant.formats.format import FormatName
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.models.families import EMBEDDING, HEAD
 from msquant.pipeline import MEMORY_BUDGET
 from msquant.planning.blocks import LayerBlocks, Tokens
@@ -265,7 +266,7 @@ def _subject(recipe: Recipe, source: str | None) -> _Subject:
         raw = None if source else published_config(recipe.model)
         if raw is None:
             raise
-        config = ModelConfig.from_raw(raw, "the published config.json")
+        config = parse_config(raw, "the published config.json")
         note = f"planned from the published config.json alone: {error.what}"
         return _Subject(None, config, None, config.extra_layers, note)
     return _Subject(found.folder, found.config, found.checkpoint, found.extras)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msquant.checkpoint.memory import peak_memory
 from msquant.errors import EngineError, RecipeError
 from msquant.generation import find_named_model, load_embedded
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _endpoint(url: str, folder: Path, loaded: "LoadedTasks", progress: Progress)
     from msquant.tasks.endpoint import EndpointLM
 
     scored = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks.values())
-    longest = ModelConfig.from_folder(folder).max_position_embeddings
+    longest = read_config(folder).max_position_embeddings
     return EndpointLM(url, folder, longest, scored, progress)
 
 

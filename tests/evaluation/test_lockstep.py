@@ -16,7 +16,7 @@ from msquant.evaluation.inputs import Model, Text
 from msquant.evaluation.lockstep import evaluate
 from msquant.evaluation.scores import LayerScore, ModelScore
 from msquant.generation import open_weights
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config, read_config
 from msquant.models.device import use_device
 from tests.evaluation.folders import DEINTERLEAVED, POLICIES, write_both
 from tests.fixtures import torch_simulation
@@ -46,7 +46,7 @@ def random_texts(seed: int) -> list[Text]:
 
 
 def opened(folder: Path) -> Model:
-    return Model(str(folder), ModelConfig.from_folder(folder), open_weights(folder))
+    return Model(str(folder), read_config(folder), open_weights(folder))
 
 
 def scored(
@@ -200,7 +200,7 @@ def test_a_model_that_computes_nothing_finite_is_named(
     checkpoint = Checkpoint.open(tiny_llama)
     source = Scaled(checkpoint.folder, checkpoint.shards, checkpoint.weight_map)
     source.scaled, source.factor = name, factor
-    models = [opened(tiny_llama), Model("the broken one", ModelConfig.from_folder(tiny_llama), source)]
+    models = [opened(tiny_llama), Model("the broken one", read_config(tiny_llama), source)]
     with pytest.raises(MsquantError, match="NaN or infinity") as caught:
         scored(models, texts, dtype, tmp_path / "s")
     assert caught.value.where == "the broken one"
@@ -221,7 +221,7 @@ def test_another_architecture_is_refused(
     tiny_llama: Path, dtype: Any, texts: list[Text], tmp_path: Path, change: dict[str, Any], what: str
 ) -> None:
     source = opened(tiny_llama)
-    other = ModelConfig.from_raw(source.config.raw | change)
+    other = parse_config(source.config.raw | change)
     with pytest.raises(ModelError, match=what) as caught:
         scored([source, Model("other", other, source.source)], texts, dtype, tmp_path / "s")
     assert "--baseline" in str(caught.value)

@@ -44,13 +44,13 @@ def test_every_layer_equals_torchs_but_for_rounding_ties() -> None:
     from mindspore import Tensor
 
     from msquant.formats.golden_stick import GoldenStickCheckpoint
-    from msquant.models.config import ModelConfig
+    from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.layers import DecoderLayer, positions
 
     folder, dtype = Path(quantized()["folder"]), use_device()
     tokens = builtin_texts(folder, 1, SEQUENCE_LENGTH)[0].tokens
-    config, source = ModelConfig.from_folder(folder), GoldenStickCheckpoint.open(folder)
+    config, source = read_config(folder), GoldenStickCheckpoint.open(folder)
     places = positions(config, SEQUENCE_LENGTH, dtype)
     passed = layer_outputs(torch_simulation.load_simulation(folder), tokens)
     assert len(passed) == config.num_hidden_layers

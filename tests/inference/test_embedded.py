@@ -14,7 +14,7 @@ from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.inference import batch
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import Sampling
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from tests.inference.reference import ReferenceLlama
 
 PROMPTS = ["I am", "The with statement is used to", "def f(x):"]
@@ -27,7 +27,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama: Path, tokenizer: Any) -> EmbeddedEngine:
-    return EmbeddedEngine(ModelConfig.from_folder(tiny_llama), Checkpoint.open(tiny_llama), tokenizer)
+    return EmbeddedEngine(read_config(tiny_llama), Checkpoint.open(tiny_llama), tokenizer)
 
 
 def test_greedy_tokens_equal_those_of_transformers(
@@ -47,7 +47,7 @@ def test_greedy_tokens_equal_those_of_transformers(
 
 def test_quantized_greedy_tokens_equal_the_exact_simulation(tiny_quantized: Path, tokenizer: Any) -> None:
     source = GoldenStickCheckpoint.open(tiny_quantized)
-    engine = EmbeddedEngine(ModelConfig.from_folder(tiny_quantized), source, tokenizer)
+    engine = EmbeddedEngine(read_config(tiny_quantized), source, tokenizer)
     reference = ReferenceLlama(tiny_quantized)
     for completion in engine.generate(PROMPTS, Sampling(max_tokens=32)):
         ids = tokenizer.encode(completion.prompt)
@@ -94,7 +94,7 @@ def test_stops_after_the_end_token(engine: EmbeddedEngine, tiny_llama: Path, tok
     assert len(free.token_ids) == 6
     # The third token of the free run is declared to be an end token.
     end = free.token_ids[2]
-    config = dataclasses.replace(ModelConfig.from_folder(tiny_llama), eos_token_ids=(end, 511))
+    config = dataclasses.replace(read_config(tiny_llama), eos_token_ids=(end, 511))
     stopping = EmbeddedEngine(config, Checkpoint.open(tiny_llama), tokenizer)
     (stopped,) = stopping.generate(["I am"], Sampling(max_tokens=6))
     assert stopped.finish_reason == "stop"
@@ -138,7 +138,7 @@ def test_an_exception_in_on_text_ends_generation(engine: EmbeddedEngine) -> None
 
 def test_stops_where_the_model_ends(tiny_llama: Path, tokenizer: Any) -> None:
     length = len(tokenizer.encode("I am"))
-    config = dataclasses.replace(ModelConfig.from_folder(tiny_llama), max_position_embeddings=length + 3)
+    config = dataclasses.replace(read_config(tiny_llama), max_position_embeddings=length + 3)
     engine = EmbeddedEngine(config, Checkpoint.open(tiny_llama), tokenizer)
     (completion,) = engine.generate(["I am"], Sampling(max_tokens=10))
     assert len(completion.token_ids) == 3
@@ -160,7 +160,7 @@ def test_tokenizer_of_another_model(engine: EmbeddedEngine, tiny_llama: Path, to
         def encode(self, text: str) -> list[int]:
             return [token + 512 for token in tokenizer.encode(text)]
 
-    other = EmbeddedEngine(ModelConfig.from_folder(tiny_llama), Checkpoint.open(tiny_llama), Shifted())
+    other = EmbeddedEngine(read_config(tiny_llama), Checkpoint.open(tiny_llama), Shifted())
     with pytest.raises(EngineError, match="vocabulary is 0 to 511") as caught:
         other.generate(["I am"], Sampling())
     assert "tokenizer" in str(caught.value.remedy)
@@ -168,7 +168,7 @@ def test_tokenizer_of_another_model(engine: EmbeddedEngine, tiny_llama: Path, to
 
 def test_unknown_device(tiny_llama: Path, tokenizer: Any) -> None:
     with pytest.raises(EngineError, match="'gpu'"):
-        EmbeddedEngine(ModelConfig.from_folder(tiny_llama), Checkpoint.open(tiny_llama), tokenizer, "gpu")
+        EmbeddedEngine(read_config(tiny_llama), Checkpoint.open(tiny_llama), tokenizer, "gpu")
 
 
 def test_quantized_scale_missing(tiny_quantized: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -183,4 +183,4 @@ def test_quantized_scale_missing(tiny_quantized: Path, tokenizer: Any, tmp_path:
     tensors[name] = tensors[name][:-1]
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, shard, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="deq_scale"):
-        EmbeddedEngine(ModelConfig.from_folder(folder), GoldenStickCheckpoint.open(folder), tokenizer)
+        EmbeddedEngine(read_config(folder), GoldenStickCheckpoint.open(folder), tokenizer)

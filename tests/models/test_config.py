@@ -9,6 +9,7 @@ import pytest
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, MsquantError
 from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.families import FAMILIES
 from tests.fixtures.tiny_model import write_tiny_llama
 from tests.models.folders import with_config
@@ -25,11 +26,11 @@ MINIMAL: dict[str, Any] = {
 
 def read(folder: Path, **settings: Any) -> ModelConfig:
     (folder / "config.json").write_text(json.dumps(MINIMAL | settings))
-    return ModelConfig.from_folder(folder)
+    return read_config(folder)
 
 
 def test_what_the_file_says_is_read(tiny_llama: Path) -> None:
-    config = ModelConfig.from_folder(tiny_llama)
+    config = read_config(tiny_llama)
     assert config.family is FAMILIES["llama"]
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (64, 128, 2)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
@@ -72,12 +73,12 @@ def test_the_storage_dtype_has_two_names(key: str, tmp_path: Path) -> None:
 )
 def test_the_shapes_are_those_that_transformers_writes(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path, **changes)
-    config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
     assert config.shapes == {name: checkpoint.shape(name) for name in checkpoint.names()}
 
 
 def test_the_family_names_every_tensor_of_a_checkpoint(tiny_llama: Path) -> None:
-    config, checkpoint = ModelConfig.from_folder(tiny_llama), Checkpoint.open(tiny_llama)
+    config, checkpoint = read_config(tiny_llama), Checkpoint.open(tiny_llama)
     expected, norms = set(config.end_names), ("input_layernorm", "post_attention_layernorm")
     for index in range(config.num_hidden_layers):
         layer = config.family.layer_name(index)
@@ -91,7 +92,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(
 ) -> None:
     folder = with_config(tiny_llama, tmp_path / "model", model_type=model_type)
     with pytest.raises(ModelError, match=f"model_type {model_type!r} is not supported") as caught:
-        ModelConfig.from_folder(folder)
+        read_config(folder)
     assert caught.value.where == str(folder / "config.json")
     assert caught.value.remedy is not None
     for name in FAMILIES:
@@ -152,7 +153,7 @@ def test_a_file_that_cannot_be_read(content: bytes | None, message: str, tmp_pat
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert caught.value.where == str(path)
 
 
@@ -175,7 +176,7 @@ def test_a_value_of_the_wrong_kind_is_named(
 ) -> None:
     folder = with_config(tiny_llama, tmp_path / "model", **changes)
     with pytest.raises(MsquantError) as caught:
-        ModelConfig.from_folder(folder)
+        read_config(folder)
     assert word in str(caught.value)
     assert "config.json" in str(caught.value)
 
@@ -183,6 +184,6 @@ def test_a_value_of_the_wrong_kind_is_named(
 def test_the_rope_section_of_transformers_5_is_read(tiny_llama: Path, tmp_path: Path) -> None:
     parameters = {"rope_theta": 500000.0, "rope_type": "linear", "factor": 4.0}
     folder = with_config(tiny_llama, tmp_path / "model", rope_parameters=parameters, rope_theta=None)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     assert config.rope_theta == 500000.0
     assert config.rope_scaling["factor"] == 4.0

@@ -8,7 +8,7 @@ import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config, read_config
 from msquant.models.families import FAMILIES
 from msquant.models.rope import rotary_tables
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
@@ -20,13 +20,13 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The content of a valid config.json of each family."""
     root = tmp_path_factory.mktemp("families")
-    return {kind: ModelConfig.from_folder(write_tiny(root / kind, kind)).raw for kind in SETTINGS}
+    return {kind: read_config(write_tiny(root / kind, kind)).raw for kind in SETTINGS}
 
 
 def test_every_family_has_a_config(raws: dict[str, dict[str, Any]]) -> None:
     assert set(FAMILIES) == set(raws)
     for kind, raw in raws.items():
-        config = ModelConfig.from_raw(raw)
+        config = parse_config(raw)
         assert config.raw == raw
         assert raw["architectures"] == [config.family.architecture]
         assert config.num_experts == (8 if config.family.router else 0), kind
@@ -40,7 +40,7 @@ def test_every_family_has_a_config(raws: dict[str, dict[str, Any]]) -> None:
 
 
 def test_the_sizes_of_deepseek_v3(raws: dict[str, dict[str, Any]]) -> None:
-    config = ModelConfig.from_raw(raws["deepseek_v3"])
+    config = parse_config(raws["deepseek_v3"])
     assert config.latent is not None
     assert config.experts is not None
     assert (config.latent.q_lora_rank, config.latent.kv_lora_rank) == (48, 32)
@@ -53,13 +53,13 @@ def test_the_sizes_of_deepseek_v3(raws: dict[str, dict[str, Any]]) -> None:
 
 def test_a_greedy_router_has_one_group(raws: dict[str, dict[str, Any]]) -> None:
     raw = raws["deepseek_v2"] | {"topk_method": "greedy", "n_group": 4, "topk_group": 2}
-    experts = ModelConfig.from_raw(raw).experts
+    experts = parse_config(raw).experts
     assert experts is not None
     assert (experts.groups, experts.groups_per_token, experts.normalize) == (1, 1, False)
 
 
 def test_the_head_size_of_a_model_without_latent_attention(raws: dict[str, dict[str, Any]]) -> None:
-    config = ModelConfig.from_raw(raws["qwen3"])
+    config = parse_config(raws["qwen3"])
     assert (config.head_dim, config.v_head_dim, config.qk_nope_head_dim, config.latent) == (32, 32, 0, None)
 
 
@@ -67,7 +67,7 @@ def test_the_head_size_of_a_model_without_latent_attention(raws: dict[str, dict[
 def test_every_smooth_group_follows_what_its_scale_is_folded_into(
     kind: str, raws: dict[str, dict[str, Any]]
 ) -> None:
-    config = ModelConfig.from_raw(raws[kind])
+    config = parse_config(raws[kind])
     assert config.groups == config.attention_groups + config.feed_forward_groups
     shapes = config.layer_shapes(0)
     for group in config.groups:
@@ -83,7 +83,7 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
 
 def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "deepseek_v3", prediction_layers=2)
-    config, checkpoint = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, checkpoint = read_config(folder), Checkpoint.open(folder)
     assert config.num_nextn_predict_layers == 2
     assert set(checkpoint.names()) == set(config.shapes) | set(config.extra_names)
     assert not set(config.shapes) & set(config.extra_names)
@@ -96,16 +96,16 @@ def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_a_model_without_prediction_layers_has_none(raws: dict[str, dict[str, Any]]) -> None:
-    config = ModelConfig.from_raw(raws["deepseek_v3"])
+    config = parse_config(raws["deepseek_v3"])
     assert (config.extra_names, config.extra_layers, config.num_nextn_predict_layers) == ((), (), 0)
 
 
 def test_fp8_blocks_are_accepted(raws: dict[str, dict[str, Any]]) -> None:
     raw = raws["deepseek_v3"] | {"quantization_config": FP8}
-    config = ModelConfig.from_raw(raw)
+    config = parse_config(raw)
     assert config.fp8_block == (128, 128)
-    assert config.shapes == ModelConfig.from_raw(raws["deepseek_v3"]).shapes
-    assert ModelConfig.from_raw(raws["deepseek_v3"]).fp8_block is None
+    assert config.shapes == parse_config(raws["deepseek_v3"]).shapes
+    assert parse_config(raws["deepseek_v3"]).fp8_block is None
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_every_other_quantization_is_refused(
 ) -> None:
     raw = raws["deepseek_v3"] | {"quantization_config": FP8 | changes}
     with pytest.raises(ModelError, match=r"quantization_config = .* is not supported") as caught:
-        ModelConfig.from_raw(raw, "there.json")
+        parse_config(raw, "there.json")
     assert caught.value.where == "there.json"
 
 
 def test_a_quantization_config_that_is_no_section_is_refused(raws: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(ModelError, match="quantization_config = 'fp8' is not supported"):
-        ModelConfig.from_raw(raws["llama"] | {"quantization_config": "fp8"})
+        parse_config(raws["llama"] | {"quantization_config": "fp8"})
 
 
 @pytest.mark.parametrize(
@@ -162,19 +162,19 @@ def test_what_is_not_computed_is_refused(
     kind: str, changes: dict[str, Any], message: str, raws: dict[str, dict[str, Any]]
 ) -> None:
     with pytest.raises(ModelError, match=message) as caught:
-        ModelConfig.from_raw(raws[kind] | changes, "there.json")
+        parse_config(raws[kind] | changes, "there.json")
     assert caught.value.where == "there.json"
 
 
 def test_a_mistral_without_a_word_on_windows_has_one(raws: dict[str, dict[str, Any]]) -> None:
     raw = {key: value for key, value in raws["mistral"].items() if key != "sliding_window"}
     with pytest.raises(ModelError, match="sliding_window = 4096 is not supported") as caught:
-        ModelConfig.from_raw(raw | {"max_position_embeddings": 32768})
+        parse_config(raw | {"max_position_embeddings": 32768})
     assert "v0.3" in str(caught.value.remedy)
 
 
 def test_a_window_that_covers_all_positions_is_none(raws: dict[str, dict[str, Any]]) -> None:
-    ModelConfig.from_raw(raws["mistral"] | {"sliding_window": 256})
+    parse_config(raws["mistral"] | {"sliding_window": 256})
 
 
 @pytest.mark.parametrize(
@@ -195,18 +195,18 @@ def test_a_value_of_the_wrong_kind_is_named(
     changes: dict[str, Any], message: str, raws: dict[str, dict[str, Any]]
 ) -> None:
     with pytest.raises((CheckpointError, ModelError), match=message) as caught:
-        ModelConfig.from_raw(raws["deepseek_v3"] | changes)
+        parse_config(raws["deepseek_v3"] | changes)
     assert caught.value.where
 
 
 def test_the_rope_section_is_left_as_it_was(raws: dict[str, dict[str, Any]]) -> None:
     raw = raws["deepseek_v3"]
     before = dict(raw["rope_scaling"])
-    ModelConfig.from_raw(raw)
+    parse_config(raw)
     assert raw["rope_scaling"] == before
 
 
 def test_only_the_rotated_channels_have_tables(raws: dict[str, dict[str, Any]]) -> None:
-    cos, sin = rotary_tables(ModelConfig.from_raw(raws["deepseek_v3"]), 0, 5)
+    cos, sin = rotary_tables(parse_config(raws["deepseek_v3"]), 0, 5)
     assert cos.shape == sin.shape == (5, 8)
     np.testing.assert_allclose(np.hypot(cos, sin), 1, rtol=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from tests.fixtures import tiny_model
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
 from tests.models.test_network import TOLERANCE, decode, our_model, random_tokens, torch_model
@@ -56,7 +56,7 @@ def write(case: str, folder: Path) -> Path:
 
 def reference(folder: Path) -> Any:
     """The model of transformers, with DeepSeek's own softmax scale where transformers leaves it out."""
-    model, config = torch_model(folder), ModelConfig.from_folder(folder)
+    model, config = torch_model(folder), read_config(folder)
     for layer in model.model.layers:
         if config.family.model_type == "deepseek_v2" and config.rope_scaling:
             layer.self_attn.scaling *= (0.1 * math.log(config.rope_scaling["factor"]) + 1) ** 2

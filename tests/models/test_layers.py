@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.layers import DecoderLayer, Part, positions
 from msquant.models.network import CausalLM
 from tests.fixtures.tiny_families import write_tiny
@@ -20,7 +20,7 @@ from tests.models.folders import with_config
 
 
 def decoder_layer(folder: Path, dtype: Any) -> DecoderLayer:
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     return DecoderLayer(config, Checkpoint.open(folder), "model.layers.0", dtype)
 
 
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def layer_and_input(folder: Path, dtype: Any, index: int = 1, part: Part = "whole") -> tuple[Any, Any, Any]:
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), index, dtype, part)
     hidden = Tensor(np.random.default_rng(0).standard_normal((14, 64)).astype(np.float32))
     return layer, hidden, positions(config, 7, dtype)
@@ -69,7 +69,7 @@ def test_running_in_two_parts_equals_running_at_once(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_steps_are_those_of_the_groups(kind: str, folders: dict[str, Path], dtype: Any) -> None:
-    config = ModelConfig.from_folder(folders[kind])
+    config = read_config(folders[kind])
     layer, _, _ = layer_and_input(folders[kind], dtype)
     assert list(layer.step_of) == STEPS[kind]
     assert [group.name for group in config.attention_groups] == [
@@ -84,7 +84,7 @@ def test_the_steps_are_those_of_the_groups(kind: str, folders: dict[str, Path], 
 def test_the_linears_of_a_group_first_count_in_its_step(
     kind: str, folders: dict[str, Path], dtype: Any
 ) -> None:
-    config = ModelConfig.from_folder(folders[kind])
+    config = read_config(folders[kind])
     for group in config.groups:
         layer, hidden, places = layer_and_input(folders[kind], dtype, index=0)
         step = layer.step_of[group.name]
@@ -103,7 +103,7 @@ def test_the_linears_of_a_group_first_count_in_its_step(
 def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
     kind: str, folders: dict[str, Path], dtype: Any
 ) -> None:
-    config = ModelConfig.from_folder(folders[kind])
+    config = read_config(folders[kind])
     for group in config.groups:
         if group.name == "o":
             continue
@@ -128,7 +128,7 @@ def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
 def test_the_value_rows_of_latent_attention_feed_the_output_projection(
     folders: dict[str, Path], dtype: Any
 ) -> None:
-    config = ModelConfig.from_folder(folders["deepseek_v3"])
+    config = read_config(folders["deepseek_v3"])
     layer, hidden, places = layer_and_input(folders["deepseek_v3"], dtype, part="attention")
     (expected,) = layer.run((hidden,), 2, places)
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -159,7 +159,7 @@ def test_the_attention_part_is_the_layer_without_its_feed_forward_block(
 
 
 def test_the_attention_part_reads_nothing_else(folders: dict[str, Path], dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(folders["deepseek_v3"]), Checkpoint.open(folders["deepseek_v3"])
+    config, source = read_config(folders["deepseek_v3"]), Checkpoint.open(folders["deepseek_v3"])
     for name in config.layer_shapes(1):
         if ".mlp." in name or "post_attention" in name:
             del source.weight_map[name]
@@ -170,7 +170,7 @@ def test_the_attention_part_reads_nothing_else(folders: dict[str, Path], dtype: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_names_of_cells_are_those_of_the_tensors(kind: str, folders: dict[str, Path], dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(folders[kind]), Checkpoint.open(folders[kind])
+    config, source = read_config(folders[kind]), Checkpoint.open(folders[kind])
     for index in range(2):
         layer = DecoderLayer(config, source, index, dtype, resident=True)
         for name, shape in config.layer_shapes(index).items():
@@ -214,7 +214,7 @@ def test_weights_that_do_not_fit_the_config_are_named(
 ) -> None:
     folder = with_config(tiny_llama, tmp_path / "model", **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
-        CausalLM(ModelConfig.from_folder(folder), Checkpoint.open(folder), dtype)
+        CausalLM(read_config(folder), Checkpoint.open(folder), dtype)
     assert caught.value.remedy
 
 
@@ -237,4 +237,4 @@ def test_a_final_norm_of_the_wrong_size_is_named(tiny_llama: Path, tmp_path: Pat
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:48]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[48\].* \[64\]"):
-        CausalLM(ModelConfig.from_folder(folder), Checkpoint.open(folder), dtype)
+        CausalLM(read_config(folder), Checkpoint.open(folder), dtype)

@@ -18,6 +18,7 @@ from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError, ModelError
 from msquant.models import moe
 from msquant.models.config import ExpertSizes, ModelConfig
+from msquant.models.config_json import parse_config, read_config
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE, Router
 from msquant.models.routing import choose, tokens_of
@@ -51,7 +52,7 @@ def test_the_sigmoid_router_equals_transformers(
 ) -> None:
     settings = {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalize}
     folder = write_tiny(tmp_path, "deepseek_v3", **settings)
-    config, source = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, source = read_config(folder), Checkpoint.open(folder)
     name = f"{NAME}.gate.e_score_correction_bias"
     # Uneven, so that the choice among experts that count as 0 is not a matter of chance.
     corrected = bias * (1 + 0.1 * np.arange(8, dtype=np.float32))
@@ -93,7 +94,7 @@ def choose_by_hand(reference: Any, x: NDArray[np.float32]) -> list[set[int]]:
 )
 def test_the_softmax_router_equals_transformers(settings: dict[str, Any], tmp_path: Path, dtype: Any) -> None:
     folder = write_tiny(tmp_path, "deepseek_v2", **settings)
-    config, source = ModelConfig.from_folder(folder), Checkpoint.open(folder)
+    config, source = read_config(folder), Checkpoint.open(folder)
     reference = DeepseekV2MoEGate(DeepseekV2Config.from_pretrained(folder))
     reference.weight.data = torch.from_numpy(source.tensor(f"{NAME}.gate.weight"))
     # The last inputs are so large that all but one score vanish.
@@ -105,7 +106,7 @@ def test_the_softmax_router_equals_transformers(settings: dict[str, Any], tmp_pa
 
 
 def test_a_sigmoid_far_below_zero_is_no_warning(deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     with np.errstate(all="raise", under="ignore"):
         _, weights = Router(config, source, f"{NAME}.gate", dtype)(Tensor(inputs(scale=500.0)))
     assert np.isfinite(weights).all()
@@ -153,7 +154,7 @@ def test_an_expert_is_freed_before_the_next_is_read(
         weights.extend(weakref.ref(weight) for weight in expert.get_parameters())
         return expert
 
-    block = MoE(ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek), NAME, dtype, resident=False)
+    block = MoE(read_config(deepseek), Checkpoint.open(deepseek), NAME, dtype, resident=False)
     monkeypatch.setattr(moe, "MLP", read)
     block(Tensor(inputs()))
     assert len(weights) > 3
@@ -162,7 +163,7 @@ def test_an_expert_is_freed_before_the_next_is_read(
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_block_adds_what_its_experts_say(resident: bool, rows: int, deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     block = MoE(config, source, NAME, dtype, resident=resident)
     x = inputs(rows)
     expected = block_by_hand(config, source, x, dtype)
@@ -182,7 +183,7 @@ class Counting(Replaced):
 
 
 def test_only_experts_with_tokens_are_read_unless_resident(deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Counting(Checkpoint.open(deepseek))
+    config, source = read_config(deepseek), Counting(Checkpoint.open(deepseek))
     block = MoE(config, source, NAME, dtype, resident=False)
     assert not any(".experts." in name for name in source.read)
     x = inputs(2)
@@ -212,7 +213,7 @@ class Int8Experts(Replaced):
 
 
 def test_experts_may_be_quantized(deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     x = inputs()
     plain = MoE(config, source, NAME, dtype, resident=False)(Tensor(x)).asnumpy()
     blocks = [MoE(config, Int8Experts(source, {}), NAME, dtype, resident=kept) for kept in (False, True)]
@@ -223,7 +224,7 @@ def test_experts_may_be_quantized(deepseek: Path, dtype: Any) -> None:
 
 
 def test_the_names_of_cells_are_those_of_the_tensors(deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     block = MoE(config, source, NAME, dtype, resident=True)
     expected = {name for name in config.layer_shapes(1) if name.startswith(f"{NAME}.")}
     assert len(expected) == 2 + 3 * 9
@@ -245,14 +246,14 @@ def test_the_names_of_cells_are_those_of_the_tensors(deepseek: Path, dtype: Any)
 def test_a_missing_tensor_is_named(
     make: Callable[..., Any], missing: str, deepseek: Path, dtype: Any
 ) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     del source.weight_map[missing]
     with pytest.raises(CheckpointError, match=f"there is no tensor {missing}"):
         make(config, source, NAME, dtype)
 
 
 def test_a_missing_expert_is_named_when_it_is_streamed(deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     block = MoE(config, source, NAME, dtype, resident=False)
     for expert in range(8):
         del source.weight_map[f"{NAME}.experts.{expert}.down_proj.weight"]
@@ -262,7 +263,7 @@ def test_a_missing_expert_is_named_when_it_is_streamed(deepseek: Path, dtype: An
 
 @pytest.mark.parametrize("part", ["weight", "e_score_correction_bias"])
 def test_a_router_of_the_wrong_shape_is_named(part: str, deepseek: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(deepseek), Checkpoint.open(deepseek)
+    config, source = read_config(deepseek), Checkpoint.open(deepseek)
     name = f"{NAME}.gate.{part}"
     short = Replaced(source, {name: source.tensor(name)[:6]})
     with pytest.raises(CheckpointError, match=rf"{name} has shape \[6.*config\.json says \[8"):
@@ -271,8 +272,8 @@ def test_a_router_of_the_wrong_shape_is_named(part: str, deepseek: Path, dtype: 
 
 def test_an_expert_of_the_wrong_shape_is_named(tmp_path: Path, dtype: Any) -> None:
     folder = write_tiny(tmp_path, "deepseek_v3", moe_intermediate_size=40)
-    raw = ModelConfig.from_folder(folder).raw | {"moe_intermediate_size": 32}
-    config, source = ModelConfig.from_raw(raw), Checkpoint.open(folder)
+    raw = read_config(folder).raw | {"moe_intermediate_size": 32}
+    config, source = parse_config(raw), Checkpoint.open(folder)
     with pytest.raises(
         CheckpointError, match=r"experts\.0\.gate_proj\.weight has shape \[40, 64\].*\[32, 64\]"
     ):
@@ -280,6 +281,6 @@ def test_an_expert_of_the_wrong_shape_is_named(tmp_path: Path, dtype: Any) -> No
 
 
 def test_a_dense_model_has_no_router(tiny_llama: Path, dtype: Any) -> None:
-    config, source = ModelConfig.from_folder(tiny_llama), Checkpoint.open(tiny_llama)
+    config, source = read_config(tiny_llama), Checkpoint.open(tiny_llama)
     with pytest.raises(ModelError, match="a model of type llama has no experts"):
         Router(config, source, f"{NAME}.gate", dtype)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.hub.bundled import smollm2_folder
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.network import CausalLM, Embedding
 from tests.fixtures import tiny_model
 from tests.fixtures.tiny_model import VOCABULARY_SIZE, write_tiny_llama
@@ -82,7 +82,7 @@ def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float64]
 
 
 def our_model(folder: Path, dtype: Any) -> CausalLM:
-    return CausalLM(ModelConfig.from_folder(folder), Checkpoint.open(folder), dtype)
+    return CausalLM(read_config(folder), Checkpoint.open(folder), dtype)
 
 
 def decode(model: CausalLM, tokens: NDArray[np.int64], steps: list[int]) -> NDArray[np.float32]:
@@ -163,7 +163,7 @@ class RowsAlone(Replaced):
 def test_the_embedding_reads_the_rows_of_its_tokens_once(tiny_llama: Path, dtype: Any) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     source = RowsAlone(checkpoint)
-    embedding = Embedding(ModelConfig.from_folder(tiny_llama), source, dtype)
+    embedding = Embedding(read_config(tiny_llama), source, dtype)
     tokens = np.array([[7, 3, 7], [500, 3, 7]])
     hidden = embedding(tokens)
     assert source.asked == [[3, 7, 500]]
@@ -172,7 +172,7 @@ def test_the_embedding_reads_the_rows_of_its_tokens_once(tiny_llama: Path, dtype
 
 def test_an_embedding_of_another_width_is_named(tiny_llama: Path, tmp_path: Path, dtype: Any) -> None:
     folder = with_config(tiny_llama, tmp_path / "model", hidden_size=48, head_dim=16)
-    embedding = Embedding(ModelConfig.from_folder(folder), Checkpoint.open(folder), dtype)
+    embedding = Embedding(read_config(folder), Checkpoint.open(folder), dtype)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \[512, 64\].* \[512, 48\]"):
         embedding(np.array([[1, 2]]))
 
@@ -188,7 +188,7 @@ def test_last_only_returns_the_last_tokens_logits(tiny_llama: Path, dtype: Any) 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_half_precision_storage_computes_in_float32(stored: str, tmp_path: Path, dtype: Any) -> None:
     folder = write_tiny_llama(tmp_path, dtype=stored)
-    assert ModelConfig.from_folder(folder).dtype == stored
+    assert read_config(folder).dtype == stored
     tokens = random_tokens()
     logits = our_model(folder, dtype).logits(tokens)
     np.testing.assert_allclose(logits, torch_logits(folder, tokens), rtol=0, atol=TOLERANCE)

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from msquant.errors import ModelError
 from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.rope import rotary_tables
 from tests.models.folders import with_config
 
@@ -60,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 def our_config(folder: Path, **settings: Any) -> ModelConfig:
     raw = {"model_type": "llama"} | SHAPE | settings
     (folder / "config.json").write_text(json.dumps(raw))
-    return ModelConfig.from_folder(folder)
+    return read_config(folder)
 
 
 def reference(case: str, length: int) -> tuple[NDArray[np.float32], float]:
@@ -111,5 +112,5 @@ def test_an_unknown_type_is_an_error_that_lists_the_known_ones(tiny_llama: Path,
     scaling = {"rope_type": "spiral", "factor": 2.0}
     folder = with_config(tiny_llama, tmp_path / "model", rope_scaling=scaling)
     with pytest.raises(ModelError, match="'spiral' is not supported") as caught:
-        rotary_tables(ModelConfig.from_folder(folder), 0, 4)
+        rotary_tables(read_config(folder), 0, 4)
     assert caught.value.remedy == "supported types: default, linear, dynamic, yarn, llama3"

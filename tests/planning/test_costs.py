@@ -7,7 +7,7 @@ import pytest
 
 from msquant.checkpoint.float_rows import FloatRows
 from msquant.hub.published import published_config
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.pipeline import MEMORY_BUDGET, quantize
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.costs import carried_work, feed_forward_rounds, layer_work
@@ -77,7 +77,7 @@ def test_reading_and_rounding_are_counted_as_they_happen(
 
 
 def test_a_dense_layer_by_hand() -> None:
-    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    config = parse_config(published_config("llama-3.1-8b") or {})
     recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl")
     tokens = Tokens(4, 128, 4)
     names = config.layer_shapes(0)
@@ -95,7 +95,7 @@ def test_a_dense_layer_by_hand() -> None:
 
 
 def test_experts_are_read_twice_and_again_for_every_round() -> None:
-    config = ModelConfig.from_raw(published_config("deepseek-r1") or {})
+    config = parse_config(published_config("deepseek-r1") or {})
     policy = find_recipe("deepseek-r1").quantization
     dense, experts = LayerBlocks(config, policy, 0), LayerBlocks(config, policy, 3)
     assert list(dense.inner) == ["mlp"]
@@ -130,7 +130,7 @@ def test_the_searches_keep_as_many_inputs() -> None:
 
 @pytest.mark.parametrize(("dynamic", "parts"), [((), 2), (("proj",), 4)])
 def test_the_held_out_search_by_hand(dynamic: tuple[str, ...], parts: int) -> None:
-    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    config = parse_config(published_config("llama-3.1-8b") or {})
     recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl-robust", dynamic=dynamic)
     tokens = Tokens(16, 128, 1)
     names = config.layer_shapes(0)
@@ -143,7 +143,7 @@ def test_the_held_out_search_by_hand(dynamic: tuple[str, ...], parts: int) -> No
 
 @pytest.mark.parametrize("algorithm", ["smoothquant", "rtn"])
 def test_what_is_not_searched_costs_no_search(algorithm: str) -> None:
-    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    config = parse_config(published_config("llama-3.1-8b") or {})
     recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm=algorithm)
     names = config.layer_shapes(0)
     blocks = LayerBlocks(config, recipe.quantization, 0)

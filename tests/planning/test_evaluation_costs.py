@@ -11,7 +11,7 @@ from msquant.comparison import builtin_texts, score_folders
 from msquant.evaluation import lockstep
 from msquant.evaluation.settings import EvaluationSettings
 from msquant.hub.published import published_config
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.models.layers import DecoderLayer
 from msquant.planning import evaluation_costs as costs
 from msquant.planning.blocks import LayerBlocks
@@ -70,7 +70,7 @@ def test_two_models_are_read_and_computed_as_often_as_is_counted(
 
 
 def test_a_layer_and_the_head_by_hand() -> None:
-    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    config = parse_config(published_config("llama-3.1-8b") or {})
     blocks = LayerBlocks(config, find_recipe("llama-3.1-8b").quantization, 0)
     tokens = costs.EvaluationTokens.of(EvaluationSettings(), config)
     assert (tokens.count, tokens.own, tokens.batch) == (4 * 256, 4 * 128, 2)
@@ -86,7 +86,7 @@ def test_a_layer_and_the_head_by_hand() -> None:
 
 
 def test_a_token_meets_few_experts_and_all_are_read() -> None:
-    config = ModelConfig.from_raw(published_config("deepseek-r1") or {})
+    config = parse_config(published_config("deepseek-r1") or {})
     blocks = LayerBlocks(config, find_recipe("deepseek-r1").quantization, 3)
     tokens = costs.EvaluationTokens.of(EvaluationSettings(), config)
     work = costs.evaluation_work(blocks, tokens, {}, 0)
@@ -96,7 +96,7 @@ def test_a_token_meets_few_experts_and_all_are_read() -> None:
 
 
 def test_nothing_is_counted_where_nothing_is_evaluated() -> None:
-    config = ModelConfig.from_raw(published_config("llama-3.1-8b") or {})
+    config = parse_config(published_config("llama-3.1-8b") or {})
     tokens = costs.EvaluationTokens.of(EvaluationSettings(sequences=0), config)
     blocks = LayerBlocks(config, QuantizationPolicy(), 0)
     assert costs.evaluation_work(blocks, tokens, {"a": 1}, 1) == costs.head_work(config, tokens, 1) == Work()

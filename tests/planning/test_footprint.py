@@ -9,7 +9,7 @@ import pytest
 
 from msquant.checkpoint.memory import available_memory
 from msquant.hub.published import published_config
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.footprint import BASE_BYTES, layer_bytes
 from msquant.planning.plan import make_plan
@@ -43,7 +43,7 @@ def test_the_estimate_is_near_a_real_peak(tmp_path: Path) -> None:
 def blocks(index: int, **changed: int) -> LayerBlocks:
     raw = (published_config("deepseek-r1") or {}) | changed
     recipe = find_recipe("deepseek-r1")
-    return LayerBlocks(ModelConfig.from_raw(raw), recipe.quantization, index)
+    return LayerBlocks(parse_config(raw), recipe.quantization, index)
 
 
 def test_it_grows_neither_with_experts_nor_with_layers() -> None:

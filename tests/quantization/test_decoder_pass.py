@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.quantization import golden_stick
 from msquant.quantization.decoder_pass import DecoderPass
@@ -40,7 +40,7 @@ def run(
     )
     steps: list[str] = []
     outputs: list[np.ndarray] = []
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     store = HiddenStateStore(scratch, budget)
     decoder = DecoderPass(config, Checkpoint.open(folder), policy, LENGTH, dtype, store, steps.append)
     decoder.run(1, hidden, outputs.append, Discard())

@@ -9,7 +9,7 @@ import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization.feed_forward import FeedForwardPass
@@ -53,7 +53,7 @@ class Block:
     def __init__(self, folder: Path, index: int) -> None:
         self.index = index
         self.dtype = use_device()
-        self.config = ModelConfig.from_folder(folder)
+        self.config = read_config(folder)
         self.source = Checkpoint.open(folder)
         self.places = positions(self.config, TOKENS, self.dtype)
         hidden = np.random.default_rng(0).normal(size=(1, TOKENS, self.config.hidden_size))

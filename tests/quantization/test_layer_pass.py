@@ -6,7 +6,7 @@ import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization import golden_stick
@@ -24,7 +24,7 @@ GRID = {"algorithm": "osl", "smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio"
 def parts(tiny_llama):
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
-    config = ModelConfig.from_folder(tiny_llama)
+    config = read_config(tiny_llama)
     layer = DecoderLayer(config, Checkpoint.open(tiny_llama), NAME, dtype)
     hidden = ms.Tensor(np.random.default_rng(0).normal(size=(4, LENGTH, config.hidden_size)), ms.float32)
     return config, layer, [hidden], positions(config, LENGTH, dtype), dtype

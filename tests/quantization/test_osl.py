@@ -8,7 +8,7 @@ import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CalibrationError
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization import golden_stick
@@ -34,7 +34,7 @@ def hidden_states(size):
 def run_pass(folder, batch, part="whole", **policy):
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype, part)
     hidden = hidden_states(config.hidden_size)
     batches = [hidden[start : start + batch] for start in range(0, SAMPLES, batch)]
@@ -97,7 +97,7 @@ def test_the_result_does_not_depend_on_the_batches(tmp_path):
 def test_weights_without_a_finite_error_are_refused(tmp_path, algorithm, search):
     folder = write_tiny_llama(tmp_path / "model")
     dtype = use_device()
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype)
     layer.mlp.down_proj.weight.set_data(layer.mlp.down_proj.weight * 1e36)
     places = positions(config, LENGTH, dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization.feed_forward import FeedForwardPass
@@ -29,7 +29,7 @@ ALGORITHMS = [
 def inputs(folder: Path, part: str) -> dict[str, np.ndarray]:
     """What the linears of each group read in floating point, `[tokens, K]`."""
     dtype = use_device()
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype, part)
     batch = Batch(layer, hidden_states(config.hidden_size), positions(config, LENGTH, dtype))
     return {name: batch.states[step][1].asnumpy() for name, step in layer.step_of.items()}
@@ -71,7 +71,7 @@ def test_nothing_is_reported_of_what_is_not_smoothed(tmp_path):
 def test_feed_forward_blocks_report_all_experts_as_one_group(index, alpha, tmp_path):
     folder = write_tiny(tmp_path / "model", "deepseek_v3")
     policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=alpha, min_expert_tokens=5)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     block = FeedForwardPass(config, Checkpoint.open(folder), index, policy, use_device())
     hidden = np.random.default_rng(0).normal(size=(24, config.hidden_size)).astype(np.float32)
     block.forward(hidden)

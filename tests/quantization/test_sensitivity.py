@@ -10,7 +10,7 @@ import pytest
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization import golden_stick
@@ -35,7 +35,7 @@ def measure(
     """The groups of one layer by name, and the layer's outputs."""
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     store = HiddenStateStore(scratch, 1 << 30)
     measuring = SensitivityPass(config, Checkpoint.open(folder), policy, LENGTH, dtype, store)
     outputs: list[np.ndarray] = []
@@ -210,7 +210,7 @@ def test_experts_are_one_group_with_the_error_of_the_layer_when_only_they_are_qu
     assert len(experts.linears) == 3 * (8 + 1)
     assert not any("mlp.gate." in name or name.endswith("mlp.gate") for name in experts.linears)
 
-    config, source, dtype = ModelConfig.from_folder(folder), Checkpoint.open(folder), use_device()
+    config, source, dtype = read_config(folder), Checkpoint.open(folder), use_device()
     sink = Quantized(source)
     policy = QuantizationPolicy(**options, skip=("self_attn",))
     store = HiddenStateStore(tmp_path / "b", 1 << 30)

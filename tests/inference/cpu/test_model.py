@@ -13,7 +13,7 @@ from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.inference.batch import BatchModel
 from msquant.inference.cpu.model import CpuModel
 from msquant.inference.mindspore_model import MindSporeModel
-from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
 from tests.fixtures import tiny_families, tiny_model
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import VOCABULARY_SIZE, write_tiny_llama
@@ -35,7 +35,7 @@ def tokens_of(length: int = LENGTH, seed: int = 0) -> list[int]:
 
 
 def float_model(folder: Path) -> CpuModel:
-    return CpuModel(ModelConfig.from_folder(folder), Checkpoint.open(folder))
+    return CpuModel(read_config(folder), Checkpoint.open(folder))
 
 
 def decode(model: BatchModel, tokens: list[int], steps: list[int]) -> NDArray[np.float32]:
@@ -50,7 +50,7 @@ def decode(model: BatchModel, tokens: list[int], steps: list[int]) -> NDArray[np
 @pytest.mark.parametrize("family", tiny_families.SETTINGS)
 def test_every_family_equals_its_cells(family: str, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", family)
-    cells = MindSporeModel(ModelConfig.from_folder(folder), Checkpoint.open(folder), "cpu")
+    cells = MindSporeModel(read_config(folder), Checkpoint.open(folder), "cpu")
     found = decode(float_model(folder), tokens_of(), [17, 9])
     np.testing.assert_allclose(found, decode(cells, tokens_of(), [17, 9]), rtol=0, atol=TOLERANCE)
 
@@ -69,7 +69,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("product")
 def test_quantized_sequences_of_a_batch_do_not_depend_on_one_another(tiny_quantized: Path) -> None:
-    config = ModelConfig.from_folder(tiny_quantized)
+    config = read_config(tiny_quantized)
     model = CpuModel(config, GoldenStickCheckpoint.open(tiny_quantized))
     prompts = [tokens_of(length, seed=length) for length in (30, 1, 7)]
 
