@@ -19,6 +19,12 @@ GOLDEN_STICK = "golden-stick, all else"
 REST = "all else"
 
 _FEED_FORWARD = "msquant.quantization.feed_forward"
+
+
+def _search(around: str, smoother: Any, name: str, layer: Any, group: Any, *_: Any) -> str:
+    return f"search of {group.name}"
+
+
 FUNCTIONS: dict[str, Label] = {
     "msquant.checkpoint.float_rows:FloatRows._read": WAITING,
     "msquant.checkpoint.float_rows:dequantize": "dequantizing",
@@ -29,9 +35,8 @@ FUNCTIONS: dict[str, Label] = {
     f"{_FEED_FORWARD}:quantize_weight": "quantizing experts",
     f"{_FEED_FORWARD}:column_maxima": "ranges for smoothing",
     "gc:collect": "collecting garbage",
-    "msquant.quantization.osl:FastOSLSmoother._search_best_ratio": (
-        lambda around, smoother, name, layer, group, *_: f"search of {group.name}"
-    ),
+    "msquant.quantization.osl:FastOSLSmoother._search_best_ratio": _search,
+    "msquant.quantization.robust:RobustOSLSmoother._search_best_ratio": _search,
     "msquant.quantization.osl:Batch.__init__": "search, what its groups share",
     "msquant.quantization.clip:FastClipLinearCell._search_best_clip": "clip search",
     # golden-stick computes the block only to capture what goes into its linears.
