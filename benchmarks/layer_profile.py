@@ -78,7 +78,7 @@ def profile_last_layer(recipe: Path, output: Path) -> LayerProfile:
     from msquant.pipeline import Progress, quantize
     from msquant.recipes import load_recipe
 
-    settings = load_recipe(recipe)
+    settings = load_recipe(recipe).replace("evaluation", sequences=0)
     model = Path(settings.model)
     last = json.loads((model / "config.json").read_text())["num_hidden_layers"] - 1
     marks: list[float] = []

@@ -26,7 +26,10 @@ from msquant.formats.format import Finding, FormatName, PlainFormat
 
 @dataclass(frozen=True)
 class AscendFormat(PlainFormat):
-    """See `Format`; vllm-ascend reorders rotary rows itself, and would read `config.json` first."""
+    """See `Format`; vllm-ascend reorders rotary rows itself.
+
+    A section in `config.json` would be read instead of the description.
+    """
 
     variant: str = "ascendV1"
 
