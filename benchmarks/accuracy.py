@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.rows import row
 from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
 from benchmarks.texts import SEQUENCES, domains
+from msquant.checkpoint.weights import as_computed
 from msquant.recipes import Recipe
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
@@ -157,11 +158,10 @@ def simulated(folder: Path, captured: Captured) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.load_state_dict({k: torch.from_numpy(v) for k, v in captured.tensors.items()}, strict=False)
-    for name, linear in captured.linears.items():
-        module = model.get_submodule(name)
-        weight = linear.dequantized().weight if linear.scheme == "weight_only" else linear.weight
-        module.weight.data = torch.from_numpy(weight).float()
-        if linear.scheme in ("static", "dynamic"):
+    for name, stored in captured.linears.items():
+        module, linear = model.get_submodule(name), as_computed(stored)
+        module.weight.data = torch.from_numpy(linear.weight).float()
+        if linear.scheme != "float":
             module.register_forward_pre_hook(_quantize_inputs(linear))
             module.register_forward_hook(_dequantize_outputs(linear))
     return model

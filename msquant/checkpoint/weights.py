@@ -71,10 +71,6 @@ class QuantizedLinear:
         """Whether activations are quantized with a scale fixed at calibration."""
         return self.input_scale is not None
 
-    def dequantized(self) -> FloatLinear:
-        """The layer in floating point with the weights that int8 has kept."""
-        return FloatLinear(self.weight * self.weight_scale[:, None], self.bias)
-
     def take_rows(self, rows: NDArray[np.integer]) -> "QuantizedLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""
         return replace(
@@ -86,6 +82,16 @@ class QuantizedLinear:
 
 
 Linear = FloatLinear | QuantizedLinear
+
+
+def as_computed(linear: Linear) -> Linear:
+    """A layer of W8A16 in floating point with the weights that int8 has kept; any other as it is.
+
+    No engine of msquant's own has a kernel for int8 weights alone.
+    """
+    if isinstance(linear, FloatLinear) or not linear.weight_only:
+        return linear
+    return FloatLinear(linear.weight * linear.weight_scale[:, None], linear.bias)
 
 
 class WeightSource(Protocol):

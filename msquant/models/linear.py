@@ -8,16 +8,15 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
 
-from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear, as_computed
 from msquant.models.exact import exact_parts
 
 
 def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
     """Build the cell that computes `linear` on inputs `[T, K]`, in `dtype` outside the integer product."""
+    linear = as_computed(linear)
     if isinstance(linear, FloatLinear):
         return dense(linear, dtype)
-    if linear.weight_only:
-        return dense(linear.dequantized(), dtype)
     return Int8Linear(linear, dtype)
 
 

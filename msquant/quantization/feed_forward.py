@@ -21,6 +21,7 @@ from msquant.checkpoint.weights import (
     Linear,
     QuantizedLinear,
     WeightSource,
+    as_computed,
 )
 from msquant.interrupts import check_interrupt
 from msquant.models.cells import RMSNorm
@@ -256,8 +257,7 @@ class FeedForwardPass:
 
 def _apply(linear: Linear, x: Floats) -> Floats:
     """`[T, K]` to `[T, N]`: per-token int8 as in `models.linear.Int8Linear`, but for sums' last digits."""
-    if isinstance(linear, QuantizedLinear) and linear.weight_only:
-        linear = linear.dequantized()
+    linear = as_computed(linear)
     if isinstance(linear, FloatLinear):
         y = x @ linear.weight.T
     else:

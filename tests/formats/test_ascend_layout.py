@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme, as_computed
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_layout import decode_linear, encode_linear, linear_specs
 from tests.formats.layers import ideal_output, random_layer
@@ -81,7 +81,7 @@ def test_vllm_ascend_computes_a_layer_with_int8_weights_alone(bias: bool) -> Non
     y = torch.from_numpy(x) @ ((parts["weight"] + parts["weight_offset"]) * parts["weight_scale"]).T
     back = decode_linear(MODULE, tensors, weight_only=True)
     assert back.scheme == "weight_only"
-    floats = back.dequantized()
+    floats = as_computed(back)
     expected = x @ floats.weight.T.astype(np.float64)
     if bias:
         y, expected = y + parts["bias"], expected + floats.bias

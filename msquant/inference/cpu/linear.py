@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear, as_computed
 from msquant.inference.cpu import onednn
 from msquant.models.exact import exact_parts
 
@@ -25,7 +25,7 @@ def linear_layer(*linears: Linear) -> Layer:
 
     They are one product where they quantize the input alike, as they mostly do.
     """
-    linears = tuple(_floating(linear) for linear in linears)
+    linears = tuple(map(as_computed, linears))
     first = linears[0]
     if isinstance(first, FloatLinear):
         floats = [linear for linear in linears if isinstance(linear, FloatLinear)]
@@ -39,11 +39,6 @@ def linear_layer(*linears: Linear) -> Layer:
             return _Int8Layer(alike)
     layers = [linear_layer(linear) for linear in linears]
     return lambda x: np.concatenate([layer(x) for layer in layers], axis=1)
-
-
-def _floating(linear: Linear) -> Linear:
-    """A layer of W8A16 as what it computes; there is no kernel here for int8 weights alone."""
-    return linear.dequantized() if isinstance(linear, QuantizedLinear) and linear.weight_only else linear
 
 
 def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
