@@ -25,18 +25,21 @@ def _hide_progress_bars() -> None:
 
 
 @cache
-def quantized() -> dict[str, Any]:
-    """Run `msquant quantize smollm2-135m --algo osl` as a process of its own, once.
+def quantized(algorithm: str | None = "osl") -> dict[str, Any]:
+    """Run `msquant quantize smollm2-135m` as a process of its own, once for each algorithm.
+
+    Args:
+        algorithm: what `--algo` is given; None is the recipe's own.
 
     Returns:
         What `--json` printed, its peak memory among it, with `wall_seconds` of the whole process.
     """
     float_folder()
     _hide_progress_bars()
-    output = cache_folder() / "benchmarks" / "smollm2-135m-osl"
+    output = cache_folder() / "benchmarks" / f"smollm2-135m-{algorithm or 'default'}"
     started = time.monotonic()
     result = msquant(
-        *("quantize", "smollm2-135m", "--algo", "osl"),
+        *("quantize", "smollm2-135m", *(["--algo", algorithm] if algorithm else [])),
         *("--samples", SAMPLES, "--sequence-length", SEQUENCE_LENGTH),
         *("--output", output, "--overwrite", "--restart"),
     )
