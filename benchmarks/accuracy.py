@@ -17,6 +17,7 @@ from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
 from benchmarks.texts import SEQUENCES, domains
 from msquant.checkpoint.weights import as_computed
 from msquant.recipes import Recipe
+from tests.fixtures.policies import rules
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
 DOWN, ALL = ["down_proj"], ["proj"]
@@ -25,11 +26,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     "smoothquant, static": {"algorithm": "smoothquant"},
     "osl, static": {"algorithm": "osl"},
     "osl-robust, static": {"algorithm": "osl-robust"},
-    "osl-robust, down_proj per token": {"algorithm": "osl-robust", "dynamic": DOWN},
-    "rtn, per token": {"algorithm": "rtn", "dynamic": ALL},
-    "smoothquant, per token": {"algorithm": "smoothquant", "dynamic": ALL},
-    "osl-robust, per token": {"algorithm": "osl-robust", "dynamic": ALL},
-    "rtn, weights alone": {"algorithm": "rtn", "weight_only": ALL},
+    "osl-robust, down_proj per token": {"algorithm": "osl-robust", "schemes": rules(dynamic=DOWN)},
+    "rtn, per token": {"algorithm": "rtn", "schemes": rules(dynamic=ALL)},
+    "smoothquant, per token": {"algorithm": "smoothquant", "schemes": rules(dynamic=ALL)},
+    "osl-robust, per token": {"algorithm": "osl-robust", "schemes": rules(dynamic=ALL)},
+    "rtn, weights alone": {"algorithm": "rtn", "schemes": rules(weight_only=ALL)},
 }
 # KL at most: the calibrated kind of text, and the Bible.
 LIMITS = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme, WeightSource
+from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast, stored_dtype
 from msquant.formats.folder_rules import check_manifest
@@ -17,6 +17,7 @@ from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
 from msquant.quantization.schemes import layer_linears
+from msquant.schemes import FLOAT, Scheme
 from msquant.source import prediction_layers, refuse_unknown_tensors
 
 
@@ -92,7 +93,7 @@ def require_exact(source: QuantizedFolder) -> None:
     dtype, checkpoint = source.config.dtype, source.checkpoint
     for name in checkpoint.parameters():
         module, _, part = name.rpartition(".")
-        if source.linears.get(module, "float") == "float":
+        if source.linears.get(module, FLOAT).is_float:
             wanted = DTYPE_CODES[stored_dtype(name, dtype)]
             exact = checkpoint.dtype(name) == wanted or wanted == "F32"
         elif part in ("input_scale", "bias"):

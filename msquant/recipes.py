@@ -20,6 +20,7 @@ from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, 
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.quantization.policy import QuantizationPolicy
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -95,12 +96,12 @@ def default_policy(model_type: str | None) -> QuantizationPolicy:
     Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
     its products (see `formats/golden_stick_schemes.py`).
     """
-    raw: dict[str, Any] = {}
+    rules: list[tuple[str, Scheme]] = [("lm_head", FLOAT)]
     if model_type in LATENT_TYPES:
-        raw["skip"] = ("lm_head", "kv_b_proj")
-    if model_type in EXPERT_COUNT:
-        raw |= {"dynamic": ("mlp.",), "feed_forward_alpha": 0.5}
-    return QuantizationPolicy(**raw)
+        rules.append(("kv_b_proj", FLOAT))
+    if model_type not in EXPERT_COUNT:
+        return QuantizationPolicy(schemes=(*rules, ("*", W8A8)))
+    return QuantizationPolicy(schemes=(*rules, ("mlp.", W8A8_DYNAMIC), ("*", W8A8)), feed_forward_alpha=0.5)
 
 
 def _model_type(folder: Path) -> str | None:

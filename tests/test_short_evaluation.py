@@ -95,7 +95,7 @@ def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -
     import sys
 
     path = tmp_path / "recipe.yaml"
-    text = RECIPE.format(model=source, dynamic="[]")
+    text = RECIPE.format(model=source, feed_forward="")
     path.write_text(f"{text}evaluation: {{sequence_length: 32, max_kl: 0.000001}}\n")
     command = [sys.executable, "-m", "msquant", "quantize", str(path), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -113,7 +113,7 @@ def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -
 
 def test_a_kill_while_it_is_evaluated_loses_nothing(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(model=source, dynamic="[]"))
+    path.write_text(RECIPE.format(model=source, feed_forward=""))
     finish(path, tmp_path / "whole")
     process = start(path, tmp_path / "out")
     assert process.stderr is not None

@@ -12,7 +12,6 @@ from msquant.errors import OutputError
 
 if TYPE_CHECKING:
     from msquant.checkpoint.reader import Checkpoint
-    from msquant.checkpoint.weights import Scheme
     from msquant.models.config import ModelConfig
     from msquant.planning.plan import PartPlan, Plan
     from msquant.planning.work import Rates
@@ -22,12 +21,6 @@ _CAPTION = (
     "Linears by scheme, sizes and seconds are of one layer. prediction: multi-token prediction, carried "
     "through; ends: embeddings, last norm, output head."
 )
-_SCHEMES: "dict[Scheme, str]" = {
-    "static": "static",
-    "dynamic": "token",
-    "weight_only": "weight only",
-    "float": "float",
-}
 _WORK = {
     "read": "reading",
     "converted": "converting to float32",
@@ -119,8 +112,8 @@ def _as_json(plan: "Plan") -> dict[str, Any]:
 
 
 def _print(plan: "Plan") -> None:
-    shown = [s for s in _SCHEMES if s != "weight_only" or any(s in part.linears for part in plan.parts)]
-    columns = ["layers", "kind", *(_SCHEMES[scheme] for scheme in shown), "before", "after"]
+    shown = list(dict.fromkeys(word for part in plan.parts for word in part.linears))
+    columns = ["layers", "kind", *shown, "before", "after"]
     timed = plan.seconds is not None
     rows = [_row(list(parts), shown, timed) for _, parts in groupby(plan.parts, key=_alike)]
     each = ["seconds"] if timed else []
@@ -168,7 +161,7 @@ def _alike(part: "PartPlan") -> tuple[Any, ...]:
     return part.kind, tuple(part.linears.items()), part.parameters, part.source_bytes
 
 
-def _row(parts: "list[PartPlan]", schemes: "list[Scheme]", timed: bool) -> list[Any]:
+def _row(parts: "list[PartPlan]", schemes: list[str], timed: bool) -> list[Any]:
     first, last = parts[0], parts[-1]
     layers = "" if first.index is None else f"{first.index}"
     if first is not last:

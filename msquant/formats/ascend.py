@@ -10,6 +10,7 @@ from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_li
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
 from msquant.formats.folder_source import FolderSource
+from msquant.schemes import FLOAT
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
 _NORM_ADDITIONS = ("norm.bias", "norm.module.weight", "norm.module.bias")
@@ -53,7 +54,7 @@ class AscendCheckpoint(FolderSource):
             CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit.
         """
         scheme = self.description.scheme(module)
-        if scheme == "float":
+        if scheme == FLOAT:
             return self.checkpoint.linear(module)
         if scheme is None:
             raise CheckpointError(
@@ -61,6 +62,6 @@ class AscendCheckpoint(FolderSource):
                 where=f"{self.checkpoint.folder}, {module}",
                 remedy=f"msquant reads {', '.join(DESCRIBED.values())}",
             )
-        names = STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS
+        names = STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
         parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
-        return decode_linear(module, parts, weight_only=scheme == "weight_only")
+        return decode_linear(module, parts, scheme)

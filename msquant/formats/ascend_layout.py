@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import cast
 from msquant.formats.scales import all_positive, deq_scales, input_parameters, row_scales, weight_scales
+from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -50,13 +51,13 @@ def linear_specs(
     Args:
         module: its name.
         shape: `(N, K)`.
-        scheme: `static`, `dynamic` or `weight_only`.
+        scheme: one of `ascend_schemes.DESCRIBED`, not in floating point.
         dtype: the model's.
         bias: whether it has one.
     """
     rows = shape[:1]
     parts: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", shape)]
-    if scheme != "static":
+    if not scheme.is_static:
         parts += [("weight_scale", "F32", (*rows, 1)), ("weight_offset", "F32", (*rows, 1))]
     else:
         parts += [("quant_bias", "I32", rows), ("input_scale", "F32", (1,)), ("input_offset", "F32", (1,))]
@@ -143,7 +144,7 @@ def folded_bias(
 
 
 def decode_linear(
-    module: str, tensors: Mapping[str, NDArray[Any]], *, weight_only: bool = False
+    module: str, tensors: Mapping[str, NDArray[Any]], scheme: Scheme = W8A8_DYNAMIC
 ) -> QuantizedLinear:
     """The quantized layer that `encode_linear`, or msModelSlim, stored.
 
@@ -151,7 +152,7 @@ def decode_linear(
         module: its name.
         tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
-        weight_only: whether it is W8A16; W8A8_DYNAMIC has the same tensors.
+        scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -171,7 +172,7 @@ def decode_linear(
             raise CheckpointError(
                 "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
             )
-        return QuantizedLinear(weight=weight, weight_scale=scale, bias=bias, weight_only=weight_only)
+        return QuantizedLinear(weight, scale, scheme, bias)
     deq_scale = deq_scale_values(tensors[f"{module}.deq_scale"])
     input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)
     zero_point = zero_point_of(tensors[f"{module}.input_offset"])
@@ -185,6 +186,7 @@ def decode_linear(
     return QuantizedLinear(
         weight=weight,
         weight_scale=row_scales(deq_scale, input_scale),
+        scheme=W8A8,
         bias=bias,
         input_scale=input_scale,
         input_offset=np.array([zero_point], np.int32),

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
-from msquant.checkpoint.weights import Scheme
 from msquant.models.config import ModelConfig
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.schemes import in_two_blocks, layer_schemes
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> Work:
         scores=FLOAT_PASSES * scores,
     )
     total += search_work(blocks, tokens, scores)
-    quantized = weights_of(linear for linear in blocks.searched if linear.scheme != "float")
+    quantized = weights_of(linear for linear in blocks.searched if not linear.scheme.is_float)
     # The quantized block is computed once, for the first batch, from weights in float32 again.
     once = 2 * tokens.first * weights
     return total + Work(quantized=quantized, converted=quantized, products=once, streamed=weights)
@@ -76,7 +76,7 @@ def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> Work:
 def _feed_forward(blocks: LayerBlocks, tokens: Tokens, source_bytes: int, rounds: int) -> Work:
     """Read once for each round of tokens, and once more to be quantized."""
     weights = weights_of(blocks.streamed)
-    quantized = weights_of(linear for linear in blocks.streamed if linear.scheme != "float")
+    quantized = weights_of(linear for linear in blocks.streamed if not linear.scheme.is_float)
     routed = weights_of(
         linear for name, block in blocks.inner.items() if ".experts." in name for linear in block
     )

@@ -11,7 +11,6 @@ from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import ModelError, OutputError
 from msquant.export import output_folders
 from msquant.formats.format import FormatName
@@ -26,6 +25,7 @@ from msquant.planning.evaluation_costs import EvaluationTokens, evaluation_work,
 from msquant.planning.footprint import BASE_BYTES, layer_bytes
 from msquant.planning.work import Rates, Work
 from msquant.recipes import Recipe
+from msquant.schemes import Scheme
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plans
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
@@ -40,7 +40,7 @@ class PartPlan:
         kind: a decoder layer, "dense" or with "experts"; a multi-token-prediction layer; or the two "ends",
             embeddings, last norm and output head.
         index: number of the layer; None for the ends.
-        linears: linear layers to compute in each scheme; none where all is carried through.
+        linears: linear layers to compute in each scheme, by its word; none where all is carried through.
         experts: routed experts.
         parameters: without the scales of FP8 blocks.
         source_bytes: of its tensors in the source.
@@ -50,7 +50,7 @@ class PartPlan:
 
     kind: Kind
     index: int | None
-    linears: dict[Scheme, int]
+    linears: dict[str, int]
     experts: int
     parameters: int
     source_bytes: int
@@ -215,7 +215,7 @@ def make_plan(
             PartPlan(
                 kind=kind,
                 index=index,
-                linears=dict(Counter(schemes.values())),
+                linears=dict(Counter(map(str, schemes.values()))),
                 experts=config.num_experts if kind == "experts" else 0,
                 parameters=sum(map(prod, shapes.values())),
                 source_bytes=sum(sources.values()),

@@ -33,12 +33,12 @@ def search_work(blocks: LayerBlocks, tokens: Tokens, scores: int) -> Work:
     """
     total, policy = Work(), blocks.policy
     for place, group in enumerate(blocks.groups):
-        if policy.algorithm == "osl" and group[0].scheme == "static":
+        if policy.algorithm == "osl" and group[0].scheme.is_static:
             total += _search(blocks, place, tokens, scores)
-        elif policy.algorithm == "osl-robust" and group[0].scheme in ("static", "dynamic"):
+        elif policy.algorithm == "osl-robust" and group[0].scheme.inputs is not None:
             total += _held_out_search(policy, group, tokens)
     for linear in blocks.searched:
-        if policy.algorithm == "osl" and linear.scheme == "static":
+        if policy.algorithm == "osl" and linear.scheme.is_static:
             total += _clip(linear, tokens.count, len(policy.weight_clip_ratio))
     return total
 
@@ -62,7 +62,7 @@ def _search(blocks: LayerBlocks, place: int, tokens: Tokens, scores: int) -> Wor
 
 def _held_out_search(policy: QuantizationPolicy, group: list[Linear], tokens: Tokens) -> Work:
     """One group: every candidate on each part of the samples."""
-    parts = min(tokens.samples, PER_TOKEN_PARTS if group[0].scheme == "dynamic" else STATIC_PARTS)
+    parts = min(tokens.samples, PER_TOKEN_PARTS if group[0].scheme.is_dynamic else STATIC_PARTS)
     candidates = len(policy.smooth_alpha) + 2 * (len(policy.range_floor) - 1)
     kept, weights = min(tokens.count, HELD_OUT_TOKENS), weights_of(group)
     return Work(

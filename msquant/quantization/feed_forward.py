@@ -219,8 +219,8 @@ class FeedForwardPass:
             weight /= rows[:, None]
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
-        if (scheme := self._policy.scheme(module)) != "float":
-            linear = QuantizedLinear(*quantize_weight(weight), bias, weight_only=scheme == "weight_only")
+        if not (scheme := self._policy.scheme(module)).is_float:
+            linear = QuantizedLinear(*quantize_weight(weight), scheme, bias)
         sink.linear(module, linear)
         return linear
 

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.families import SmoothGroup
@@ -21,6 +21,7 @@ from msquant.quantization import golden_stick
 from msquant.quantization.fake_quant import in_int8
 from msquant.quantization.policy import Algorithm, QuantizationPolicy, ptq_config
 from msquant.quantization.report import LayerReport
+from msquant.schemes import Scheme
 
 KEY_VALUE_UP = "self_attn.kv_b_proj"
 """Of multi-head latent attention: its rows are keys and values of every head in turn."""
@@ -102,11 +103,11 @@ def quantize_layer(
     policies = OrderedDict(
         (f"{re.escape(f'network.layer.{linear}')}$", ptq_config(policy, scheme))
         for linear, scheme in schemes.items()
-        if scheme in ("dynamic", "weight_only")
+        if not (scheme.is_float or scheme.is_static)
     )
-    skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme == "float"]
+    skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme.is_float]
     *modules, quantizer = _modules(policy, report)
-    ranges = "static" in schemes.values() or policy.search == "reference"
+    ranges = any(scheme.is_static for scheme in schemes.values()) or policy.search == "reference"
     pipeline = [*map(passes.of, modules), passes.of(quantizer, needed=ranges or not modules)]
     with golden_stick.pipeline(pipeline):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
@@ -279,10 +280,10 @@ def _norms(config: ModelConfig, index: int) -> list[str]:
 def _result(cell: Any, scheme: Scheme) -> Linear:
     """The weights of a linear after the pass, whether golden-stick quantized it or was told to skip it."""
     bias = cell.bias.asnumpy() if cell.has_bias else None
-    if scheme == "float":
+    if scheme.is_float:
         return FloatLinear(cell.weight.asnumpy(), bias)
     weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy().reshape(-1)
-    if scheme != "static":
-        return QuantizedLinear(weight, weight_scale, bias, weight_only=scheme == "weight_only")
+    if not scheme.is_static:
+        return QuantizedLinear(weight, weight_scale, scheme, bias)
     scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
-    return QuantizedLinear(weight, weight_scale, bias, input_scale=scale, input_offset=offset)
+    return QuantizedLinear(weight, weight_scale, scheme, bias, scale, offset)

@@ -1,11 +1,22 @@
 """What the quantization pass does, as the `quantization` section of a recipe, and its golden-stick config."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
-from msquant.checkpoint.weights import Scheme
+from msquant.errors import RecipeError
+from msquant.schemes import FLOAT, PRESETS, W8A8, Scheme, parse_scheme
 
 
 def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -15,12 +26,59 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def scheme_rules(value: Any) -> tuple[tuple[str, Scheme], ...]:
+    """An ordered list of `pattern: scheme` as a recipe has it, `[{"lm_head": "FLOAT"}, {"*": "W8A8"}]`, read.
+
+    Raises:
+        ValueError: it is no such list, a word stands for no scheme, or the last pattern is not `*`.
+    """
+    if not isinstance(value, list | tuple):
+        raise ValueError("a list of PATTERN: SCHEME is expected, such as [{lm_head: FLOAT}, {'*': W8A8}]")
+    rules = []
+    for entry in value:
+        pairs = list(entry.items()) if isinstance(entry, Mapping) else [entry]
+        if len(pairs) != 1 or not isinstance(pairs[0], tuple) or len(pairs[0]) != 2:
+            raise ValueError(f"each entry is one PATTERN: SCHEME, not {entry!r}")
+        ((pattern, word),) = pairs
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"a pattern is a part of a linear's name, not {pattern!r}")
+        if not isinstance(word, str | Scheme):
+            raise ValueError(
+                f"the scheme of {pattern!r} is {word!r}, one of {', '.join(PRESETS)} is expected"
+            )
+        try:
+            rules.append((pattern, parse_scheme(word) if isinstance(word, str) else word))
+        except RecipeError as error:
+            raise ValueError(f"{error.what}: {error.remedy}") from error
+    if not rules or rules[-1][0] != "*":
+        raise ValueError("the last entry is for all other linears, such as {'*': W8A8}")
+    return tuple(rules)
+
+
+def _as_list(rules: tuple[tuple[str, Scheme], ...]) -> list[dict[str, str]]:
+    return [{pattern: str(scheme)} for pattern, scheme in rules]
+
+
+SchemeRules = Annotated[
+    tuple[tuple[str, Scheme], ...], BeforeValidator(scheme_rules), PlainSerializer(_as_list)
+]
+"""Patterns of linears' names with the scheme of each, the first that matches before the others."""
+
+
+def _matches(pattern: str, linear: str) -> bool:
+    return fnmatchcase(linear, pattern) if set("*?[") & set(pattern) else pattern in linear
+
+
 Alpha = Annotated[float, Field(ge=0, le=1)]
 Quantile = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 
 
 Algorithm = Literal["osl-robust", "osl", "smoothquant", "rtn"]
+
+
+# In the order in which they were looked through.
+_OLD_LISTS = {"skip": "FLOAT", "weight_only": "W8A16", "dynamic": "W8A8_DYNAMIC"}
 
 
 class QuantizationPolicy(BaseModel):
@@ -61,18 +119,11 @@ class QuantizationPolicy(BaseModel):
         min_length=1,
         description="Grid of ratios that a weight row's range is clipped to; of osl.",
     )
-    skip: tuple[str, ...] = Field(
-        ("lm_head",), description="Linears whose name contains one of these stay in floating point."
-    )
-
-    weight_only: tuple[str, ...] = Field(
-        (),
-        description="Linears whose name contains one of these get int8 weights and floating-point "
-        "activations (W8A16), rounded to nearest by any algorithm; of the ascend format.",
-    )
-    dynamic: tuple[str, ...] = Field(
-        (),
-        description="Linears whose name contains one of these get a scale per token, not a static one.",
+    schemes: SchemeRules = Field(
+        (("lm_head", FLOAT), ("*", W8A8)),
+        description="How each linear is computed, as an ordered list of PATTERN: SCHEME; the first pattern "
+        "that matches decides. A pattern with *, ? or [ must match the full name, any other a part of it. "
+        f"Schemes: {', '.join(PRESETS)}; the last pattern is '*'.",
     )
 
     feed_forward_alpha: Alpha | None = Field(
@@ -106,11 +157,21 @@ class QuantizationPolicy(BaseModel):
 
     def scheme(self, linear: str) -> Scheme:
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
-        if any(name in linear for name in self.skip):
-            return "float"
-        if any(name in linear for name in self.weight_only):
-            return "weight_only"
-        return "dynamic" if any(name in linear for name in self.dynamic) else "static"
+        return next(scheme for pattern, scheme in self.schemes if _matches(pattern, linear))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_lists(cls, raw: Any) -> Any:
+        """`skip`, `weight_only` and `dynamic`, each a list of patterns, came before `schemes`."""
+        if isinstance(raw, Mapping) and (old := [key for key in _OLD_LISTS if key in raw]):
+            rules = [
+                {str(name): word} for key in old for name in (raw[key] or ()) for word in (_OLD_LISTS[key],)
+            ]
+            raise ValueError(
+                f"{' and '.join(old)} became one ordered list; write schemes: "
+                + json.dumps([*rules, {"*": "W8A8"}], ensure_ascii=False)
+            )
+        return raw
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> "QuantizationPolicy":
@@ -123,14 +184,14 @@ class QuantizationPolicy(BaseModel):
         return self
 
 
-def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequence[str] = ()) -> Any:
+def ptq_config(policy: QuantizationPolicy, scheme: Scheme = W8A8, skip: Sequence[str] = ()) -> Any:
     """Translate the policy to golden-stick's `PTQConfig`.
 
     Args:
         policy: what was asked for.
-        scheme: of the linears it is for, not `float`. Those with a scale per token (`dynamic`) are smoothed
+        scheme: of the linears it is for, not in floating point. Those with a scale per token are smoothed
             too, except by osl: golden-stick's own configs for that one leave them as they are. Those with
-            int8 weights alone (`weight_only`) never are: golden-stick smooths for W8A8 only.
+            integer weights alone never are: golden-stick smooths for W8A8 only.
         skip: cells whose name contains one of these stay in floating point.
     """
     from mindspore import dtype
@@ -144,15 +205,15 @@ def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequ
         "smoothquant": OutliersSuppressionType.SMOOTH,
         "rtn": OutliersSuppressionType.NONE,
     }[policy.algorithm]
-    if scheme == "weight_only" or (scheme == "dynamic" and policy.algorithm == "osl"):
+    if scheme.is_weight_only or (scheme.is_dynamic and policy.algorithm == "osl"):
         suppression = OutliersSuppressionType.NONE
-    granularity = QuantGranularity.PER_TOKEN if scheme == "dynamic" else QuantGranularity.PER_TENSOR
+    granularity = QuantGranularity.PER_TOKEN if scheme.is_dynamic else QuantGranularity.PER_TENSOR
     return PTQConfig(
         mode=PTQMode.QUANTIZE,
         backend=BackendTarget.ASCEND,
         opname_blacklist=list(skip),
         weight_quant_dtype=dtype.int8,
-        act_quant_dtype=None if scheme == "weight_only" else dtype.int8,
+        act_quant_dtype=None if scheme.is_weight_only else dtype.int8,
         outliers_suppression=suppression,
         weight_quant_granularity=QuantGranularity.PER_CHANNEL,
         act_quant_granularity=granularity,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import Scheme
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How every linear of a model is computed by a policy."""
 
-from msquant.checkpoint.weights import Scheme
 from msquant.models.config import ModelConfig
 from msquant.quantization.policy import QuantizationPolicy
+from msquant.schemes import Scheme
 
 
 def layer_linears(config: ModelConfig, index: int) -> list[str]:
@@ -37,5 +37,5 @@ def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -
         return True
     # osl-robust searches linears with a scale per token too, unless the block's alpha is given.
     searched = policy.algorithm == "osl-robust" and policy.feed_forward_alpha is None
-    kept = ("float",) if searched else ("float", "dynamic")
-    return all(policy.scheme(f"{name}.{linear}") in kept for linear in linears)
+    schemes = [policy.scheme(f"{name}.{linear}") for linear in linears]
+    return all(scheme.is_float or (scheme.is_dynamic and not searched) for scheme in schemes)

@@ -69,12 +69,12 @@ def test_copy_validate_and_change(tmp_path: Path) -> None:
     assert run.stdout == f"Valid: {file}, for Qwen/Qwen3-30B-A3B.\n"
     document = json.loads(msquant("validate", file, "--json").stdout)
     assert document["valid"] is True
-    assert document["recipe"]["quantization"]["dynamic"] == ["mlp."]
+    assert {"mlp.": "W8A8_DYNAMIC"} in document["recipe"]["quantization"]["schemes"]
 
-    file.write_text(file.read_text().replace("dynamic:", "dynamc:"))
+    file.write_text(file.read_text().replace("schemes:", "schems:"))
     run = msquant("validate", file)
     assert run.returncode == 1
-    assert "unknown key quantization.dynamc (did you mean dynamic?)" in run.stderr
+    assert "unknown key quantization.schems (did you mean schemes?)" in run.stderr
     assert str(file) in run.stderr
     run = msquant("validate", file, "--json")
     assert run.returncode == 1

@@ -16,7 +16,9 @@ from msquant.planning.work import Rates, Work
 from msquant.quantization import feed_forward, held_out, osl, quantizer
 from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.recipes import find_recipe
+from msquant.schemes import W8A8
 from msquant.source import BATCH_TOKENS, open_source
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 SAMPLES, LENGTH = 12, 128
@@ -65,7 +67,7 @@ def test_reading_and_rounding_are_counted_as_they_happen(
     groups = 0
     for index in range(config.num_hidden_layers):
         blocks = LayerBlocks(config, recipe.quantization, index)
-        groups += sum(group[0].scheme == "static" for group in blocks.groups)
+        groups += sum(group[0].scheme == W8A8 for group in blocks.groups)
         stored = {name: source.checkpoint.nbytes(name) for name in config.layer_shapes(index)}
         total += layer_work(blocks, tokens, stored, 0, MEMORY_BUDGET)
     counts = Counts(monkeypatch)
@@ -131,7 +133,9 @@ def test_the_searches_keep_as_many_inputs() -> None:
 @pytest.mark.parametrize(("dynamic", "parts"), [((), 2), (("proj",), 4)])
 def test_the_held_out_search_by_hand(dynamic: tuple[str, ...], parts: int) -> None:
     config = parse_config(published_config("llama-3.1-8b") or {})
-    recipe = find_recipe("llama-3.1-8b").replace("quantization", algorithm="osl-robust", dynamic=dynamic)
+    recipe = find_recipe("llama-3.1-8b").replace(
+        "quantization", algorithm="osl-robust", schemes=rules(dynamic=dynamic)
+    )
     tokens = Tokens(16, 128, 1)
     names = config.layer_shapes(0)
     work = layer_work(LayerBlocks(config, recipe.quantization, 0), tokens, dict.fromkeys(names, 0), 0, 1)

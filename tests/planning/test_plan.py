@@ -17,6 +17,7 @@ from msquant.planning.plan import Plan, make_plan
 from msquant.planning.work import Rates
 from msquant.recipes import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
 
 RATES = Rates(*(1e9,) * 9)
@@ -57,12 +58,12 @@ def test_the_planned_size_is_that_of_the_written_shards(model_type: str, tmp_pat
 
 def test_int8_weights_alone_are_planned(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "llama", dtype="bfloat16")
-    recipe = short_recipe(folder).replace("quantization", weight_only=["down_proj"])
+    recipe = short_recipe(folder).replace("quantization", schemes=rules(weight_only=["down_proj"]))
     recipe = recipe.model_copy(update={"format": "ascend"})
     plan = make_plan(recipe, tmp_path / "out")
     quantize(recipe, tmp_path / "out")
     assert plan.output_bytes == shard_sizes(tmp_path / "out")
-    assert plan.parts[0].linears == {"static": 6, "weight_only": 1}
+    assert plan.parts[0].linears == {"W8A8": 6, "W8A16": 1}
 
 
 def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
     plan = check_against_the_result(folder, tmp_path)
     assert [part.kind for part in plan.parts] == ["dense", "experts", "prediction", "ends"]
     assert plan.stored == "FP8 in blocks of 32 x 32"
-    assert plan.parts[1].linears == {"static": 4, "float": 1, "dynamic": 3 * (8 + 1)}
+    assert plan.parts[1].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3 * (8 + 1)}
     assert plan.parts[2].linears == {}
 
 
@@ -83,8 +84,8 @@ def test_deepseek_r1_is_planned_from_its_published_config(tmp_path: Path) -> Non
     assert time.process_time() - started < 5
     kinds = [part.kind for part in plan.parts]
     assert kinds == ["dense"] * 3 + ["experts"] * 58 + ["prediction", "ends"]
-    assert plan.parts[3].linears == {"static": 4, "float": 1, "dynamic": 3 * 257}
-    assert plan.parts[0].linears == {"static": 4, "float": 1, "dynamic": 3}
+    assert plan.parts[3].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3 * 257}
+    assert plan.parts[0].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3}
     # 671 billion, as its makers publish them, and 14 in the prediction layer with copies of the two ends.
     prediction = plan.parts[61].parameters
     assert plan.parameters - prediction == pytest.approx(671e9, rel=1e-3)
@@ -201,5 +202,6 @@ def test_a_bad_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
         make_plan(recipe.model_copy(update={"model": "nobody/no-such-model"}), tmp_path / "out")
     with pytest.raises(RecipeError, match="cannot serve this"):
         make_plan(
-            find_recipe("deepseek-r1").replace("quantization", dynamic=["self_attn."]), tmp_path / "out"
+            find_recipe("deepseek-r1").replace("quantization", schemes=rules(dynamic=["self_attn."])),
+            tmp_path / "out",
         )

@@ -16,6 +16,7 @@ from msquant.models.device import use_device
 from msquant.quantization import golden_stick
 from msquant.quantization.decoder_pass import DecoderPass
 from msquant.quantization.policy import QuantizationPolicy
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 LENGTH = 16
@@ -36,7 +37,7 @@ def run(
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
     policy = QuantizationPolicy(
-        smooth_alpha=(0.5,), weight_clip_ratio=(1.0,), skip=("kv_b_proj",), dynamic=("mlp.",)
+        smooth_alpha=(0.5,), weight_clip_ratio=(1.0,), schemes=rules(skip=["kv_b_proj"], dynamic=["mlp."])
     )
     steps: list[str] = []
     outputs: list[np.ndarray] = []

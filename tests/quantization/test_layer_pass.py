@@ -13,6 +13,7 @@ from msquant.quantization import golden_stick
 from msquant.quantization.layer_pass import quantize_layer
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.report import relative_error
+from tests.fixtures.policies import rules
 
 NAME = "model.layers.0"
 LENGTH = 16
@@ -64,7 +65,7 @@ def test_the_error_is_zero_for_the_layer_itself_and_one_for_no_layer(parts):
 def test_skipped_linears_stay_in_floating_point(parts):
     config, layer, hidden, places, dtype = parts
     output = layer(hidden[0], places).asnumpy()
-    policy = QuantizationPolicy(**GRID, skip=("lm_head", "down_proj"))
+    policy = QuantizationPolicy(**GRID, schemes=rules(skip=["lm_head", "down_proj"]))
 
     result = quantize_layer(config, 0, layer, hidden, places, policy)
 
@@ -78,7 +79,7 @@ def test_skipped_linears_stay_in_floating_point(parts):
 def test_linears_with_a_scale_per_token_are_not_searched(parts):
     config, layer, hidden, places, dtype = parts
     output = layer(hidden[0], places).asnumpy()
-    policy = QuantizationPolicy(**GRID, dynamic=("down_proj",))
+    policy = QuantizationPolicy(**GRID, schemes=rules(dynamic=["down_proj"]))
 
     result = quantize_layer(config, 0, layer, hidden, places, policy)
 

@@ -14,6 +14,7 @@ from msquant.quantization.osl import Batch
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.ranges import channel_ranges
 from msquant.quantization.report import ChannelRanges
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.quantization.test_osl import CASES, LENGTH, NAME, hidden_states, run_pass
 
@@ -70,7 +71,9 @@ def test_nothing_is_reported_of_what_is_not_smoothed(tmp_path):
 @pytest.mark.parametrize(("index", "alpha"), [(0, 0.5), (1, 0.5), (1, None)])
 def test_feed_forward_blocks_report_all_experts_as_one_group(index, alpha, tmp_path):
     folder = write_tiny(tmp_path / "model", "deepseek_v3")
-    policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=alpha, min_expert_tokens=5)
+    policy = QuantizationPolicy(
+        schemes=rules(dynamic=["mlp."]), feed_forward_alpha=alpha, min_expert_tokens=5
+    )
     config = read_config(folder)
     block = FeedForwardPass(config, Checkpoint.open(folder), index, policy, use_device())
     hidden = np.random.default_rng(0).normal(size=(24, config.hidden_size)).astype(np.float32)

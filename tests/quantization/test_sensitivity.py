@@ -18,6 +18,8 @@ from msquant.quantization.decoder_pass import DecoderPass
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.report import GroupError
 from msquant.quantization.sensitivity import SensitivityPass, held_out_parameters, token_errors
+from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A16
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 LENGTH = 16
@@ -132,7 +134,7 @@ def test_every_groups_error_is_that_of_an_independent_computation(
     for group, names in GROUPS.items():
         error = measured[group]
         assert error.linears == tuple(f"model.layers.0.{name}" for name in names)
-        assert (error.layer, error.scheme) == (0, "static")
+        assert (error.layer, error.scheme) == (0, W8A8)
         # A rounding on the edge of a step may fall either way.
         assert error.error == pytest.approx(static[group], rel=0.01)
         assert error.dynamic_error == pytest.approx(per_token[group], rel=0.01)
@@ -141,12 +143,15 @@ def test_every_groups_error_is_that_of_an_independent_computation(
 def test_int8_weights_alone_cost_less_than_activations_too(tiny_llama: Path, tmp_path: Path) -> None:
     hidden = samples(2)
     alone, _ = measure(
-        tiny_llama, tmp_path / "a", QuantizationPolicy(algorithm="rtn", weight_only=("proj",)), hidden
+        tiny_llama,
+        tmp_path / "a",
+        QuantizationPolicy(algorithm="rtn", schemes=rules(weight_only=["proj"])),
+        hidden,
     )
     both, _ = measure(tiny_llama, tmp_path / "b", QuantizationPolicy(algorithm="rtn"), hidden)
     assert list(alone) == list(GROUPS)
     for group, error in alone.items():
-        assert (error.scheme, error.dynamic_error) == ("weight_only", None)
+        assert (error.scheme, error.dynamic_error) == (W8A16, None)
         assert 0 < error.error < both[group].dynamic_error
 
 
@@ -163,7 +168,7 @@ def test_osl_leaves_linears_with_a_scale_per_token_as_they_are(tiny_llama: Path,
 
 
 def test_what_stays_in_floating_point_is_not_measured(tiny_llama: Path, tmp_path: Path) -> None:
-    policy = QuantizationPolicy(algorithm="rtn", skip=("layers.0.mlp.down_proj", "o_proj"))
+    policy = QuantizationPolicy(algorithm="rtn", schemes=rules(skip=["layers.0.mlp.down_proj", "o_proj"]))
     measured, _ = measure(tiny_llama, tmp_path, policy, samples(2))
     assert list(measured) == ["qkv", "gate_up"]
 
@@ -199,20 +204,24 @@ def test_experts_are_one_group_with_the_error_of_the_layer_when_only_they_are_qu
     import mindspore as ms
 
     folder = write_tiny(tmp_path / "model", "deepseek_v3")
-    options: Mapping[str, Any] = {"algorithm": "smoothquant", "feed_forward_alpha": 0.5, "dynamic": ("mlp.",)}
+    options: Mapping[str, Any] = {"algorithm": "smoothquant", "feed_forward_alpha": 0.5}
     hidden = samples(4, batches=2)
     measured, outputs = measure(
-        folder, tmp_path / "a", QuantizationPolicy(**options, skip=("kv_b_proj",)), hidden, index=1
+        folder,
+        tmp_path / "a",
+        QuantizationPolicy(**options, schemes=rules(skip=["kv_b_proj"], dynamic=["mlp."])),
+        hidden,
+        index=1,
     )
     assert list(measured) == ["q_kv_a", "q_b", "o", "feed_forward"]
     experts = measured["feed_forward"]
-    assert (experts.scheme, experts.dynamic_error) == ("dynamic", None)
+    assert (experts.scheme, experts.dynamic_error) == (W8A8_DYNAMIC, None)
     assert len(experts.linears) == 3 * (8 + 1)
     assert not any("mlp.gate." in name or name.endswith("mlp.gate") for name in experts.linears)
 
     config, source, dtype = read_config(folder), Checkpoint.open(folder), use_device()
     sink = Quantized(source)
-    policy = QuantizationPolicy(**options, skip=("self_attn",))
+    policy = QuantizationPolicy(**options, schemes=rules(skip=["self_attn"], dynamic=["mlp."]))
     store = HiddenStateStore(tmp_path / "b", 1 << 30)
     DecoderPass(config, source, policy, LENGTH, dtype, store).run(1, hidden, lambda output: None, sink)
     layer = DecoderLayer(config, sink, 1, dtype)
