@@ -24,20 +24,20 @@ DOWN, ALL = ["down_proj"], ["proj"]
 POLICIES: dict[str, dict[str, Any]] = {
     "rtn, static": {"algorithm": "rtn"},
     "smoothquant, static": {"algorithm": "smoothquant"},
+    "osl-golden-stick, static": {"algorithm": "osl-golden-stick"},
     "osl, static": {"algorithm": "osl"},
-    "osl-robust, static": {"algorithm": "osl-robust"},
-    "osl-robust, down_proj per token": {"algorithm": "osl-robust", "schemes": rules(dynamic=DOWN)},
+    "osl, down_proj per token": {"algorithm": "osl", "schemes": rules(dynamic=DOWN)},
     "rtn, per token": {"algorithm": "rtn", "schemes": rules(dynamic=ALL)},
     "smoothquant, per token": {"algorithm": "smoothquant", "schemes": rules(dynamic=ALL)},
-    "osl-robust, per token": {"algorithm": "osl-robust", "schemes": rules(dynamic=ALL)},
+    "osl, per token": {"algorithm": "osl", "schemes": rules(dynamic=ALL)},
     "rtn, weights alone": {"algorithm": "rtn", "schemes": rules(weight_only=ALL)},
 }
 # KL at most: the calibrated kind of text, and the Bible.
 LIMITS = {
-    "osl-robust, static": (0.040, 0.10),
-    "osl-robust, static but six": (0.030, 0.080),
-    "osl-robust, down_proj per token": (0.012, 0.030),
-    "osl-robust, per token": (0.010, 0.020),
+    "osl, static": (0.040, 0.10),
+    "osl, static but six": (0.030, 0.080),
+    "osl, down_proj per token": (0.012, 0.030),
+    "osl, per token": (0.010, 0.020),
 }
 
 
@@ -102,7 +102,7 @@ def measure() -> list[dict[str, Any]]:
     """Quantize by every policy and compare the logits with the float model's."""
     reference = Reference(float_folder())
     rows = [row("floating point", f"perplexity {_listed(reference.perplexities, 2)}")]
-    for name, policy in (POLICIES | {"osl-robust, static but six": spared(reference.folder)}).items():
+    for name, policy in (POLICIES | {"osl, static but six": spared(reference.folder)}).items():
         kl, text, seconds = reference.measure(policy)
         limits = LIMITS.get(name)
         target = f"KL <= {limits[0]}, {limits[1]}" if limits else ""
@@ -124,10 +124,10 @@ def spared(folder: Path) -> dict[str, Any]:
 def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
     from msquant.models.network import Embedding
     from msquant.pipeline import MEMORY_BUDGET, calibration_tokens
-    from msquant.quantization import golden_stick
     from msquant.quantization.decoder_pass import DecoderPass
     from msquant.source import batch_samples, open_source
 

@@ -29,7 +29,7 @@ RECOMMENDED = 0.5
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH = 16, 128
 POLICY: dict[str, Any] = {
-    "algorithm": "osl",
+    "algorithm": "osl-golden-stick",
     "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
 }
 

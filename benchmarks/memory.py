@@ -28,7 +28,6 @@ RECIPE: dict[str, Any] = {
     "quantization": {
         "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
         "smooth_alpha": [0.5],
-        "weight_clip_ratio": [1.0],
     },
     "calibration": {"samples": 2, "sequence_length": 64},
 }

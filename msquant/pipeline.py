@@ -212,8 +212,8 @@ def _write_layers(
     if done >= count:
         return []
     progress.stage("loading MindSpore and golden-stick")
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
-    from msquant.quantization import golden_stick
     from msquant.quantization.decoder_pass import DecoderPass
 
     dtype = use_device(device)

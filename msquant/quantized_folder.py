@@ -16,7 +16,7 @@ from msquant.formats.format import Format
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
-from msquant.quantization.schemes import layer_linears
+from msquant.quantization.layer_schemes import layer_linears
 from msquant.schemes import FLOAT, Scheme
 from msquant.source import prediction_layers, refuse_unknown_tensors
 

@@ -19,11 +19,11 @@ from msquant.checkpoint.memory import peak_memory
 from msquant.errors import RecipeError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.kernels.report import GroupError
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET, calibration_tokens, embed
 from msquant.progress import Progress
-from msquant.quantization.report import GroupError
-from msquant.quantization.schemes import layer_schemes
+from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
 from msquant.recipes import Recipe
 from msquant.schemes import FLOAT, W8A8_DYNAMIC, Scheme
@@ -127,8 +127,8 @@ def _measure(
     progress: Progress,
 ) -> list[GroupError]:
     progress.stage("loading MindSpore and golden-stick")
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
-    from msquant.quantization import golden_stick
     from msquant.quantization.sensitivity import SensitivityPass
 
     dtype = use_device(device)

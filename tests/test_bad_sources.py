@@ -38,7 +38,6 @@ def recipe_for(model: Path) -> Recipe:
             "quantization": {
                 "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
                 "smooth_alpha": [0.5],
-                "weight_clip_ratio": [1.0],
             },
             "calibration": {"samples": 2, "sequence_length": 32},
         },

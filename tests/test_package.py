@@ -40,9 +40,19 @@ HEAVY = {
 }
 
 # What each part of the package may import, besides itself.
-_BOTTOM = {"errors", "interrupts", "progress", "__version__"}
+_BOTTOM = {"schemes", "errors", "interrupts", "progress", "__version__"}
 _FOUNDATION = _BOTTOM | {"checkpoint"}
-_PARTS = {"hub", "calibration", "models", "quantization", "formats", "inference", "evaluation"}
+_PARTS = {
+    "hub",
+    "calibration",
+    "models",
+    "kernels",
+    "algorithms",
+    "quantization",
+    "formats",
+    "inference",
+    "evaluation",
+}
 _FLOWS = {
     "folder_checks",
     "publishing",
@@ -64,6 +74,7 @@ _FLOWS = {
 }
 ALLOWED = {
     "errors": set[str](),
+    "schemes": {"errors"},
     "__version__": set[str](),
     "interrupts": set[str](),
     "progress": set[str](),
@@ -72,7 +83,9 @@ ALLOWED = {
     "calibration": _FOUNDATION,
     "models": _FOUNDATION,
     "formats": _FOUNDATION,
-    "quantization": _FOUNDATION | {"models"},
+    "kernels": _FOUNDATION,
+    "algorithms": _FOUNDATION | {"models", "kernels"},
+    "quantization": _FOUNDATION | {"models", "kernels", "algorithms"},
     "inference": _FOUNDATION | {"models"},
     "evaluation": _FOUNDATION | {"models"},
     "recipes": _FOUNDATION | _PARTS,

@@ -35,7 +35,7 @@ def short_recipe(model: Path, **calibration: object) -> Recipe:
     return validate_recipe(
         {
             "model": str(model),
-            "quantization": {"smooth_alpha": [0.4, 0.6, 0.8], "weight_clip_ratio": [1.0, 0.9]},
+            "quantization": {"smooth_alpha": [0.4, 0.6, 0.8]},
             "calibration": {"samples": 4, "sequence_length": 32, **calibration},
         },
         "test",

@@ -20,7 +20,6 @@ RECIPE = """
 model: {model}
 quantization:
   smooth_alpha: [0.4, 0.6]
-  weight_clip_ratio: [1.0, 0.9]
   schemes: [lm_head: FLOAT, kv_b_proj: FLOAT, {feed_forward}"*": W8A8]
 calibration:
   samples: 4

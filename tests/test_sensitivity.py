@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from msquant.algorithms import make_algorithm
 from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
 from msquant.formats.golden_stick import validate
 from msquant.pipeline import Progress, quantize
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.schemes import model_schemes
+from msquant.quantization.layer_schemes import model_schemes
 from msquant.quantization.selection import Budget
 from msquant.recipes import Recipe, default_policy, validate_recipe
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
@@ -72,14 +72,14 @@ def test_kept_names_match_no_other_layer(six: Analysis, tmp_path: Path) -> None:
     # Layers 10 and 11 begin like layer 1.
     deep = open_source(str(write_tiny_llama(tmp_path / "deep", layers=12)))
     for name in names:
-        policy = QuantizationPolicy(schemes=rules(skip=[name]))
+        policy = make_algorithm(schemes=rules(skip=[name]))
         floats = [module for module, scheme in model_schemes(deep.config, policy).items() if scheme == FLOAT]
         assert floats == [name]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "count"),
-    [("osl-robust", 4), ("osl", 4), ("smoothquant", 4), ("rtn", 4), ("osl-robust", 7), ("smoothquant", 14)],
+    [("osl", 4), ("osl-golden-stick", 4), ("smoothquant", 4), ("rtn", 4), ("osl", 7), ("smoothquant", 14)],
 )
 def test_quantize_takes_the_recipe_whatever_it_keeps(
     tiny_llama: Path, tmp_path: Path, algorithm: str, count: int

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
+from msquant.algorithms.base import Algorithm
 from msquant.models.config import ModelConfig
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.schemes import in_two_blocks, layer_schemes
+from msquant.quantization.layer_schemes import in_two_blocks, layer_schemes
 from msquant.schemes import Scheme
 
 
@@ -72,7 +72,7 @@ class LayerBlocks:
         experts: routed experts of the layer.
     """
 
-    def __init__(self, config: ModelConfig, policy: QuantizationPolicy, index: int) -> None:
+    def __init__(self, config: ModelConfig, policy: Algorithm, index: int) -> None:
         self.config, self.policy = config, policy
         name, shapes = f"{config.family.layer_name(index)}.", config.layer_shapes(index)
         self.schemes = layer_schemes(config, policy, index)

@@ -43,9 +43,9 @@ def measure_rates(config: ModelConfig, output: Path, checkpoint: Checkpoint | No
     Raises:
         OutputError: the disk is full or cannot be written.
     """
+    from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+    from msquant.kernels.weight_rounding import clipping_change, quantize_weight, smoothed_and_rounded
     from msquant.models.device import use_device
-    from msquant.quantization.fake_quant import activation_parameters, fake_quantize
-    from msquant.quantization.weights import clipping_change, quantize_weight, smoothed_and_rounded
 
     use_device()
     generator = np.random.default_rng(0)

@@ -2,9 +2,9 @@
 
 from math import ceil
 
+from msquant.algorithms.base import Algorithm
 from msquant.planning.blocks import LayerBlocks, Linear, Tokens, weights_of
 from msquant.planning.work import Work
-from msquant.quantization.policy import QuantizationPolicy
 
 SEARCH_TOKENS = 512
 """Inputs that the clip search keeps, as in `quantization/clip.py`."""
@@ -60,7 +60,7 @@ def _search(blocks: LayerBlocks, place: int, tokens: Tokens, scores: int) -> Wor
     )
 
 
-def _held_out_search(policy: QuantizationPolicy, group: list[Linear], tokens: Tokens) -> Work:
+def _held_out_search(policy: Algorithm, group: list[Linear], tokens: Tokens) -> Work:
     """One group: every candidate on each part of the samples."""
     parts = min(tokens.samples, PER_TOKEN_PARTS if group[0].scheme.is_dynamic else STATIC_PARTS)
     candidates = len(policy.smooth_alpha) + 2 * (len(policy.range_floor) - 1)

@@ -14,16 +14,16 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
 from msquant.errors import CheckpointError
+from msquant.kernels.report import LayerReport, relative_error
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
 from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import LayerReport, relative_error
-from msquant.quantization.schemes import in_two_blocks
+from msquant.quantization.layer_schemes import in_two_blocks
 
 Floats = NDArray[np.float32]
 
@@ -49,7 +49,7 @@ class DecoderPass:
         self,
         config: ModelConfig,
         source: WeightSource,
-        policy: QuantizationPolicy,
+        policy: Algorithm,
         length: int,
         dtype: Any,
         store: HiddenStateStore,

@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import Linear
 from msquant.interrupts import check_interrupt
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize, weight_scale
+from msquant.kernels.report import GroupError
+from msquant.kernels.weight_rounding import smoothed_and_rounded
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Part
 from msquant.quantization.decoder_pass import BETWEEN, DecoderPass, Floats
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
 from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, find_cell
-from msquant.quantization.report import GroupError
-from msquant.quantization.schemes import in_two_blocks, layer_schemes
-from msquant.quantization.weights import smoothed_and_rounded
+from msquant.quantization.layer_schemes import in_two_blocks, layer_schemes
 from msquant.schemes import W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
-    from msquant.quantization.osl import Batch
+    from msquant.algorithms.smoothers import Batch
 
 FEED_FORWARD = "feed_forward"
 """Name of the group that a feed-forward block of its own is."""
@@ -69,7 +69,7 @@ class SensitivityPass(DecoderPass):
     def _groups(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], part: Part, dynamic: bool
     ) -> list[GroupError]:
-        from msquant.quantization.osl import Batch
+        from msquant.algorithms.smoothers import Batch
 
         result = self._golden_stick(index, self._layer(self._source, index, part), hidden, _Nowhere())
         # The pass used that layer up, and golden-stick's cells are only freed by the collector.
@@ -108,7 +108,7 @@ class SensitivityPass(DecoderPass):
         ones = np.ones(cells[0].weight.shape[1], np.float32)
         scale = result.smooth_scales.get(group.name, ones)
         ratios = result.report.clip_ratios
-        if scheme.is_dynamic and self._policy.algorithm == "osl":
+        if not self._policy.smooths(scheme):
             scale, ratios = ones, {}
         weights = [
             smoothed_and_rounded(cell.weight.asnumpy(), scale, ratios.get(linear))

@@ -28,7 +28,7 @@ def test_a_person_sees_what_it_takes(tiny_llama: Path, tmp_path: Path) -> None:
         "peak memory",
         "disk",
         "seconds",
-        "llama-osl-robust",
+        "llama-osl",
         "to evaluate the result",
         "Most of the",
     ):

@@ -15,7 +15,7 @@ from tests.fixtures.hub_server import Hub, serve
 HUB_ID = "some-org/tiny"
 RECIPE = f"""
 model: {HUB_ID}
-quantization: {{smooth_alpha: [0.5], weight_clip_ratio: [1.0]}}
+quantization: {{smooth_alpha: [0.5]}}
 calibration: {{samples: 2, sequence_length: 32}}
 """
 

@@ -14,7 +14,7 @@ from tests.fixtures.hub_server import Hub, serve
 REPOSITORY = "my-org/Tiny-W8A8"
 RECIPE = """
 model: {model}
-quantization: {{smooth_alpha: [0.5], weight_clip_ratio: [1.0]}}
+quantization: {{smooth_alpha: [0.5]}}
 calibration: {{samples: 2, sequence_length: 32}}
 """
 

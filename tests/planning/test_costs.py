@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from msquant.algorithms.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.checkpoint.float_rows import FloatRows
 from msquant.hub.published import published_config
 from msquant.models.config_json import parse_config
@@ -14,7 +15,6 @@ from msquant.planning.costs import carried_work, feed_forward_rounds, layer_work
 from msquant.planning.search_costs import HELD_OUT_TOKENS, PER_TOKEN_PARTS, SEARCH_TOKENS, STATIC_PARTS
 from msquant.planning.work import Rates, Work
 from msquant.quantization import feed_forward, held_out, osl, quantizer
-from msquant.quantization.clip import SEARCH_TOKENS as CLIP_TOKENS
 from msquant.recipes import find_recipe
 from msquant.schemes import W8A8
 from msquant.source import BATCH_TOKENS, open_source

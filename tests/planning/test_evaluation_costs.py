@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from msquant.algorithms import make_algorithm
 from msquant.calibration.evaluation import evaluation_domains
 from msquant.checkpoint.float_rows import FloatRows
 from msquant.comparison import builtin_texts, score_folders
@@ -16,7 +17,6 @@ from msquant.models.layers import DecoderLayer
 from msquant.planning import evaluation_costs as costs
 from msquant.planning.blocks import LayerBlocks
 from msquant.planning.work import Work
-from msquant.quantization.policy import QuantizationPolicy
 from msquant.recipes import find_recipe
 from msquant.source import open_source
 from tests.fixtures.tiny_families import write_tiny
@@ -62,7 +62,7 @@ def test_two_models_are_read_and_computed_as_often_as_is_counted(
     total, layers = Work(), config.num_hidden_layers
     for index in range(layers):
         stored = {name: source.checkpoint.nbytes(name) for name in config.layer_shapes(index)}
-        blocks = LayerBlocks(config, QuantizationPolicy(), index)
+        blocks = LayerBlocks(config, make_algorithm(), index)
         total += costs.evaluation_work(blocks, tokens, stored, sum(stored.values()))
     assert read == pytest.approx(total.read, rel=0.001)
     assert passes == layers * tokens.passes
@@ -98,5 +98,5 @@ def test_a_token_meets_few_experts_and_all_are_read() -> None:
 def test_nothing_is_counted_where_nothing_is_evaluated() -> None:
     config = parse_config(published_config("llama-3.1-8b") or {})
     tokens = costs.EvaluationTokens.of(EvaluationSettings(sequences=0), config)
-    blocks = LayerBlocks(config, QuantizationPolicy(), 0)
+    blocks = LayerBlocks(config, make_algorithm(), 0)
     assert costs.evaluation_work(blocks, tokens, {"a": 1}, 1) == costs.head_work(config, tokens, 1) == Work()

@@ -20,7 +20,7 @@ TOLERANCE = 0.3
 
 RECIPE = """
 model: {model}
-quantization: {{smooth_alpha: [0.4, 0.7], weight_clip_ratio: [1.0, 0.9]}}
+quantization: {{smooth_alpha: [0.4, 0.7]}}
 calibration: {{samples: 4, sequence_length: 128}}
 """
 

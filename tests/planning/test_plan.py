@@ -25,7 +25,7 @@ RATES = Rates(*(1e9,) * 9)
 
 def short_recipe(model: Path | str, **calibration: object) -> Recipe:
     """The recipe of a model with a coarse grid and few tokens."""
-    recipe = find_recipe(str(model)).replace("quantization", smooth_alpha=[0.5], weight_clip_ratio=[1.0, 0.9])
+    recipe = find_recipe(str(model)).replace("quantization", smooth_alpha=[0.5])
     return recipe.replace("calibration", **({"samples": 2, "sequence_length": 16} | calibration))
 
 
@@ -179,7 +179,7 @@ def test_where_no_time_can_be_estimated_the_plan_says_why(tiny_llama: Path, tmp_
     plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=full)
     assert plan.seconds is None
     assert "the disk is full" in plan.notes[0]
-    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl", search="reference")
+    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl-golden-stick")
     plan = make_plan(recipe, tmp_path / "out", probe=lambda *_: RATES)
     assert plan.seconds is None
     assert "golden-stick's own search" in plan.notes[0]

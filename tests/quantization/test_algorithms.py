@@ -37,8 +37,8 @@ def test_fast_equals_golden_sticks_own(case, algorithm, scheme, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
     policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, "schemes": (("*", scheme),)}
-    reference = run_pass(folder, 2, part, search="reference", **policy)
-    fast = run_pass(folder, 2, part, search="fast", **policy)
+    reference = run_pass(folder, 2, part, reference=True, **policy)
+    fast = run_pass(folder, 2, part, **policy)
     same(fast, reference)
     assert {linear.scheme for linear in fast.linears.values()} == {scheme}
     smoothed = algorithm == "smoothquant" and not scheme.is_weight_only
@@ -46,7 +46,7 @@ def test_fast_equals_golden_sticks_own(case, algorithm, scheme, tmp_path):
     assert smoothed == bool(reference.report.groups)
 
 
-@pytest.mark.parametrize("algorithm", ["osl-robust", "osl", "smoothquant"])
+@pytest.mark.parametrize("algorithm", ["osl", "osl-golden-stick", "smoothquant"])
 def test_int8_weights_alone_are_not_smoothed_while_others_are(algorithm, tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
     policy = {"algorithm": algorithm, "smooth_alpha": (0.5,), "range_floor": (0.0,)}
@@ -79,8 +79,8 @@ def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
 def test_robust_search_chooses_for_every_group(case, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    result = run_pass(folder, 2, part, algorithm="osl-robust", **FLOORS)
-    osl = run_pass(folder, 2, part, algorithm="osl", smooth_alpha=(0.5,))
+    result = run_pass(folder, 2, part, algorithm="osl", **FLOORS)
+    osl = run_pass(folder, 2, part, algorithm="osl-golden-stick", smooth_alpha=(0.5,))
     assert [group.name for group in result.report.groups] == [group.name for group in osl.report.groups]
     for group in result.report.groups:
         assert group.alpha in FLOORS["smooth_alpha"]
@@ -90,7 +90,7 @@ def test_robust_search_chooses_for_every_group(case, tmp_path):
 
 def test_robust_search_does_not_depend_on_the_batches(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
-    results = [run_pass(folder, batch, algorithm="osl-robust", **FLOORS) for batch in (1, 2, SAMPLES)]
+    results = [run_pass(folder, batch, algorithm="osl", **FLOORS) for batch in (1, 2, SAMPLES)]
     for one, other in pairwise(results):
         assert [(g.alpha, g.range_floor) for g in one.report.groups] == [
             (g.alpha, g.range_floor) for g in other.report.groups
@@ -101,7 +101,7 @@ def test_robust_search_does_not_depend_on_the_batches(tmp_path):
 
 def test_robust_search_smooths_linears_with_a_scale_per_token_too(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
-    result = run_pass(folder, 2, algorithm="osl-robust", schemes=rules(dynamic=["down_proj"]), **FLOORS)
+    result = run_pass(folder, 2, algorithm="osl", schemes=rules(dynamic=["down_proj"]), **FLOORS)
     assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up", "down"]
     down = result.linears["model.layers.1.mlp.down_proj"]
     assert isinstance(down, QuantizedLinear)

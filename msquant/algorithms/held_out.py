@@ -1,4 +1,4 @@
-"""The search of `osl-robust`: smooth scales that hold on text which calibration has not seen.
+"""The search of `osl`: smooth scales that hold on text which calibration has not seen.
 
 A channel that calibration text leaves quiet may be loud in another domain: on SmolLM2-135M the ranges of the
 inputs of `down_proj` on two kinds of text are almost uncorrelated, and what leaves its range saturates. Two
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.quantization.fake_quant import STEPS, activation_parameters, fake_quantize, row_maxima
-from msquant.quantization.smoothing import smooth_scale
-from msquant.quantization.weights import smoothed_and_rounded
+from msquant.kernels.fake_quant import STEPS, activation_parameters, fake_quantize, row_maxima
+from msquant.kernels.smoothing import smooth_scale
+from msquant.kernels.weight_rounding import smoothed_and_rounded
 
 Floats = NDArray[np.float32]
 

@@ -11,17 +11,17 @@ from mindspore_gs.ptq.ptq_config import QuantGranularity
 from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
+from msquant.algorithms.held_out import SEARCH_TOKENS, GroupInputs, HeldOutSearch, typical_magnitudes
+from msquant.algorithms.smoothers import Batch, FastOSLSmoother, GroupCells, nothing_finite
 from msquant.interrupts import check_interrupt
+from msquant.kernels.report import GroupReport
 from msquant.models.layers import DecoderLayer
-from msquant.quantization.held_out import SEARCH_TOKENS, GroupInputs, HeldOutSearch, typical_magnitudes
-from msquant.quantization.osl import Batch, FastOSLSmoother, GroupCells, nothing_finite
-from msquant.quantization.report import GroupReport
 
 RESIDUAL_GROUPS = ("o", "down")
 """Groups whose output is added to the residual stream."""
 
 
-class RobustOSLSmoother(FastOSLSmoother):
+class HeldOutSmoother(FastOSLSmoother):
     """OutlierSuppressionLite with ranges and alphas that hold on text which calibration has not seen."""
 
     def _search_best_ratio(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN
-from msquant.quantization.fake_quant import fake_quantize, row_maxima, weight_scale
+from msquant.kernels.fake_quant import fake_quantize, row_maxima, weight_scale
 
 # Of float32: a block and its temporaries stay in a core's cache.
 BLOCK_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """How every linear of a model is computed by a policy."""
 
+from msquant.algorithms.base import Algorithm
 from msquant.models.config import ModelConfig
-from msquant.quantization.policy import QuantizationPolicy
 from msquant.schemes import Scheme
 
 
@@ -15,12 +15,12 @@ def layer_linears(config: ModelConfig, index: int) -> list[str]:
     ]
 
 
-def layer_schemes(config: ModelConfig, policy: QuantizationPolicy, index: int) -> dict[str, Scheme]:
+def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[str, Scheme]:
     """The scheme of every linear within a decoder layer, by full name."""
     return {module: policy.scheme(module) for module in layer_linears(config, index)}
 
 
-def model_schemes(config: ModelConfig, policy: QuantizationPolicy) -> dict[str, Scheme]:
+def model_schemes(config: ModelConfig, policy: Algorithm) -> dict[str, Scheme]:
     """As `layer_schemes`, of all decoder layers."""
     return {
         module: scheme
@@ -29,13 +29,13 @@ def model_schemes(config: ModelConfig, policy: QuantizationPolicy) -> dict[str, 
     }
 
 
-def in_two_blocks(config: ModelConfig, policy: QuantizationPolicy, index: int) -> bool:
+def in_two_blocks(config: ModelConfig, policy: Algorithm, index: int) -> bool:
     """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
     name = config.family.layer_name(index)
     linears = [linear for group in config.feed_forward_groups for linear in group.linears]
     if config.has_experts(index):
         return True
-    # osl-robust searches linears with a scale per token too, unless the block's alpha is given.
-    searched = policy.algorithm == "osl-robust" and policy.feed_forward_alpha is None
     schemes = [policy.scheme(f"{name}.{linear}") for linear in linears]
-    return all(scheme.is_float or (scheme.is_dynamic and not searched) for scheme in schemes)
+    return all(
+        scheme.is_float or (scheme.is_dynamic and not policy.searches_feed_forward) for scheme in schemes
+    )

@@ -8,7 +8,7 @@ from mindspore_gs.ptq.algo_modules import Quantizer
 from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuantLinearCell
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 
-from msquant.quantization.weights import quantize_weight
+from msquant.kernels.weight_rounding import quantize_weight
 
 
 class FastWeightCell(WeightQuantLinearCell):

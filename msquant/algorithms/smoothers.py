@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore_gs.ptq.algo_modules.mindone import OSLSmoother
+from mindspore_gs.ptq.algo_modules.mindone import OSLSmoother, SmoothQuantSmoother
 from mindspore_gs.ptq.quant_cells.mindone import OSLSmoothQuantLinearCell
 from numpy.typing import NDArray
 
 from msquant.errors import CalibrationError
 from msquant.interrupts import check_interrupt
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+from msquant.kernels.ranges import GroupReporter
+from msquant.kernels.report import GroupReport, LayerReport
+from msquant.kernels.weight_rounding import column_maxima, smoothed_and_rounded
 from msquant.models.layers import DecoderLayer
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize
-from msquant.quantization.ranges import GroupReporter
-from msquant.quantization.report import GroupReport, LayerReport
-from msquant.quantization.weights import column_maxima, smoothed_and_rounded
 
 
 @dataclass(eq=False)
@@ -43,32 +43,6 @@ class GroupCells:
     prev_layer: Any
     curr_layer: list[Any]
     smooth_scale: Any = None
-
-
-class ReferenceOSLSmoother(GroupReporter, OSLSmoother):
-    """golden-stick's own search, which also reports what it chose."""
-
-    def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
-        super().__init__(net_config, layer_policies)
-        self.report = report
-        self._losses: list[float] = []
-
-    def _search_best_ratio(
-        self, name: str, layer: Any, group: GroupCells, *args: Any
-    ) -> tuple[Tensor, float]:
-        self._losses = []
-        try:
-            scale, alpha = super()._search_best_ratio(name, layer, group, *args)
-        except ValueError as error:
-            raise nothing_finite(group.name, self.report.name) from error
-        self.report_group(GroupReport(group.name, alpha, min(self._losses)), scale, args[-1])
-        return scale, alpha
-
-    def _loss(self, preds: Any, grounds: Any) -> float:
-        check_interrupt()
-        loss = super()._loss(preds, grounds)
-        self._losses.append(loss)
-        return loss
 
 
 class SearchLinearCell(OSLSmoothQuantLinearCell):
@@ -141,6 +115,22 @@ class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
             raise nothing_finite(group.name, self.report.name)
         self.report_group(GroupReport(group.name, alpha, least), scales[alpha], heads[-1])
         return scales[alpha], alpha
+
+
+class OneAlphaSmoother(GroupReporter, HostSmoother, SmoothQuantSmoother):
+    """golden-stick's own, whose alpha is 0.5, with the recipe's alpha, and groups that are reported."""
+
+    def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
+        super().__init__(net_config, layer_policies)
+        self.report = report
+
+    def _compute_smooth_scale(self, **kwargs: Any) -> Tensor:
+        group = kwargs["layer_info"]
+        alpha = self.get_layer_policy(group.curr_layer[0].layer_name).algo_args["smoothquant_alpha"]
+        heads = kwargs["num_attention_heads"], kwargs["num_key_value_heads"]
+        scale = self._calculate_smooth_scale(self.act_stats, self.weight_stats, alpha, *heads)
+        self.report_group(GroupReport(group.name, alpha), scale, heads[1])
+        return scale
 
 
 def nothing_finite(group: str, layer: str) -> CalibrationError:

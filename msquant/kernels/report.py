@@ -30,9 +30,9 @@ class GroupReport:
     Attributes:
         name: the group's name in its family.
         alpha: the chosen migration strength.
-        loss: mean squared error of the decoder layer's output with only this group quantized; for osl-robust
+        loss: mean squared error of the decoder layer's output with only this group quantized; for osl
             the group's own relative error, see `held_out.py`; None where nothing is searched.
-        range_floor: quantile of the floor under the channels' ranges, for osl-robust.
+        range_floor: quantile of the floor under the channels' ranges, for osl.
         before: what the group's linears read, unsmoothed.
         after: the same divided by the smooth scale.
     """

@@ -16,32 +16,18 @@ from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
 from msquant.interrupts import check_interrupt
-from msquant.quantization.fake_quant import row_maxima
-from msquant.quantization.report import LayerReport
-from msquant.quantization.weights import clipping_change
+from msquant.kernels.fake_quant import row_maxima
+from msquant.kernels.report import LayerReport
+from msquant.kernels.weight_rounding import clipping_change
 
 # golden-stick's `n_sample_tokens`.
 SEARCH_TOKENS = 512
 
 
-class ReferenceClipLinearCell(ClipLinearCell):
-    """golden-stick's own search, which also keeps the ratios it chose."""
+class FastClipLinearCell(ClipLinearCell):
+    """golden-stick's cell with one matrix product a ratio; it keeps the ratios it chose."""
 
     clip_ratio: NDArray[np.float32]
-
-    def _apply_clip(self, clip_val: Tensor) -> None:
-        """Clamp the weight to `clip_val`, `[N, 1, 1]`."""
-        highest = row_maxima(self.layer.weight.asnumpy())
-        chosen = clip_val.asnumpy().reshape(-1)
-        self.clip_ratio = np.divide(chosen, highest, out=np.ones_like(chosen), where=highest > 0)
-        self._clamp(chosen)
-
-    def _clamp(self, limit: NDArray[np.float32]) -> None:
-        super()._apply_clip(Tensor(limit.reshape(-1, 1, 1)))
-
-
-class FastClipLinearCell(ReferenceClipLinearCell):
-    """The same search by one matrix product a ratio."""
 
     def _search_best_clip(self, weight_clip_ratio: list[float]) -> Tensor:
         """Return the value to clip each row at, `[N, 1, 1]`."""
@@ -50,16 +36,18 @@ class FastClipLinearCell(ReferenceClipLinearCell):
         values = best_clip_values(self.layer.weight.asnumpy(), root, weight_clip_ratio)
         return Tensor(values.reshape(-1, 1, 1))
 
-    def _clamp(self, limit: NDArray[np.float32]) -> None:
-        weight, limit = self.layer.weight.asnumpy(), limit[:, None]
+    def _apply_clip(self, clip_val: Tensor) -> None:
+        """Clamp the weight to `clip_val`, `[N, 1, 1]`."""
+        weight, limit = self.layer.weight.asnumpy(), clip_val.asnumpy().reshape(-1, 1)
+        self.clip_ratio = chosen_ratios(weight, limit[:, 0])
         # On the host, as in the smoother: MindSpore would keep the memory of the old weight for itself.
         self.layer.weight.set_data(Tensor.from_numpy(np.clip(weight, -limit, limit)))
 
 
-class ReferenceClipper(LinearClipper):
-    """golden-stick's clipper, which also reports what its cells chose."""
+class FastClipper(LinearClipper):
+    """golden-stick's clipper with these cells, which also reports what they chose."""
 
-    cell_type: type = ReferenceClipLinearCell
+    cell_type: type = FastClipLinearCell
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
         super().__init__(net_config, layer_policies)
@@ -76,10 +64,10 @@ class ReferenceClipper(LinearClipper):
         self.report.clip_ratios = {name: cell.clip_ratio for name, cell in cells.items()}
 
 
-class FastClipper(ReferenceClipper):
-    """The clipper with msquant's search."""
-
-    cell_type = FastClipLinearCell
+def chosen_ratios(weight: NDArray[np.float32], limit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What part of its greatest magnitude each row is clipped at: `[N, K]`, `[N]` to `[N]`; 1 for zeros."""
+    highest = row_maxima(weight)
+    return np.divide(limit, highest, out=np.ones_like(limit), where=highest > 0)
 
 
 def input_root(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
