@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-e2e test-slow lint bench clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,14 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # A process a core; a file's tests stay together, because they share what they have made.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) -m 'not slow and not e2e'
+
+# Each of these starts processes that import MindSpore anew, which is most of their time.
+test-e2e: $(VENV)/.test
+	$(PYTEST) -m 'e2e and not slow'
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -291,6 +291,7 @@ quantize(recipe_for(Path(sys.argv[1])), Path(sys.argv[2]), progress=Progress(lay
 """
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_at_a_middle_layer_keeps_the_one_before(
     recipe: Recipe, published: Path, result: Path, tmp_path: Path
 ) -> None:

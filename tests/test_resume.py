@@ -15,6 +15,8 @@ from msquant.checkpoint.writer import file_sha256
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
+pytestmark = pytest.mark.e2e
+
 LAYERS = 4
 RECIPE = """
 model: {model}

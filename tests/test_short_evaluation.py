@@ -90,6 +90,7 @@ def test_a_broken_limit_is_recorded(recipe: Recipe, tmp_path: Path, limit: str) 
     assert broken["value"] == pytest.approx(0.2 if limit == "max_kl" else 0.3)
 
 
+@pytest.mark.e2e
 def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -111,6 +112,7 @@ def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "msquant.json").is_file()
 
 
+@pytest.mark.e2e
 def test_a_kill_while_it_is_evaluated_loses_nothing(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(model=source, feed_forward=""))

@@ -13,6 +13,8 @@ import yaml
 
 from msquant.recipes import load_recipe
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 description: two layers
 model: {model}

@@ -12,6 +12,8 @@ from msquant.checkpoint.writer import write_json, write_shard
 from tests.formats.expert_folders import DEEPSEEK, QWEN, write_experts
 from tests.formats.folders import change_tensors, write_folder
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", *map(str, arguments)]

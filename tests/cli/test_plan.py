@@ -8,6 +8,8 @@ import pytest
 
 from tests.cli.test_quantize import msquant
 
+pytestmark = pytest.mark.e2e
+
 KEYS = {
     *("model", "source", "output", "architecture", "stored", "variant", "samples", "sequence_length"),
     "formats",

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 model: {model}
 quantization:

@@ -12,6 +12,8 @@ from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
 
+pytestmark = pytest.mark.e2e
+
 HUB_ID = "some-org/tiny"
 RECIPE = f"""
 model: {HUB_ID}

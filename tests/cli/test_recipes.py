@@ -9,6 +9,8 @@ import pytest
 
 from msquant.recipes import load_recipe, shipped_recipes
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", "recipes", *map(str, arguments)]

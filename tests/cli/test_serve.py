@@ -72,6 +72,7 @@ def end(process: subprocess.Popen[str], url: str, number: signal.Signals, key: s
     return rest, errors
 
 
+@pytest.mark.e2e
 def test_serves_scripts_until_ctrl_c(model: Path) -> None:
     with served(model, "--json", "--api-key-env", "THE_KEY", THE_KEY="s3cret") as (process, line):
         ready = json.loads(line)
@@ -81,6 +82,7 @@ def test_serves_scripts_until_ctrl_c(model: Path) -> None:
         assert (rest, errors, process.returncode) == ("", "interrupted\n", 130)
 
 
+@pytest.mark.e2e
 def test_serves_people_until_sigterm(model: Path) -> None:
     with served(model, "--host", "0.0.0.0") as (process, line):
         assert line.startswith("tiny (embedded) is served at http://0.0.0.0:")

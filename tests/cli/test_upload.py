@@ -11,6 +11,8 @@ import pytest
 
 from tests.fixtures.hub_server import Hub, serve
 
+pytestmark = pytest.mark.e2e
+
 REPOSITORY = "my-org/Tiny-W8A8"
 RECIPE = """
 model: {model}
