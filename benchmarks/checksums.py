@@ -127,9 +127,12 @@ def measure(models: list[str]) -> dict[str, str]:
 
 def _recipe(source: Path, calibration: Path, plan: Plan, algorithm: str) -> dict[str, Any]:
     name = algorithm if _renamed() else ALGORITHMS[algorithm]
-    quantization: dict[str, Any] = {"algorithm": name, **plan.options}
+    # Rounding to nearest smooths nothing, and has no options.
+    options = plan.options if algorithm != "rtn" else {}
+    quantization: dict[str, Any] = {"algorithm": name, **options}
     if importlib.util.find_spec("msquant.schemes"):
-        quantization["schemes"] = dict(plan.schemes)
+        rules = {**plan.schemes, "*": "W8A8"}
+        quantization["schemes"] = [{pattern: word} for pattern, word in rules.items()]
     else:
         for scheme, key in SCHEMES.items():
             quantization[key] = [pattern for pattern, word in plan.schemes.items() if word == scheme]
