@@ -18,8 +18,9 @@ from msquant.hub.models import resolve_model
 from msquant.inference import vllm_cpu, vllm_mindspore
 from msquant.inference.engine import Completion, Engine, OnText, Sampling, check_prompts
 from msquant.inference.launch import Launch
+from msquant.inference.serving import ServingSettings
 from msquant.recipes import SUFFIXES, find_recipe
-from msquant.serving import serving_settings
+from msquant.serving import require_served, serving_settings
 
 if TYPE_CHECKING:
     from msquant.inference.embedded import EmbeddedEngine
@@ -178,9 +179,12 @@ def load_engine(
     check_options(chosen, dtype, recipe)
     require_intact(folder, verify)
     if chosen == vllm_cpu.NAME:
+        require_served(folder, chosen, ServingSettings())
         return vllm_cpu.VllmEngine(folder, dtype)
     if chosen == vllm_mindspore.NAME:
-        return vllm_mindspore.VllmMindSporeEngine(folder, serving_settings(folder, recipe))
+        settings = serving_settings(folder, recipe)
+        require_served(folder, chosen, settings)
+        return vllm_mindspore.VllmMindSporeEngine(folder, settings)
     return load_embedded(folder, device)
 
 
@@ -196,9 +200,12 @@ def dry_run(
     chosen = choose_engine(engine)
     check_options(chosen, dtype, recipe)
     if chosen == vllm_cpu.NAME:
+        require_served(folder, chosen, ServingSettings())
         return vllm_cpu.worker_launch(folder, dtype)
     if chosen == vllm_mindspore.NAME:
-        return vllm_mindspore.worker_launch(folder, serving_settings(folder, recipe))
+        settings = serving_settings(folder, recipe)
+        require_served(folder, chosen, settings)
+        return vllm_mindspore.worker_launch(folder, settings)
     return None
 
 

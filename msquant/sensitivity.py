@@ -27,7 +27,7 @@ from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
 from msquant.recipes import Recipe
 from msquant.schemes import FLOAT, W8A8_DYNAMIC, Scheme
-from msquant.source import Source, folder_plan, folder_plans, open_source
+from msquant.source import Source, folder_plan, folder_plans, open_source, require_target
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,16 @@ def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -
     ranked = []
     for error in sorted(errors, key=lambda error: -error.error):
         schemes = layer_schemes(config, recipe.quantization, error.layer)
-        kept = schemes | dict.fromkeys(error.linears, FLOAT)
+        as_float = schemes | dict.fromkeys(error.linears, FLOAT)
+        per_token = schemes | dict.fromkeys(error.linears, W8A8_DYNAMIC)
         grown = None
-        after = _layer_bytes(config, error.layer, kept, recipe)
+        after = _layer_bytes(config, error.layer, as_float, recipe)
         if after is not None:
             grown = after - (_layer_bytes(config, error.layer, schemes, recipe) or 0)
-        ranked.append(RankedGroup(error, error.error / total if total else 0.0, grown))
+        served = error.dynamic_error is not None and (
+            _layer_bytes(config, error.layer, per_token, recipe) is not None
+        )
+        ranked.append(RankedGroup(error, error.error / total if total else 0.0, grown, served))
     return ranked
 
 
@@ -201,6 +205,7 @@ def _layer_bytes(
         plans = [
             plan_folder(layer, schemes, config.raw, config.dtype, format_name=name) for name in recipe.formats
         ]
+        require_target(recipe, plans)
     except RecipeError:
         return None
     return plans[0].tensor_bytes

@@ -1,6 +1,9 @@
 """Which serving settings a folder is run with: its own recipe's, another recipe's, or changed ones."""
 
-from collections.abc import Mapping
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,11 @@ from pydantic import ValidationError
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.errors import RecipeError
+from msquant.errors import EngineError, RecipeError
+from msquant.formats.servers import Parallelism, ServedModel, Server, ServerName
+from msquant.formats.verdicts import best_refusal, served_model, servers_of
+from msquant.inference import vllm_cpu, vllm_mindspore
+from msquant.inference.environments import VLLM_CPU
 from msquant.inference.serving import ServingSettings
 from msquant.recipes import find_recipe
 
@@ -34,6 +41,79 @@ def serving_settings(
         return settings.changed(changes)
     except ValidationError as error:
         raise _invalid(error, "the serving options given") from error
+
+
+def require_served(folder: Path, engine: str, settings: ServingSettings) -> None:
+    """Refuse a quantized folder that the engine's server would refuse or serve wrongly, before it starts.
+
+    Args:
+        folder: the model folder; one in floating point is not looked at.
+        engine: `vllm` or `vllm-mindspore`.
+        settings: how it is to be served; the parallelism of `vllm-mindspore`.
+
+    Raises:
+        EngineError: names the server, its version, what stands against it, and what to do.
+        CheckpointError: a file is missing or damaged.
+    """
+    model = served_model(folder)
+    if model is None:
+        return
+    servers = servers_of(model, "vllm" if engine == vllm_cpu.NAME else "vllm-mindspore")
+    split = Parallelism()
+    if engine == vllm_mindspore.NAME:
+        split = _parallelism(settings)
+        environment = vllm_mindspore.engine_environment(folder, settings, os.environ)
+        names = (vllm_mindspore.BACKEND_VARIABLE, vllm_mindspore.OLD_BACKEND_VARIABLE)
+        chosen = {environment[name].lower() for name in names if name in environment}
+        servers = [server for server in servers if not chosen or server.backend.lower() in chosen]
+    servers = [server for server in servers if server.version == _installed(engine)] or servers
+    if servers:
+        _require(folder, model, servers, split)
+
+
+def require_server(folder: Path, name: ServerName, tensor_parallel: int | None = None) -> None:
+    """Refuse a quantized folder that no version of a server serves.
+
+    Args:
+        folder: the model folder; one in floating point is not looked at.
+        name: of the server.
+        tensor_parallel: NPUs that share each matrix; by default what the folder's serving section says.
+
+    Raises:
+        EngineError: names the server, what stands against it, and what to do.
+        CheckpointError, RecipeError: a file is missing or damaged, as for `serving_settings`.
+    """
+    if (model := served_model(folder)) is not None:
+        split = Parallelism(tensor_parallel) if tensor_parallel else _parallelism(serving_settings(folder))
+        _require(folder, model, servers_of(model, name), split)
+
+
+def _require(folder: Path, model: ServedModel, servers: Sequence[Server], split: Parallelism) -> None:
+    found = best_refusal(servers, model, split)
+    if found is not None:
+        server, refusal = found
+        raise EngineError(
+            f"{server} with tensor_parallel_size {split.tensor} cannot serve this: {refusal.where}: "
+            f"{refusal.problem}",
+            where=folder,
+            remedy=refusal.remedy.replace("FOLDER", shlex.quote(str(folder))),
+        )
+
+
+def _parallelism(settings: ServingSettings) -> Parallelism:
+    return Parallelism(
+        settings.tensor_parallel_size, settings.data_parallel_size, settings.expert_parallel_size
+    )
+
+
+def _installed(engine: str) -> str | None:
+    """The version of an engine's package here; msquant installs one version of vLLM alone."""
+    if engine == vllm_cpu.NAME:
+        return VLLM_CPU.version
+    try:
+        return version(engine)
+    except PackageNotFoundError:
+        return None
 
 
 def _own_settings(manifest: Path) -> ServingSettings:

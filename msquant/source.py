@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.errors import CheckpointError
+from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format
+from msquant.formats.servers import TARGETS, Parallelism
+from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
@@ -116,7 +118,8 @@ def shapes_plans(
         extras: the tensors of each multi-token-prediction layer that comes with it.
 
     Raises:
-        RecipeError: the policy contradicts itself, or the format cannot express it.
+        RecipeError: the policy contradicts itself, the format cannot express it, or no version of the
+            format's server would serve it by the recipe's serving section.
     """
     groups = model_groups(config, extras)
     schemes = model_schemes(config, recipe.quantization)
@@ -124,7 +127,36 @@ def shapes_plans(
     # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
     common = all(config.dtype in form.dtypes for form in formats)
     dtype = config.dtype if common else FALLBACK_DTYPE
-    return [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
+    plans = [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
+    require_target(recipe, plans)
+    return plans
+
+
+def require_target(recipe: Recipe, plans: Sequence[FolderPlan]) -> None:
+    """Check that for every format a version of the server that it is for would serve the folder.
+
+    Args:
+        recipe: its serving section says how the model is split.
+        plans: of its formats.
+
+    Raises:
+        RecipeError: none would; names the server and the key or layer that stands against it.
+    """
+    serving = recipe.serving
+    split = Parallelism(
+        serving.tensor_parallel_size, serving.data_parallel_size, serving.expert_parallel_size
+    )
+    for plan in plans:
+        model = plan.served_model
+        found = best_refusal(servers_of(model, TARGETS[model.format]), model, split)
+        if found is not None:
+            server, refusal = found
+            raise RecipeError(
+                f"{server} with tensor_parallel_size {split.tensor} cannot serve this as {model.format}: "
+                f"{refusal.problem}",
+                where=refusal.where,
+                remedy=refusal.remedy,
+            )
 
 
 def model_groups(

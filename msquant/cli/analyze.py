@@ -198,4 +198,6 @@ def _row(group: "RankedGroup", dynamic: bool) -> list[Any]:
         "not served" if group.float_bytes is None else f"+{console.as_bytes(group.float_bytes)}",
     ]
     per_token = "" if measured.dynamic_error is None else f"{measured.dynamic_error:.2e}"
+    if per_token and not group.per_token:
+        per_token += ", not served"
     return [*row, per_token] if dynamic else row

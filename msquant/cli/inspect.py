@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msquant.cli import console, scores
-from msquant.errors import CheckpointError
+from msquant.errors import CheckpointError, EngineError
 
 if TYPE_CHECKING:
     from msquant.formats.summary import LayerSummary, ModuleSummary, Summary
+    from msquant.formats.verdicts import Verdict
 
 SHOWN_FINDINGS = 20
 SCHEME_NAMES = {
@@ -31,16 +32,37 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also compare every file's sha256 with msquant.json.")
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="vllm-mindspore, vllm-ascend or vllm: exit with 1 if no version of it serves the folder.",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="NPUs that share each matrix, for --for.  [default: of its serving section]"
+        ),
+    ] = None,
 ) -> None:
-    """Show what a checkpoint holds, and check that a quantized one can be served.
+    """Show what a checkpoint holds, check it, and say which servers can serve a quantized one.
 
     Reads every quantized tensor and applies the rules of its format, golden-stick, compressed-tensors or
     ascend. A folder that breaks one exits with 1 and names the tensor. A model in floating point is only
     listed.
 
     Example: msquant inspect smollm2-135m-osl --verify
+
+    Example: msquant inspect DeepSeek-R1-W8A8 --for vllm-mindspore --tensor-parallel 16
     """
+    from msquant.formats.servers import SERVER_NAMES
+
+    named = next((name for name in SERVER_NAMES if name == server), None)
+    if server is not None and named is None:
+        raise typer.BadParameter(f"one of {', '.join(SERVER_NAMES)} is expected", param_hint="--for")
     from msquant.formats.summary import summarize
+    from msquant.serving import require_server
 
     summary = summarize(folder, verify_hashes=verify)
     evaluation = _evaluation(folder)
@@ -59,6 +81,14 @@ def inspect(
                 )
             )
         raise typer.Exit(1)
+    if named is not None:
+        try:
+            require_server(folder, named, tensor_parallel)
+        except EngineError:
+            if as_json:
+                # The document says it.
+                raise typer.Exit(1) from None
+            raise
 
 
 def _as_document(summary: "Summary") -> dict[str, Any]:
@@ -72,7 +102,8 @@ def _as_document(summary: "Summary") -> dict[str, Any]:
             for scheme, (modules, parameters) in summary.schemes().items()
         },
     }
-    return {"valid": not summary.findings, "totals": totals, **asdict(summary)}
+    served = [{"served": one.served, **asdict(one)} for one in summary.served]
+    return {"valid": not summary.findings, "totals": totals, **asdict(summary), "served": served}
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
@@ -106,11 +137,25 @@ def _render(summary: "Summary", verified: bool, evaluation: dict[str, Any] | Non
         console.print_line(f"{finding.where}: {finding.problem}")
     for note in summary.notes:
         console.print_line(f"Note: {note}.")
+    if summary.served:
+        columns = ["server", "TP", "served", "because"]
+        console.print_table("Who can serve it", columns, [_served_row(one) for one in summary.served])
+        reasons = [reason for one in summary.served for reason in one.refusals]
+        for where, remedy in dict.fromkeys((reason.where, reason.remedy) for reason in reasons):
+            console.print_line(f"{where}: {remedy}")
     if (more := len(summary.findings) - SHOWN_FINDINGS) > 0:
         console.print_line(f"and {more} more: see them with --json")
     if summary.quantization and not summary.findings:
         hashes = ", all file hashes match" if verified and summary.has_manifest else ""
-        console.print_line(f"Valid: {summary.consumer} can load it, as {summary.quantization!r}{hashes}.")
+        console.print_line(
+            f"Valid: it keeps every rule of {summary.quantization!r} for {summary.consumer}{hashes}."
+        )
+
+
+def _served_row(verdict: "Verdict") -> list[Any]:
+    sizes = ", ".join(map(str, verdict.tensor_parallel))
+    reasons = "; ".join(f"{reason.where}: {reason.problem}" for reason in verdict.refusals)
+    return [str(verdict.server), sizes, "yes" if verdict.served else "no", reasons]
 
 
 def _title(summary: "Summary") -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import SERVED_DTYPES
@@ -74,12 +73,6 @@ def notes(config: Mapping[str, Any]) -> list[str]:
             "vLLM on a CPU with AMX computes symmetric static activations as per-token ones: msquant export "
             "writes them with a zero point, which it keeps"
         )
-    layers = config.get("num_hidden_layers")
-    if config.get("model_type") in EXPERT_COUNT and isinstance(layers, int):
-        # The last layer has experts in all of these models; they stand for all.
-        expert = f"model.layers.{layers - 1}.mlp.experts.0.up_proj"
-        if section.group(expert) is None:
-            found.append("vLLM 0.11 has no routed experts in floating point in a quantized model; 0.32 has")
     return found
 
 

@@ -13,9 +13,13 @@ from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
 from msquant.formats.format import Format, FormatName
 from msquant.formats.registry import model_format
+from msquant.formats.servers import ServedModel
 from msquant.schemes import FLOAT, Scheme
 
 Shape = tuple[int, ...]
+
+# The first two say how the source was quantized; the last names Python files that are not copied.
+_DROPPED = ("quantization_config", "compression_config", "auto_map")
 
 FALLBACK_DTYPE = "bfloat16"
 """What a model is stored in whose own dtype a format does not take."""
@@ -65,6 +69,18 @@ class FolderPlan:
     def config_entries(self) -> dict[str, Any]:
         """What the format puts into `config.json`."""
         return self.format.config_entries(self.linears, self.weight_map, self.config)
+
+    @cached_property
+    def written_config(self) -> dict[str, Any]:
+        """The folder's `config.json`."""
+        config = {key: value for key, value in self.config.items() if key not in _DROPPED}
+        config["dtype" if "dtype" in config else "torch_dtype"] = self.dtype
+        return {**self.format.adapted(config), **self.config_entries}
+
+    @property
+    def served_model(self) -> ServedModel:
+        """What servers will decide by."""
+        return ServedModel(self.format.name, self.variant, self.written_config, self.linears)
 
     @cached_property
     def tensor_bytes(self) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
-from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256, write_index, write_json
@@ -27,9 +26,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-# The first two say how the source was quantized; the last names Python files that are not copied.
-_DROPPED = ("quantization_config", "compression_config", "auto_map")
 
 
 class FolderStream:
@@ -100,7 +96,7 @@ class FolderStream:
         """Write all that is not a shard; the manifest comes last.
 
         Args:
-            source: the folder that the tokenizer and `config.json` are taken from.
+            source: the folder that the tokenizer is taken from.
             manifest: what `msquant.json` holds besides the format, the variant and the files.
 
         Raises:
@@ -121,7 +117,7 @@ class FolderStream:
             INDEX_NAME, write_index(self.folder, self.plan.weight_map, self.total_size)
         )
         files["config.json"] = self._entry(
-            "config.json", write_json(self.folder / "config.json", self._config(source))
+            "config.json", write_json(self.folder / "config.json", self.plan.written_config)
         )
         form = self.plan.format
         record = {"format": form.name, "variant": form.variant, "files": dict(sorted(files.items()))}
@@ -129,10 +125,3 @@ class FolderStream:
 
     def _entry(self, name: str, digest: str) -> FileEntry:
         return {"sha256": digest, "size": (self.folder / name).stat().st_size}
-
-    def _config(self, source: Path) -> dict[str, Any]:
-        config = read_json(source / "config.json")
-        for section in _DROPPED:
-            config.pop(section, None)
-        config["dtype" if "dtype" in config else "torch_dtype"] = self.plan.dtype
-        return {**config, **self.plan.config_entries}

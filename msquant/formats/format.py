@@ -151,6 +151,10 @@ class Format(Protocol):
         """What is put into `config.json`. Arguments as for `documents`."""
         ...
 
+    def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config.json` of a model in the words that the consumer takes; `config_entries` come on top."""
+        ...
+
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         ...
@@ -195,6 +199,10 @@ class PlainFormat:
     ) -> dict[str, Any]:
         """See `Format`: nothing."""
         return {}
+
+    def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Format`: as they are."""
+        return dict(config)
 
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """See `Format`: the tensors tell."""

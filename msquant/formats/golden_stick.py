@@ -30,7 +30,6 @@ from msquant.formats.golden_stick_schemes import (
     W8A8,
     W8A8_DYNAMIC,
     Variant,
-    serving_notes,
     variant_of,
 )
 from msquant.formats.golden_stick_tensors import check_layout
@@ -56,7 +55,6 @@ __all__ = [
     "model_dtype",
     "read_description",
     "read_variant",
-    "serving_notes",
     "validate",
     "variant_of",
 ]

@@ -15,6 +15,7 @@ from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.formats.golden_stick_layout import (
     DESCRIPTION_NAME,
     QUANT_METHOD,
+    SECTION,
     SERVED_DTYPES,
     describe,
     encode_linear,
@@ -26,8 +27,8 @@ from msquant.formats.golden_stick_schemes import (
     DESCRIBED,
     Variant,
     check_schemes,
-    serving_notes,
 )
+from msquant.formats.mindformers_config import published_form
 from msquant.schemes import Scheme
 
 
@@ -90,6 +91,18 @@ class GoldenStickFormat(PlainFormat):
         dynamic = [module for module, scheme in linears.items() if scheme.is_dynamic]
         return {DESCRIPTION_NAME: describe(names, static, dynamic)}
 
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `Format`: MindFormers alone needs a section."""
+        return {"quantization_config": dict(SECTION)} if self.variant == "mindformers" else {}
+
+    def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Format`: MindFormers refuses what it does not know."""
+        if self.variant == "mindformers" and config.get("model_type") == "deepseek_v3":
+            return published_form(config)
+        return dict(config)
+
     def open(self, folder: Path) -> WeightSource:
         """See `Format`."""
         return GoldenStickCheckpoint.open(folder)
@@ -97,7 +110,3 @@ class GoldenStickFormat(PlainFormat):
     def validate(self, folder: Path, *, verify_hashes: bool = False) -> list[Finding]:
         """See `Format`."""
         return validate(folder, verify_hashes=verify_hashes)
-
-    def notes(self, config: Mapping[str, Any]) -> list[str]:
-        """See `Format`."""
-        return serving_notes(config)

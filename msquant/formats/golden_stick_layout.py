@@ -29,6 +29,11 @@ from msquant.schemes import Scheme
 QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
 
+SECTION: Final = {"quant_method": QUANT_METHOD}
+"""`quantization_config` of a folder for MindFormers: without one it builds attention that does not fit the
+caches which vLLM-MindSpore allocates below TP16. In a folder for the native backend the same section would
+make every layer float."""
+
 DESCRIPTION_NAME = "quantization_description.json"
 
 QUANTIZED_PARTS = ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset")

@@ -5,6 +5,7 @@ vllm_mindspore 0.5.1 (`GoldenStickConfig`, `A8W8LinearMethod`, `load_weights`, t
 mindformers 1.7.0 (parallel_core/inference: quantization, tensor_parallel, model_utils.py).
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from msquant.errors import CheckpointError
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
-from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SERVED_DTYPES
+from msquant.formats.golden_stick_layout import DESCRIPTION_NAME, SECTION, SERVED_DTYPES
 from msquant.formats.golden_stick_schemes import (
     ACCEPTED,
     FLOAT,
@@ -89,9 +90,9 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     findings: list[Finding] = []
     config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
     description = attempt(findings, lambda: read_description(folder))
-    if config is not None:
-        findings.extend(_check_config(config))
     variant = attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
+    if config is not None:
+        findings.extend(_check_config(config, variant))
     if checkpoint is not None and description is not None:
         findings.extend(_check_names(checkpoint, description, variant))
         findings.extend(_check_schemes(description, variant, config or {}))
@@ -101,10 +102,22 @@ def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding
     return findings
 
 
-def _check_config(config: dict[str, Any]) -> Iterator[Finding]:
+def _check_config(config: dict[str, Any], variant: Variant) -> Iterator[Finding]:
     text_config = config.get("text_config")
     nested = text_config if isinstance(text_config, dict) else {}
-    if config.get("quantization_config") is not None or nested.get("quantization_config") is not None:
+    section = config.get("quantization_config")
+    if variant == "mindformers" and section != SECTION:
+        yield Finding(
+            "config.json",
+            f"quantization_config is {section!r}: below TP16 MindFormers builds the attention of a quantized "
+            f"model only if it is {json.dumps(SECTION)}",
+        )
+    elif variant == "native" and section is not None:
+        yield Finding(
+            "config.json",
+            "quantization_config is there: vLLM reads it in place of the description, and all is float",
+        )
+    if nested.get("quantization_config") is not None:
         yield Finding("config.json", "quantization_config is there: vLLM reads it instead of the description")
     if config.get("compression_config") is not None:
         yield Finding("config.json", "compression_config is there: vLLM reads it instead of the description")

@@ -74,24 +74,6 @@ def folder_variant(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Va
     )
 
 
-def serving_notes(config: Mapping[str, Any]) -> list[str]:
-    """What keeps today's MindFormers from serving a correct folder of this architecture; often nothing."""
-    model_type = config.get("model_type")
-    if model_type == "qwen3_moe":
-        return [
-            "MindFormers 1.7.0 and 1.8.0 build Qwen3-MoE without quantization, and the native backend has no "
-            "quantized experts: this folder keeps the format, but needs a later engine"
-        ]
-    if model_type == "deepseek_v2":
-        return ["MindFormers 1.7.0 and 1.8.0 have no DeepSeek-V2: this folder needs a later engine"]
-    if model_type == "deepseek_v3" and config.get("q_lora_rank", 0) is None:
-        return [
-            "MindFormers 1.7.0 and 1.8.0 do not load the q_proj of DeepSeek-V3: this folder, without "
-            "q_lora_rank, needs a later engine"
-        ]
-    return []
-
-
 def check_schemes(
     schemes: Mapping[str, str], variant: Variant, config: Mapping[str, Any]
 ) -> Iterator[Finding]:

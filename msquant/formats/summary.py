@@ -19,8 +19,10 @@ from msquant.errors import CheckpointError
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.format import Finding, Format
 from msquant.formats.registry import folder_format, refuse_other_formats
+from msquant.formats.servers import TARGETS, ServedModel
 from msquant.formats.stored import stored_scales
-from msquant.schemes import FLOAT
+from msquant.formats.verdicts import Verdict, serving_table
+from msquant.schemes import FLOAT, parse_scheme
 
 _LAYERS = "model.layers."
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -86,6 +88,7 @@ class Summary:
         variant: what it is made for, or None for a model in floating point.
         consumer: the same, for people.
         notes: what may keep that from serving a folder that breaks no rule.
+        served: who serves it and who does not; empty for a model in floating point.
     """
 
     folder: str
@@ -99,6 +102,7 @@ class Summary:
     variant: str | None = None
     consumer: str | None = None
     notes: list[str] = field(default_factory=list)
+    served: list[Verdict] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -170,19 +174,36 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False, check: bool = 
     if form is None:
         refuse_other_formats(folder)
     architectures = config.get("architectures")
+    modules = list(_modules(checkpoint, form))
+    served = serving_table(_served_model(form, config, modules)) if form else []
     return Summary(
         folder=str(folder),
         quantization=name,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         dtype=model_dtype(config),
-        modules=list(_modules(checkpoint, form)),
+        modules=modules,
         layers=list(_layers(_manifest(folder))),
         has_manifest=bool(_manifest(folder)),
         findings=findings,
         variant=form.variant if form else None,
         consumer=form.consumer if form else None,
-        notes=form.notes(config) if form else [],
+        notes=[*form.notes(config), *_unserved(form, served)] if form else [],
+        served=served,
     )
+
+
+def _served_model(form: Format, config: dict[str, Any], modules: list[ModuleSummary]) -> ServedModel:
+    linears = {module.name: parse_scheme(module.scheme) for module in modules}
+    return ServedModel(form.name, form.variant, config, linears)
+
+
+def _unserved(form: Format, served: list[Verdict]) -> Iterator[str]:
+    """That no version of the server which the format is for serves the folder, if it is so."""
+    mine = [verdict for verdict in served if verdict.server.name == TARGETS[form.name]]
+    if not any(verdict.served for verdict in mine):
+        verdict = next((one for one in mine if one.refusals[0].rule != "backend"), mine[0])
+        refusal = verdict.refusals[0]
+        yield f"no version of {verdict.server.name} serves it: {refusal.where}: {refusal.problem}"
 
 
 def _elements(module: ModuleSummary) -> int:

@@ -30,6 +30,7 @@ _BACKENDS = {
     "Qwen3ForCausalLM": "Native",
     "DeepseekV3ForCausalLM": "MindFormers",
 }
+_DTYPES = ("bfloat16", "float16")
 _DESCRIPTIONS = {
     "quantization_description.json": "golden-stick",
     "quant_model_description.json": "ascend",
@@ -64,6 +65,23 @@ def quantization_method(folder: Path) -> str | None:
             f"holds both {found[0]} and {found[1]}", where=folder, remedy="remove the one that is not meant"
         )
     return _DESCRIPTIONS[found[0]] if found else None
+
+
+def model_dtype(folder: Path) -> dict[str, str]:
+    """The argument `dtype` for a folder: the one that `config.json` names.
+
+    The engine's own choice for a float16 model would be bfloat16 in places: `input_scale` would be rounded
+    again, and `deq_scale`, which was computed from it, would not.
+
+    Returns:
+        Empty where the file names none, or one that the engine does not take.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged.
+    """
+    config = read_json(folder / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return {"dtype": dtype} if dtype in _DTYPES else {}
 
 
 def require_servable(folder: Path) -> None:
@@ -176,6 +194,7 @@ def worker_launch(
     options = settings.engine_arguments()
     if (quantization := quantization_method(folder)) is not None:
         options["quantization"] = quantization
+    options |= model_dtype(folder)
     env = engine_environment(folder, settings, os.environ if environment is None else environment)
     request = {"op": "load", "model": str(folder.resolve()), "options": options}
     return Launch((sys.executable, str(WORKER)), env, requests=(request,))

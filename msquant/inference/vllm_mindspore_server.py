@@ -15,7 +15,12 @@ from typing import Any
 from msquant.errors import EngineError
 from msquant.inference.launch import Launch
 from msquant.inference.serving import ServingSettings
-from msquant.inference.vllm_mindspore import engine_environment, quantization_method, require_servable
+from msquant.inference.vllm_mindspore import (
+    engine_environment,
+    model_dtype,
+    quantization_method,
+    require_servable,
+)
 
 PROGRAM = "vllm-mindspore"
 
@@ -61,7 +66,8 @@ def server_command(
     arguments: dict[str, Any] = {}
     if (quantization := quantization_method(folder)) is not None:
         arguments["quantization"] = quantization
-    arguments |= settings.engine_arguments() | _data_parallel(settings, node)
+    # No --enforce-eager, ever: static layers would be quantized with another reciprocal than was calibrated.
+    arguments |= model_dtype(folder) | settings.engine_arguments() | _data_parallel(settings, node)
     env = engine_environment(folder, settings, os.environ if environment is None else environment)
     return Launch((*argv, *_options(arguments)), env, _place(settings, node))
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
 from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.rope_settings import with_rope_scaling
 from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import CheckpointError, ModelError
 from msquant.models.config import ExpertSizes, LatentSizes, ModelConfig
@@ -15,6 +16,8 @@ from msquant.models.rope import rotary_tables
 
 Where = Path | str
 _CHECK = "check the file against the published one"
+# The int8 of a finished folder, which no computation starts from.
+_FINISHED = ("compressed-tensors", "golden-stick")
 _WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -47,7 +50,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
     fp8_block = _fp8_block(raw, where)
     original = raw
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
-    raw = _with_rope_of_transformers_4(raw)
+    raw = with_rope_scaling(raw)
     if not isinstance(raw.get("rope_scaling"), dict | None):
         raise CheckpointError(f"rope_scaling is {raw['rope_scaling']!r}", where=where, remedy=_CHECK)
     try:
@@ -177,20 +180,6 @@ def _check_experts(config: ModelConfig, where: Where) -> None:
         )
 
 
-def _with_rope_of_transformers_4(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps the base and the scaling of the rotary embedding in one section."""
-    parameters = raw.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return raw
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {
-        **raw,
-        "rope_theta": parameters.get("rope_theta", raw.get("rope_theta")),
-        "rope_scaling": None if plain else scaling,
-    }
-
-
 # What a family's router can be asked for: the values that are computed here, and a missing entry.
 _ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v2": {
@@ -238,8 +227,7 @@ def _refuse_windows(config: Any, family: Family, where: Where) -> None:
 def _fp8_block(raw: dict[str, Any], where: Where) -> tuple[int, int] | None:
     """Rows and columns of a block of FP8 weights, the one quantization that can be started from."""
     section = raw.get("quantization_config")
-    if not section or (isinstance(section, dict) and section.get("quant_method") == "compressed-tensors"):
-        # The int8 of a finished folder, which no computation starts from.
+    if not section or (isinstance(section, dict) and section.get("quant_method") in _FINISHED):
         return None
     block = section.get("weight_block_size") if isinstance(section, dict) else None
     if (

@@ -44,11 +44,13 @@ class RankedGroup:
         share: of the sum of all errors.
         float_bytes: what the written tensors grow by if it stays in floating point; None where the serving
             backend does not run that.
+        per_token: whether its error with a scale per token is known, and the serving backend runs that.
     """
 
     measured: GroupError
     share: float
     float_bytes: int | None
+    per_token: bool = True
 
     @property
     def matrices(self) -> int:
@@ -82,6 +84,7 @@ def select(groups: Sequence[RankedGroup], budget: Budget, output_bytes: int) -> 
     if budget.kind == "max_error":
         return _fewest(groups, budget)
     if budget.kind == "keep_dynamic":
+        groups = [group for group in groups if group.per_token]
         return _most(groups, budget, lambda group: group.matrices, budget.amount)
     able = [group for group in groups if group.float_bytes is not None]
     if budget.kind == "keep_float":

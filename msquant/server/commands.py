@@ -7,7 +7,7 @@ from msquant.inference import vllm_cpu, vllm_mindspore, vllm_mindspore_server, v
 from msquant.inference.launch import Launch
 from msquant.inference.preflight import preflight, require_ready
 from msquant.inference.serving import ServingSettings
-from msquant.serving import serving_settings
+from msquant.serving import require_served, serving_settings
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """vLLM's own variable for the key that clients must send."""
@@ -46,8 +46,10 @@ def commands(folder: Path, engine: str, host: str, port: int, dtype: str, node: 
         CheckpointError, ModelError, RecipeError: see `serving_settings` and the engines' `server_command`.
     """
     if engine == vllm_cpu.NAME:
+        require_served(folder, engine, ServingSettings())
         return [vllm_server.server_command(folder, host, port, dtype=dtype)]
     settings = _settings(folder, node)
+    require_served(folder, engine, settings)
     here = vllm_mindspore_server.server_command(folder, settings, host, port, node=node.index)
     every = vllm_mindspore_server.cluster_commands(folder, settings, host, port)
     return [*(launch for launch in every if launch != here), here]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.writer import write_json, write_shard
-from tests.formats.expert_folders import DEEPSEEK, QWEN, write_experts
+from msquant.schemes import W8A8_DYNAMIC
+from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of, write_experts
 from tests.formats.folders import change_tensors, write_folder
 
 pytestmark = pytest.mark.e2e
@@ -40,7 +41,7 @@ def test_a_correct_folder_is_shown_and_found_valid(folder: Path) -> None:
     ):
         assert text in run.stdout
     assert (
-        "Valid: the native backend of vLLM-MindSpore can load it, as 'golden-stick', "
+        "Valid: it keeps every rule of 'golden-stick' for the native backend of vLLM-MindSpore, "
         "all file hashes match." in run.stdout
     )
 
@@ -137,4 +138,55 @@ def test_what_no_engine_serves_yet_is_told(tmp_path: Path) -> None:
     write_experts(tmp_path / "model", QWEN)
     run = msquant("inspect", tmp_path / "model")
     assert run.returncode == 0, run.stderr
-    assert "Note: MindFormers 1.7.0 and 1.8.0 build Qwen3-MoE without quantization" in run.stdout
+    assert "Note: no version of vllm-mindspore serves it: model_type: it builds Qwen3-MoE" in run.stdout
+    assert "msquant export FOLDER --format ascend" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def per_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V3 that MindFormers serves from TP16 on alone."""
+    config = {**DEEPSEEK, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32}
+    config |= {"intermediate_size": 32, "moe_intermediate_size": 16, "num_nextn_predict_layers": 0}
+    schemes = schemes_of(config)
+    query = {module: W8A8_DYNAMIC for module in schemes if "q_b_proj" in module}
+    folder = tmp_path_factory.mktemp("inspect") / "per-token"
+    write_experts(folder, config, schemes={**schemes, **query})
+    return folder
+
+
+def test_who_can_serve_it_is_one_table(per_token: Path) -> None:
+    run = msquant("inspect", per_token)
+    assert run.returncode == 0, run.stderr
+    assert "Who can serve it" in run.stdout
+    assert "serve it with tensor_parallel_size 16" in run.stdout
+    rows = json.loads(msquant("inspect", per_token, "--json").stdout)["served"]
+    found = {
+        (row["server"]["version"], row["server"]["backend_version"], tuple(row["tensor_parallel"])): row
+        for row in rows
+        if row["server"]["name"] == "vllm-mindspore"
+    }
+    assert found["0.5.1", "1.7.0", (16,)]["served"] is True
+    below = found["0.5.1", "1.7.0", (1, 2, 4, 8)]
+    assert below["served"] is False
+    assert below["refusals"][0]["where"] == "model.layers.0.self_attn.q_b_proj"
+    assert found["0.6.0rc1", "", (1, 2, 4, 8, 16)]["refusals"][0]["rule"] == "rope-rows"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--for", "vllm-mindspore"), 1, "model.layers.0.self_attn.q_b_proj: is dynamic: below TP16"),
+        (("--for", "vllm-mindspore", "--tensor-parallel", "16"), 0, ""),
+        (("--for", "vllm"), 1, "--format compressed-tensors"),
+        (("--for", "vllm-ascend", "--json"), 1, ""),
+        (("--for", "tgi"), 2, "vllm-mindspore, vllm-ascend, vllm"),
+    ],
+)
+def test_the_answer_of_one_server_is_the_exit_code(
+    per_token: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    run = msquant("inspect", per_token, *options)
+    assert run.returncode == code
+    if "--json" in options:
+        assert json.loads(run.stdout)["quantization"] == "golden-stick"
+    assert " ".join(message.split()) in " ".join(run.stderr.replace("│", " ").split())

@@ -226,13 +226,6 @@ def test_symmetric_static_activations_are_read_and_noted(folder: Path) -> None:
     assert linear.input_offset.tolist() == [0]
 
 
-def test_experts_in_floating_point_are_noted(tmp_path: Path) -> None:
-    schemes: dict[str, Scheme] = {**schemes_of(QWEN)}
-    assert folder_notes(tmp_path / "dynamic", schemes) == []
-    schemes.update({module: FLOAT for module in schemes if ".experts." in module})
-    assert "vLLM 0.11 has no routed experts" in folder_notes(tmp_path / "float", schemes)[0]
-
-
 def folder_notes(folder: Path, schemes: dict[str, Scheme]) -> list[str]:
     write_experts(folder, QWEN, schemes=schemes, format_name="compressed-tensors")
     assert validate(folder) == []

@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.rope_rows import rope_rows
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.errors import CheckpointError
@@ -45,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-@pytest.mark.parametrize("config", [DEEPSEEK, QWEN, LATER, V2, {**DEEPSEEK, "rope_interleave": False}])
+@pytest.mark.parametrize("config", [DEEPSEEK, QWEN, LATER, V2])
 def test_layers_and_tensors_come_back(tmp_path: Path, config: dict[str, Any]) -> None:
     plan = write_experts(tmp_path / "m", config)
     source = GoldenStickCheckpoint.open(tmp_path / "m")
@@ -72,6 +74,18 @@ def test_layers_and_tensors_come_back(tmp_path: Path, config: dict[str, Any]) ->
             np.testing.assert_array_equal(source.tensor(name), random_tensor(name, shape))
 
 
+def test_rows_in_halves_are_stored_as_they_are_and_come_back_interleaved(tmp_path: Path) -> None:
+    """MindFormers 1.8.0 refuses the key that says so, and needs none: they are in its order."""
+    name = f"{LATENT}.q_b_proj"
+    write_experts(tmp_path / "m", {**DEEPSEEK, "rope_interleave": False})
+    assert "rope_interleave" not in read_json(tmp_path / "m" / "config.json")
+    expected = random_linear(name, (20, 12), "static").weight
+    np.testing.assert_array_equal(Checkpoint.open(tmp_path / "m").raw(f"{name}.weight"), expected)
+    order = rope_rows(DEEPSEEK)["self_attn.q_b_proj"].interleaved()
+    found = GoldenStickCheckpoint.open(tmp_path / "m").linear(name).weight
+    np.testing.assert_array_equal(found, expected[order])
+
+
 def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
     name = f"{LATENT}.q_b_proj"
     write_experts(tmp_path / "m", DEEPSEEK, schemes=dict.fromkeys(schemes_of(DEEPSEEK), FLOAT))
@@ -88,6 +102,15 @@ def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
 def test_a_correct_folder_has_no_findings(tmp_path: Path, config: dict[str, Any]) -> None:
     write_experts(tmp_path / "m", config, max_shard_bytes=1500)
     assert validate(tmp_path / "m", verify_hashes=True) == []
+
+
+@pytest.mark.parametrize("section", [None, {}, {"quant_method": "golden-stick", "more": 1}])
+def test_mindformers_needs_its_section_to_the_letter(folder: Path, section: Any) -> None:
+    change_json(folder / "config.json", lambda config: config.update(quantization_config=section))
+    (folder / "msquant.json").unlink()
+    (found,) = validate(folder)
+    assert found.where == "config.json"
+    assert 'only if it is {"quant_method": "golden-stick"}' in found.problem
 
 
 def test_what_other_tools_write_has_no_findings(folder: Path) -> None:

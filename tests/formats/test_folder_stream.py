@@ -31,6 +31,16 @@ from tests.formats.expert_folders import (
 GROUPS = groups_of(DEEPSEEK)
 NORM = "model.layers.0.input_layernorm.weight"
 O = "model.layers.0.self_attn.o_proj"  # noqa: E741
+# YaRN that stretches nothing, which MindFormers takes where null would become a factor of 40.
+UNSCALED = {
+    "type": "yarn",
+    "factor": 1.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 @pytest.fixture
@@ -158,7 +168,9 @@ def test_the_config_is_the_models_without_what_misleads(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     left_out = {"quantization_config", "auto_map"}
     assert config == {name: value for name, value in DEEPSEEK.items() if name not in left_out} | {
-        "torch_dtype": "bfloat16"
+        "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "golden-stick"},
+        "rope_scaling": UNSCALED,
     }
     manifest = json.loads((tmp_path / "m" / "msquant.json").read_text())
     assert (manifest["format"], manifest["variant"]) == ("golden-stick", "mindformers")

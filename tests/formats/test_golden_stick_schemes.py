@@ -9,7 +9,6 @@ from msquant.formats.golden_stick_schemes import (
     DESCRIBED,
     check_schemes,
     folder_variant,
-    serving_notes,
     variant_of,
 )
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
@@ -97,11 +96,3 @@ def test_the_native_backend_knows_no_activations_per_token() -> None:
     assert [finding.problem for finding in found] == [
         "described as 'W8A8_DYNAMIC': the native backend knows only W8A8 and FLOAT"
     ]
-
-
-def test_what_no_engine_serves_yet_is_said() -> None:
-    assert serving_notes(DEEPSEEK) == []
-    assert serving_notes({"model_type": "llama"}) == []
-    assert "Qwen3-MoE without quantization" in serving_notes(QWEN)[0]
-    assert "no DeepSeek-V2" in serving_notes({"model_type": "deepseek_v2"})[0]
-    assert "q_lora_rank" in serving_notes({**DEEPSEEK, "q_lora_rank": None})[0]

@@ -22,6 +22,7 @@ from msquant.inference.vllm_mindspore import (
     quantization_method,
     worker_launch,
 )
+from msquant.inference.vllm_mindspore_server import server_command
 from msquant.recipes import find_recipe
 
 VLLM_MINDSPORE = """
@@ -185,6 +186,22 @@ def test_seed_goes_along_when_it_matters(model: Path, nodes: str, tmp_path: Path
 def test_floating_point_folder_names_no_quantization(model: Path) -> None:
     (model / "quantization_description.json").unlink()
     assert "quantization" not in worker_launch(model, ServingSettings(), {}).requests[0]["options"]
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_is_the_model_s_own(model: Path, key: str) -> None:
+    """The engine's own choice rounds `input_scale` of a float16 folder to bfloat16."""
+    config = {"architectures": ["LlamaForCausalLM"], key: "float16"}
+    (model / "config.json").write_text(json.dumps(config))
+    options = worker_launch(model, ServingSettings(), {}).requests[0]["options"]
+    assert options["dtype"] == "float16"
+    assert "enforce_eager" not in options
+    argv = server_command(model, ServingSettings(), "127.0.0.1", 8000, environment={}).argv
+    assert argv[argv.index("--dtype") + 1] == "float16"
+    assert "--enforce-eager" not in argv
+    # Nothing that the engine would refuse.
+    (model / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    assert "dtype" not in worker_launch(model, ServingSettings(), {}).requests[0]["options"]
 
 
 def test_data_parallelism_is_for_the_server(model: Path) -> None:

@@ -1,0 +1,148 @@
+"""Every rule of the servers, by name: what it refuses, and a neighbour that it does not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server
+from msquant.formats.serving_rules import RULES
+from msquant.formats.verdicts import best_refusal, refusals, servers_of, serving_table
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
+from tests.formats.folders import CONFIG
+
+SECTION = {"quant_method": "golden-stick"}
+UNSCALED = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096}
+PUBLISHED = {
+    **{key: value for key, value in DEEPSEEK.items() if key != "auto_map"},
+    "quantization_config": SECTION,
+    "rope_scaling": UNSCALED,
+    "num_attention_heads": 32,
+    "vocab_size": 64,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+}
+LINEARS = schemes_of(DEEPSEEK)
+NATIVE, MF17, MF18, _, LATER, ASCEND, _, GPU, CPU = SERVERS
+TP4 = Parallelism(4)
+QUERY = "model.layers.1.self_attn.q_a_proj"
+
+
+def deepseek(linears: dict[str, Scheme] | None = None, **changes: Any) -> ServedModel:
+    return ServedModel("golden-stick", "mindformers", PUBLISHED | changes, LINEARS | (linears or {}))
+
+
+def llama(**changes: Any) -> ServedModel:
+    return ServedModel("golden-stick", "native", CONFIG | changes, {"model.layers.0.mlp.up_proj": W8A8})
+
+
+def moe(scheme: Scheme, model_type: str = "qwen3_moe") -> ServedModel:
+    linears: dict[str, Scheme] = {"model.layers.0.self_attn.o_proj": W8A8}
+    linears |= {"model.layers.0.mlp.experts.0.up_proj": scheme}
+    return ServedModel("compressed-tensors", "", QWEN | {"model_type": model_type}, linears)
+
+
+CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
+    "format": [(ASCEND, llama(), Parallelism(), "golden-stick", "cannot read")],
+    "rope-rows": [(LATER, deepseek(), TP4, "self_attn.q_b_proj", "reorders them once more")],
+    "backend": [(NATIVE, deepseek(), TP4, "VLLM_MS_MODEL_BACKEND", "which is mindformers")],
+    "architecture": [
+        (NATIVE, llama(model_type="mistral"), Parallelism(), "model_type", "not in its registry"),
+        (
+            NATIVE,
+            replace(llama(model_type="qwen3_moe"), variant="native"),
+            Parallelism(),
+            "model_type",
+            "fail an assertion",
+        ),
+        (MF17, deepseek(model_type="qwen3_moe"), TP4, "model_type", "Qwen3-MoE without quantization"),
+        (MF17, deepseek(model_type="deepseek_v2"), TP4, "model_type", "no quantized deepseek_v2"),
+        (MF17, deepseek(q_lora_rank=None), TP4, "q_lora_rank", "does not load the q_proj"),
+    ],
+    "config-keys": [
+        (MF18, deepseek(rope_interleave=False), TP4, "config.json: rope_interleave", "refuses keys"),
+        (MF17, deepseek(dtype="bfloat16", qk_head_dim=1), TP4, "config.json: dtype, qk_head_dim", "refuses"),
+    ],
+    "rope-scaling": [(MF17, deepseek(rope_scaling=None), TP4, "config.json: rope_scaling", "factor 40")],
+    "parameter-dtype": [(MF17, deepseek(torch_dtype="float16"), TP4, "config.json: torch_dtype", "bfloat16")],
+    "fused-section": [
+        (MF17, deepseek(quantization_config=None), TP4, "config.json: quantization_config", "below TP16")
+    ],
+    "fused-attention": [
+        (MF17, deepseek({QUERY: W8A8_DYNAMIC}), TP4, QUERY, "is W8A8_DYNAMIC: below TP16"),
+        (MF17, deepseek({QUERY: FLOAT}), TP4, QUERY, "is FLOAT: below TP16"),
+    ],
+    "divisible": [
+        (NATIVE, llama(), Parallelism(8), "config.json: num_attention_heads", "is 4"),
+        (NATIVE, llama(intermediate_size=30), TP4, "config.json: intermediate_size", "is 30"),
+        (MF17, deepseek(vocab_size=66), TP4, "config.json: vocab_size", "is 66"),
+        (MF17, deepseek(), Parallelism(4, 1, 2), "config.json: n_routed_experts", "is 3"),
+        (MF17, deepseek(moe_intermediate_size=6), TP4, "config.json: moe_intermediate_size", "is 6"),
+    ],
+    "key-value-heads": [
+        (NATIVE, llama(num_key_value_heads=6, num_attention_heads=12), TP4, "config.json: num_key", "is 6")
+    ],
+    "expert-kernels": [
+        (CPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism(), "mlp.experts", "No Int8 MoE backend"),
+        (GPU, moe(FLOAT), Parallelism(), "mlp.experts", "does not know in a quantized model"),
+    ],
+}
+
+
+def test_every_rule_has_a_case() -> None:
+    assert list(CASES) == [rule.name for rule in RULES]
+
+
+@pytest.mark.parametrize(
+    ("rule", "server", "model", "split", "where", "problem"),
+    [pytest.param(name, *case, id=name) for name, cases in CASES.items() for case in cases],
+)
+def test_what_a_server_refuses_is_named(
+    rule: str, server: Server, model: ServedModel, split: Parallelism, where: str, problem: str
+) -> None:
+    (found,) = refusals(server, model, split)
+    assert found.rule == rule
+    assert found.where.startswith(where)
+    assert problem in found.problem
+    assert found.remedy
+
+
+@pytest.mark.parametrize(
+    ("server", "model", "split"),
+    [
+        (NATIVE, llama(), TP4),
+        (NATIVE, llama(vocab_size=31), TP4),
+        (NATIVE, llama(num_key_value_heads=1), TP4),
+        (MF17, deepseek(), TP4),
+        (MF17, deepseek(rope_interleave=False), TP4),
+        (MF18, deepseek(), Parallelism(4, 3, 3)),
+        # One cache, from which on the attention is not fused.
+        (MF17, deepseek({QUERY: W8A8_DYNAMIC}, quantization_config=None), Parallelism(16)),
+        # Multi-token-prediction layers are built without quantization.
+        (MF17, deepseek({"model.layers.2.self_attn.q_a_proj": FLOAT}), TP4),
+        (CPU, moe(W8A8_DYNAMIC), Parallelism()),
+        (CPU, moe(FLOAT, "deepseek_v3"), Parallelism()),
+        (GPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism()),
+    ],
+)
+def test_what_a_server_serves(server: Server, model: ServedModel, split: Parallelism) -> None:
+    assert refusals(server, model, split) == ()
+
+
+def test_sizes_of_one_verdict_are_one_row() -> None:
+    rows = [row for row in serving_table(deepseek({QUERY: FLOAT})) if row.server == MF17]
+    assert [(row.tensor_parallel, row.served) for row in rows] == [((1, 2, 4, 8), False), ((16,), True)]
+
+
+def test_the_best_refusal_is_of_the_backend_that_the_folder_is_for() -> None:
+    model = deepseek({QUERY: FLOAT})
+    found = best_refusal(servers_of(model, "vllm-mindspore"), model, TP4)
+    assert found is not None
+    assert (found[0], found[1].rule) == (MF17, "fused-attention")
+    assert best_refusal(servers_of(model, "vllm-mindspore"), model, Parallelism(16)) is None
+
+
+def test_a_server_of_which_little_is_known_is_listed_for_that_alone() -> None:
+    assert LATER in servers_of(deepseek())
+    assert LATER not in servers_of(llama())
