@@ -22,7 +22,7 @@ def ascend_output(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: torch.dt
 
     The loader copies every tensor into a parameter of the dtype given here, in which the reciprocal of the
     input's scale is computed too. `npu_quantize` multiplies by that; `npu_quant_matmul` reads int64 scales as
-    the bits of float32, and adds its bias to the sums with static scales, and to the result with per-token ones.
+    the bits of float32, and adds its bias to the sums with static scales, to the result with per-token ones.
     """
     parts = {name.removeprefix(f"{MODULE}."): torch.from_numpy(a) for name, a in tensors.items()}
     inputs, weight = torch.from_numpy(x), parts["weight"].to(torch.int32)
