@@ -10,7 +10,7 @@ from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
-from msquant.formats.dtypes import model_dtype
+from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.folder_source import FolderSource
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
@@ -22,7 +22,7 @@ class AscendCheckpoint(FolderSource):
 
     Attributes:
         description: what is said of its tensors.
-        dtype: the model's; None if `config.json` does not say.
+        dtype: the model's; None if `config.json` does not say, or names one that no model is in.
     """
 
     def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
@@ -48,7 +48,8 @@ class AscendCheckpoint(FolderSource):
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        return cls(checkpoint, description, model_dtype(config))
+        dtype = model_dtype(config)
+        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.

@@ -126,7 +126,7 @@ def _check_input_scale(checkpoint: Checkpoint, name: str, dtype: str | None) -> 
     """The engine multiplies by its reciprocal, which float16 does not hold of every scale."""
     findings = list(check_positive(checkpoint, name))
     yield from findings
-    if not findings and dtype in MODEL_DTYPES:
+    if not findings and dtype is not None and dtype in MODEL_DTYPES:
         scale = checkpoint.raw(name).astype(np.float32)
         if not all_positive(rounded_reciprocal(scale, dtype)):
             yield Finding(name, f"is {scale.item():.4g}, whose reciprocal is infinite or 0 in {dtype}")
