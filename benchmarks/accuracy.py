@@ -162,7 +162,7 @@ def simulated(folder: Path, captured: Captured) -> Any:
     for name, stored in captured.linears.items():
         module, linear = model.get_submodule(name), as_computed(stored)
         module.weight.data = torch.from_numpy(linear.weight).float()
-        if linear.scheme != "float":
+        if not linear.scheme.is_float:
             module.register_forward_pre_hook(_quantize_inputs(linear))
             module.register_forward_hook(_dequantize_outputs(linear))
     return model
@@ -180,7 +180,7 @@ def _quantize_inputs(linear: Any) -> Any:
         return torch.clamp(torch.round(inputs[0] / scale) + offset, INT8_MIN, INT8_MAX) - offset
 
     def per_token(module: Any, inputs: Any) -> Any:
-        quantized, module.input_scale = quantize_per_token(inputs[0], levels=255)
+        quantized, module.input_scale = quantize_per_token(inputs[0])
         return quantized
 
     return per_token if linear.input_scale is None else static

@@ -133,14 +133,16 @@ class Algorithm(BaseModel):
 
         return FastQuantizer
 
-    def ptq_config(self, scheme: Scheme = W8A8, skip: Sequence[str] = ()) -> Any:
+    def ptq_config(self, scheme: Scheme = W8A8, skip: Sequence[str] = (), dtype: str = "float32") -> Any:
         """golden-stick's `PTQConfig` for linears in a scheme.
 
         Args:
             scheme: of the linears it is for, not in floating point.
             skip: cells whose name contains one of these stay in floating point.
+            dtype: the model's, in which engines keep the scales of weights, except where activations are
+                static: there they have the product with the input's scale, in float32.
         """
-        from mindspore import dtype
+        from mindspore import dtype as types
         from mindspore_gs.common import BackendTarget
         from mindspore_gs.ptq import PTQConfig, PTQMode
         from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
@@ -150,14 +152,17 @@ class Algorithm(BaseModel):
             mode=PTQMode.QUANTIZE,
             backend=BackendTarget.ASCEND,
             opname_blacklist=list(skip),
-            weight_quant_dtype=dtype.int8,
-            act_quant_dtype=None if scheme.is_weight_only else dtype.int8,
+            weight_quant_dtype=types.int8,
+            act_quant_dtype=None if scheme.is_weight_only else types.int8,
             outliers_suppression=OutliersSuppressionType[
                 self.suppression if self.smooths(scheme) else "NONE"
             ],
             weight_quant_granularity=QuantGranularity.PER_CHANNEL,
             act_quant_granularity=granularity,
-            algo_args=self.search_options,
+            algo_args={
+                **self.search_options,
+                "weight_scale_dtype": "float32" if scheme.is_static else dtype,
+            },
         )
 
     @model_validator(mode="before")

@@ -37,8 +37,9 @@ class FloatLinear:
 class QuantizedLinear:
     """A linear layer with integer weights.
 
-    With quantized inputs `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias`, with
-    inputs in floating point `y = (weight_scale * (weight - weight_offset)) @ x + bias`.
+    With quantized inputs `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias` with
+    `x_q = clamp(round(x / input_scale) + input_offset)`, with inputs in floating point `y = (weight_scale *
+    (weight - weight_offset)) @ x + bias`.
 
     Attributes:
         weight: int8 `[N, K]`, one integer of the scheme's bits in each.
@@ -48,6 +49,9 @@ class QuantizedLinear:
         input_scale: float32 `[1]` where the scheme's inputs are static; else None.
         input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
         weight_offset: int32 in the shape of `weight_scale`, the zero points; None for symmetric weights.
+        input_reciprocal: float32 `[1]`, where the engine multiplies by a reciprocal that it has rounded
+            instead of dividing: `x_q = clamp(round(x * input_reciprocal + input_offset))`; None where it
+            divides.
     """
 
     weight: NDArray[np.int8]
@@ -57,6 +61,7 @@ class QuantizedLinear:
     input_scale: NDArray[np.float32] | None = None
     input_offset: NDArray[np.int32] | None = None
     weight_offset: NDArray[np.int32] | None = None
+    input_reciprocal: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         assert self.scheme.is_static == (self.input_scale is not None), self.scheme
@@ -97,6 +102,17 @@ def as_computed(linear: Linear) -> Linear:
     if isinstance(linear, FloatLinear) or not linear.scheme.is_weight_only:
         return linear
     return FloatLinear(linear.float_weight, linear.bias)
+
+
+def token_scales(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scales of activations that are quantized per token, `[T, K]` to `[T, 1]`: `max|x| / 127`.
+
+    The rule of the servers' operators (aclnnDynamicQuant, and vLLM's kernels); golden-stick's own
+    DynamicQuant divides `2 max|x|` by 255. A token of zeros has no scale; it gets 1.
+    """
+    scales = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True)) / np.float32(INT8_MAX)
+    scales[scales == 0] = 1
+    return scales
 
 
 class WeightSource(Protocol):

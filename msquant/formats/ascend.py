@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
@@ -9,6 +10,7 @@ from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
+from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.folder_source import FolderSource
 from msquant.schemes import FLOAT
 
@@ -21,19 +23,20 @@ class AscendCheckpoint(FolderSource):
 
     Attributes:
         description: what is said of its tensors.
+        dtype: the model's; None if `config.json` does not say, or names one that no model is in.
     """
 
-    def __init__(self, checkpoint: Checkpoint, description: Description) -> None:
+    def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
         super().__init__(checkpoint)
-        self.description = description
+        self.description, self.dtype = description, dtype
 
     @classmethod
     def open(cls, folder: Path | str) -> "AscendCheckpoint":
         """Open a folder without validating it; `ascend_rules.validate` does that.
 
         Raises:
-            CheckpointError: as `Checkpoint.open` and `read_description`; or its norms were changed in a way
-                that msquant does not compute.
+            CheckpointError: as `Checkpoint.open` and `read_description`; `config.json` cannot be understood;
+                or its norms were changed in a way that msquant does not compute.
         """
         folder = Path(folder)
         checkpoint, description = Checkpoint.open(folder), read_description(folder)
@@ -45,7 +48,9 @@ class AscendCheckpoint(FolderSource):
                     where=checkpoint.shard_path(name),
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
-        return cls(checkpoint, description)
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        dtype = model_dtype(config)
+        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
@@ -64,4 +69,4 @@ class AscendCheckpoint(FolderSource):
             )
         names = STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
         parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
-        return decode_linear(module, parts, scheme)
+        return decode_linear(module, parts, self.dtype, scheme)

@@ -23,9 +23,9 @@ from msquant.checkpoint.weights import (
     QuantizedLinear,
     WeightSource,
     as_computed,
+    token_scales,
 )
 from msquant.interrupts import check_interrupt
-from msquant.kernels.fake_quant import STEPS
 from msquant.kernels.ranges import channel_ranges
 from msquant.kernels.report import GroupReport
 from msquant.kernels.smoothing import power_of_two, smooth_scale
@@ -220,7 +220,7 @@ class FeedForwardPass:
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
         if not (scheme := self._policy.scheme(module)).is_float:
-            linear = QuantizedLinear(*quantize_weight(weight), scheme, bias)
+            linear = QuantizedLinear(*quantize_weight(weight, self._config.dtype), scheme, bias)
         sink.linear(module, linear)
         return linear
 
@@ -261,9 +261,7 @@ def _apply(linear: Linear, x: Floats) -> Floats:
     if isinstance(linear, FloatLinear):
         y = x @ linear.weight.T
     else:
-        # The greatest value lies on a tie, 127.5: the same rounding decides it as in the engine.
-        scale = np.abs(x).max(axis=1, keepdims=True, initial=0) * np.float32(2) / np.float32(STEPS)
-        scale[scale == 0] = 1
+        scale = token_scales(x)
         y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ linear.weight.T.astype(np.float32)
         y *= linear.weight_scale * scale
     return y if linear.bias is None else y + linear.bias

@@ -18,9 +18,9 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import Linear
+from msquant.checkpoint.weights import Linear, token_scales
 from msquant.interrupts import check_interrupt
-from msquant.kernels.fake_quant import activation_parameters, fake_quantize, weight_scale
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize
 from msquant.kernels.report import GroupError
 from msquant.kernels.weight_rounding import smoothed_and_rounded
 from msquant.models.families import SmoothGroup
@@ -196,7 +196,7 @@ def _quantized(inputs: Sequence[Floats], smooth_scale: Floats, scheme: Scheme) -
             start += len(x)
         elif scheme.is_dynamic:
             rows = smoothed.reshape(-1, smoothed.shape[-1])
-            fake_quantize(rows, weight_scale(rows), out=rows)
+            fake_quantize(rows, token_scales(rows), out=rows)
         yield smoothed
 
 

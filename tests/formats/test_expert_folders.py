@@ -79,7 +79,7 @@ def test_rows_in_halves_are_stored_as_they_are_and_come_back_interleaved(tmp_pat
     name = f"{LATENT}.q_b_proj"
     write_experts(tmp_path / "m", {**DEEPSEEK, "rope_interleave": False})
     assert "rope_interleave" not in read_json(tmp_path / "m" / "config.json")
-    expected = random_linear(name, (20, 12), "static").weight
+    expected = random_linear(name, (20, 12), W8A8).weight
     np.testing.assert_array_equal(Checkpoint.open(tmp_path / "m").raw(f"{name}.weight"), expected)
     order = rope_rows(DEEPSEEK)["self_attn.q_b_proj"].interleaved()
     found = GoldenStickCheckpoint.open(tmp_path / "m").linear(name).weight
@@ -248,6 +248,12 @@ def test_a_layer_per_token_is_stored_exactly() -> None:
     back = decode_linear("a.up_proj", tensors)
     assert isinstance(linear, QuantizedLinear)
     np.testing.assert_array_equal(back.weight_scale, linear.weight_scale)
+    # MindFormers keeps the scales in bfloat16 in a model of that dtype, and in float32 in any other.
+    wider = linear.weight_scale * np.float32(1.001)
+    tensors["a.up_proj.weight_scale"] = wider
+    bfloat16, float16 = (decode_linear("a.up_proj", tensors, dtype) for dtype in ("bfloat16", "float16"))
+    np.testing.assert_array_equal(bfloat16.weight_scale, linear.weight_scale)
+    np.testing.assert_array_equal(float16.weight_scale, wider)
     assert back.input_scale is None
     assert not tensors["a.up_proj.weight_offset"].any()
 

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -44,6 +45,14 @@ def test_fast_equals_golden_sticks_own(case, algorithm, scheme, tmp_path):
     smoothed = algorithm == "smoothquant" and not scheme.is_weight_only
     assert [group.alpha for group in fast.report.groups] == [0.5] * len(reference.report.groups)
     assert smoothed == bool(reference.report.groups)
+
+
+def test_scales_of_weights_are_numbers_of_the_models_dtype_where_servers_keep_them_in_it(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama", dtype="bfloat16")
+    schemes = rules(dynamic=["down_proj"], weight_only=["o_proj"])
+    for name, linear in run_pass(folder, 2, algorithm="rtn", schemes=schemes).linears.items():
+        held = linear.weight_scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert (held == linear.weight_scale).all() == (not linear.is_static), name
 
 
 @pytest.mark.parametrize("algorithm", ["osl", "osl-golden-stick", "smoothquant"])
