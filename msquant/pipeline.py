@@ -6,8 +6,8 @@ continues with the layer it was in and ends with the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.tokenizer import load_tokenizer
+from msquant.errors import MsquantError
+from msquant.evaluation.inputs import Model, Text
 from msquant.export import other_folders, output_folders, write_export
+from msquant.forecast import Forecast
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.format import FormatName
@@ -78,6 +81,7 @@ def quantize(
     verbose: bool = False,
     fetch: Callable[[str], Path] | None = None,
     progress: Progress | None = None,
+    remember: bool = True,
 ) -> QuantizeResult:
     """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
 
@@ -93,6 +97,7 @@ def quantize(
         verbose: show golden-stick's own log.
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         progress: callbacks.
+        remember: note the folder as the newest result, which `msquant run` takes.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -122,14 +127,20 @@ def quantize(
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
+            finished = len(_finished_layers(journal))
+            progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
+            progress.lap("start")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
             _write_rest(model, journal, writer)
+            progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            seconds = _write_layers(recipe, model, tokens, journal, writer, store, device, verbose, progress)
+            run = recipe, model, tokens, texts, journal, writer
+            seconds = _write_layers(*run, store, device, verbose, progress)
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
+            progress.lap("start")
             evaluation = evaluate_result(
                 recipe.evaluation,
                 texts,
@@ -143,8 +154,10 @@ def quantize(
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
                 folder.finish()
+                progress.lap("export")
         result = target.finish(scratch=[SCRATCH])
-    remember_result(result)
+    if remember:
+        remember_result(result)
     return QuantizeResult(
         folder=result,
         folders=dict(zip(recipe.formats, output_folders(result, recipe.formats), strict=True)),
@@ -199,6 +212,7 @@ def _write_layers(
     recipe: Recipe,
     source: Source,
     tokens: NDArray[np.int32],
+    texts: Sequence[Text],
     journal: Journal,
     writer: FolderStream,
     store: HiddenStateStore,
@@ -212,7 +226,11 @@ def _write_layers(
     if done >= count:
         return []
     progress.stage("loading MindSpore and golden-stick")
+<<<<<<< HEAD
     from msquant.kernels import golden_stick
+=======
+    from msquant.evaluation.lockstep import first_layer
+>>>>>>> main
     from msquant.models.device import use_device
     from msquant.quantization.decoder_pass import DecoderPass
 
@@ -220,9 +238,18 @@ def _write_layers(
     golden_stick.set_log_level(verbose)
     progress.layers(count, done)
     policy, length = recipe.quantization, tokens.shape[1]
-    decoder = DecoderPass(config, checkpoint, policy, length, dtype, store, progress.step)
+    decoder = DecoderPass(
+        config, checkpoint, policy, length, dtype, store, progress.step, lambda: progress.lap("attention")
+    )
     if not done:
         embed(source, tokens, store, dtype)
+    progress.lap("start")
+    if texts:
+        # What is wrong with the layer, the pass over it says better.
+        with suppress(MsquantError):
+            states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
+            first_layer(Model(str(source.folder), config, checkpoint), texts, dtype, states)
+            progress.lap("evaluation sample")
     seconds: list[float] = []
     for index in range(done, count):
         started = time.monotonic()
@@ -232,6 +259,7 @@ def _write_layers(
         journal.append({"group": index, "layer": record, "files": shards.files})
         store.discard(index)
         seconds.append(time.monotonic() - started)
+        progress.lap("layer")
         progress.layer(record)
         check_interrupt()
     return seconds

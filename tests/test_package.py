@@ -76,6 +76,7 @@ ALLOWED = {
     "__version__": set[str](),
     "interrupts": set[str](),
     "progress": set[str](),
+    "forecast": _FOUNDATION | {"models"},
     "checkpoint": _BOTTOM,
     "hub": _FOUNDATION,
     "calibration": _FOUNDATION,
@@ -91,7 +92,9 @@ ALLOWED = {
     "source": _FOUNDATION | _PARTS | {"recipes"},
     "quantized_folder": _FOUNDATION | _PARTS | {"source"},
     "export": _FOUNDATION | _PARTS | {"source", "quantized_folder"},
-    "pipeline": _FOUNDATION | _PARTS | {"recipes", "manifest", "source", "export", "short_evaluation"},
+    "pipeline": _FOUNDATION
+    | _PARTS
+    | {"recipes", "manifest", "source", "export", "short_evaluation", "forecast"},
     "sensitivity": _FOUNDATION | _PARTS | {"recipes", "source", "pipeline"},
     "model_card": set[str](),
     "publishing": _FOUNDATION | _PARTS | {"model_card"},

@@ -15,12 +15,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from msquant.errors import MsquantError, RecipeError
 from msquant.progress import Progress as FlowProgress
@@ -158,6 +160,14 @@ def as_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """What the flow said it will still take; where it says nothing, what is left of the bar."""
+
+    def render(self, task: Task) -> Text:
+        until = task.fields["until"]
+        return super().render(task) if until is None else Text(as_duration(max(0, until - time.monotonic())))
+
+
 class LayerProgress:
     """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere.
 
@@ -174,7 +184,7 @@ class LayerProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             TextColumn("{task.fields[note]}", markup=False),
             console=stderr,
             transient=True,
@@ -183,6 +193,7 @@ class LayerProgress:
         self._task: TaskID | None = None
         self._count = self._done = 0
         self._started = time.monotonic()
+        self._until: float | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -207,6 +218,7 @@ class LayerProgress:
             layers=self.start,
             layer=lambda record: self.advance(record["index"], note(record)),
             step=self.step,
+            left=self.left,
         )
 
     def stage(self, text: str) -> None:
@@ -219,7 +231,15 @@ class LayerProgress:
         self._started = time.monotonic()
         if done:
             self.stage(f"continuing after {self._unit} {done}/{count}")
-        self._task = self._progress.add_task(f"{self._unit}s", total=count, completed=done, note="")
+        self._task = self._progress.add_task(
+            f"{self._unit}s", total=count, completed=done, note="", until=None
+        )
+
+    def left(self, seconds: float) -> None:
+        """The flow says that so many are left, of this bar and of all that comes after it."""
+        self._until = time.monotonic() + seconds
+        if self._task is not None:
+            self._progress.update(self._task, until=self._until)
 
     def step(self, text: str) -> None:
         """Say what goes on within a layer, where there is a bar to say it in."""
@@ -234,5 +254,7 @@ class LayerProgress:
         if not stderr.is_terminal and ((index + 1) % every == 0 or index + 1 == self._count):
             each = (time.monotonic() - self._started) / (index + 1 - self._done)
             left = each * (self._count - index - 1)
+            if self._until is not None:
+                left = max(0, self._until - time.monotonic())
             parts = (f"{self._unit} {index + 1}/{self._count}", note, f"ETA {left:.0f} s")
             stderr.print("  ".join(part for part in parts if part), markup=False)

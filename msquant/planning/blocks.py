@@ -67,7 +67,6 @@ class LayerBlocks:
         policy: as given.
         schemes: of its linears, by full name.
         groups: the linears of golden-stick's block by smooth group, in the order of computation.
-        attends: of each group, whether attention follows its linears.
         inner: the blocks that go one by one: the experts, or a dense feed-forward; by name, often none.
         experts: routed experts of the layer.
     """
@@ -83,7 +82,6 @@ class LayerBlocks:
         two = in_two_blocks(config, policy, index)
         groups = config.attention_groups if two else config.groups
         self.groups = [[linears[linear] for linear in group.linears] for group in groups]
-        self.attends = [group.name != "o" and group in config.attention_groups for group in groups]
         self.inner: dict[str, list[Linear]] = {}
         for key, linear in linears.items() if two else ():
             if key.startswith("mlp."):

@@ -3,7 +3,7 @@
 from math import ceil
 
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
-from msquant.planning.costs import feed_forward_rounds
+from msquant.planning.work import feed_forward_rounds
 
 BASE_BYTES = 800_000_000
 """Of a process that has loaded MindSpore and golden-stick."""

@@ -43,6 +43,7 @@ class DecoderPass:
         store: where an attention block's outputs go; its budget bounds the tokens that a feed-forward block
             computes at once.
         step: called with what goes on within a layer.
+        between: called when a layer's attention block is done and its feed-forward block comes apart.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class DecoderPass:
         dtype: Any,
         store: HiddenStateStore,
         step: Callable[[str], None] = lambda text: None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
         self._places: Positions = positions(config, length, dtype)
-        self._store, self._step = store, step
+        self._store, self._step, self._between = store, step, between
 
     def run(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
@@ -105,6 +107,7 @@ class DecoderPass:
         del result
         # golden-stick's own cells refer to themselves, so only the collector frees them.
         gc.collect()
+        self._between()
         block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
         first: list[Floats] = []
         for batches in self._rounds(self._store.open(BETWEEN)):
