@@ -226,11 +226,8 @@ def _write_layers(
     if done >= count:
         return []
     progress.stage("loading MindSpore and golden-stick")
-<<<<<<< HEAD
-    from msquant.kernels import golden_stick
-=======
     from msquant.evaluation.lockstep import first_layer
->>>>>>> main
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
     from msquant.quantization.decoder_pass import DecoderPass
 

@@ -21,32 +21,12 @@ _CAPTION = (
     "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
     "through; ends: embeddings, last norm, output head."
 )
-<<<<<<< HEAD
-_WORK = {
-    "read": "reading",
-    "converted": "converting to float32",
-    "products": "matrix products",
-    "streamed": "weights through products",
-    "scores": "attention scores",
-    "rounded": "searches' roundings of weights",
-    "inputs": "searches' roundings of inputs",
-    "quantized": "rounding to int8",
-    "written": "writing",
-    "other": "overhead",
-=======
-_SCHEMES: "dict[Scheme, str]" = {
-    "static": "static",
-    "dynamic": "token",
-    "weight_only": "weight only",
-    "float": "float",
-}
 _STAGES: "dict[Stage, str]" = {
     "layers": "decoder layers",
     "evaluation": "comparing the result with the float model",
     "ends": "the two ends and prediction layers",
     "formats": "further formats",
     "start": "loading MindSpore, calibration and all else",
->>>>>>> main
 }
 
 

@@ -11,12 +11,7 @@ from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
-<<<<<<< HEAD
-from msquant.errors import ModelError, OutputError
-=======
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import ModelError, MsquantError
->>>>>>> main
 from msquant.export import output_folders
 from msquant.formats.format import FormatName
 from msquant.hub.published import published_config, stored_bytes
@@ -190,13 +185,11 @@ def make_plan(
     tokens = Tokens(settings.samples, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []
     measured = None
-    if probe is not None and recipe.quantization.search == "fast":
+    if probe is not None:
         try:
             measured = probe(config, subject.checkpoint)
         except MsquantError as error:
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
-    elif probe is not None:
-        notes.append("the time of golden-stick's own search is not estimated; it is some 50 times slower")
     stages: dict[Stage, Span] = dict.fromkeys(get_args(Stage), NOTHING)
     peaks, parts = [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):

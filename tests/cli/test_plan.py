@@ -29,16 +29,9 @@ def test_a_person_sees_what_it_takes(tiny_llama: Path, tmp_path: Path) -> None:
         "size after",
         "peak memory",
         "disk",
-<<<<<<< HEAD
-        "seconds",
         "llama-osl",
-        "to evaluate the result",
-        "Most of the",
-=======
-        "llama-osl-robust",
         "comparing the result with the float model",
         "other processes at work",
->>>>>>> main
     ):
         assert word in done.stdout
     assert "measuring this machine with a piece of the model" in done.stderr

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import DTypeLike
 
 from msquant.checkpoint.weights import QuantizedLinear
-from msquant.schemes import W8A8
 from msquant.formats.scales import input_parameters, rounded_reciprocal, row_scales
+from msquant.schemes import W8A8
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

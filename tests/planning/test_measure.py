@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msquant.quantization.policy import QuantizationPolicy
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import OutputError
@@ -20,7 +21,6 @@ from msquant.planning.plan import Stage, make_plan
 from msquant.planning.sample import sample_config, write_sample
 from msquant.planning.work import Work
 from msquant.progress import Part, Progress
-from msquant.quantization.policy import QuantizationPolicy
 from msquant.recipes import Recipe, find_recipe
 from msquant.source import open_source
 from tests.fixtures.fp8 import to_fp8

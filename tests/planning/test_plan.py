@@ -228,15 +228,6 @@ def test_where_no_time_can_be_estimated_the_plan_says_why(tiny_llama: Path, tmp_
     plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=full)
     assert plan.seconds is None
     assert "the disk is full" in plan.notes[0]
-<<<<<<< HEAD
-    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl-golden-stick")
-    plan = make_plan(recipe, tmp_path / "out", probe=lambda *_: RATES)
-=======
-    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl", search="reference")
-    plan = make_plan(recipe, tmp_path / "out", probe=full)
->>>>>>> main
-    assert plan.seconds is None
-    assert "golden-stick's own search" in plan.notes[0]
 
 
 def test_a_bad_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
