@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from msquant.checkpoint.download_marker import STATE_FOLDER
+from msquant.checkpoint.file_names import STATE_FOLDER
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError, ModelError
