@@ -14,7 +14,8 @@ from pathlib import Path
 
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
-from msquant.errors import HubError, OutputError
+from msquant.checkpoint.folder_files import require_own_files
+from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub.hashing import DiskCheck
 from msquant.hub.job import Job
 from msquant.hub.listing import RemoteFile, Snapshot
@@ -110,6 +111,7 @@ def download(
         if marker != before:
             marker.write(folder.path)
         folder.remove_leftovers(set())
+        _name_others(folder, progress)
     return DownloadResult(
         folder=folder.path,
         hub=snapshot.hub.name,
@@ -164,6 +166,14 @@ def _refuse_conflicts(
         where=folder.path,
         remedy="name another folder with --output",
     )
+
+
+def _name_others(folder: TargetFolder, progress: HubProgress) -> None:
+    """Say it now if every command will refuse the folder for what is in it besides the download."""
+    try:
+        require_own_files(folder.path)
+    except CheckpointError as error:
+        progress.stage(f"{error.where} {error.what}; {error.remedy}")
 
 
 def _refuse_mixture(folder: TargetFolder, marker: DownloadMarker, snapshot: Snapshot) -> None:

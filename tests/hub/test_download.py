@@ -195,6 +195,15 @@ def test_nothing_is_removed_before_the_new_files_are_complete(
     assert contents(target) == SINGLE
 
 
+def test_what_is_no_part_of_the_download_is_named(fetch: Fetch, target: Path) -> None:
+    fetch()
+    (target / "model.safetensors").write_bytes(b"mine")
+    lines: list[str] = []
+    fetch(verify=True, progress=HubProgress(stage=lines.append))
+    assert lines[-1].startswith(f"{target / 'model.safetensors'} does not belong to this model")
+    assert (target / "model.safetensors").read_bytes() == b"mine"
+
+
 def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
