@@ -14,7 +14,7 @@ from msquant.errors import OutputError
 
 JOURNAL_NAME = "journal.jsonl"
 
-_VERSION = 1
+_VERSION = 2
 _START_OVER = "start over with --restart, or name another folder with --output"
 _SHOWN = 3
 _WIDTH = 100
