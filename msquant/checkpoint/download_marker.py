@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
+from msquant.checkpoint.file_names import STATE_FOLDER, path_problem
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError
-
-STATE_FOLDER = ".msquant"
-"""Holds the marker, the lock and what is not complete yet, inside of a downloaded folder."""
 
 MARKER_NAME = "download.json"
 
@@ -45,6 +43,7 @@ class DownloadMarker:
         commit: what every file is from.
         complete: whether all files are there and verified.
         files: by their names in the folder.
+        obsolete: files of earlier commits that are still there; removed when all of `files` are complete.
     """
 
     hub: str
@@ -53,6 +52,7 @@ class DownloadMarker:
     commit: str
     complete: bool = False
     files: dict[str, MarkedFile] = field(default_factory=dict)
+    obsolete: dict[str, MarkedFile] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "DownloadMarker | None":
@@ -66,8 +66,8 @@ class DownloadMarker:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw.pop("version") != _VERSION:
                 raise ValueError("another version")
-            files = {str(name): MarkedFile(**entry) for name, entry in raw.pop("files").items()}
-            return cls(**raw, files=files)
+            files, obsolete = _files(raw.pop("files")), _files(raw.pop("obsolete", {}))
+            return cls(**raw, files=files, obsolete=obsolete)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -84,6 +84,13 @@ class DownloadMarker:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, raw)
+
+
+def _files(raw: dict[str, Any]) -> dict[str, MarkedFile]:
+    for name in raw:
+        if problem := path_problem(name):
+            raise ValueError(f"it lists {name!r}: {problem}")
+    return {name: MarkedFile(**entry) for name, entry in raw.items()}
 
 
 def require_complete(folder: Path) -> None:

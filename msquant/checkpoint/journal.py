@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
+from msquant.checkpoint.file_names import is_file_name
 from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
 
 JOURNAL_NAME = "journal.jsonl"
 
-_VERSION = 1
+_VERSION = 2
 _START_OVER = "start over with --restart, or name another folder with --output"
 _SHOWN = 3
 _WIDTH = 100
@@ -146,7 +147,7 @@ def _verified(line: bytes) -> dict[str, Any] | None:
 
 def _check_files(folder: Path, path: Path, record: Mapping[str, Any]) -> None:
     for name, entry in record.get("files", {}).items():
-        if name != Path(name).name:
+        if not is_file_name(name):
             raise OutputError(f"lists {name!r}, which is not in its folder", where=path, remedy=_START_OVER)
         file = folder / name
         size = file.stat().st_size if file.is_file() else None

@@ -72,6 +72,7 @@ class Shard:
         path: the file.
         entries: the tensors it holds, in the order of the header.
         size: bytes of the file.
+        state: what tells without reading it that it is still the same: its size, inode and times of change.
         header_sha256: of the header, in hexadecimal.
     """
 
@@ -82,7 +83,12 @@ class Shard:
         self.entries = entries
         self.size = status.st_size
         self.header_sha256 = header_sha256
-        self._modified = status.st_mtime_ns
+        self.state = {
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "ctime_ns": status.st_ctime_ns,
+            "inode": status.st_ino,
+        }
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -167,9 +173,10 @@ class Shard:
     def _check_unchanged(self, status: os.stat_result) -> None:
         if status.st_size != self.size:
             raise _truncated(self.path, status.st_size, str(self.size))
-        if status.st_mtime_ns != self._modified:
+        # Its ctime changes with its rights and its links, too.
+        if (status.st_mtime_ns, status.st_ino) != (self.state["mtime_ns"], self.state["inode"]):
             raise CheckpointError(
-                "the file was written to since it was opened",
+                "the file was written to since it was opened, or replaced",
                 where=self.path,
                 remedy="let nothing change the model while it is read, then run the same command again",
             )

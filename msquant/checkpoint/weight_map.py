@@ -1,13 +1,13 @@
 """Which file of a folder holds which tensor."""
 
+from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from msquant.checkpoint.file_names import INDEX_NAME, SINGLE_NAME, is_file_name
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 # msModelSlim has names of its own, over the years `quant_model_weight_w8a8` and `quant_model_weights`.
 _PATTERNS = (
@@ -23,11 +23,17 @@ _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def find_weights(folder: Path) -> Path:
     """The index of a folder's shards, which ends in `.json`, or the only shard where there is no index.
 
+    Where the folder says which files it is made of, one of these is returned, there or not.
+
     Raises:
-        CheckpointError: there is neither; says what is there instead.
+        CheckpointError: there is neither; says what is there instead. Or as `require_own_files`.
     """
+    listed = require_own_files(folder)
     for pattern in _PATTERNS:
-        found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        if listed is None:
+            found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        else:
+            found = [folder / name for name in sorted(listed) if fnmatchcase(name, pattern)]
         if len(found) == 1:
             return found[0]
     raise _no_checkpoint(folder)
@@ -57,10 +63,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-@cache
-def _is_file_name(name: str) -> bool:
-    return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
-
+# An index names a shard once for each of its tensors.
+_is_file_name = cache(is_file_name)
 
 _CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"
 

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.rope_settings import with_rope_scaling
 from msquant.checkpoint.transformers_import import import_transformers
@@ -25,9 +26,10 @@ def read_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json`, with the defaults of transformers' own config class.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON or contradicts itself.
+        CheckpointError: the file is missing, is not JSON or contradicts itself; or as `require_own_files`.
         ModelError: the architecture, or an option of it, is not supported.
     """
+    require_own_files(Path(folder))
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), path)
 
