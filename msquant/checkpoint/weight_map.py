@@ -1,6 +1,7 @@
 """Which file of a folder holds which tensor."""
 
-from functools import cache
+import reprlib
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from msquant.checkpoint.json_file import read_json
@@ -16,6 +17,12 @@ _PATTERNS = (
     "quant_model_weight*.safetensors.index.json",
     "quant_model_weight*.safetensors",
 )
+
+MAX_SHARDS = 10_000
+"""Of an index; each is opened. The largest published models have some 300."""
+
+# What the usual file systems of Linux take.
+_MAX_NAME_BYTES = 255
 
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -46,7 +53,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
         # Shards themselves may be links out of the folder: the Hugging Face cache is made of them.
         if not isinstance(name, str) or not _is_file_name(name):
             raise CheckpointError(
-                f"{tensor} is said to be in {name!r}, which is not the name of a file in this folder",
+                f"{tensor} is said to be in {reprlib.repr(name)}, "
+                "which is not the name of a file in this folder",
                 where=path,
                 remedy="do not use this checkpoint: its index points outside of its folder",
             )
@@ -54,12 +62,16 @@ def read_weight_map(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{tensor} is in {name}: only safetensors files are read", where=path, remedy=_CONVERT
             )
+    if (count := len(set(weight_map.values()))) > MAX_SHARDS:
+        raise CheckpointError(f"names {count} shards, at most {MAX_SHARDS} are read", where=path)
     return weight_map
 
 
-@cache
+@lru_cache(MAX_SHARDS)
 def _is_file_name(name: str) -> bool:
-    return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
+    """Whether a name is one of a file in a folder, short and without anything that cannot be seen."""
+    plain = name.isprintable() and "\\" not in name and len(name.encode()) <= _MAX_NAME_BYTES
+    return plain and name == PurePosixPath(name).name and name not in ("", "..")
 
 
 _CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"
