@@ -51,7 +51,7 @@ def upload(
         total = f"{len(sizes)} files, {console.as_bytes(sum(sizes.values()))}"
         console.print_table(f"{repository} on {hub}", ["file", "size"], rows, caption=total)
         if isinstance(card := found.files.get(CARD_NAME), bytes):
-            console.print_line(f"\n{CARD_NAME}:\n\n{card.decode()}")
+            console.print_document(f"\n{CARD_NAME}:\n\n{card.decode()}")
         return
     with TransferProgress() as display:
         result = publish(
