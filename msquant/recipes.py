@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Hashable
+import reprlib
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -20,10 +20,13 @@ from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, 
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.quantization.policy import QuantizationPolicy
+from msquant.recipe_yaml import read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 
 _WILDCARDS = set("*?[")
+# Of what is wrong with a recipe, so much at a time.
+_SHOWN, _LONGEST_PLACE = 10, 200
 
 
 class CalibrationSettings(BaseModel):
@@ -223,30 +226,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, _Dumper.represent_list)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two equal keys in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        for key, _ in node.value:
-            if [other.value for other, _ in node.value].count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-        return mapping
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
         RecipeError: it cannot be read, or a key or value is not valid; names the nearest known key.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot be read as YAML: {error}", where=path) from error
-    return validate_recipe(raw, path)
+    return validate_recipe(read_yaml(path), path)
 
 
 def validate_recipe(raw: Any, where: str | Path) -> Recipe:
@@ -260,8 +246,10 @@ def validate_recipe(raw: Any, where: str | Path) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
-        raise RecipeError("; ".join(problems), where=where) from error
+        details = error.errors()
+        problems = [_problem(detail) for detail in details[:_SHOWN]]
+        more = [f"and {len(details) - _SHOWN} more"] if len(details) > _SHOWN else []
+        raise RecipeError("; ".join(problems + more), where=where) from error
 
 
 @cache
@@ -280,13 +268,13 @@ def _no_recipe(name: str) -> RecipeError:
 
 
 def _problem(detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"])
+    place = ".".join(str(part) for part in detail["loc"])[:_LONGEST_PLACE]
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         return f"unknown key {place} ({hint})"
-    return f"{place}: {detail['msg']} (it is {detail['input']!r})"
+    return f"{place}: {detail['msg']} (it is {reprlib.repr(detail['input'])})"
 
 
 def _known_keys(section: tuple[Any, ...]) -> list[str]:

@@ -1,12 +1,13 @@
 """What a downloaded folder says of itself: where it is from, which files it has, and whether that is all."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
 from msquant.checkpoint.file_names import STATE_FOLDER, path_problem
+from msquant.checkpoint.json_file import MAX_BYTES, decode_json
+from msquant.checkpoint.regular_file import read_regular
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError
 
@@ -63,7 +64,7 @@ class DownloadMarker:
         """
         path = folder / STATE_FOLDER / MARKER_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = decode_json(read_regular(path, MAX_BYTES))
             if raw.pop("version") != _VERSION:
                 raise ValueError("another version")
             files, obsolete = _files(raw.pop("files")), _files(raw.pop("obsolete", {}))

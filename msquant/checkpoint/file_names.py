@@ -11,6 +11,8 @@ STATE_FOLDER = ".msquant"
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2000
 _RESERVED = {STATE_FOLDER, ".git"}
+# Unicode's control and format characters, and its separators of lines and paragraphs.
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp"}
 
 
 def path_problem(path: str) -> str | None:
@@ -18,7 +20,7 @@ def path_problem(path: str) -> str | None:
     parts = path.split("/")
     if not path or path.startswith("/"):
         return "it is absolute or empty"
-    if any(unicodedata.category(character) == "Cc" for character in path):
+    if any(unicodedata.category(character) in _UNSEEN for character in path):
         return "it holds control characters"
     if "\\" in path or (len(parts[0]) > 1 and parts[0][1] == ":"):
         return "it is a path of another system"

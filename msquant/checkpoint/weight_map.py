@@ -1,7 +1,8 @@
 """Which file of a folder holds which tensor."""
 
+import reprlib
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from msquant.checkpoint.file_names import INDEX_NAME, SINGLE_NAME, is_file_name
@@ -16,6 +17,11 @@ _PATTERNS = (
     "quant_model_weight*.safetensors.index.json",
     "quant_model_weight*.safetensors",
 )
+
+MAX_SHARDS = 10_000
+"""Of an index; each is opened. The largest published models have some 300."""
+
+# What the usual file systems of Linux take.
 
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -52,7 +58,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
         # Shards themselves may be links out of the folder: the Hugging Face cache is made of them.
         if not isinstance(name, str) or not _is_file_name(name):
             raise CheckpointError(
-                f"{tensor} is said to be in {name!r}, which is not the name of a file in this folder",
+                f"{tensor} is said to be in {reprlib.repr(name)}, "
+                "which is not the name of a file in this folder",
                 where=path,
                 remedy="do not use this checkpoint: its index points outside of its folder",
             )
@@ -60,11 +67,13 @@ def read_weight_map(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{tensor} is in {name}: only safetensors files are read", where=path, remedy=_CONVERT
             )
+    if (count := len(set(weight_map.values()))) > MAX_SHARDS:
+        raise CheckpointError(f"names {count} shards, at most {MAX_SHARDS} are read", where=path)
     return weight_map
 
 
 # An index names a shard once for each of its tensors.
-_is_file_name = cache(is_file_name)
+_is_file_name = lru_cache(MAX_SHARDS)(is_file_name)
 
 _CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"
 

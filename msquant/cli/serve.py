@@ -135,7 +135,7 @@ def _embedded(place: _Place, device: str, options: "ServerOptions") -> None:
 
     listener = bind(place.host, place.port)
     place.warn_of_strangers(options.api_key)
-    with console.stderr.status("loading the model"):
+    with console.Working("loading the model"):
         engine = load_embedded(place.folder, device)
     port = listener.getsockname()[1]
     serve_engine(engine, place.name, listener, options, lambda: place.say_ready(port, os.getpid()))
@@ -176,7 +176,7 @@ def _print_commands(every: "list[Launch]", as_json: bool, first_line: str | None
     if first_line:
         console.print_line(first_line)
     for launch in every:
-        console.print_line(launch.shell())
+        console.print_document(launch.shell())
 
 
 def _api_key(variable: str | None) -> str | None:

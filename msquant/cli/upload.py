@@ -54,7 +54,7 @@ def upload(
         if found.left_out:
             console.print_line(f"Left out, as it is no part of the result: {', '.join(found.left_out)}")
         if isinstance(card := found.files.get(CARD_NAME), bytes):
-            console.print_line(f"\n{CARD_NAME}:\n\n{card.decode()}")
+            console.print_document(f"\n{CARD_NAME}:\n\n{card.decode()}")
         return
     with TransferProgress() as display:
         result = publish(

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from msquant.checkpoint.config_limits import check_numbers
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
 from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
@@ -48,6 +49,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             where=where,
             remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
         )
+    check_numbers(raw, where)
     _refuse_options(raw, family, where)
     fp8_block = _fp8_block(raw, where)
     original = raw
