@@ -30,6 +30,8 @@ from msquant.hub.retry import (
 from msquant.hub.session import HubSession
 
 _MAX_REDIRECTS = 5
+_MAX_REFUSAL = 1 << 16
+_BROKEN = (requests.RequestException, TransportError, HTTPException, ValueError, OSError)
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -121,7 +123,7 @@ class HttpClient:
         """At most `size` bytes of the body as they were sent; empty at its end. Raises Transient, Stopped."""
         try:
             piece = self._open[response].read(response.raw, size)
-        except (requests.RequestException, TransportError, HTTPException, ValueError, OSError) as error:
+        except _BROKEN as error:
             if self.stop.is_set():
                 raise Stopped from error
             raise Transient(reason_of(error)) from error
@@ -250,7 +252,7 @@ class HttpClient:
             requests.exceptions.ChunkedEncodingError,
         ) as error:
             raise Transient(reason_of(error), reached=False) from error
-        except (requests.RequestException, TransportError, HTTPException, ValueError) as error:
+        except _BROKEN as error:
             raise HubError(
                 f"not a request that can be made ({type(error).__name__})", where=shown(url)
             ) from error
@@ -266,16 +268,12 @@ class HttpClient:
         if status == 416 and ranged:
             response.close()
             raise WrongFile("it is shorter than listed")
+        pace, refusal = Pace(self.limits), bytearray()
         try:
-            body = json.loads(response.raw.read(1 << 16, decode_content=False))
-        except (
-            ValueError,
-            RecursionError,
-            requests.RequestException,
-            TransportError,
-            HTTPException,
-            OSError,
-        ):
+            while len(refusal) < _MAX_REFUSAL and (piece := pace.read(response.raw, _MAX_REFUSAL)):
+                refusal += piece
+            body = json.loads(refusal)
+        except (Transient, RecursionError, *_BROKEN):
             body = None
         headers = response.headers
         response.close()

@@ -1,8 +1,6 @@
 """Answers that no hub gives: whatever they say, the error is ours, and it comes soon."""
 
 import json
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,6 +14,7 @@ from msquant.hub.names import check_names
 from msquant.hub.retry import Limits, Stopped, Transient, WrongFile, retry_after
 from msquant.hub.transfer import _check_length
 from tests.fixtures.cases import PLAIN, SLOW, made_up
+from tests.fixtures.raw_server import RawServer
 from tests.hub.conftest import REPOSITORY, connect
 
 ONCE = Limits(
@@ -27,33 +26,6 @@ ONCE = Limits(
     max_backoff_seconds=0,
     max_retry_after_seconds=0,
 )
-
-
-class RawServer:
-    """Gives every request the same bytes for an answer, and closes the connection."""
-
-    def __init__(self) -> None:
-        self.answer = b""
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection = self._socket.accept()[0]
-            except OSError:
-                return
-            with connection, suppress(OSError):
-                connection.settimeout(5)
-                request = b""
-                while b"\r\n\r\n" not in request:
-                    request += connection.recv(65536)
-                connection.sendall(self.answer)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 @pytest.fixture(scope="module")

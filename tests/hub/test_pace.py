@@ -1,5 +1,6 @@
 """Senders that never stop and never come to an end."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,18 @@ from msquant.hub.pace import Pace
 from msquant.hub.retry import Limits, Transient
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub
+from tests.fixtures.raw_server import RawServer
 from tests.hub.conftest import QUICK, REPOSITORY, connect
 
 PATIENCE = replace(QUICK, least_rate=20_000, rate_seconds=0.4, slow_attempts=2)
 WEIGHTS = bytes(range(250)) * 400
+
+
+@pytest.fixture
+def raw() -> Iterator[RawServer]:
+    server = RawServer()
+    yield server
+    server.close()
 
 
 class Drip:
@@ -100,6 +109,15 @@ def test_a_slow_hub_is_named_and_the_next_call_continues(
     server.faults.clear()
     assert fetch(QUICK) < len(WEIGHTS), "what came slowly is kept"
     assert (tmp_path / "tiny" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_refusal_that_comes_too_slowly(raw: RawServer) -> None:
+    """Its body would say more; what the status says is enough."""
+    raw.answer, raw.seconds = b"HTTP/1.1 404 No\r\n\r\n" + b" " * 400, 0.05
+    client = connect("modelers", raw.address, None, PATIENCE).client
+    with pytest.raises(HubError, match="no such repository"):
+        client.json(f"{raw.address}/x")
+    assert raw.sent < len(raw.answer)
 
 
 def test_a_byte_a_connection_is_no_progress(

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from msquant.inference.embedded import EmbeddedEngine
+from msquant.server.address import accepted_hosts
 from msquant.server.steps import Limits
 from tests.server.running import MODEL, RunningServer, open_files, running, wait_for
 
@@ -223,6 +224,19 @@ def test_key(engine: EmbeddedEngine) -> None:
             server.client().completions.create(**SHORT)
         assert server.client(api_key="s3cret").completions.create(**SHORT).usage
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_names_that_are_not_the_server_s(engine: EmbeddedEngine) -> None:
+    """What a page in a browser sends that lets its own name lead to this machine."""
+    with running(engine, hosts=accepted_hosts("127.0.0.1", "127.0.0.1", ["gpu-box"])) as server:
+        for name, status in (("evil.example", 403), (f"evil.example:{server.port}", 403), ("gpu-box:1", 200)):
+            response = server.post("/v1/completions", json=SHORT, headers={"Host": name})
+            assert response.status_code == status
+            assert (response.json().get("error") or {"code": ""})["code"] in ("", "host_not_allowed")
+        response = server.post("/v1/completions", json=SHORT, headers={"Host": "evil.example"})
+        message = response.json()["error"]["message"]
+        assert "does not answer to the name 'evil.example'" in message
+        assert "--allow-host" in message
 
 
 def test_slow_senders(engine: EmbeddedEngine) -> None:
