@@ -21,8 +21,6 @@ _PATTERNS = (
 MAX_SHARDS = 10_000
 """Of an index; each is opened. The largest published models have some 300."""
 
-# What the usual file systems of Linux take.
-
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

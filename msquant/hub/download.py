@@ -19,7 +19,7 @@ from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub.hashing import DiskCheck
 from msquant.hub.job import Job
 from msquant.hub.listing import RemoteFile, Snapshot
-from msquant.hub.partial import PartialFile, partial_key
+from msquant.hub.partial import PartialFile, allocated_bytes, partial_key
 from msquant.hub.progress import HubProgress, Meter
 from msquant.hub.target import Inventory, TargetFolder, new_marker
 from msquant.hub.transfer import Transfer
@@ -204,6 +204,10 @@ def _fetch(
 ) -> tuple[list[str], int]:
     """Fetch what is missing; returns the files that came, and the bytes that came over the network."""
     folder.remove_leftovers({partial_key(file) for file in found.missing})
+    # Before the files' segments are laid out: sizes that are only said take memory only where there is room.
+    require_free_space(
+        folder.path, sum(file.size - allocated_bytes(folder.partial, file) for file in found.missing)
+    )
     # Small files first: what is wrong with a repository shows in its config, not after hours.
     jobs = [
         Job(file, PartialFile(folder.partial, file), folder.place(file.path))
@@ -211,8 +215,6 @@ def _fetch(
     ]
     # All of these has come before; it is only to be verified.
     came = {job for job in jobs if job.file.size and job.partial.present == job.file.size}
-    needed = sum(job.file.size - job.partial.allocated for job in jobs)
-    require_free_space(folder.path, needed)
     marker.write(folder.path)
     folder.hold_back(list(found.good))
     saved = time.monotonic()

@@ -10,7 +10,6 @@ from msquant.checkpoint.file_names import STATE_FOLDER, path_problem
 from msquant.errors import HubError, OutputError
 from msquant.hub.listing import RemoteFile
 
-MAX_FILES = 100_000
 STATE_FOLDERS = PARTIAL, HELD = "partial", "held"
 """Below the state folder: files on their way, and those that appear last."""
 
@@ -34,8 +33,6 @@ def check_names(files: Sequence[RemoteFile], where: str) -> None:
     Raises:
         HubError: names the file and what is wrong with its name.
     """
-    if len(files) > MAX_FILES:
-        raise HubError(f"lists {len(files)} files, more than any model has", where=where)
     names: set[str] = set()
     for file in files:
         problem = "it is listed twice" if file.path in names else path_problem(file.path)
