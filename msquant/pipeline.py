@@ -23,8 +23,9 @@ from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
+from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.errors import MsquantError
+from msquant.errors import MsquantError, StartOverError
 from msquant.evaluation.inputs import Model, Text
 from msquant.export import other_folders, output_folders, write_export
 from msquant.forecast import Forecast
@@ -121,6 +122,7 @@ def quantize(
             other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
             _resumable(target, journal, model.config.num_hidden_layers),
             deferred_interrupts(),
+            RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
             require_free_space(target.path, needed + scratch_bytes(model.config, tokens))
@@ -132,11 +134,14 @@ def quantize(
             progress.lap("start")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
-            _write_rest(model, journal, writer)
+            _write_rest(model, journal, writer, files)
             progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            run = recipe, model, tokens, texts, journal, writer
+            run = recipe, model, tokens, texts, journal, writer, files
             seconds = _write_layers(*run, store, device, verbose, progress)
+            if files.unverified:
+                progress.stage("verifying what an earlier run has finished")
+            files.finish()
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
@@ -215,6 +220,7 @@ def _write_layers(
     texts: Sequence[Text],
     journal: Journal,
     writer: FolderStream,
+    files: RunFiles,
     store: HiddenStateStore,
     device: str,
     verbose: bool,
@@ -250,31 +256,34 @@ def _write_layers(
     seconds: list[float] = []
     for index in range(done, count):
         started = time.monotonic()
+        source_read = files.reading(config.layer_shapes(index))
         with writer.group(index) as shards, store.write(index + 1) as outputs:
             report = decoder.run(index, store.open(index), outputs.append, shards)
         record = layer_record(index, report, policy)
-        journal.append({"group": index, "layer": record, "files": shards.files})
+        journal.append({"group": index, "layer": record, "files": shards.files, "source": source_read()})
         store.discard(index)
         seconds.append(time.monotonic() - started)
         progress.lap("layer")
         progress.layer(record)
+        files.check()
         check_interrupt()
     return seconds
 
 
-def _write_rest(source: Source, journal: Journal, writer: FolderStream) -> None:
+def _write_rest(source: Source, journal: Journal, writer: FolderStream, files: RunFiles) -> None:
     """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
     groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
     finished = {record["group"] for record in journal.records}
     for group, names in enumerate(groups, start=source.config.num_hidden_layers):
         if group in finished:
             continue
+        source_read = files.reading(names)
         with writer.group(group) as shards:
             for name in names:
                 check_interrupt()
                 for start, block in source.checkpoint.row_blocks(name, BLOCK_BYTES):
                     shards.tensor_rows(name, start, block)
-        journal.append({"group": group, "files": shards.files})
+        journal.append({"group": group, "files": shards.files, "source": source_read()})
 
 
 def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
@@ -294,7 +303,7 @@ def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[N
     except (Exception, KeyboardInterrupt) as error:
         if done := len(_finished_layers(journal)):
             target.keep = True
-            error.add_note(
-                f"{done} of {count} decoder layers are finished in {target.path}; the same command continues"
-            )
+            # Such an error says itself whether the same command can continue.
+            then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
+            error.add_note(f"{done} of {count} decoder layers are finished in {target.path}; {then}")
         raise

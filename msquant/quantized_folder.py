@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msquant.checkpoint.download_marker import require_complete
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CheckpointError
@@ -54,7 +54,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     """
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=folder, remedy="check the path")
-    require_complete(folder)
+    require_own_files(folder)
     form = folder_format(folder)
     if form is None:
         refuse_other_formats(folder)

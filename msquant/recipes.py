@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Hashable
+import reprlib
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -21,11 +21,14 @@ from msquant.evaluation.settings import EvaluationSettings
 from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
+from msquant.recipe_yaml import read_yaml
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 SUFFIXES = (".yaml", ".yml")
 
 _WILDCARDS = set("*?[")
+# Of what is wrong with a recipe, so much at a time.
+_SHOWN, _LONGEST_PLACE = 10, 200
 
 
 class CalibrationSettings(BaseModel):
@@ -41,7 +44,11 @@ class CalibrationSettings(BaseModel):
 
 
 def _algorithm(value: Any) -> Any:
-    return make_algorithm(**value) if isinstance(value, dict) else value
+    return (
+        value
+        if not isinstance(value, dict)
+        else find_algorithm(value.get("algorithm", DEFAULT)).model_validate(value)
+    )
 
 
 class Recipe(BaseModel):
@@ -234,30 +241,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, _Dumper.represent_list)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two equal keys in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        for key, _ in node.value:
-            if [other.value for other, _ in node.value].count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-        return mapping
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
         RecipeError: it cannot be read, or a key or value is not valid; names the nearest known key.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot be read as YAML: {error}", where=path) from error
-    return validate_recipe(raw, path)
+    return validate_recipe(read_yaml(path), path)
 
 
 def validate_recipe(raw: Any, where: str | Path) -> Recipe:
@@ -273,19 +263,20 @@ def validate_recipe(raw: Any, where: str | Path) -> Recipe:
     if isinstance(section, dict):
         # By itself, because which keys it may have depends on the algorithm that it names.
         try:
-            raw = {**raw, "quantization": make_algorithm(**section)}
+            algorithm = find_algorithm(section.get("algorithm", DEFAULT))
+            raw = {**raw, "quantization": algorithm.model_validate(section)}
         except RecipeError as error:
             raise RecipeError(error.what, where=where, remedy=error.remedy) from error
         except ValidationError as error:
-            known = find_algorithm(section.get("algorithm", DEFAULT))
-            problems = [_problem(detail, known, "quantization") for detail in error.errors()]
+            problems = [_problem(detail, algorithm, "quantization") for detail in error.errors()]
             raw = {key: value for key, value in raw.items() if key != "quantization"}
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems += [_problem(detail, Recipe) for detail in error.errors()]
     if problems:
-        raise RecipeError("; ".join(problems), where=where)
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise RecipeError("; ".join(problems[:_SHOWN] + more), where=where)
     return recipe
 
 
@@ -305,13 +296,13 @@ def _no_recipe(name: str) -> RecipeError:
 
 
 def _problem(detail: Any, model: type[BaseModel], *within: str) -> str:
-    place = ".".join(str(part) for part in (*within, *detail["loc"]))
+    place = ".".join(str(part) for part in (*within, *detail["loc"]))[:_LONGEST_PLACE]
     if detail["type"] == "extra_forbidden":
         known = _known_keys(model, detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         return f"unknown key {place} ({hint})"
-    return f"{place}: {detail['msg']} (it is {detail['input']!r})"
+    return f"{place}: {detail['msg']} (it is {reprlib.repr(detail['input'])})"
 
 
 def _known_keys(model: type[BaseModel], section: tuple[Any, ...]) -> list[str]:

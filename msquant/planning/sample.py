@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
@@ -18,7 +19,6 @@ from msquant.hub.published import stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, weights_of
-from msquant.quantization.policy import QuantizationPolicy
 
 MOST_WEIGHTS, MOST_EXPERT_WEIGHTS, MOST_VOCABULARY = 6_000_000, 100_000_000, 1024
 """Of a decoder layer without its experts; of all its routed experts; and of the two ends."""
@@ -37,7 +37,7 @@ def layer_kinds(config: ModelConfig) -> list[int]:
     return sorted(found.values())
 
 
-def sample_config(config: ModelConfig, policy: QuantizationPolicy, *, small: bool = False) -> ModelConfig:
+def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False) -> ModelConfig:
     """The shape of the sample: a layer of each kind in their order.
 
     The hidden size and every expert have their true size. Of attention there are fewer heads and narrower

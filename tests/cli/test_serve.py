@@ -118,6 +118,7 @@ def test_port_in_use(
         (["--max-body", "huge"], 1, "'huge' is not a size"),
         (["--max-requests", "0"], 2, "--max-requests"),
         (["--api-key-env", "NO_SUCH_KEY"], 1, "environment variable NO_SUCH_KEY is not set"),
+        (["--allow-host", "http://x", "--port", "0"], 1, "'http://x' is not a name"),
         (["--host", "no.such.host.invalid"], 1, "'no.such.host.invalid' is unknown"),
     ],
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from msquant.quantization.policy import QuantizationPolicy
 
+from msquant.algorithms import make_algorithm
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import OutputError
 from msquant.hub.published import HUB_IDS, published_config
@@ -132,7 +132,7 @@ def test_a_sample_has_every_kind_of_layer_and_is_bounded(name: str) -> None:
 
 def test_a_small_model_is_its_own_sample(tiny_llama: Path) -> None:
     config = open_source(str(tiny_llama)).config
-    cut = sample_config(config, QuantizationPolicy())
+    cut = sample_config(config, make_algorithm())
     assert cut.layer_shapes(0) == config.layer_shapes(0)
     assert cut.num_hidden_layers == 1
 
@@ -140,7 +140,7 @@ def test_a_small_model_is_its_own_sample(tiny_llama: Path) -> None:
 def test_a_sample_holds_the_models_own_weights_as_they_are_stored(tmp_path: Path) -> None:
     plain = write_tiny(tmp_path / "plain", "deepseek_v3", layers=3, dtype="bfloat16")
     model = open_source(str(to_fp8(plain, tmp_path / "fp8", (32, 32))))
-    cut = sample_config(model.config, QuantizationPolicy(), small=True)
+    cut = sample_config(model.config, make_algorithm(), small=True)
     (tmp_path / "sample").mkdir()
     write_sample(tmp_path / "sample", cut, model.config, model.checkpoint)
     written = open_source(str(tmp_path / "sample")).checkpoint
