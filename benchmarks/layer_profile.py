@@ -36,7 +36,7 @@ FUNCTIONS: dict[str, Label] = {
     f"{_FEED_FORWARD}:column_maxima": "ranges for smoothing",
     "gc:collect": "collecting garbage",
     "msquant.algorithms.smoothers:FastOSLSmoother._search_best_ratio": _search,
-    "msquant.quantization.robust:RobustOSLSmoother._search_best_ratio": _search,
+    "msquant.algorithms.held_out_smoother:HeldOutSmoother._search_best_ratio": _search,
     "msquant.algorithms.smoothers:Batch.__init__": "search, what its groups share",
     "msquant.algorithms.clip:FastClipLinearCell._search_best_clip": "clip search",
     # golden-stick computes the block only to capture what goes into its linears.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from msquant.algorithms import make_algorithm
+from msquant.algorithms import find_algorithm, make_algorithm
 from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
 from msquant.formats.golden_stick import validate
 from msquant.pipeline import Progress, quantize
@@ -84,9 +84,10 @@ def test_kept_names_match_no_other_layer(six: Analysis, tmp_path: Path) -> None:
 def test_quantize_takes_the_recipe_whatever_it_keeps(
     tiny_llama: Path, tmp_path: Path, algorithm: str, count: int
 ) -> None:
-    recipe = short_recipe(
-        tiny_llama, algorithm=algorithm, smooth_alpha=[0.5], weight_clip_ratio=[1.0], range_floor=[0.0]
-    )
+    known = find_algorithm(algorithm).model_fields
+    options = {"smooth_alpha": [0.5], "weight_clip_ratio": [1.0], "range_floor": [0.0]}
+    options = {key: value for key, value in options.items() if key in known}
+    recipe = short_recipe(tiny_llama, algorithm=algorithm, **options)
     analysis = analyze(recipe, budget=Budget("keep_float", count))
     assert analysis.recipe is not None
     folder = quantize(analysis.recipe, tmp_path / "out").folder

@@ -161,6 +161,7 @@ class Algorithm(BaseModel):
             act_quant_granularity=granularity,
             algo_args={
                 **self.search_options,
+                "scheme": str(scheme),
                 "weight_scale_dtype": "float32" if scheme.is_static else dtype,
             },
         )

@@ -46,9 +46,9 @@ def in_int8(scale: Floats, offset: NDArray[np.int32]) -> tuple[Floats, NDArray[n
     return scale, wide_offset.astype(np.int32)
 
 
-def weight_scale(weight: Floats) -> Floats:
-    """Symmetric scale of every output channel: `[N, K]` to `2 max|row| / 255`, `[N, 1]`; 1 for zeros."""
-    scale = 2 * row_maxima(weight)[:, None].astype(np.float64) / STEPS
+def weight_scale(weight: Floats, steps: int = STEPS) -> Floats:
+    """Symmetric scale of every row: `[N, K]` to `2 max|row| / steps`, `[N, 1]`; 1 for zeros."""
+    scale = 2 * row_maxima(weight)[:, None].astype(np.float64) / steps
     return np.where(scale == 0, 1.0, scale).astype(np.float32)
 
 
@@ -58,7 +58,12 @@ def row_maxima(values: Floats) -> Floats:
 
 
 def fake_quantize(
-    x: Floats, scale: Floats, offset: Floats | float = 0.0, out: Floats | None = None
+    x: Floats,
+    scale: Floats,
+    offset: Floats | float = 0.0,
+    out: Floats | None = None,
+    low: int = INT8_MIN,
+    high: int = INT8_MAX,
 ) -> Floats:
     """`s * (clamp(round(x / s + z)) - z)` in the shape of `x`, against which the others broadcast.
 
@@ -68,7 +73,7 @@ def fake_quantize(
     if np.any(offset):
         y += offset
     np.rint(y, out=y)
-    np.clip(y, INT8_MIN, INT8_MAX, out=y)
+    np.clip(y, low, high, out=y)
     if np.any(offset):
         y -= offset
     y *= scale

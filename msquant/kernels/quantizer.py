@@ -9,6 +9,7 @@ from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuan
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 
 from msquant.kernels.weight_rounding import quantize_weight
+from msquant.schemes import parse_scheme
 
 
 class FastWeightCell(WeightQuantLinearCell):
@@ -16,8 +17,11 @@ class FastWeightCell(WeightQuantLinearCell):
 
     def quant(self) -> None:
         """Replace the floating-point weight by `weight`, `weight_scale` and, if there is one, `bias`."""
-        dtype = self.cfg.algo_args.get("weight_scale_dtype", "float32")
-        weight, scale = quantize_weight(self.layer.weight.asnumpy(), dtype)
+        # golden-stick's own words know int8 and int4 alone.
+        quant = parse_scheme(self.cfg.algo_args["scheme"]).weights
+        assert quant is not None
+        dtype = self.cfg.algo_args["weight_scale_dtype"]
+        weight, scale = quantize_weight(self.layer.weight.asnumpy(), dtype, quant)
         self.layer.weight = None
         self.weight = Parameter(Tensor.from_numpy(weight))
         self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))

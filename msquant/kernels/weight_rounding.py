@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import INT8_MAX, INT8_MIN
 from msquant.kernels.fake_quant import fake_quantize, row_maxima, weight_scale
+from msquant.schemes import Quant
+
+INT8 = Quant(8, "channel")
+"""Int8 with one scale for each output channel."""
 
 # Of float32: a block and its temporaries stay in a core's cache.
 BLOCK_BYTES = 1 << 20
@@ -21,34 +24,42 @@ _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.floa
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], scale_dtype: str = "float32"
+    weight: NDArray[np.float32], scale_dtype: str = "float32", quant: Quant = INT8
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round a weight to int8, symmetric per output channel.
+    """Round a weight to integers, symmetric per output channel or per group of its columns.
 
     The arithmetic is golden-stick 1.4.1's (`ptq/basic_functions/basic_quant_func.py`, `quant_tensor`): scale
-    `2 max|row| / 255` in float64 rounded once to float32, then `clamp(round(w / scale))`, half to even.
+    `2 max|w| / (2^bits - 1)` in float64 rounded to float32, then `clamp(round(w / scale))`, half to even.
 
     Args:
-        weight: `[N, K]`.
+        weight: `[N, K]`; K is a multiple of the group's size.
         scale_dtype: `bfloat16`, `float16` or `float32`: the scale is rounded up to one that it can hold, so
             that an engine which keeps scales in that dtype multiplies by what the weight was divided by.
+        quant: the integers, symmetric.
 
     Returns:
-        int8 `[N, K]` and float32 `[N]`.
+        int8 `[N, K]`, and float32 `[N]` or `[N, K / group_size]`.
     """
-    rounded = np.empty(weight.shape, np.int8)
-    scales = np.empty(len(weight), np.float32)
+    groups = in_groups(weight, quant)
+    rounded = np.empty(groups.shape, np.int8)
+    scales = np.empty(len(groups), np.float32)
 
     def block(rows: slice) -> None:
-        scale = rounded_up(weight_scale(weight[rows]), scale_dtype)
-        values = weight[rows] / scale
+        scale = rounded_up(weight_scale(groups[rows], quant.high - quant.low), scale_dtype)
+        values = groups[rows] / scale
         np.rint(values, out=values)
-        np.clip(values, INT8_MIN, INT8_MAX, out=values)
+        np.clip(values, quant.low, quant.high, out=values)
         rounded[rows] = values
         scales[rows] = scale[:, 0]
 
-    for_blocks(weight, block)
-    return rounded, scales
+    for_blocks(groups, block)
+    shape = (len(weight),) if quant.group_size is None else (len(weight), -1)
+    return rounded.reshape(weight.shape), scales.reshape(shape)
+
+
+def in_groups(weight: NDArray[np.float32], quant: Quant) -> NDArray[np.float32]:
+    """A view of a weight `[N, K]` with a row for what shares a scale: `[N, K]`, or `[N K / size, size]`."""
+    return weight if quant.group_size is None else weight.reshape(-1, quant.group_size)
 
 
 def rounded_up(scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
@@ -65,13 +76,15 @@ def smoothed_and_rounded(
     weight: NDArray[np.float32],
     smooth_scale: NDArray[np.float32],
     clip_ratio: NDArray[np.float32] | None = None,
+    quant: Quant = INT8,
 ) -> NDArray[np.float32]:
-    """What int8 keeps of a weight whose columns are multiplied by a smooth scale.
+    """What integers keep of a weight whose columns are multiplied by a smooth scale.
 
     Args:
         weight: `[N, K]`.
         smooth_scale: `[K]`.
         clip_ratio: of each row's greatest magnitude, `[N]`: what is beyond is clipped.
+        quant: the integers, symmetric.
 
     Returns:
         float32 `[N, K]`.
@@ -84,7 +97,9 @@ def smoothed_and_rounded(
         if clip_ratio is not None:
             limit = (row_maxima(smoothed) * clip_ratio[rows])[:, None]
             np.clip(smoothed, -limit, limit, out=smoothed)
-        fake_quantize(smoothed, weight_scale(smoothed), out=smoothed)
+        groups = in_groups(smoothed, quant)
+        scale = weight_scale(groups, quant.high - quant.low)
+        fake_quantize(groups, scale, out=groups, low=quant.low, high=quant.high)
 
     for_blocks(weight, block)
     return result

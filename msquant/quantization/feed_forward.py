@@ -219,8 +219,10 @@ class FeedForwardPass:
             weight /= rows[:, None]
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
-        if not (scheme := self._policy.scheme(module)).is_float:
-            linear = QuantizedLinear(*quantize_weight(weight, self._config.dtype), scheme, bias)
+        scheme = self._policy.scheme(module)
+        if scheme.weights is not None:
+            rounded = quantize_weight(weight, self._config.dtype, scheme.weights)
+            linear = QuantizedLinear(*rounded, scheme, bias)
         sink.linear(module, linear)
         return linear
 

@@ -260,7 +260,10 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
     bias = cell.bias.asnumpy() if cell.has_bias else None
     if scheme.is_float:
         return FloatLinear(cell.weight.asnumpy(), bias)
-    weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy().reshape(-1)
+    weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy()
+    assert scheme.weights is not None
+    if scheme.weights.group_size is None:
+        weight_scale = weight_scale.reshape(-1)
     if not scheme.is_static:
         return QuantizedLinear(weight, weight_scale, scheme, bias)
     scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())

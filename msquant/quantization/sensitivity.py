@@ -105,13 +105,14 @@ class SensitivityPass(DecoderPass):
     ) -> float:
         step = layer.step_of[group.name]
         cells = [find_cell(layer, linear) for linear in group.linears]
+        assert scheme.weights is not None
         ones = np.ones(cells[0].weight.shape[1], np.float32)
         scale = result.smooth_scales.get(group.name, ones)
         ratios = result.report.clip_ratios
         if not self._policy.smooths(scheme):
             scale, ratios = ones, {}
         weights = [
-            smoothed_and_rounded(cell.weight.asnumpy(), scale, ratios.get(linear))
+            smoothed_and_rounded(cell.weight.asnumpy(), scale, ratios.get(linear), scheme.weights)
             for cell, linear in zip(cells, group.linears, strict=True)
         ]
         inputs = [batch.states[step][1].asnumpy().reshape(batch.samples, -1, len(scale)) for batch in batches]

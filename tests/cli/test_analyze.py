@@ -66,7 +66,7 @@ def test_without_a_file_the_recipe_is_printed(recipe: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout[done.stdout.index("description: two layers") :])
     assert printed["quantization"]["algorithm"] == "rtn"
-    assert len(printed["quantization"]["skip"]) == 1 + 14
+    assert len(printed["quantization"]["schemes"]) == 14 + 2
 
 
 def test_a_script_reads_json(recipe: Path, tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_what_is_read_back_is_what_went_in(dtype: str, tolerance: float) -> None
     np.testing.assert_array_equal(back.weight, linear.weight)
     np.testing.assert_array_equal(back.weight_scale, linear.weight_scale)
     np.testing.assert_array_equal(back.input_offset, linear.input_offset)
-    np.testing.assert_allclose(back.input_scale, linear.input_scale, rtol=tolerance)
+    # In 16 bits it is moved by up to 1 % to a number whose reciprocal survives rounding, too.
+    moved = 0.01 if dtype != "float32" else 0
+    np.testing.assert_allclose(back.input_scale, linear.input_scale, rtol=tolerance + moved)
     again = encode_linear(MODULE, back, dtype)
     for name, array in encode_linear(MODULE, linear, dtype).items():
         np.testing.assert_array_equal(again[name], array)

@@ -186,10 +186,26 @@ def with_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (
             lambda folder: write_shard(folder / "old.safetensors", {"x": np.ones(1)}),
             "old.safetensors",
+            "does not belong to this model",
+        ),
+        (
+            lambda folder: (
+                (folder / "msquant.json").unlink(),
+                write_shard(folder / "old.safetensors", {"x": np.ones(1)}),
+            ),
+            "old.safetensors",
             "MindFormers would load it",
         ),
         (
             lambda folder: write_json(folder / "quantization_description.old.json", {}),
+            "quantization_description.old.json",
+            "does not belong to this model",
+        ),
+        (
+            lambda folder: (
+                (folder / "msquant.json").unlink(),
+                write_json(folder / "quantization_description.old.json", {}),
+            ),
             "quantization_description.old.json",
             "because of its name",
         ),

@@ -176,10 +176,8 @@ def test_a_file_that_stays_wrong_is_named_after_three_attempts(
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_a_refused_file_ends_it_at_once(status: int, fetch: Fetch, server: Hub) -> None:
     server.faults.always(SHARD, Fault(status=status))
-    started = time.monotonic()
     with pytest.raises(HubError) as caught:
         fetch(workers=1)
-    assert time.monotonic() - started < 2
     assert server.fetched().count(SHARD) == 1
     assert caught.value.remedy
 

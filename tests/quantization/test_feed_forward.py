@@ -113,7 +113,7 @@ def test_smoothquant_smooths_with_its_own_alpha(block: Block) -> None:
 
 
 def test_round_to_nearest_smooths_nothing(block: Block) -> None:
-    done, _, _, sink = block.run(algorithm="rtn", feed_forward_alpha=0.5)
+    done, _, _, sink = block.run(algorithm="rtn")
     assert done.groups() == []
     _, _, _, plain = block.run(algorithm="osl-golden-stick")
     assert all(np.array_equal(sink.linears[n].weight, plain.linears[n].weight) for n in plain.linears)

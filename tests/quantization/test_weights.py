@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from msquant.kernels import golden_stick, weights
+from msquant.checkpoint.weights import QuantizedLinear
+from msquant.kernels import golden_stick, weight_rounding
 from msquant.kernels.weight_rounding import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
+from msquant.schemes import Quant, Scheme
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -20,7 +22,7 @@ def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pyt
     golden_stick.load()
     from mindspore_gs.ptq.basic_functions.basic_quant_func import quant_tensor
 
-    monkeypatch.setattr(weights, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(weight_rounding, "BLOCK_BYTES", 10_000)
     weight = random_weight(*shape)
     weight[0, :4] = [1.0, -1.0, 0.5, 0.0]
     theirs_scale, _, theirs = quant_tensor(
@@ -79,3 +81,36 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
     with pytest.raises(OSError, match="in a thread"):
         for_blocks(np.zeros((4, 4), np.float32), work)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("group_size", [8, 32, None])
+def test_groups_of_any_bits_equal_compressed_tensors(bits: int, group_size: int | None) -> None:
+    """The package's own scales (`calculate_qparams`) and rounding, of vLLM's and llm-compressor's format."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = random_weight(300, 64)
+    weight[5, :32] = 0
+    arguments = QuantizationArgs(
+        num_bits=bits,
+        type="int",
+        symmetric=True,
+        strategy="group" if group_size else "channel",
+        group_size=group_size,
+    )
+    groups = torch.from_numpy(weight).reshape(300, -1, group_size or 64)
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    theirs = quantize(torch.from_numpy(weight), scale, zero_point, arguments).numpy()
+    quant = Quant(bits, "group" if group_size else "channel", group_size)
+    ours, scales = quantize_weight(weight, quant=quant)
+    assert scales.shape == ((300, 64 // group_size) if group_size else (300,))
+    filled = groups.abs().amax(-1).reshape(scales.shape).numpy() > 0
+    np.testing.assert_allclose(scales[filled], scale.numpy().reshape(scales.shape)[filled], rtol=2e-7)
+    # A quotient that lies on a tie may be rounded either way.
+    assert np.count_nonzero(ours != theirs) <= 2
+    assert not ours[5, :32].any()
+    linear = QuantizedLinear(ours, scales, Scheme(quant))
+    kept = smoothed_and_rounded(weight, np.ones(64, np.float32), quant=quant)
+    np.testing.assert_array_equal(linear.float_weight, kept)
