@@ -25,7 +25,7 @@ def _hide_progress_bars() -> None:
 
 
 @cache
-def quantized(algorithm: str | None = "osl") -> dict[str, Any]:
+def quantized(algorithm: str | None = "osl-golden-stick") -> dict[str, Any]:
     """Run `msquant quantize smollm2-135m` as a process of its own, once for each algorithm.
 
     Args:
