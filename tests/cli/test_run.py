@@ -181,8 +181,9 @@ def test_wrong_usage(
 ) -> None:
     assert run(["--model", str(model), *arguments], monkeypatch) == code
     output = capsys.readouterr()
-    assert message in output.err
-    assert output.out == ""
+    said, silent = (output.out, output.err) if "--json" in arguments else (output.err, output.out)
+    assert message in said
+    assert silent == ""
 
 
 def test_error_as_json(
