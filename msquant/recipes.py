@@ -18,7 +18,14 @@ from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
-from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
+from msquant.formats.registry import (
+    DEFAULT_FORMAT,
+    FORMAT_DESCRIPTION,
+    FormatName,
+    FormatNames,
+    names_of,
+    parse_formats,
+)
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.recipe_yaml import read_yaml
@@ -64,7 +71,7 @@ class Recipe(BaseModel):
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
-    format: FormatNames = Field("golden-stick", description=FORMAT_DESCRIPTION)
+    format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
 
     @property
     def formats(self) -> tuple[FormatName, ...]:
