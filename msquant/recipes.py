@@ -118,7 +118,7 @@ def default_policy(model_type: str | None) -> Algorithm:
     """What is done to a model without a recipe: all static where the engine serves that.
 
     Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
-    its products (see `formats/golden_stick_schemes.py`).
+    its products (see `formats/golden_stick/form.py`).
     """
     rules: list[tuple[str, Scheme]] = [("lm_head", FLOAT)]
     if model_type in LATENT_TYPES:

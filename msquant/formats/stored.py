@@ -86,7 +86,7 @@ class FolderSource:
         """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
         return self.checkpoint.tensor(name)
 
-    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+    def rows(self, name: str, indices: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
         return self.checkpoint.rows(name, indices)
 

@@ -134,7 +134,7 @@ def folded_bias(
     sums = -zero_point * weight.sum(axis=1, dtype=np.int64)
     largest = np.iinfo(np.int32).max
     # float64 holds all integers that int32 does.
-    folded = sums if bias is None else np.rint(bias.astype(np.float64) / deq_scale) + sums
+    folded: NDArray[Any] = sums if bias is None else np.rint(bias.astype(np.float64) / deq_scale) + sums
     if np.abs(folded).max(initial=0) > largest:
         raise CheckpointError(
             "does not fit 32 bits", where=f"{module}.quant_bias", remedy="keep this layer in floating point"

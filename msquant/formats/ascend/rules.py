@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
@@ -182,7 +183,7 @@ def _check_input_scale(checkpoint: Checkpoint, name: str, dtype: str | None) -> 
 
 
 def _check_quant_bias(
-    checkpoint: Checkpoint, module: str, deq_scale: np.ndarray, zero_point: int
+    checkpoint: Checkpoint, module: str, deq_scale: NDArray[np.float32], zero_point: int
 ) -> Iterator[Finding]:
     """It is the only thing the engine knows of the zero point and of the bias."""
     name, weight = f"{module}.quant_bias", checkpoint.raw(f"{module}.weight")

@@ -204,7 +204,7 @@ def quantized_bias(
         CheckpointError: a sum does not fit int32, which takes more than 131,072 columns.
     """
     if (input_offset == input_offset[:1]).all():
-        sums = -weight.sum(axis=1, dtype=np.int64) * int(input_offset[0])
+        sums: NDArray[np.int64] = -weight.sum(axis=1, dtype=np.int64) * int(input_offset[0])
     else:
         sums = -np.einsum("nk,k->n", weight, input_offset, dtype=np.int64, casting="safe")
     if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max:

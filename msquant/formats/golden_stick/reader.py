@@ -74,7 +74,7 @@ class GoldenStickCheckpoint(FolderSource):
         values = self.checkpoint.tensor(name)
         return values if order is None else values[order.interleaved()]
 
-    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
+    def rows(self, name: str, indices: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return some rows of a floating-point tensor. Raises CheckpointError as `Checkpoint.tensor`."""
         order = self._order(name)
         return self.checkpoint.rows(name, indices if order is None else order.interleaved()[indices])
