@@ -46,6 +46,7 @@ _NUMBER: tuple[Shape, ...] = ((1,),)
 
 
 def check_config(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check what vLLM reads of `config.json`."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
             yield Finding("config.json", f"{key} is there: vLLM reads it instead of the description")

@@ -59,7 +59,6 @@ DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""
 
-
 _MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
 
 

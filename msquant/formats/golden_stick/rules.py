@@ -41,6 +41,7 @@ _INT8, _FLOAT32 = frozenset({"I8"}), frozenset({"F32"})
 
 
 def check_config(config: Mapping[str, Any], variant: Variant) -> Iterator[Finding]:
+    """Check what the engine reads of `config.json` with a backend."""
     text_config = config.get("text_config")
     nested = text_config if isinstance(text_config, dict) else {}
     section = config.get("quantization_config")
@@ -67,6 +68,7 @@ def check_config(config: Mapping[str, Any], variant: Variant) -> Iterator[Findin
 
 
 def check_names(checkpoint: Checkpoint, description: dict[str, str], variant: Variant) -> Iterator[Finding]:
+    """Check that what is described is what is stored, in words that the backend knows."""
     for name in checkpoint.names():
         if name not in description:
             yield Finding(name, "stored, but not described")
