@@ -73,7 +73,7 @@ def _agreement(folder: Path, simulation: Any, tokenizer: Any) -> tuple[float, fl
     import torch
 
     from msquant.calibration.tokens import evaluation_tokens
-    from msquant.formats.golden_stick import GoldenStickCheckpoint
+    from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
     from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.network import CausalLM

@@ -26,8 +26,7 @@ from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
-from msquant.formats.format import FormatName
-from msquant.formats.registry import folder_format, model_format
+from msquant.formats.registry import FormatName, folder_format, model_format
 from msquant.interrupts import check_interrupt
 from msquant.quantized_folder import QuantizedFolder, open_quantized, require_exact, require_unchanged
 from msquant.source import model_groups

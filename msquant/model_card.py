@@ -5,14 +5,11 @@ from typing import Any
 
 import yaml
 
+from msquant.formats.base import Format
+from msquant.formats.registry import DEFAULT_FORMAT, find_format, format_names
+from msquant.formats.servers import SERVERS
+
 _SHOWN_LAYERS = 8
-# By format: the engine that a folder is for, and how that serves it.
-_ENGINES = {
-    "golden-stick": ("vLLM-MindSpore", "vllm-mindspore serve {} --quantization golden-stick"),
-    "compressed-tensors": ("vLLM", "vllm serve {}"),
-    "ascend": ("vllm-ascend", "vllm serve {} --quantization ascend"),
-}
-_BACKENDS = {"native": "Native", "mindformers": "MindFormers"}
 _BUNDLED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -36,15 +33,15 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
     front: dict[str, Any] = {"license": license_name, "library_name": "mindspore"}
     if base:
         front |= {"base_model": base, "base_model_relation": "quantized"}
-    form = str(manifest.get("format", ""))
-    engine, command = _ENGINES.get(form, _ENGINES["golden-stick"])
-    front["tags"] = ["msquant", "w8a8", form or "golden-stick", engine.lower()]
+    name = str(manifest.get("format") or DEFAULT_FORMAT)
+    form = find_format(name if name in format_names() else DEFAULT_FORMAT)
+    front["tags"] = ["msquant", "w8a8", name, form.engine.lower()]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {repository.split('/')[-1]}\n",
         f"W8A8 (weights and activations in int8){f' of {base}' if base else ''}, made by msquant "
-        f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for {engine}.\n",
-        _serving(repository, str(manifest.get("variant", "")), command),
+        f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for {form.engine}.\n",
+        _serving(repository, str(manifest.get("variant", "")), form),
         _recipe(recipe),
         _measured(manifest.get("evaluation")),
         _accuracy(manifest.get("layers", [])),
@@ -52,15 +49,16 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
     return "\n".join(part for part in parts if part)
 
 
-def _serving(repository: str, variant: str, command: str) -> str:
+def _serving(repository: str, variant: str, form: type[Format]) -> str:
     name = repository.split("/")[-1]
-    backend = _BACKENDS.get(variant)
+    backends = (server.backend for server in SERVERS if server.name == form.server)
+    backend = next((backend for backend in backends if variant and backend.lower() == variant), None)
     export = f"    export VLLM_MS_MODEL_BACKEND={backend}\n" if backend else ""
     return (
         "## Serve it\n\n"
         f"    msquant download {repository}\n"
         f"{export}"
-        f"    {command.format(name)}\n\n"
+        f"    {form.serve_command(name)}\n\n"
         "Or continue a prompt without an NPU:\n\n"
         f'    msquant run --model {name} --prompt "I am"\n'
     )

@@ -31,7 +31,7 @@ from msquant.export import other_folders, output_folders, write_export
 from msquant.forecast import Forecast
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
-from msquant.formats.format import FormatName
+from msquant.formats.registry import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.manifest import build_manifest, job_identity, layer_record
 from msquant.progress import Progress

@@ -10,9 +10,9 @@ from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CheckpointError
+from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, cast, stored_dtype
 from msquant.formats.folder_rules import check_manifest
-from msquant.formats.format import Format
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config

@@ -18,7 +18,14 @@ from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
-from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
+from msquant.formats.registry import (
+    DEFAULT_FORMAT,
+    FORMAT_DESCRIPTION,
+    FormatName,
+    FormatNames,
+    names_of,
+    parse_formats,
+)
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.recipe_yaml import read_yaml
@@ -64,7 +71,7 @@ class Recipe(BaseModel):
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
-    format: FormatNames = Field("golden-stick", description=FORMAT_DESCRIPTION)
+    format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
 
     @property
     def formats(self) -> tuple[FormatName, ...]:
@@ -111,7 +118,7 @@ def default_policy(model_type: str | None) -> Algorithm:
     """What is done to a model without a recipe: all static where the engine serves that.
 
     Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
-    its products (see `formats/golden_stick_schemes.py`).
+    its products (see `formats/golden_stick/form.py`).
     """
     rules: list[tuple[str, Scheme]] = [("lm_head", FLOAT)]
     if model_type in LATENT_TYPES:

@@ -92,7 +92,7 @@ def analyze(
         _check_budget(budget, plans)
     progress.stage(f"calibration from {recipe.calibration.source}")
     tokens = calibration_tokens(recipe, model.folder)
-    per_token = all(W8A8_DYNAMIC in plan.format.schemes for plan in plans)
+    per_token = all(W8A8_DYNAMIC in plan.format.words for plan in plans)
     measured = _measure(recipe, model, tokens, per_token, device, memory_budget, verbose, progress)
     groups = _ranked(measured, model.config, recipe)
     error = math.fsum(group.measured.error for group in groups)
@@ -156,9 +156,9 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
     if not budget.amount >= (0 if budget.kind == "max_error" else 1):
         raise budget.refused(f"{budget.amount:g} is too little", "give a positive number")
     for form in (plan.format for plan in plans):
-        if budget.kind == "keep_dynamic" and W8A8_DYNAMIC not in form.schemes:
+        if budget.kind == "keep_dynamic" and W8A8_DYNAMIC not in form.words:
             raise budget.refused(
-                f"{form.consumer} runs {' and '.join(form.schemes.values())} only", "use --keep-float"
+                f"{form.consumer} runs {' and '.join(form.words.values())} only", "use --keep-float"
             )
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
         raise budget.refused(

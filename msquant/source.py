@@ -11,7 +11,7 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format
-from msquant.formats.servers import TARGETS, Parallelism
+from msquant.formats.servers import Parallelism
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
@@ -148,7 +148,7 @@ def require_target(recipe: Recipe, plans: Sequence[FolderPlan]) -> None:
     )
     for plan in plans:
         model = plan.served_model
-        found = best_refusal(servers_of(model, TARGETS[model.format]), model, split)
+        found = best_refusal(servers_of(model, plan.format.server), model, split)
         if found is not None:
             server, refusal = found
             raise RecipeError(

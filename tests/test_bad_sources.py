@@ -17,7 +17,7 @@ from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError
-from msquant.formats.golden_stick import validate
+from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.pipeline import Progress, quantize
 from msquant.recipes import Recipe, validate_recipe
 from tests.fixtures.fp8 import dequantize_blocks, to_fp8
@@ -105,7 +105,7 @@ def test_an_fp8_source_gives_what_its_dequantized_twin_gives(
     assert expected == ours
     config = json.loads((result / "config.json").read_text())
     assert "quantization_config" not in config
-    assert validate(result, verify_hashes=True) == []
+    assert GoldenStickFormat().validate(result, verify_hashes=True) == []
 
 
 def test_the_prediction_layer_is_carried_through(published: Path, result: Path) -> None:

@@ -14,8 +14,7 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError
 from msquant.export import ExportProgress, export
-from msquant.formats.format import FORMAT_NAMES, FormatName
-from msquant.formats.registry import folder_format
+from msquant.formats.registry import FormatName, folder_format, format_names
 from msquant.generation import open_weights
 from msquant.quantized_folder import open_quantized
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16
@@ -62,7 +61,7 @@ def through(folder: Path, *names: FormatName) -> Path:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("way", [FORMAT_NAMES[1:], FORMAT_NAMES[:0:-1]])
+@pytest.mark.parametrize("way", [format_names()[1:], format_names()[:0:-1]])
 def test_a_round_trip_changes_no_bit(tmp_path: Path, model: str, way: tuple[FormatName, ...]) -> None:
     folder = write(tmp_path / "m", MODELS[model])
     back = through(folder, *way, "golden-stick")
@@ -77,12 +76,12 @@ def test_a_round_trip_changes_no_bit(tmp_path: Path, model: str, way: tuple[Form
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("start", FORMAT_NAMES)
+@pytest.mark.parametrize("start", format_names())
 def test_every_format_holds_the_same_layers(tmp_path: Path, model: str, start: FormatName) -> None:
     config = MODELS[model]
     folder = write(tmp_path / "m", config, start)
     source = open_quantized(folder)
-    others = [name for name in FORMAT_NAMES if name != start]
+    others = [name for name in format_names() if name != start]
     for result in export(folder, others):
         assert result.folder == tmp_path / f"m-{result.format}"
         weights = open_weights(result.folder)

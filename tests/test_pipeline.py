@@ -21,7 +21,7 @@ from msquant.checkpoint.writer import file_sha256
 from msquant.comparison import score_folders
 from msquant.errors import MsquantError
 from msquant.evaluation.inputs import Text
-from msquant.formats.golden_stick import validate
+from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.generation import generate
 from msquant.inference.engine import Sampling
 from msquant.pipeline import Progress, quantize
@@ -55,7 +55,7 @@ def result(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_keeps_the_contract(result: Path, source: Path) -> None:
-    assert validate(result, verify_hashes=True) == []
+    assert GoldenStickFormat().validate(result, verify_hashes=True) == []
     config = json.loads((result / "config.json").read_text())
     assert "quantization_config" not in config
     assert config == json.loads((source / "config.json").read_text())
@@ -109,7 +109,7 @@ def test_engine_and_perplexity_agree_with_the_torch_simulation(result: Path, sou
 
 def test_a_float32_model_is_written_in_bfloat16(tiny_llama: Path, tmp_path: Path) -> None:
     folder = quantize(short_recipe(tiny_llama), tmp_path / "out").folder
-    assert validate(folder) == []
+    assert GoldenStickFormat().validate(folder) == []
     config = json.loads((folder / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
     assert Checkpoint.open(folder).dtype("model.norm.weight") == "BF16"
@@ -300,4 +300,4 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(source: Path, tmp_p
     assert not (tmp_path / "out.partial" / "config.json").exists()
     with pytest.raises(MsquantError, match="unfinished"):
         generate(tmp_path / "out.partial", ["I am"], Sampling(), engine="embedded")
-    assert validate(quantize(short_recipe(source), tmp_path / "out").folder) == []
+    assert GoldenStickFormat().validate(quantize(short_recipe(source), tmp_path / "out").folder) == []

@@ -9,8 +9,7 @@ import pytest
 from msquant.checkpoint.results import newest_result
 from msquant.errors import MsquantError
 from msquant.export import export
-from msquant.formats.format import FORMAT_NAMES
-from msquant.formats.registry import folder_format
+from msquant.formats.registry import folder_format, format_names
 from msquant.formats.summary import summarize
 from msquant.generation import generate
 from msquant.inference.engine import Sampling
@@ -42,7 +41,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def results(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     output = tmp_path_factory.mktemp("formats") / "out"
-    return dict(quantize(recipe_of(tiny_llama, *FORMAT_NAMES), output).folders)
+    return dict(quantize(recipe_of(tiny_llama, *format_names()), output).folders)
 
 
 def test_every_format_has_its_folder(results: dict[Any, Path]) -> None:
@@ -55,7 +54,7 @@ def test_every_format_has_its_folder(results: dict[Any, Path]) -> None:
         assert form.name == name
         assert form.validate(folder, verify_hashes=True) == []
         manifest = json.loads((folder / "msquant.json").read_text())
-        assert manifest["recipe"]["format"] == list(FORMAT_NAMES)
+        assert manifest["recipe"]["format"] == list(format_names())
         assert [layer["index"] for layer in manifest["layers"]] == [0, 1]
     # What `msquant run` takes when it is not told.
     assert newest_result() == first
@@ -75,7 +74,7 @@ def test_export_writes_the_same(results: dict[Any, Path], tmp_path: Path) -> Non
 def test_an_interrupted_run_is_continued_between_formats(
     tiny_llama: Path, results: dict[Any, Path], tmp_path: Path
 ) -> None:
-    recipe, output = recipe_of(tiny_llama, *FORMAT_NAMES), tmp_path / "out"
+    recipe, output = recipe_of(tiny_llama, *format_names()), tmp_path / "out"
 
     def interrupt(text: str) -> None:
         if text == "writing ascend":
@@ -155,7 +154,7 @@ def test_the_disk_must_hold_all_formats(
 ) -> None:
     room = 2 * sum(path.stat().st_size for path in results["golden-stick"].glob("*.safetensors"))
     monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: room)
-    refused(recipe_of(tiny_llama, *FORMAT_NAMES), tmp_path, f"{room} bytes are free on its disk")
+    refused(recipe_of(tiny_llama, *format_names()), tmp_path, f"{room} bytes are free on its disk")
 
 
 @pytest.mark.parametrize("formats", [[], ["gguf"], ["ascend", "ascend"], [["ascend"]]])

@@ -8,7 +8,7 @@ import pytest
 
 from msquant.algorithms import find_algorithm, make_algorithm
 from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
-from msquant.formats.golden_stick import validate
+from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.pipeline import Progress, quantize
 from msquant.quantization.layer_schemes import model_schemes
 from msquant.quantization.selection import Budget
@@ -91,7 +91,7 @@ def test_quantize_takes_the_recipe_whatever_it_keeps(
     analysis = analyze(recipe, budget=Budget("keep_float", count))
     assert analysis.recipe is not None
     folder = quantize(analysis.recipe, tmp_path / "out").folder
-    assert validate(folder, verify_hashes=True) == []
+    assert GoldenStickFormat().validate(folder, verify_hashes=True) == []
     kept = {linear for group in analysis.kept for linear in group.measured.linears}
     description = json.loads((folder / "quantization_description.json").read_text())
     floats = {name for name, kind in description.items() if kind == "FLOAT" and "_proj." in name}

@@ -42,7 +42,7 @@ def export(
     silence_libraries()
     from msquant.export import ExportProgress
     from msquant.export import export as export_folder
-    from msquant.formats.format import names_of, parse_formats
+    from msquant.formats.registry import names_of, parse_formats
 
     names = names_of(parse_formats(formats))
     with console.LayerProgress("part") as display:

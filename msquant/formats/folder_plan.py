@@ -10,9 +10,9 @@ from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES, PlannedShard, plan_sh
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.errors import CheckpointError, RecipeError
+from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
-from msquant.formats.format import Format, FormatName
-from msquant.formats.registry import model_format
+from msquant.formats.registry import DEFAULT_FORMAT, FormatName, model_format
 from msquant.formats.servers import ServedModel
 from msquant.schemes import FLOAT, Scheme
 
@@ -104,7 +104,7 @@ def plan_folder(
     config: Mapping[str, Any],
     dtype: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    format_name: FormatName = "golden-stick",
+    format_name: FormatName = DEFAULT_FORMAT,
 ) -> FolderPlan:
     """Plan a folder.
 

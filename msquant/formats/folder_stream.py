@@ -1,18 +1,27 @@
 """Writes a planned folder group by group, and closes it with its manifest."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msquant.checkpoint.disk import writing
 from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.checkpoint.rope_rows import RowOrder
+from msquant.checkpoint.shard_plan import PlannedShard
+from msquant.checkpoint.shard_stream import ShardStream
+from msquant.checkpoint.tensor_spec import TensorSpec
+from msquant.checkpoint.weights import Linear
 from msquant.checkpoint.writer import file_sha256, write_index, write_json
 from msquant.errors import OutputError
+from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
-from msquant.formats.group_writer import FileEntry, GroupWriter
+from msquant.schemes import FLOAT
 
 # What a tokenizer and its generation defaults are made of, in any of the forms transformers saves.
 COMPANIONS = (
@@ -26,6 +35,145 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+class FileEntry(TypedDict):
+    """What the journal and the manifest keep of a file: its bytes and its sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class GroupWriter:
+    """Takes the tensors of one group, in any order; made by `FolderStream.group`.
+
+    Attributes:
+        files: the group's shards by name, filled when the group is complete.
+    """
+
+    def __init__(
+        self, folder: Path, plan: FolderPlan, shards: Iterable[PlannedShard], stack: ExitStack
+    ) -> None:
+        self.files: dict[str, FileEntry] = {}
+        self._folder = folder
+        self._plan = plan
+        self._stack = stack
+        self._shards = {shard.file_name: shard for shard in shards}
+        self._places = {
+            spec.name: (name, spec) for name, shard in self._shards.items() for spec in shard.specs
+        }
+        self._streams: dict[str, ShardStream] = {}
+
+    def tensor(self, name: str, values: NDArray[Any]) -> None:
+        """Write a floating-point tensor, rounded to the dtype it is stored in.
+
+        Raises:
+            OutputError: it is not planned in this group, is of another shape, was written before, or the disk
+                is full.
+            CheckpointError: a value does not fit the stored dtype.
+        """
+        values = np.asarray(values)
+        if values.shape != self._float_spec(name).shape:
+            raise self._misfit(name, values.shape)
+        order = self._order(name)
+        self._put(name, self._cast(name, values if order is None else values[order.deinterleaved()]))
+
+    def tensor_rows(self, name: str, start_row: int, block: NDArray[Any]) -> None:
+        """Write some rows of a floating-point tensor.
+
+        Args:
+            name: the tensor.
+            start_row: which row of the tensor, in the source's order, the block begins with.
+            block: `[n, ...]`.
+
+        Raises:
+            OutputError: as for `tensor`.
+            CheckpointError: as for `tensor`.
+        """
+        spec = self._float_spec(name)
+        block = np.asarray(block)
+        if block.shape[1:] != spec.shape[1:] or not 0 <= start_row <= start_row + len(block) <= spec.rows:
+            raise self._misfit(name, block.shape)
+        rounded = self._cast(name, block)
+        order = self._order(name)
+        if order is None:
+            self._put(name, rounded, start_row)
+            return
+        for first, rows in _runs(order.interleaved()[start_row : start_row + len(block)]):
+            self._put(name, rounded[rows], first)
+
+    def linear(self, module: str, linear: Linear) -> None:
+        """Write a linear layer in the scheme it is planned in.
+
+        Raises:
+            OutputError: it is not planned in this group, or in another scheme or shape, or was written
+                before; or the disk is full.
+            CheckpointError: as `Format.encode_linear`.
+        """
+        scheme = linear.scheme
+        planned = self._plan.linears.get(module, FLOAT)
+        if scheme != planned:
+            raise OutputError(f"its scheme is {scheme}, {planned} is planned", where=module)
+        order = self._order(f"{module}.weight")
+        if order is not None:
+            if len(linear.weight) != order.rows:
+                raise self._misfit(f"{module}.weight", linear.weight.shape)
+            linear = linear.take_rows(order.deinterleaved())
+        for name, array in self._plan.format.encode_linear(module, linear, self._plan.dtype).items():
+            self._put(name, array)
+
+    def close(self) -> None:
+        """Give the complete shards their names.
+
+        Raises:
+            OutputError: a tensor is missing, or the disk cannot be written.
+        """
+        for name in self._shards:
+            if name not in self._streams:
+                missing = next(iter(self._shards[name].specs)).name
+                raise OutputError(f"{missing} and all else in it was not written", where=self._folder / name)
+        for name, stream in self._streams.items():
+            self.files[name] = {"sha256": stream.finish(), "size": stream.nbytes}
+
+    def _put(self, name: str, array: NDArray[Any], start_row: int = 0) -> None:
+        file_name = self._spec(name)[0]
+        if file_name not in self._streams:
+            stream = ShardStream(self._folder / file_name, self._shards[file_name].specs)
+            self._streams[file_name] = self._stack.enter_context(stream)
+        self._streams[file_name].write(name, array, start_row)
+
+    def _cast(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        return cast(name, values, stored_dtype(name, self._plan.dtype))
+
+    def _order(self, name: str) -> RowOrder | None:
+        return self._plan.row_orders.of(name.rpartition(".")[0])
+
+    def _spec(self, name: str) -> tuple[str, TensorSpec]:
+        if name not in self._places:
+            raise OutputError(f"{name} is not planned in this group", where=self._folder)
+        return self._places[name]
+
+    def _float_spec(self, name: str) -> TensorSpec:
+        spec = self._spec(name)[1]
+        if spec.dtype not in ("BF16", "F16", "F32"):
+            raise OutputError(
+                f"{name} is planned as {spec}: write its layer with linear()", where=self._folder
+            )
+        return spec
+
+    def _misfit(self, name: str, shape: tuple[int, ...]) -> OutputError:
+        return OutputError(
+            f"{name} is given with shape {list(shape)}, but planned as {self._spec(name)[1]}",
+            where=self._folder,
+        )
+
+
+def _runs(targets: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Rows that go to neighbouring places, as pairs of the first place and the rows in that order."""
+    rows = np.argsort(targets, kind="stable")
+    for run in np.split(rows, np.flatnonzero(np.diff(targets[rows]) != 1) + 1):
+        if len(run):
+            yield int(targets[run[0]]), run
 
 
 class FolderStream:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.formats.format import Finding
+from msquant.formats.folder_rules import Finding
 
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -1,81 +1,128 @@
 """The formats by name, and the one that a folder is in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.errors import CheckpointError
-from msquant.formats.ascend_format import AscendFormat
-from msquant.formats.ascend_schemes import DESCRIPTION_NAME
-from msquant.formats.compressed_tensors_format import CompressedTensorsFormat
-from msquant.formats.compressed_tensors_section import find_section
-from msquant.formats.format import FORMAT_NAMES, Format, FormatName
-from msquant.formats.golden_stick_format import GoldenStickFormat
-from msquant.formats.golden_stick_rules import description_files
-from msquant.formats.golden_stick_schemes import folder_variant, variant_of
+from msquant.errors import CheckpointError, RecipeError
+from msquant.formats.ascend.form import AscendFormat
+from msquant.formats.base import Format
+from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
+from msquant.formats.golden_stick.form import GoldenStickFormat
 
-_Json = Mapping[str, Any]
+_REGISTERED: dict[str, type[Format]] = {}
+
+DEFAULT_FORMAT = GoldenStickFormat.name
+"""The format of a recipe that names none."""
 
 
-def _golden_stick(config: _Json, manifest: _Json) -> Format:
+def register(form: type[Format]) -> type[Format]:
+    """Make a format known by its name; a decorator of its class."""
+    _REGISTERED[form.name] = form
+    return form
+
+
+for _shipped in (GoldenStickFormat, CompressedTensorsFormat, AscendFormat):
+    register(_shipped)
+
+
+def format_names() -> tuple[str, ...]:
+    """The names of all formats, the default one first."""
+    return tuple(_REGISTERED)
+
+
+def find_format(name: str) -> type[Format]:
+    """The format of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in _REGISTERED:
+        raise RecipeError(
+            f"{name!r} is not a format", where="format", remedy=f"use one of: {', '.join(format_names())}"
+        )
+    return _REGISTERED[name]
+
+
+def marked_formats() -> dict[str, type[Format]]:
+    """The formats that say in a file of their own how a folder is quantized, by the name of that file."""
+    return {form.marker: form for form in _REGISTERED.values() if form.marker is not None}
+
+
+def _known(value: Any) -> Any:
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    if not names or any(name not in format_names() or names.count(name) > 1 for name in names):
+        raise ValueError(f"one of {', '.join(format_names())} is expected, or a list of them, each once")
+    return names[0] if len(names) == 1 else tuple(names)
+
+
+FormatName: TypeAlias = str
+"""A format by its name, as recipes and manifests have it: one of `format_names()`."""
+
+FormatNames = Annotated[FormatName | tuple[FormatName, ...], BeforeValidator(_known)]
+"""One format, or several in a list, as a recipe asks for them."""
+
+FORMAT_DESCRIPTION = (
+    f"The checkpoint format to write: {', '.join(format_names())}; or a list of them, each in its own folder."
+)
+
+
+def parse_formats(text: str) -> FormatName | tuple[FormatName, ...]:
+    """The formats that an option names, with commas between them. Raises RecipeError."""
     try:
-        return GoldenStickFormat(folder_variant(config, manifest))
-    except CheckpointError:
-        # The rules report it.
-        return GoldenStickFormat(variant_of(config))
+        found: FormatName | tuple[FormatName, ...] = _known([name.strip() for name in text.split(",")])
+    except ValueError as error:
+        raise RecipeError(f"is {text!r}: {error}", where="--format") from error
+    return found
 
 
-_MAKERS: dict[FormatName, Callable[[_Json, _Json], Format]] = {
-    "golden-stick": _golden_stick,
-    "compressed-tensors": lambda config, manifest: CompressedTensorsFormat(),
-    "ascend": lambda config, manifest: AscendFormat(),
-}
+def names_of(formats: FormatName | tuple[FormatName, ...]) -> tuple[FormatName, ...]:
+    """One format or several as a tuple."""
+    return formats if isinstance(formats, tuple) else (formats,)
 
 
-def model_format(name: FormatName, config: _Json) -> Format:
+def model_format(name: str, config: Mapping[str, Any]) -> Format:
     """The format of that name for a model.
 
     Args:
-        name: one of `FORMAT_NAMES`.
+        name: one of `format_names()`.
         config: the content of the model's `config.json`.
+
+    Raises:
+        RecipeError: there is no format of that name.
     """
-    return _MAKERS[name](config, {})
+    return find_format(name).of(config, {})
 
 
 def folder_format(folder: Path) -> Format | None:
-    """The format that a folder is in, by its manifest or else by its files; None if in none of these.
-
-    A file `quant_model_description.json` is msModelSlim's if it says its `version` or `model_quant_type`, and
-    otherwise golden-stick's, which vLLM-MindSpore reads under that name too.
-    """
+    """The format that a folder is in, by its manifest or else by its files; None if in none of these."""
     manifest, config = _content(folder / MANIFEST_NAME), _content(folder / "config.json")
-    name = _name(folder, manifest, config)
-    return None if name is None else _MAKERS[name](config, manifest)
-
-
-def _name(folder: Path, manifest: _Json, config: _Json) -> FormatName | None:
-    for name in FORMAT_NAMES:
-        if manifest.get("format") == name:
-            return name
-    if find_section(config):
-        return "compressed-tensors"
-    described = _content(folder / DESCRIPTION_NAME)
-    if "version" in described or "model_quant_type" in described:
-        return "ascend"
-    return "golden-stick" if description_files(folder) else None
+    recorded = manifest.get("format")
+    if isinstance(recorded, str) and recorded in _REGISTERED:
+        return _REGISTERED[recorded].of(config, manifest)
+    # vLLM reads a section of config.json before any file beside it. Of such files golden-stick takes
+    # whatever no other format does.
+    last_first = [*reversed(_REGISTERED.values())]
+    for form in sorted(last_first, key=lambda form: form.marker is not None):
+        if form.is_in(folder, config):
+            return form.of(config, manifest)
+    return None
 
 
 def refuse_other_formats(folder: Path) -> None:
     """Raise CheckpointError if `config.json` says that a folder is quantized in a way not read here."""
     found = _content(folder / "config.json").get("quantization_config")
     if found is not None:
+        known = ", ".join(format_names())
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise CheckpointError(
             f"quantized as {method!r}, which msquant cannot read",
             where=folder / "config.json",
-            remedy=f"give a folder in one of the formats {', '.join(FORMAT_NAMES)}, or one in floating point",
+            remedy=f"give a folder in one of the formats {known}, or one in floating point",
         )
 
 

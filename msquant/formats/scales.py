@@ -1,5 +1,7 @@
 """The scales of a quantized layer as every format stores them, checked."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -72,7 +74,7 @@ def _reciprocable(scale: np.float32, nearest: np.float32, dtype: str) -> np.floa
     near = np.append(near[(near >= scale * _NARROWER) & (near <= scale * _WIDER)], nearest)
     with np.errstate(divide="ignore", over="ignore"):
         away = np.abs(near.astype(np.float64) * (1 / near).astype(kind).astype(np.float64) - 1)
-    return near[np.lexsort((np.abs(near - scale), away))[0]]
+    return np.float32(near[np.lexsort((np.abs(near - scale), away))[0]])
 
 
 def rounded_reciprocal(input_scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
@@ -127,6 +129,6 @@ def row_scales(deq_scale: NDArray[np.float32], input_scale: NDArray[np.float32])
     return (deq_scale.astype(np.float64) / np.float64(input_scale[0])).astype(np.float32)
 
 
-def all_positive(scales: NDArray[np.floating]) -> bool:
+def all_positive(scales: NDArray[np.floating[Any]]) -> bool:
     """Whether every scale is positive and finite."""
     return bool((np.isfinite(scales) & (scales > 0)).all())

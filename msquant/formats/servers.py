@@ -4,20 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from msquant.formats.format import FormatName
 from msquant.schemes import Scheme
 
 ServerName = Literal["vllm-mindspore", "vllm-ascend", "vllm"]
 """The servers by name, whatever their version and backend."""
 
 SERVER_NAMES: tuple[ServerName, ...] = get_args(ServerName)
-
-TARGETS: Mapping[FormatName, ServerName] = {
-    "golden-stick": "vllm-mindspore",
-    "ascend": "vllm-ascend",
-    "compressed-tensors": "vllm",
-}
-"""The server that a format is written for."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +68,13 @@ class ServedModel:
     """What servers decide by, of a folder that is there or is to be written.
 
     Attributes:
-        format: what it is in.
+        format: the name of the one it is in.
         variant: the backend it is made for, where the format has several.
         config: the content of its `config.json`.
         linears: the scheme of each linear layer, by module.
     """
 
-    format: FormatName
+    format: str
     variant: str
     config: Mapping[str, Any]
     linears: Mapping[str, Scheme]

@@ -13,9 +13,10 @@ from typing import Any
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.fused_layers import experts_parent
-from msquant.formats.golden_stick_layout import SECTION
-from msquant.formats.mindformers_config import refused_keys, rope_problems
-from msquant.formats.servers import TARGETS, Parallelism, ServedModel, Server
+from msquant.formats.golden_stick.layout import SECTION
+from msquant.formats.golden_stick.mindformers_config import refused_keys, rope_problems
+from msquant.formats.registry import find_format, format_names
+from msquant.formats.servers import Parallelism, ServedModel, Server
 from msquant.schemes import FLOAT
 
 Reason = tuple[str, str, str]
@@ -54,8 +55,8 @@ def _is_mindformers(server: Server) -> bool:
 
 
 def _format(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if TARGETS[model.format] != server.name:
-        wanted = next(name for name, target in TARGETS.items() if target == server.name)
+    if find_format(model.format).server != server.name:
+        wanted = next(name for name in format_names() if find_format(name).server == server.name)
         yield (
             model.format,
             f"is in the {model.format} format, which {server.name} cannot read",

@@ -16,10 +16,11 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
+from msquant.formats.base import Format
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.format import Finding, Format
+from msquant.formats.folder_rules import Finding
 from msquant.formats.registry import folder_format, refuse_other_formats
-from msquant.formats.servers import TARGETS, ServedModel
+from msquant.formats.servers import ServedModel
 from msquant.formats.stored import stored_scales
 from msquant.formats.verdicts import Verdict, serving_table
 from msquant.schemes import FLOAT, parse_scheme
@@ -199,7 +200,7 @@ def _served_model(form: Format, config: dict[str, Any], modules: list[ModuleSumm
 
 def _unserved(form: Format, served: list[Verdict]) -> Iterator[str]:
     """That no version of the server which the format is for serves the folder, if it is so."""
-    mine = [verdict for verdict in served if verdict.server.name == TARGETS[form.name]]
+    mine = [verdict for verdict in served if verdict.server.name == form.server]
     if not any(verdict.served for verdict in mine):
         verdict = next((one for one in mine if one.refusals[0].rule != "backend"), mine[0])
         refusal = verdict.refusals[0]

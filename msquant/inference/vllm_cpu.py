@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from msquant.errors import EngineError, ModelError
+from msquant.formats.registry import marked_formats
 from msquant.inference.environments import SITE, VLLM_CPU, require_ready
 from msquant.inference.launch import Launch
 from msquant.inference.vllm_site import msquant_vllm_workarounds as workarounds
@@ -14,10 +15,6 @@ from msquant.inference.worker_engine import LOAD_SECONDS, WorkerEngine
 NAME = "vllm"
 WORKER = SITE / "msquant_vllm_worker.py"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_NOT_FOR_VLLM = {
-    "quantization_description.json": "golden-stick",
-    "quant_model_description.json": "ascend",
-}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -28,10 +25,10 @@ def require_servable(folder: Path) -> None:
         EngineError: it is quantized in a format of another engine.
         ModelError: it holds no tokenizer.
     """
-    for name, quantization in _NOT_FOR_VLLM.items():
-        if (folder / name).is_file():
+    for name, form in marked_formats().items():
+        if form.server != NAME and (folder / name).is_file():
             raise EngineError(
-                f"is in the {quantization} format ({name}), which vLLM cannot read",
+                f"is in the {form.name} format ({name}), which vLLM cannot read",
                 where=folder,
                 remedy=f"msquant export {shlex.quote(str(folder))} --format compressed-tensors",
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
+from msquant.formats.registry import format_names, marked_formats
 from msquant.inference.ascend_host import DEVICE_NODES, device_nodes
 from msquant.inference.environments import SITE
 from msquant.inference.launch import Launch
@@ -31,10 +32,6 @@ _BACKENDS = {
     "DeepseekV3ForCausalLM": "MindFormers",
 }
 _DTYPES = ("bfloat16", "float16")
-_DESCRIPTIONS = {
-    "quantization_description.json": "golden-stick",
-    "quant_model_description.json": "ascend",
-}
 
 
 def available(nodes: str = DEVICE_NODES) -> str | None:
@@ -59,12 +56,13 @@ def quantization_method(folder: Path) -> str | None:
     Raises:
         EngineError: the folder holds both description files, and the package would take either.
     """
-    found = [name for name in _DESCRIPTIONS if (folder / name).is_file()]
+    marked = marked_formats()
+    found = [name for name in marked if (folder / name).is_file()]
     if len(found) > 1:
         raise EngineError(
             f"holds both {found[0]} and {found[1]}", where=folder, remedy="remove the one that is not meant"
         )
-    return _DESCRIPTIONS[found[0]] if found else None
+    return marked[found[0]].name if found else None
 
 
 def model_dtype(folder: Path) -> dict[str, str]:
@@ -93,12 +91,12 @@ def require_servable(folder: Path) -> None:
     """
     section = read_json(folder / "config.json").get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
-    if method is not None and method not in _DESCRIPTIONS.values():
+    if method is not None and method not in [form.name for form in marked_formats().values()]:
         raise EngineError(
             f"is in the format {method}, which vLLM-MindSpore cannot read",
             where=folder,
             remedy=f"msquant export {folder} --format golden-stick"
-            if method == "compressed-tensors"
+            if method in format_names()
             else f"quantize it: msquant quantize {folder}",
         )
 

@@ -13,7 +13,7 @@ from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import ModelError, MsquantError
 from msquant.export import output_folders
-from msquant.formats.format import FormatName
+from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config

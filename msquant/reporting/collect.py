@@ -15,7 +15,7 @@ from msquant.formats.summary import ModuleSummary, Summary, summarize
 from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
 from msquant.reporting.manifest import Count, Manifest, Name, Number, parse, printable, read_manifest
-from msquant.reporting.serving import commands
+from msquant.reporting.serve_commands import commands
 from msquant.reporting.verdict import judge
 
 _STEPS = 255

@@ -175,7 +175,7 @@ def test_who_can_serve_it_is_one_table(per_token: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--for", "vllm-mindspore"), 1, "model.layers.0.self_attn.q_b_proj: is dynamic: below TP16"),
+        (("--for", "vllm-mindspore"), 1, "model.layers.0.self_attn.q_b_proj: is W8A8_DYNAMIC: below TP16"),
         (("--for", "vllm-mindspore", "--tensor-parallel", "16"), 0, ""),
         (("--for", "vllm"), 1, "--format compressed-tensors"),
         (("--for", "vllm-ascend", "--json"), 1, ""),

@@ -43,7 +43,7 @@ def test_every_layer_equals_torchs_but_for_rounding_ties() -> None:
     """
     from mindspore import Tensor
 
-    from msquant.formats.golden_stick import GoldenStickCheckpoint
+    from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
     from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.layers import DecoderLayer, positions

@@ -11,10 +11,9 @@ from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import write_json
 from msquant.formats.folder_plan import FolderPlan, plan_folder
-from msquant.formats.folder_stream import FolderStream
-from msquant.formats.format import FormatName
-from msquant.formats.golden_stick_schemes import variant_of
-from msquant.formats.group_writer import GroupWriter
+from msquant.formats.folder_stream import FolderStream, GroupWriter
+from msquant.formats.golden_stick.layout import variant_of
+from msquant.formats.registry import FormatName
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 DEEPSEEK: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Small golden-stick folders, written with NumPy alone, to read back and to break."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from msquant.checkpoint.decoder_layout import PROJECTIONS, expected_shapes
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
-from msquant.formats.golden_stick import DESCRIPTION_NAME, cast, describe, encode_linear
+from msquant.formats.dtypes import cast
+from msquant.formats.golden_stick.form import GoldenStickFormat
+from msquant.formats.golden_stick.layout import DESCRIPTION_NAME
 from msquant.schemes import W8A8
 
 CONFIG: dict[str, Any] = {
@@ -81,17 +83,22 @@ def write_folder(folder: Path, *, float_modules: tuple[str, ...] = (), **changes
                 linear = FloatLinear(rng.normal(size=shape).astype(np.float32), linear.bias)
             else:
                 quantized.append(module)
-            shard.update(encode_linear(module, linear, dtype))
+            shard.update(GoldenStickFormat().encode_linear(module, linear, dtype))
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = shard_name(number, len(shards))
         write_shard(folder / name, tensors)
         weight_map.update(dict.fromkeys(tensors, name))
     write_index(folder, weight_map, sum(array.nbytes for tensors in shards for array in tensors.values()))
-    write_json(folder / DESCRIPTION_NAME, describe(weight_map, quantized))
+    _describe(folder, weight_map, quantized)
     write_json(folder / "config.json", config)
     write_manifest(folder)
     return folder
+
+
+def _describe(folder: Path, names: Iterable[str], quantized: Iterable[str]) -> None:
+    for name, document in GoldenStickFormat().documents(dict.fromkeys(quantized, W8A8), names, {}).items():
+        write_json(folder / name, document)
 
 
 def write_manifest(folder: Path) -> None:
@@ -134,6 +141,6 @@ def change_tensors(folder: Path, changes: dict[str, Any], *, described: bool = T
     if described:
         old = json.loads((folder / DESCRIPTION_NAME).read_text())
         quantized = [name.removesuffix(".deq_scale") for name in old if name.endswith(".deq_scale")]
-        (folder / DESCRIPTION_NAME).write_text(json.dumps(describe(weight_map, quantized)))
+        _describe(folder, weight_map, quantized)
     assert (folder / INDEX_NAME).is_file()
     write_manifest(folder)

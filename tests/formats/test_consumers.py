@@ -21,15 +21,17 @@ import torch
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import QuantizedLinear, as_computed
-from msquant.formats.ascend_layout import decode_linear, encode_linear
-from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
-from msquant.formats.compressed_tensors_section import make_section
+from msquant.formats.ascend.form import AscendFormat
+from msquant.formats.ascend.layout import DESCRIPTION_NAME, WORDS, decode_linear
+from msquant.formats.compressed_tensors.section import make_section
 from msquant.formats.fused_layers import experts_parent, fused_layers
 from msquant.inference.cpu.linear import linear_layer
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG
 from tests.formats.stand_ins import find_file, load_file
+
+FORM = AscendFormat()
 
 VLLM = find_file("vllm", "model_executor/layers/quantization/compressed_tensors/utils.py")
 MINDSPORE = find_file("vllm_mindspore", "model_executor/layers/quantization/golden_stick/golden_stick.py")
@@ -174,7 +176,7 @@ def test_vllm_ascend_finds_every_layers_scheme(
         if layer is None or experts_parent(layer):
             continue
         word = ascend.get_quant_type_for_layer(found.quant_description, layer, "linear", fused)
-        assert word == DESCRIBED[scheme], layer
+        assert word == WORDS[scheme], layer
         assert found.is_layer_skipped_ascend(layer, fused) == (scheme == FLOAT), layer
     assert not found.enable_fa_quant
     assert not found.enable_c8_quant
@@ -192,7 +194,7 @@ def test_vllm_ascends_own_method_computes_int8_weights_alone(monkeypatch: pytest
     )
     w8a16 = load_file(ASCEND.parent / "methods" / "w8a16.py", "vllm_ascend.quantization.methods.w8a16", names)
     linear = random_linear("o_proj", (24, 16), W8A16, bias=True)
-    tensors = encode_linear("o_proj", linear, "bfloat16")
+    tensors = FORM.encode_linear("o_proj", linear, "bfloat16")
     method = w8a16.AscendW8A16LinearMethod()
     made = method.get_weight(16, 24) | method.get_perchannel_param(24, torch.bfloat16)
     layer = torch.nn.Module()
@@ -240,7 +242,7 @@ def test_vllm_ascends_own_method_computes_a_static_layer_as_our_engine_does(
         linear = random_linear("o_proj", (24, 64), W8A8)
         assert isinstance(linear, QuantizedLinear)
         linear = replace(linear, input_scale=np.float32([scale]), input_offset=np.int32([-37]))
-        tensors = encode_linear("o_proj", linear, dtype)
+        tensors = FORM.encode_linear("o_proj", linear, dtype)
         method, layer = w8a8.AscendW8A8LinearMethod(), torch.nn.Module()
         kind = layer.params_dtype = getattr(torch, dtype)
         made = method.get_weight(64, 24, kind) | method.get_pertensor_param(kind)

@@ -14,13 +14,9 @@ from msquant.checkpoint.rope_rows import rope_rows
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick import (
-    DESCRIPTION_NAME,
-    GoldenStickCheckpoint,
-    decode_linear,
-    encode_linear,
-    validate,
-)
+from msquant.formats.golden_stick.form import GoldenStickFormat
+from msquant.formats.golden_stick.layout import DESCRIPTION_NAME, decode_linear
+from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.formats.summary import summarize
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from tests.formats.expert_folders import (
@@ -33,6 +29,8 @@ from tests.formats.expert_folders import (
     write_experts,
 )
 from tests.formats.folders import change_json, change_tensors
+
+FORM = GoldenStickFormat()
 
 LATENT = "model.layers.1.self_attn"
 MLP = "model.layers.1.mlp"
@@ -95,20 +93,20 @@ def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
     linear = source.linear(name)
     np.testing.assert_array_equal(linear.weight, whole)
     assert (whole != Checkpoint.open(tmp_path / "m").tensor(f"{name}.weight")).any()
-    assert validate(tmp_path / "m") == []
+    assert FORM.validate(tmp_path / "m") == []
 
 
 @pytest.mark.parametrize("config", [DEEPSEEK, QWEN, LATER, V2])
 def test_a_correct_folder_has_no_findings(tmp_path: Path, config: dict[str, Any]) -> None:
     write_experts(tmp_path / "m", config, max_shard_bytes=1500)
-    assert validate(tmp_path / "m", verify_hashes=True) == []
+    assert FORM.validate(tmp_path / "m", verify_hashes=True) == []
 
 
 @pytest.mark.parametrize("section", [None, {}, {"quant_method": "golden-stick", "more": 1}])
 def test_mindformers_needs_its_section_to_the_letter(folder: Path, section: Any) -> None:
     change_json(folder / "config.json", lambda config: config.update(quantization_config=section))
     (folder / "msquant.json").unlink()
-    (found,) = validate(folder)
+    (found,) = FORM.validate(folder)
     assert found.where == "config.json"
     assert 'only if it is {"quant_method": "golden-stick"}' in found.problem
 
@@ -122,7 +120,7 @@ def test_what_other_tools_write_has_no_findings(folder: Path) -> None:
         described=False,
     )
     (folder / "msquant.json").unlink()
-    assert validate(folder) == []
+    assert FORM.validate(folder) == []
     linear = GoldenStickCheckpoint.open(folder).linear(UP)
     assert isinstance(linear, QuantizedLinear)
     np.testing.assert_allclose(linear.weight_scale, scale, rtol=2**-8)
@@ -223,8 +221,8 @@ def with_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
 )
 def test_a_broken_rule_is_found(folder: Path, spoil: Any, where: str, problem: str) -> None:
     spoil(folder)
-    found = [finding for finding in validate(folder) if finding.where == where]
-    assert any(problem in finding.problem for finding in found), list(map(str, validate(folder)))
+    found = [finding for finding in FORM.validate(folder) if finding.where == where]
+    assert any(problem in finding.problem for finding in found), list(map(str, FORM.validate(folder)))
 
 
 def test_a_missing_expert_is_found(folder: Path) -> None:
@@ -233,7 +231,7 @@ def test_a_missing_expert_is_found(folder: Path) -> None:
         {f"{UP}.{part}": None for part in ("weight", "weight_scale", "weight_offset")},
         described=False,
     )
-    problems = {finding.where: finding.problem for finding in validate(folder)}
+    problems = {finding.where: finding.problem for finding in FORM.validate(folder)}
     assert problems[f"{UP}.weight"]
     assert "missing from a quantized layer" in problems[f"{UP}.weight_scale"]
 
@@ -242,7 +240,7 @@ def test_a_prediction_layer_is_there_as_a_whole_or_not_at_all(folder: Path) -> N
     change_tensors(folder, {"model.layers.2.eh_proj.weight": None}, described=False)
     change_json(folder / DESCRIPTION_NAME, lambda d: d.pop("model.layers.2.eh_proj.weight"))
     (folder / "msquant.json").unlink()
-    assert [str(finding) for finding in validate(folder)] == [
+    assert [str(finding) for finding in FORM.validate(folder)] == [
         "model.layers.2.eh_proj.weight: missing: config.json says the model has it"
     ]
     names = [name for name in Checkpoint.open(folder).names() if name.startswith("model.layers.2.")]
@@ -250,12 +248,12 @@ def test_a_prediction_layer_is_there_as_a_whole_or_not_at_all(folder: Path) -> N
     change_json(folder / DESCRIPTION_NAME, lambda d: [d.pop(name) for name in names])
     (folder / "msquant.json").unlink()
     (folder / "model-00003-of-00004.safetensors").unlink()
-    assert validate(folder) == []
+    assert FORM.validate(folder) == []
 
 
 def test_a_layer_per_token_is_stored_exactly() -> None:
     linear = random_linear("a.up_proj", (3, 4), W8A8_DYNAMIC)
-    tensors = encode_linear("a.up_proj", linear, "bfloat16", "mindformers")
+    tensors = GoldenStickFormat("mindformers").encode_linear("a.up_proj", linear, "bfloat16")
     assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == {
         "a.up_proj.weight": (np.int8, (3, 4)),
         "a.up_proj.weight_scale": (np.float32, (3,)),
@@ -276,7 +274,7 @@ def test_a_layer_per_token_is_stored_exactly() -> None:
 
 def test_a_row_of_zeros_gets_a_scale() -> None:
     linear = QuantizedLinear(np.zeros((2, 3), np.int8), np.zeros(2, np.float32), W8A8_DYNAMIC)
-    tensors = encode_linear("a", linear, "bfloat16", "mindformers")
+    tensors = GoldenStickFormat("mindformers").encode_linear("a", linear, "bfloat16")
     assert (tensors["a.weight_scale"] == 1).all()
 
 
@@ -284,7 +282,7 @@ def test_a_row_of_zeros_gets_a_scale() -> None:
 def test_a_bad_weight_scale_is_refused(scale: float) -> None:
     linear = QuantizedLinear(np.ones((2, 3), np.int8), np.full(2, scale, np.float32), W8A8_DYNAMIC)
     with pytest.raises(CheckpointError, match="not positive and finite"):
-        encode_linear("a", linear, "bfloat16", "mindformers")
+        GoldenStickFormat("mindformers").encode_linear("a", linear, "bfloat16")
     tensors = {"a.weight": linear.weight, "a.weight_scale": linear.weight_scale}
     with pytest.raises(CheckpointError, match="not positive and finite"):
         decode_linear("a", {**tensors, "a.weight_offset": np.zeros(2)})

@@ -9,7 +9,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.errors import CheckpointError, MsquantError, OutputError, RecipeError
 from msquant.formats.folder_plan import plan_folder
-from msquant.formats.golden_stick import DESCRIPTION_NAME
+from msquant.formats.golden_stick.layout import DESCRIPTION_NAME
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16
 from tests.formats.expert_folders import DEEPSEEK, QWEN, groups_of, schemes_of, write_experts
 from tests.formats.folders import CONFIG as LLAMA

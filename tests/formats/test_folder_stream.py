@@ -15,7 +15,7 @@ from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, OutputError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
-from msquant.formats.golden_stick import validate
+from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from tests.formats.expert_folders import (
     DEEPSEEK,
@@ -70,7 +70,7 @@ def test_groups_and_tensors_in_any_order_give_the_same_bytes(tmp_path: Path, pla
         assert set(writer.files) == {shard.file_name for shard in plan.groups[index]}
     stream.finish(tmp_path / "first-source", {"msquant": "0"})
     assert same_files(tmp_path / "first", tmp_path / "second")
-    assert validate(tmp_path / "second", verify_hashes=True) == []
+    assert GoldenStickFormat().validate(tmp_path / "second", verify_hashes=True) == []
     for name, entry in stream.files.items():
         path = tmp_path / "second" / name
         assert entry == {"size": path.stat().st_size, "sha256": file_sha256(path)}

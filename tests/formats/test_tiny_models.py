@@ -14,12 +14,15 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.folder_stream import FolderStream
-from msquant.formats.golden_stick import GoldenStickCheckpoint, validate
+from msquant.formats.golden_stick.form import GoldenStickFormat
+from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.schemes import FLOAT, W8A8_DYNAMIC, Scheme
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.torch_simulation import load_simulation, relative_mse
 from tests.formats.expert_folders import groups_of, schemes_of
 from tests.formats.folders import change_json
+
+FORM = GoldenStickFormat()
 
 TOKENS = np.random.default_rng(0).integers(3, 90, (2, 24))
 
@@ -90,7 +93,7 @@ def test_a_model_computes_what_it_did(tmp_path: Path, family: str) -> None:
 
     schemes = schemes_of(config)
     plain = convert(source, tmp_path / "float", dict.fromkeys(schemes, FLOAT), {})
-    assert validate(plain, verify_hashes=True) == []
+    assert FORM.validate(plain, verify_hashes=True) == []
     assert relative_mse(load_simulation(plain, deinterleaved_rope=latent), model, TOKENS) < 1e-11
     if latent:
         assert relative_mse(load_simulation(plain), model, TOKENS) > 1e-3
@@ -100,7 +103,7 @@ def test_a_model_computes_what_it_did(tmp_path: Path, family: str) -> None:
 
     ranges = input_ranges(model)
     folder = convert(source, tmp_path / "quantized", schemes, ranges)
-    assert validate(folder, verify_hashes=True) == []
+    assert FORM.validate(folder, verify_hashes=True) == []
     assert {"W8A8", "W8A8_DYNAMIC", "FLOAT"} == set(GoldenStickCheckpoint.open(folder).description.values())
     quantized = load_simulation(folder, deinterleaved_rope=latent)
     # Random routers near a tie choose other experts for a rounded input, so the error itself says little.

@@ -7,13 +7,14 @@ import numpy as np
 
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.checkpoint.writer import write_index, write_json, write_shard
-from msquant.formats.golden_stick import DESCRIPTION_NAME, describe, encode_linear
+from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.schemes import W8A8
 from tests.inference.reference import ReferenceLlama
 
 
 def write_quantized(source: Path, folder: Path, calibration: list[int]) -> Path:
     """Quantize every linear of the decoder layers, with activation ranges from the calibration tokens."""
+    form = GoldenStickFormat()
     reference = ReferenceLlama(source)
     reference.logits(calibration)
     tensors = {name: array for name, array in reference.tensors.items() if "_proj" not in name}
@@ -28,12 +29,14 @@ def write_quantized(source: Path, folder: Path, calibration: list[int]) -> Path:
             input_scale=np.array([scale], np.float32),
             input_offset=np.array([np.rint(-128 - low / scale)], np.int32),
         )
-        tensors.update(encode_linear(module, linear, "float32"))
+        tensors.update(form.encode_linear(module, linear, "float32"))
     folder.mkdir(parents=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder)
     write_shard(folder / "model-00001-of-00001.safetensors", tensors)
-    write_json(folder / DESCRIPTION_NAME, describe(tensors, reference.ranges))
+    linears = dict.fromkeys(reference.ranges, W8A8)
+    for name, document in form.documents(linears, tensors, {}).items():
+        write_json(folder / name, document)
     size = sum(array.nbytes for array in tensors.values())
     write_index(folder, dict.fromkeys(tensors, "model-00001-of-00001.safetensors"), size)
     return folder

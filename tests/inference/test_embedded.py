@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, EngineError
-from msquant.formats.golden_stick import GoldenStickCheckpoint
+from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.inference import batch
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import Sampling

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.golden_stick import GoldenStickCheckpoint
+from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.inference.batch import BatchModel
 from msquant.inference.cpu.model import CpuModel
 from msquant.inference.mindspore_model import MindSporeModel

@@ -1,0 +1,1 @@
+"""msModelSlim's format for vllm-ascend."""

@@ -1,0 +1,194 @@
+"""msModelSlim's format for vllm-ascend, as one of the formats.
+
+Read in vllm-ascend (quantization/modelslim_config.py: `get_linear_quant_type`, `is_layer_skipped_ascend`;
+methods/registry.py; attention/mla_v1.py: `process_weights_after_loading`) and msModelSlim (ascendv1.py).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import QuantizedLinear
+from msquant.errors import CheckpointError
+from msquant.formats.ascend.layout import (
+    DESCRIPTION_NAME,
+    FLOAT,
+    QUANT_METHOD,
+    SERVED_DTYPES,
+    WORDS,
+    Description,
+    deq_scale_code,
+    folded_bias,
+    read_description,
+)
+from msquant.formats.ascend.reader import AscendCheckpoint
+from msquant.formats.ascend.rules import check_config, check_head, check_tensors, check_words
+from msquant.formats.base import FLOAT_ONLY, Format
+from msquant.formats.dtypes import model_dtype
+from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.scales import (
+    all_positive,
+    deq_scales,
+    input_parameters,
+    rounded_reciprocal,
+    weight_scales,
+)
+from msquant.formats.stored import stored_scheme
+from msquant.schemes import Scheme
+
+_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention,"}
+
+
+@dataclass(frozen=True)
+class AscendFormat(Format):
+    """The tensors of `layout`, and a description of each; vllm-ascend reorders rotary rows itself.
+
+    A section in `config.json` would be read instead of the description.
+    """
+
+    name = QUANT_METHOD
+    engine = "vllm-ascend"
+    server = "vllm-ascend"
+    marker = DESCRIPTION_NAME
+    dtypes = SERVED_DTYPES
+    words = WORDS
+    # msModelSlim keeps the bias beside `quant_bias` so.
+    bias_in_float32 = True
+    float_only = _FLOAT_ONLY
+
+    variant: str = "ascendV1"
+
+    @classmethod
+    def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether the description is msModelSlim's, which says its `version` or `model_quant_type`.
+
+        Any other file of that name is golden-stick's, which vLLM-MindSpore reads under it too.
+        """
+        try:
+            described = read_json(folder / DESCRIPTION_NAME)
+        except CheckpointError:
+            return False
+        return "version" in described or "model_quant_type" in described
+
+    def part_specs(
+        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As `encode_parts` makes them."""
+        rows = shape[:1]
+        if not scheme.is_static:
+            scales = "F32", (*rows, 1)
+            return {"weight": ("I8", shape), "weight_scale": scales, "weight_offset": scales}
+        return {
+            "weight": ("I8", shape),
+            "quant_bias": ("I32", rows),
+            "input_scale": ("F32", (1,)),
+            "input_offset": ("F32", (1,)),
+            "deq_scale": (deq_scale_code(dtype), rows),
+        }
+
+    def encode_parts(
+        self, module: str, linear: QuantizedLinear, dtype: str, bias: NDArray[Any] | None
+    ) -> dict[str, NDArray[Any]]:
+        """The parts of a layer in any scheme.
+
+        The engine holds `input_scale` in the model's dtype, so it is rounded first and `deq_scale` is
+        computed from the rounded value: it then divides and multiplies by the same number.
+
+        Returns:
+            W8A8, with s_x the rounded input scale and zp its zero point: `weight` int8 [N, K]; `deq_scale` =
+            s_x s_w float32 [N], in a float16 model int64 with its bits; `quant_bias` = round(bias /
+            deq_scale) - sum_k zp W int32 [N]; `input_scale` = s_x and `input_offset` = zp float32 [1].
+            W8A8_DYNAMIC and W8A16: `weight` int8 [N, K]; `weight_scale` = s_w and `weight_offset` = 0,
+            float32 [N, 1].
+
+        Raises:
+            CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the
+                zero point is no int8; a sum does not fit int32.
+        """
+        if not linear.is_static:
+            scale = weight_scales(module, linear).reshape(-1, 1)
+            return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+        input_scale, zero_point = input_parameters(module, linear, dtype)
+        if not all_positive(rounded_reciprocal(np.array([input_scale]), dtype)):
+            raise CheckpointError(
+                f"the reciprocal of its input scale {input_scale:.4g} is infinite or 0 in {dtype}, in which "
+                "the engine keeps it",
+                where=module,
+                remedy="quantize the model in bfloat16, or keep this layer in floating point",
+            )
+        deq_scale = deq_scales(module, linear, input_scale)
+        bits = deq_scale.view(np.int32).astype(np.int64)
+        return {
+            "weight": linear.weight,
+            "quant_bias": folded_bias(module, linear.weight, zero_point, deq_scale, bias),
+            "input_scale": np.array([input_scale], np.float32),
+            "input_offset": np.array([zero_point], np.float32),
+            "deq_scale": bits if deq_scale_code(dtype) == "I64" else deq_scale,
+        }
+
+    def documents(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The description.
+
+        A bias is `FLOAT` even of a quantized layer, as msModelSlim has it. The output head is described even
+        where it shares the embedding's weight and is not stored: vllm-ascend asks for it before it ties the
+        two.
+        """
+        described = {module: WORDS[scheme] for module, scheme in linears.items()}
+        description = {"lm_head.weight": FLOAT}
+        for name in names:
+            module, _, part = name.rpartition(".")
+            description[name] = FLOAT if part == "bias" else described.get(module, FLOAT)
+        words = set(description.values())
+        # The order of msModelSlim's QUANT_TYPE_PRIORITY.
+        model_type = next(word for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", FLOAT) if word in words)
+        entries = {"version": "1.0.0", "model_quant_type": model_type, "metadata": {}, "group_size": 0}
+        return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """By the tensors, and by the description where those are alike.
+
+        A description that cannot be read is left to the rules.
+        """
+        try:
+            described = read_description(checkpoint.folder)
+        except CheckpointError:
+            described = Description({}, {})
+        schemes = {module: stored_scheme(checkpoint, module) for module in modules}
+        for module, scheme in schemes.items():
+            said = described.scheme(module)
+            if scheme.is_dynamic and said is not None and said.is_weight_only:
+                schemes[module] = said
+        return schemes
+
+    def open(self, folder: Path) -> AscendCheckpoint:
+        """Raises CheckpointError as `AscendCheckpoint.open`."""
+        return AscendCheckpoint.open(folder)
+
+    def own_findings(
+        self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
+    ) -> list[Finding]:
+        """What the description, `config.json` and the tensors break of vllm-ascend's rules."""
+        findings: list[Finding] = []
+        description = attempt(findings, lambda: read_description(folder))
+        if config is not None:
+            findings += check_config(config)
+        if checkpoint is not None and description is not None:
+            modules = [
+                name.removesuffix(".weight") for name in description.tensors if name.endswith(".weight")
+            ]
+            schemes = {module: description.scheme(module) for module in modules}
+            findings += check_words(description, checkpoint.weight_map)
+            findings += check_head(description)
+            # One that is unknown was reported with its tensor.
+            known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
+            findings += self.check(known, config or {})
+            findings += check_tensors(checkpoint, description, model_dtype(config or {}))
+        return findings

@@ -1,0 +1,77 @@
+"""The checkpoint of vllm-ascend, of msquant or of msModelSlim, read as a `WeightSource`."""
+
+from pathlib import Path
+
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import Linear
+from msquant.errors import CheckpointError
+from msquant.formats.ascend.layout import (
+    DYNAMIC_PARTS,
+    STATIC_PARTS,
+    WORDS,
+    Description,
+    decode_linear,
+    read_description,
+)
+from msquant.formats.ascend.rules import check_layout
+from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
+from msquant.formats.stored import FolderSource
+from msquant.schemes import FLOAT
+
+# What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
+_NORM_ADDITIONS = ("norm.bias", "norm.module.weight", "norm.module.bias")
+
+
+class AscendCheckpoint(FolderSource):
+    """A written folder as a `WeightSource`: quantized layers as they will be computed, the rest as float32.
+
+    Attributes:
+        description: what is said of its tensors.
+        dtype: the model's; None if `config.json` does not say, or names one that no model is in.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
+        super().__init__(checkpoint)
+        self.description, self.dtype = description, dtype
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "AscendCheckpoint":
+        """Open a folder without validating it; `AscendFormat.validate` does that.
+
+        Raises:
+            CheckpointError: as `Checkpoint.open` and `read_description`; `config.json` cannot be understood;
+                or its norms were changed in a way that msquant does not compute.
+        """
+        folder = Path(folder)
+        checkpoint, description = Checkpoint.open(folder), read_description(folder)
+        for name in checkpoint.names():
+            if name.endswith(_NORM_ADDITIONS) and checkpoint.raw(name).any():
+                raise CheckpointError(
+                    f"{name} is there: norms with a bias, which msModelSlim's outlier suppression makes, are "
+                    "not computed",
+                    where=checkpoint.shard_path(name),
+                    remedy="quantize again with a method that leaves norms without a bias",
+                )
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        dtype = model_dtype(config)
+        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
+
+    def linear(self, module: str) -> Linear:
+        """Return the layer `module`.
+
+        Raises:
+            CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit.
+        """
+        scheme = self.description.scheme(module)
+        if scheme == FLOAT:
+            return self.checkpoint.linear(module)
+        if scheme is None:
+            raise CheckpointError(
+                f"{self.description.tensors[f'{module}.weight']} is not computed by msquant",
+                where=f"{self.checkpoint.folder}, {module}",
+                remedy=f"msquant reads {', '.join(WORDS.values())}",
+            )
+        names = STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
+        parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
+        return decode_linear(module, parts, self.dtype, scheme)

@@ -1,0 +1,255 @@
+"""What a checkpoint format is, with what is true of most; everything else is written by the same code."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.rope_rows import RopeRows
+from msquant.checkpoint.tensor_spec import TensorSpec
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
+from msquant.formats.dtypes import DTYPE_CODES, cast
+from msquant.formats.folder_rules import Finding, open_folder
+from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.servers import ServerName
+from msquant.formats.stored import stored_scheme
+from msquant.schemes import Scheme
+
+FLOAT_ONLY: Mapping[str, str] = {
+    "lm_head": "the output head",
+    "embed_tokens": "embeddings",
+    "mlp.gate": "the router",
+}
+"""The ends of modules that no engine quantizes: tables, and the router, which is built without a method."""
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A checkpoint format as the consumer of one model's folder takes it.
+
+    Tensor names are Hugging Face's; rows of what `encode_linear` takes are in the order of `row_orders`.
+    Where a class says nothing else, its folders are shards alone, in Hugging Face's order of rows.
+
+    Attributes:
+        name: how recipes and manifests call it; vLLM and its like take it as `quantization=`, too.
+        engine: who serves its folders, for people.
+        server: the same, by name.
+        program: what serves a folder on the command line.
+        marker: the file beside the shards that says how they are quantized; None where `config.json` does.
+        dtypes: those that a model can be in.
+        bias_in_float32: whether a quantized layer's bias is stored so, and not in the model's dtype; it is
+            rounded to that in any case.
+        float_only: what has to stay in floating point, by the last parts of a module's name.
+        variant: what the manifest says it is made for, for example a serving engine's backend.
+    """
+
+    name: ClassVar[str]
+    engine: ClassVar[str]
+    server: ClassVar[ServerName]
+    program: ClassVar[str] = "vllm"
+    marker: ClassVar[str | None] = None
+    dtypes: ClassVar[tuple[str, ...]]
+    bias_in_float32: ClassVar[bool] = False
+    float_only: ClassVar[Mapping[str, str]] = FLOAT_ONLY
+
+    variant: str = ""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Format":
+        """The format of a model's folder.
+
+        Args:
+            config: the content of `config.json`.
+            manifest: the content of `msquant.json`; empty where there is none.
+        """
+        return cls()
+
+    @classmethod
+    def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether a folder, damaged or not, is in this format, where no manifest says it.
+
+        Args:
+            folder: the checkpoint.
+            config: the content of its `config.json`; empty where it cannot be read.
+        """
+        return cls.marker is not None and (folder / cls.marker).is_file()
+
+    @classmethod
+    def serve_command(cls, folder: str) -> str:
+        """The command line that serves a folder; the engine looks for a `marker` only if it is told so."""
+        return f"{cls.program} serve {folder}" + (f" --quantization {cls.name}" if cls.marker else "")
+
+    @property
+    def consumer(self) -> str:
+        """Who serves this variant, for people."""
+        return self.engine
+
+    @property
+    @abstractmethod
+    def words(self) -> Mapping[Scheme, str]:
+        """The schemes that a linear layer can have, with the consumer's words for them."""
+
+    def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Check that the consumer can run the layers of a model in the given schemes together.
+
+        Args:
+            linears: the scheme of each linear layer by module, also of those in floating point.
+            config: the content of the model's `config.json`.
+        """
+        for module, scheme in linears.items():
+            if scheme not in self.words:
+                known = ", ".join(map(str, self.words))
+                yield Finding(
+                    module, f"is {scheme}: in this format msquant writes {known} for {self.consumer}"
+                )
+            elif not scheme.is_float and (what := self.stays_float(module)):
+                yield Finding(module, f"is {scheme}: {self.consumer} takes {what} in floating point only")
+            if not (scheme.is_float or scheme.is_dynamic) and experts_parent(module):
+                problem = (
+                    f"{self.consumer} runs routed experts with per-token activations (W8A8_DYNAMIC) only"
+                )
+                yield Finding(module, f"is {scheme}: {problem}")
+        yield from check_fused_schemes({module: str(scheme) for module, scheme in linears.items()})
+
+    def stays_float(self, module: str) -> str | None:
+        """What a module is that has to stay in floating point; None for another."""
+        ends = self.float_only.items()
+        return next((what for end, what in ends if module == end or module.endswith(f".{end}")), None)
+
+    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
+        """Whose rows are stored in another order than Hugging Face's."""
+        return RopeRows({}, 0)
+
+    def linear_specs(
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
+    ) -> list[TensorSpec]:
+        """The tensors that `encode_linear` makes of a quantized layer.
+
+        Args:
+            module: its name, for example `model.layers.0.self_attn.q_proj`.
+            shape: `(N, K)`.
+            scheme: one of `words`, not in floating point.
+            dtype: the model's, one of `dtypes`.
+            bias: whether it has one.
+        """
+        parts = self.part_specs(shape, scheme, dtype)
+        if bias:
+            parts["bias"] = "F32" if self.bias_in_float32 else DTYPE_CODES[dtype], shape[:1]
+        return [TensorSpec(f"{module}.{part}", *spec) for part, spec in parts.items()]
+
+    @abstractmethod
+    def part_specs(
+        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors dtype and the shape of each part beside the bias, as for `linear_specs`."""
+
+    def encode_linear(self, module: str, linear: Linear, dtype: str) -> dict[str, NDArray[Any]]:
+        """The tensors that a layer is stored as.
+
+        Args:
+            module: its name, for example `model.layers.0.self_attn.q_proj`.
+            linear: in floating point, or in one of the schemes of `words`.
+            dtype: the model's, one of `dtypes`.
+
+        Returns:
+            Arrays by full tensor name: in floating point `weight` and `bias` in `dtype`, else `bias` and what
+            `encode_parts` says.
+
+        Raises:
+            CheckpointError: a value does not fit `dtype`; or as `encode_parts`.
+        """
+        bias = None if linear.bias is None else cast(f"{module}.bias", linear.bias, dtype)
+        if isinstance(linear, FloatLinear):
+            parts = {"weight": cast(f"{module}.weight", linear.weight, dtype)}
+        else:
+            parts = self.encode_parts(module, linear, dtype, bias)
+            bias = bias.astype(np.float32) if bias is not None and self.bias_in_float32 else bias
+        if bias is not None:
+            parts["bias"] = bias
+        return {f"{module}.{part}": values for part, values in parts.items()}
+
+    @abstractmethod
+    def encode_parts(
+        self, module: str, linear: QuantizedLinear, dtype: str, bias: NDArray[Any] | None
+    ) -> dict[str, NDArray[Any]]:
+        """What a quantized layer is stored as beside its bias, by the last part of a tensor's name.
+
+        Args:
+            module: its name, for errors.
+            linear: the layer.
+            dtype: the model's.
+            bias: its own, rounded to `dtype`, `[N]`; None if it has none.
+
+        Raises:
+            CheckpointError: a value does not fit.
+        """
+
+    def documents(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The JSON files beside the shards that only this format has, by file name.
+
+        Args:
+            linears: as for `check`.
+            names: every tensor that is stored.
+            config: as for `check`.
+        """
+        return {}
+
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What is put into `config.json`. Arguments as for `documents`."""
+        return {}
+
+    def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config.json` of a model in the words that the consumer takes; `config_entries` come on top."""
+        return dict(config)
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
+        return {module: stored_scheme(checkpoint, module) for module in modules}
+
+    @abstractmethod
+    def open(self, folder: Path) -> WeightSource:
+        """Open a folder without validating it.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be understood.
+        """
+
+    def validate(self, folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
+        """Check a folder against every rule, reading each tensor once and holding one layer at a time.
+
+        Args:
+            folder: the checkpoint.
+            verify_hashes: also compare every file's sha256 with the manifest, which reads everything twice.
+
+        Returns:
+            The broken rules; none for a folder that is correct.
+        """
+        folder = Path(folder)
+        findings: list[Finding] = []
+        config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
+        return findings + self.own_findings(folder, config, checkpoint)
+
+    def own_findings(
+        self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
+    ) -> list[Finding]:
+        """The broken rules of this format alone.
+
+        Args:
+            folder: the checkpoint.
+            config: the content of its `config.json`; None where it cannot be read.
+            checkpoint: its tensors; None where they cannot be read.
+        """
+        return []
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """What keeps today's consumer from serving a correct folder of a model; often nothing."""
+        return []

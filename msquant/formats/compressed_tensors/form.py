@@ -1,0 +1,140 @@
+"""compressed-tensors for vLLM, as one of the formats.
+
+Read in vllm 0.11.0 and 0.32.0: compressed_tensors.py (`_is_static_tensor_w8a8`, `_is_dynamic_token_w8a8`,
+`get_quant_method`), compressed_tensors_moe (`CompressedTensorsW8A8Int8MoEMethod`), and the weight that latent
+attention takes apart (v1/attention/backends/mla/common.py, quant_utils.py: `get_and_maybe_dequant_weights`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.weights import QuantizedLinear
+from msquant.errors import CheckpointError
+from msquant.formats.base import Format
+from msquant.formats.compressed_tensors.layout import SERVED_DTYPES, exact_scale
+from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
+from msquant.formats.compressed_tensors.rules import check_fused_targets, check_tensors, section_schemes
+from msquant.formats.compressed_tensors.section import (
+    FORMAT,
+    QUANT_METHOD,
+    find_section,
+    make_section,
+    read_section,
+)
+from msquant.formats.dtypes import model_dtype
+from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.scales import input_parameters, weight_scales
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+
+_WORDS: Mapping[Scheme, str] = {FLOAT: "FLOAT", W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC"}
+
+
+@dataclass(frozen=True)
+class CompressedTensorsFormat(Format):
+    """The tensors of `layout`; everything beside the shards is in `config.json`."""
+
+    name = QUANT_METHOD
+    engine = "vLLM"
+    server = "vllm"
+    dtypes = SERVED_DTYPES
+    words = _WORDS
+
+    variant: str = FORMAT
+
+    @classmethod
+    def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether `config.json` has the section."""
+        return find_section(config) is not None
+
+    def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Check that vLLM can run the layers of a model in the given schemes together."""
+        yield from super().check(linears, config)
+        for module, scheme in linears.items():
+            if scheme.is_static and module.endswith(".kv_b_proj"):
+                yield Finding(
+                    module,
+                    "is W8A8: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which "
+                    "static activations cut off; it accepts W8A8_DYNAMIC and FLOAT",
+                )
+
+    def part_specs(
+        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As `encode_parts` makes them."""
+        parts = {"weight": ("I8", shape), "weight_scale": ("F32", (*shape[:1], 1))}
+        if scheme.is_static:
+            parts |= {"input_scale": ("F32", (1,)), "input_zero_point": ("I8", (1,))}
+        return parts
+
+    def encode_parts(
+        self, module: str, linear: QuantizedLinear, dtype: str, bias: NDArray[Any] | None
+    ) -> dict[str, NDArray[Any]]:
+        """The parts of a layer with static or per-token activations.
+
+        Static activations are always stored with their zero point, be it 0: vLLM's kernel for a CPU with AMX
+        takes symmetric static activations for dynamic ones.
+
+        Returns:
+            `weight` int8 [N, K], `weight_scale` float32 [N, 1] and, with static activations, `input_scale`
+            float32 [1], rounded to `dtype` and to 16 bits, and `input_zero_point` int8 [1].
+
+        Raises:
+            CheckpointError: a scale is not positive and finite; the zero point is no int8.
+        """
+        parts: dict[str, NDArray[Any]] = {
+            "weight": linear.weight,
+            "weight_scale": weight_scales(module, linear).reshape(-1, 1),
+        }
+        if linear.is_static:
+            scale, zero_point = input_parameters(module, linear, dtype)
+            parts["input_scale"] = np.array([exact_scale(scale)], np.float32)
+            parts["input_zero_point"] = np.array([zero_point], np.int8)
+        return parts
+
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The section."""
+        return {"quantization_config": make_section(linears, names)}
+
+    def open(self, folder: Path) -> CompressedTensorsCheckpoint:
+        """Raises CheckpointError as `CompressedTensorsCheckpoint.open`."""
+        return CompressedTensorsCheckpoint.open(folder)
+
+    def own_findings(
+        self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
+    ) -> list[Finding]:
+        """What `config.json` and the tensors break of vLLM's rules."""
+        if config is None:
+            return []
+        findings: list[Finding] = []
+        section = attempt(findings, lambda: read_section(config))
+        if (dtype := model_dtype(config)) not in SERVED_DTYPES:
+            expected = f"one of {', '.join(SERVED_DTYPES)} is expected"
+            findings.append(Finding("config.json", f"dtype is {dtype}, {expected}"))
+        if checkpoint is not None and section is not None:
+            schemes = section_schemes(checkpoint, section)
+            findings += self.check(schemes, config)
+            findings += check_fused_targets(section, schemes)
+            findings += check_tensors(checkpoint, section)
+        return findings
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """That AMX computes symmetric static activations in another way."""
+        try:
+            section = read_section(config)
+        except CheckpointError:
+            # The rules report it.
+            return []
+        if any(group.scheme.is_static and group.symmetric for group in section.groups):
+            return [
+                "vLLM on a CPU with AMX computes symmetric static activations as per-token ones: msquant "
+                "export writes them with a zero point, which it keeps"
+            ]
+        return []

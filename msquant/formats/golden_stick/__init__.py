@@ -1,0 +1,1 @@
+"""golden-stick for vLLM-MindSpore."""

@@ -1,0 +1,257 @@
+"""golden-stick for vLLM-MindSpore, as one of the formats.
+
+Which linear layers its backends run in which scheme was read in vllm_mindspore 0.5.1 (`GoldenStickConfig`,
+`_validate_quantization_consistency`) for the native one, and in mindformers 1.7.0
+(parallel_core/inference/quantization/golden_stick/config.py, `get_quant_method`;
+transformer/multi_latent_attention.py; transformer/moe/experts.py) for MindFormers.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
+from msquant.checkpoint.weights import QuantizedLinear
+from msquant.errors import CheckpointError
+from msquant.formats.base import FLOAT_ONLY, Format
+from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, model_dtype
+from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.golden_stick.layout import (
+    DESCRIPTION_NAME,
+    FLOAT,
+    QUANT_METHOD,
+    SECTION,
+    SERVED_DTYPES,
+    W8A8_DYNAMIC,
+    WORDS,
+    Variant,
+    description_files,
+    folder_variant,
+    quantized_bias,
+    read_description,
+    read_variant,
+    variant_of,
+)
+from msquant.formats.golden_stick.mindformers_config import published_form
+from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
+from msquant.formats.golden_stick.rules import check_config, check_names, check_stray_files, check_tensors
+from msquant.formats.scales import deq_scales, input_parameters, weight_scales
+from msquant.schemes import Scheme
+
+# MindFormers takes its weight apart as well (`MLASelfAttention.process_weights_after_loading`).
+_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention"}
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class GoldenStickFormat(Format):
+    """The tensors of `layout`, and a description of each; vLLM would read a section of `config.json` instead.
+
+    Attributes:
+        variant: the backend of vLLM-MindSpore that a folder is for.
+    """
+
+    name = QUANT_METHOD
+    engine = "vLLM-MindSpore"
+    server = "vllm-mindspore"
+    program = "vllm-mindspore"
+    marker = DESCRIPTION_NAME
+    dtypes = SERVED_DTYPES
+    float_only = _FLOAT_ONLY
+
+    variant: Variant = "native"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> "GoldenStickFormat":
+        """The variant that the manifest records, or that of the architecture."""
+        try:
+            return cls(folder_variant(config, manifest))
+        except CheckpointError:
+            # The rules report it.
+            return cls(variant_of(config))
+
+    @classmethod
+    def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether the engine finds a description, whose name it compares by its end alone."""
+        return bool(description_files(folder))
+
+    @property
+    def consumer(self) -> str:
+        """The backend of the engine."""
+        return f"the {self.variant} backend of {self.engine}"
+
+    @property
+    def words(self) -> Mapping[Scheme, str]:
+        """Those of the backend."""
+        return WORDS[self.variant]
+
+    def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Check that the backend can run the layers of a model in the given schemes together."""
+        return self.check_words({module: str(scheme) for module, scheme in linears.items()}, config)
+
+    def check_words(self, described: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Check the same of layers as a description has them.
+
+        Args:
+            described: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by module; only what has a weight counts.
+            config: the content of `config.json`.
+        """
+        for module, word in described.items():
+            if word not in self.words.values():
+                known = " and ".join(self.words.values())
+                yield Finding(module, f"described as {word!r}: the {self.variant} backend knows only {known}")
+            elif word != FLOAT and (what := self.stays_float(module)):
+                yield Finding(module, f"described as {word}: the engine never quantizes {what}")
+        if self.variant == "mindformers":
+            yield from _check_experts(described, config)
+        yield from check_fused_schemes(described, "described as")
+
+    def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
+        """Rotary rows are de-interleaved for MindFormers, which does not do it itself."""
+        return model_rope_rows(config) if self.variant == "mindformers" else super().row_orders(config)
+
+    def part_specs(
+        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """As `encode_parts` makes them."""
+        rows, columns = shape[:1], shape[1:]
+        if scheme.is_dynamic:
+            return {"weight": ("I8", shape), "weight_scale": ("F32", rows), "weight_offset": ("F32", rows)}
+        return {
+            "weight": ("I8", shape),
+            "deq_scale": ("F32", rows),
+            "quant_bias": ("I32", rows),
+            "input_scale": (DTYPE_CODES[dtype], columns),
+            "input_offset": ("I8", columns),
+        }
+
+    def encode_parts(
+        self, module: str, linear: QuantizedLinear, dtype: str, bias: NDArray[Any] | None
+    ) -> dict[str, NDArray[Any]]:
+        """The parts of a W8A8 or W8A8_DYNAMIC layer.
+
+        `input_scale` is stored in the model's dtype, so it is rounded first and `deq_scale` is computed from
+        the rounded value: the engine then divides and multiplies by the same number. Computed from the
+        unrounded scale, `deq_scale` would scale the layer's output by up to 1 + 2**-8 in bfloat16.
+
+        Returns:
+            W8A8, with s_x the rounded input scale, s_w the weight scales and zp the input's zero point:
+            `weight` int8 [N, K]; `deq_scale` = s_x s_w float32 [N]; `quant_bias` = -sum_k zp W int32 [N];
+            `input_scale` = s_x in `dtype` [K]; `input_offset` = zp int8 [K]. W8A8_DYNAMIC: `weight` int8 [N,
+            K]; `weight_scale` = s_w and `weight_offset` = 0, float32 [N].
+
+        Raises:
+            CheckpointError: activations are quantized per token, but the variant is native; a scale is not
+                positive and finite; the zero point is no int8; a sum does not fit int32.
+        """
+        if not linear.is_static:
+            if W8A8_DYNAMIC not in self.words.values():
+                raise CheckpointError(
+                    f"its activations are quantized per token, which {self.consumer} cannot run: it accepts "
+                    + " and ".join(self.words.values()),
+                    where=module,
+                    remedy="quantize it with static activations, or keep it in floating point",
+                )
+            # float32 loads as it is or, in a bfloat16 model, is rounded by the engine, which changes no scale
+            # that the pass has made for such a model.
+            scale = weight_scales(module, linear)
+            return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+        columns = linear.weight.shape[1]
+        input_scale, zero_point = input_parameters(module, linear, dtype)
+        offsets = np.full(columns, zero_point, np.int8)
+        return {
+            "weight": linear.weight,
+            "deq_scale": deq_scales(module, linear, input_scale),
+            "quant_bias": quantized_bias(module, linear.weight, offsets),
+            "input_scale": np.full(columns, input_scale, MODEL_DTYPES[dtype]),
+            "input_offset": offsets,
+        }
+
+    def documents(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The description: a word by tensor name, sorted; a bias has its layer's.
+
+        An output head that shares the embedding's weight is not stored, and not described.
+        """
+        described = {module: self.words[scheme] for module, scheme in linears.items()}
+        return {
+            DESCRIPTION_NAME: {name: described.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)}
+        }
+
+    def config_entries(
+        self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The section, which MindFormers alone needs."""
+        return {"quantization_config": dict(SECTION)} if self.variant == "mindformers" else {}
+
+    def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys that are published, as MindFormers refuses what it does not know."""
+        if self.variant == "mindformers" and config.get("model_type") == "deepseek_v3":
+            return published_form(config)
+        return super().adapted(config)
+
+    def open(self, folder: Path) -> GoldenStickCheckpoint:
+        """Raises CheckpointError as `GoldenStickCheckpoint.open`."""
+        return GoldenStickCheckpoint.open(folder)
+
+    def own_findings(
+        self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
+    ) -> list[Finding]:
+        """What the description, `config.json` and the tensors break of the rules of the folder's variant."""
+        findings: list[Finding] = []
+        description = attempt(findings, lambda: read_description(folder))
+        variant = attempt(findings, lambda: read_variant(folder, config or {})) or variant_of(config or {})
+        if config is not None:
+            findings += check_config(config, variant)
+        if checkpoint is not None and description is not None:
+            findings += check_names(checkpoint, description, variant)
+            findings += GoldenStickFormat(variant)._check_layers(description, config or {})
+            findings += check_tensors(checkpoint, description, model_dtype(config or {}))
+        if checkpoint is not None and variant == "mindformers":
+            findings += check_stray_files(folder, checkpoint)
+        return findings
+
+    def _check_layers(self, description: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
+        words: dict[str, str] = {}
+        for name, word in description.items():
+            module = name.rpartition(".")[0]
+            if words.setdefault(module, word) != word:
+                yield Finding(
+                    name, f"described as {word}, but another tensor of the layer as {words[module]}"
+                )
+        # An unknown word was reported with its tensor.
+        known = {module: word for module, word in words.items() if word in self.words.values()}
+        yield from self.check_words(known, config)
+
+
+def _check_experts(described: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Experts are one grouped product in int8; multi-token-prediction layers are never quantized."""
+    layers = config.get("num_hidden_layers")
+    experts: dict[str, str] = {}
+    for module, word in described.items():
+        layer = _LAYER.match(module)
+        if layer and type(layers) is int and int(layer[1]) >= layers:
+            if word != FLOAT:
+                yield Finding(
+                    module,
+                    f"described as {word}: the engine builds multi-token-prediction layers unquantized",
+                )
+        elif parent := experts_parent(module):
+            experts.setdefault(parent, word)
+    if any(word != FLOAT for word in described.values()):
+        for parent, word in experts.items():
+            if word != W8A8_DYNAMIC:
+                yield Finding(
+                    parent,
+                    f"described as {word}: the engine runs the experts of a quantized model as "
+                    f"{W8A8_DYNAMIC} only",
+                )
