@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msquant import schemes
 from msquant.formats.format import Finding
-from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
+from msquant.formats.scheme_rules import check_linear_schemes
 from msquant.schemes import Scheme
 
 QUANT_METHOD: Literal["ascend"] = "ascend"
@@ -30,7 +30,7 @@ DESCRIBED: dict[Scheme, str] = {
 # A description of a cache, or of attention, that is quantized too.
 CACHE_ENTRIES = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "indexer_quant_type")
 
-_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention,"}
+_FOLDED = "{}, which it folds into the attention,"
 
 
 def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
@@ -39,7 +39,7 @@ def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     Args:
         linears: the scheme of each linear layer by module.
     """
-    yield from check_linear_schemes(linears, "vllm-ascend", DESCRIBED, _FLOAT_ONLY)
+    yield from check_linear_schemes(linears, "vllm-ascend", DESCRIBED, _FOLDED)
 
 
 def describe(names: Iterable[str], linears: Mapping[str, Scheme]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ attention takes apart (v1/attention/backends/mla/common.py, quant_utils.py: `get
 
 from collections.abc import Iterator, Mapping
 
+from msquant.families import folded_linears
 from msquant.formats.format import Finding
-from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
+from msquant.formats.scheme_rules import check_linear_schemes
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 DESCRIBED: dict[Scheme, str] = {FLOAT: "FLOAT", W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC"}
@@ -21,11 +22,12 @@ def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     Args:
         linears: the scheme of each linear layer by module.
     """
-    yield from check_linear_schemes(linears, "vLLM", DESCRIBED, FLOAT_ONLY)
+    yield from check_linear_schemes(linears, "vLLM", DESCRIBED)
     for module, scheme in linears.items():
-        if scheme.is_static and module.endswith(".kv_b_proj"):
+        name = module.rpartition(".")[2]
+        if scheme.is_static and name in folded_linears():
             yield Finding(
                 module,
-                "is W8A8: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
+                f"is W8A8: vLLM recovers the weight of {name} by multiplying it with ones, which static "
                 "activations cut off; it accepts W8A8_DYNAMIC and FLOAT",
             )

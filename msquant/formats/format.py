@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.errors import RecipeError
+from msquant.families.row_orders import RopeRows
 from msquant.formats.stored import stored_scheme
 from msquant.schemes import Scheme
 

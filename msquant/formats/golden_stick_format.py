@@ -7,9 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear, WeightSource
+from msquant.families import row_orders
+from msquant.families.row_orders import RopeRows
 from msquant.formats.format import Finding, FormatName, PlainFormat
 from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.formats.golden_stick_layout import (
@@ -28,7 +29,7 @@ from msquant.formats.golden_stick_schemes import (
     Variant,
     check_schemes,
 )
-from msquant.formats.mindformers_config import published_form
+from msquant.formats.mindformers_config import MODEL_TYPES, published_form
 from msquant.schemes import Scheme
 
 
@@ -71,7 +72,7 @@ class GoldenStickFormat(PlainFormat):
 
     def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
         """See `Format`."""
-        return model_rope_rows(config) if self.variant == "mindformers" else super().row_orders(config)
+        return row_orders(config) if self.variant == "mindformers" else super().row_orders(config)
 
     def linear_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str, bias: bool
@@ -99,7 +100,7 @@ class GoldenStickFormat(PlainFormat):
 
     def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `Format`: MindFormers refuses what it does not know."""
-        if self.variant == "mindformers" and config.get("model_type") == "deepseek_v3":
+        if self.variant == "mindformers" and config.get("model_type") in MODEL_TYPES:
             return published_form(config)
         return dict(config)
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from msquant import schemes
 from msquant.errors import CheckpointError
+from msquant.families import find_family
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
-from msquant.formats.scheme_rules import FLOAT_ONLY, float_only
+from msquant.formats.scheme_rules import float_only
 from msquant.schemes import Scheme
 
 W8A8 = "W8A8"
@@ -40,17 +41,16 @@ ACCEPTED: dict[Variant, tuple[str, ...]] = {
 }
 """Descriptions of a tensor that each backend runs and msquant reads."""
 
-_MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
-
 # MindFormers takes its weight apart as well (`MLASelfAttention.process_weights_after_loading`).
-_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention"}
+_FOLDED = "{}, which it folds into the attention"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def variant_of(config: Mapping[str, Any]) -> Variant:
-    """The backend a model is served with: MindFormers for DeepSeek and Qwen3-MoE, else the native one."""
-    return "mindformers" if config.get("model_type") in _MINDFORMERS_MODEL_TYPES else "native"
+    """The backend that has the model's code; the native one for a model of no known family."""
+    family = find_family(config.get("model_type"))
+    return family.mindspore_backend if family else "native"
 
 
 def folder_variant(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Variant:
@@ -88,7 +88,7 @@ def check_schemes(
         if value not in ACCEPTED[variant]:
             known = " and ".join(ACCEPTED[variant])
             yield Finding(module, f"described as {value!r}: the {variant} backend knows only {known}")
-        elif value != FLOAT and (what := float_only(module, _FLOAT_ONLY)):
+        elif value != FLOAT and (what := float_only(module, _FOLDED)):
             yield Finding(module, f"described as {value}: the engine never quantizes {what}")
     if variant == "mindformers":
         yield from _check_experts(schemes, config)

@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.rope_rows import RowOrder
 from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear
 from msquant.errors import OutputError
+from msquant.families.row_orders import RowOrder
 from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
 from msquant.schemes import FLOAT

@@ -2,30 +2,27 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
+from msquant import families
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.schemes import Scheme
 
-FLOAT_ONLY: Mapping[str, str] = {
-    "lm_head": "the output head",
-    "embed_tokens": "embeddings",
-    "mlp.gate": "the router",
-}
-"""The ends of modules that no engine quantizes: tables, and the router, which is built without a method."""
 
-
-def float_only(module: str, names: Mapping[str, str] = FLOAT_ONLY) -> str | None:
+def float_only(module: str, folded: str = "") -> str | None:
     """What a module is that has to stay in floating point; None for another.
 
     Args:
         module: its name.
-        names: what it is, by the last parts of its name.
+        folded: what is said of a linear, `{}`, that engines fold into the attention; none is meant if empty.
     """
+    names = families.float_only()
+    if folded:
+        names = {**names, **{name: folded.format(name) for name in families.folded_linears()}}
     return next((what for end, what in names.items() if module == end or module.endswith(f".{end}")), None)
 
 
 def check_linear_schemes(
-    linears: Mapping[str, Scheme], consumer: str, accepted: Collection[Scheme], names: Mapping[str, str]
+    linears: Mapping[str, Scheme], consumer: str, accepted: Collection[Scheme], folded: str = ""
 ) -> Iterator[Finding]:
     """Check that a consumer can run the layers of a model in the given schemes together.
 
@@ -33,13 +30,13 @@ def check_linear_schemes(
         linears: the scheme of each linear layer by module.
         consumer: what runs them.
         accepted: the schemes that a format has for it.
-        names: see `float_only`.
+        folded: see `float_only`.
     """
     for module, scheme in linears.items():
         if scheme not in accepted:
             known = ", ".join(map(str, accepted))
             yield Finding(module, f"is {scheme}: in this format msquant writes {known} for {consumer}")
-        elif not scheme.is_float and (what := float_only(module, names)):
+        elif not scheme.is_float and (what := float_only(module, folded)):
             yield Finding(module, f"is {scheme}: {consumer} takes {what} in floating point only")
         if not (scheme.is_float or scheme.is_dynamic) and experts_parent(module):
             problem = f"{consumer} runs routed experts with per-token activations (W8A8_DYNAMIC) only"

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import QuantizedLinear, as_computed
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.ascend_layout import decode_linear, encode_linear
 from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
 from msquant.formats.compressed_tensors_section import make_section
