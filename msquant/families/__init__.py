@@ -1,6 +1,7 @@
 """The model families: one file a kind, found by `model_type` through one registry."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from msquant.families.base import Config, Family, Shapes
@@ -52,14 +53,26 @@ def row_orders(config: Config) -> RopeRows:
 
 def fused_linears() -> Mapping[str, tuple[str, ...]]:
     """What engines run as one layer, see `Family.fused`, of all families together."""
-    return {name: parts for family in _REGISTERED.values() for name, parts in family.fused.items()}
+    return _together(tuple(_REGISTERED.values()))[0]
 
 
 def float_only() -> Mapping[str, str]:
     """What no engine quantizes, see `Family.float_only`, of all families together."""
-    return {end: what for family in _REGISTERED.values() for end, what in family.float_only.items()}
+    return _together(tuple(_REGISTERED.values()))[1]
 
 
 def folded_linears() -> tuple[str, ...]:
     """What engines multiply into the attention, see `Family.folded`, of all families together."""
-    return tuple(dict.fromkeys(name for family in _REGISTERED.values() for name in family.folded))
+    return _together(tuple(_REGISTERED.values()))[2]
+
+
+@cache
+def _together(
+    known: tuple[Family, ...],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str], tuple[str, ...]]:
+    """Made once for the families that are known: rules look each of 90,000 tensors up."""
+    return (
+        {name: parts for family in known for name, parts in family.fused.items()},
+        {end: what for family in known for end, what in family.float_only.items()},
+        tuple(dict.fromkeys(name for family in known for name in family.folded)),
+    )

@@ -38,7 +38,8 @@ class RowOrder:
         rope = plain + np.concatenate([np.arange(0, self.rope_rows, 2), np.arange(1, self.rope_rows, 2)])
         head = np.concatenate([np.arange(plain), rope])
         starts = np.arange(self.heads) * self.head_rows
-        return (starts[:, None] + head).reshape(-1).astype(np.int64)
+        rows: NDArray[np.int64] = (starts[:, None] + head).reshape(-1).astype(np.int64)
+        return rows
 
     def interleaved(self) -> "NDArray[np.int64]":
         """`[rows]`: the inverse of `deinterleaved`, from the stored to the Hugging Face order."""
