@@ -8,7 +8,6 @@ from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, EngineError
 from msquant.formats.folder_rules import check_manifest
 from msquant.models.config import ModelConfig
-from msquant.models.families import EMBEDDING
 
 HASHED_BYTES = 1_000_000_000
 """Shards up to this size together are hashed unasked: that takes about a second at most."""
@@ -67,6 +66,7 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     """
     from msquant.inference.cpu import onednn
 
+    table = f"{config.family.names.embedding}.weight"
     widened = 1 if onednn.load_int8() else 4
     first_extra = config.num_hidden_layers
     skipped = tuple(
@@ -75,5 +75,5 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     return sum(
         prod(checkpoint.shape(name)) * (widened if checkpoint.dtype(name) == "I8" else 4)
         for name in checkpoint.names()
-        if not name.startswith(skipped) and (name != EMBEDDING or config.tie_word_embeddings)
+        if not name.startswith(skipped) and (name != table or config.tie_word_embeddings)
     )

@@ -246,13 +246,11 @@ def _complete(folder: Path) -> Path:
 
 def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
     """Load a model folder into the embedded engine; see `generate` for the errors."""
-    from msquant.models.families import FAMILIES
+    from msquant.families import find_family, model_types
 
     model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in FAMILIES:
-        raise _only_vllm(
-            f"cannot run model_type {model_type!r} (it runs {', '.join(sorted(FAMILIES))})", folder
-        )
+    if find_family(model_type) is None:
+        raise _only_vllm(f"cannot run model_type {model_type!r} (it runs {', '.join(model_types())})", folder)
 
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.inference.embedded import EmbeddedEngine

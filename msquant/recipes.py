@@ -3,6 +3,7 @@
 import difflib
 import os
 import reprlib
+from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -14,10 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
 from msquant.algorithms.base import Algorithm
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
+from msquant.families import find_family
 from msquant.formats.registry import (
     DEFAULT_FORMAT,
     FORMAT_DESCRIPTION,
@@ -29,7 +30,6 @@ from msquant.formats.registry import (
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
 from msquant.recipe_yaml import read_yaml
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -110,30 +110,31 @@ def find_recipe(name: str) -> Recipe:
     if path.suffix in SUFFIXES:
         return load_recipe(path)
     if name and name not in shipped_recipes() and os.path.isdir(path):
-        return Recipe(model=str(path), quantization=default_policy(_model_type(path)))
+        return default_recipe(str(path), _config(path))
     return load_recipe(find_shipped_recipe(name))
 
 
-def default_policy(model_type: str | None) -> Algorithm:
-    """What is done to a model without a recipe: all static where the engine serves that.
+def default_recipe(model: str, config: Mapping[str, Any]) -> Recipe:
+    """What is done to a model without a recipe: as its family has it, and else that of `Recipe`.
 
-    Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
-    its products (see `formats/golden_stick/form.py`).
+    Args:
+        model: its folder.
+        config: the content of its `config.json`.
     """
-    rules: list[tuple[str, Scheme]] = [("lm_head", FLOAT)]
-    if model_type in LATENT_TYPES:
-        rules.append(("kv_b_proj", FLOAT))
-    if model_type not in EXPERT_COUNT:
-        return make_algorithm(schemes=(*rules, ("*", W8A8)))
-    return make_algorithm(schemes=(*rules, ("mlp.", W8A8_DYNAMIC), ("*", W8A8)), feed_forward_alpha=0.5)
+    family = find_family(config.get("model_type"))
+    if family is None:
+        return Recipe(model=model)
+    default = family.default_recipe(config)
+    policy = make_algorithm(schemes=default.schemes, **default.options)
+    return Recipe.model_validate({"model": model, "quantization": policy, "format": default.formats[0]})
 
 
-def _model_type(folder: Path) -> str | None:
-    """None where there is no readable config.json, which whoever opens the model reports."""
+def _config(folder: Path) -> dict[str, Any]:
+    """Empty where there is no readable config.json, which whoever opens the model reports."""
     try:
-        return read_json(folder / "config.json").get("model_type")
+        return read_json(folder / "config.json")
     except CheckpointError:
-        return None
+        return {}
 
 
 def find_shipped_recipe(name: str) -> Path:

@@ -39,7 +39,7 @@ HEAVY = {
 
 # What each part of the package may import, besides itself.
 _BOTTOM = {"schemes", "errors", "interrupts", "progress", "__version__"}
-_FOUNDATION = _BOTTOM | {"checkpoint"}
+_FOUNDATION = _BOTTOM | {"checkpoint", "families"}
 _PARTS = {
     "hub",
     "calibration",
@@ -78,6 +78,7 @@ ALLOWED = {
     "progress": set[str](),
     "forecast": _FOUNDATION | {"models"},
     "checkpoint": _BOTTOM,
+    "families": _BOTTOM | {"checkpoint"},
     "hub": _FOUNDATION,
     "calibration": _FOUNDATION,
     "models": _FOUNDATION,

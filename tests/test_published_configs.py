@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
+from msquant.families import expected_shapes, extra_shapes
 from msquant.hub.published import HUB_IDS, configs_folder, published_bytes, published_config, published_name
 from msquant.models.config_json import parse_config
 from msquant.recipes import find_recipe, shipped_recipes

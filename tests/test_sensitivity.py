@@ -12,7 +12,7 @@ from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.pipeline import Progress, quantize
 from msquant.quantization.layer_schemes import model_schemes
 from msquant.quantization.selection import Budget
-from msquant.recipes import Recipe, default_policy, validate_recipe
+from msquant.recipes import Recipe, default_recipe, validate_recipe
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from msquant.sensitivity import Analysis, analyze
 from msquant.source import folder_plan, open_source
@@ -110,7 +110,7 @@ def test_progress_names_every_layer_and_nothing_is_left_in_the_temporary_folder(
 
 
 def test_a_mixture_of_experts_is_ranked_but_its_experts_cannot_be_kept(deepseek: Path) -> None:
-    recipe = Recipe(model=str(deepseek), quantization=default_policy("deepseek_v3"))
+    recipe = default_recipe(str(deepseek), {"model_type": "deepseek_v3"})
     recipe = recipe.replace("calibration", samples=2, sequence_length=16)
     analysis = analyze(recipe, budget=Budget("keep_dynamic", 3))
     by_name = {(g.measured.layer, g.measured.group): g for g in analysis.groups}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.errors import CheckpointError
+from msquant.families import expected_shapes, extra_shapes
 from msquant.hub.published import published_config
 from msquant.source import Source, open_source
 from tests.fixtures.fp8 import QUANTIZED, to_fp8

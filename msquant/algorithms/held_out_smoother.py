@@ -73,7 +73,7 @@ def _typical(layer: DecoderLayer, group: GroupCells, heads: int, repeat: int) ->
     """By the norm's weight or the rows in front; what a key-value head makes is read by several queries."""
     before = [_unwrapped(group.prev_layer).weight.clone().asnumpy()]
     if group.name == "down":
-        before.append(_unwrapped(layer.mlp.gate_proj).weight.asnumpy())
+        before.append(_unwrapped(layer.feed_forward.linears[0]).weight.asnumpy())
     typical = typical_magnitudes(*before)
     return np.repeat(typical.reshape(heads, 1, -1), repeat, axis=1).reshape(-1) if repeat > 1 else typical
 

@@ -9,23 +9,17 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant import families
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
+from msquant.families.row_orders import RopeRows
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.folder_rules import Finding, open_folder
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.servers import ServerName
 from msquant.formats.stored import stored_scheme
 from msquant.schemes import Scheme
-
-FLOAT_ONLY: Mapping[str, str] = {
-    "lm_head": "the output head",
-    "embed_tokens": "embeddings",
-    "mlp.gate": "the router",
-}
-"""The ends of modules that no engine quantizes: tables, and the router, which is built without a method."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,8 @@ class Format(ABC):
         dtypes: those that a model can be in.
         bias_in_float32: whether a quantized layer's bias is stored so, and not in the model's dtype; it is
             rounded to that in any case.
-        float_only: what has to stay in floating point, by the last parts of a module's name.
+        folded: what is said of a linear, `{}`, that the engine folds into the attention, and so takes in
+            floating point only; empty where it does not.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
@@ -55,7 +50,7 @@ class Format(ABC):
     marker: ClassVar[str | None] = None
     dtypes: ClassVar[tuple[str, ...]]
     bias_in_float32: ClassVar[bool] = False
-    float_only: ClassVar[Mapping[str, str]] = FLOAT_ONLY
+    folded: ClassVar[str] = ""
 
     variant: str = ""
 
@@ -118,8 +113,11 @@ class Format(ABC):
 
     def stays_float(self, module: str) -> str | None:
         """What a module is that has to stay in floating point; None for another."""
-        ends = self.float_only.items()
-        return next((what for end, what in ends if module == end or module.endswith(f".{end}")), None)
+        ends = families.float_only()
+        if self.folded:
+            ends = {**ends, **{name: self.folded.format(name) for name in families.folded_linears()}}
+        found = (what for end, what in ends.items() if module == end or module.endswith(f".{end}"))
+        return next(found, None)
 
     def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
         """Whose rows are stored in another order than Hugging Face's."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES, PlannedShard, plan_shards, weight_map
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.errors import CheckpointError, RecipeError
+from msquant.families.row_orders import RopeRows
 from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
 from msquant.formats.registry import DEFAULT_FORMAT, FormatName, model_format

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from msquant.checkpoint.disk import writing
 from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.checkpoint.rope_rows import RowOrder
 from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear
 from msquant.checkpoint.writer import file_sha256, write_index, write_json
 from msquant.errors import OutputError
+from msquant.families.row_orders import RowOrder
 from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
 from msquant.schemes import FLOAT

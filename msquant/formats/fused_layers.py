@@ -7,14 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
+from msquant.families import fused_linears
 from msquant.formats.folder_rules import Finding
-
-FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""The layers that vLLM makes of others: its `packed_modules_mapping` of Llama, Qwen and DeepSeek."""
 
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -28,8 +22,7 @@ def fused_layers(modules: Iterable[str]) -> dict[str, list[str]]:
     return {
         f"{parent}.{fused}": [f"{parent}.{name}" for name in members]
         for parent, names in sorted(parents.items())
-        for fused, members in FUSED.items()
-        # The q_proj of a latent attention without q_lora_rank runs alone.
+        for fused, members in fused_linears().items()
         if names.issuperset(members)
     }
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
+from msquant.families import find_family
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.fused_layers import experts_parent
 from msquant.formats.golden_stick.layout import SECTION
-from msquant.formats.golden_stick.mindformers_config import refused_keys, rope_problems
+from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, refused_keys, rope_problems
 from msquant.formats.registry import find_format, format_names
 from msquant.formats.servers import Parallelism, ServedModel, Server
 from msquant.schemes import FLOAT
@@ -42,6 +42,13 @@ class Rule:
 
 # vllm_mindspore/model_executor/models/registry.py of 0.5.1, `_NATIVE_MODELS`, as far as msquant knows them.
 _NATIVE = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# What a backend has, but not quantized.
+_FLOAT_IN = {
+    "Native": {"qwen3_moe": "its quantized experts fail an assertion"},
+    "MindFormers": {"qwen3_moe": "it builds Qwen3-MoE without quantization"},
+}
+# What the native backend of 0.6.0rc1 reorders itself.
+_REORDERED = ("deepseek_v3",)
 _OTHER_FORMATS = "msquant export FOLDER --format ascend, or compressed-tensors; of quantize: --format"
 _FUSED_ATTENTION = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(\w+)$")
@@ -65,7 +72,7 @@ def _format(server: Server, model: ServedModel, parallelism: Parallelism) -> Ite
 
 
 def _rope_rows(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if server.version == "0.6.0rc1" and model.model_type == "deepseek_v3" and model.variant == "mindformers":
+    if server.version == "0.6.0rc1" and model.model_type in _REORDERED and model.variant == "mindformers":
         yield (
             "self_attn.q_b_proj",
             "has its rotary rows in MindFormers' order, and the native DeepSeek-V3 reorders them once more",
@@ -90,16 +97,11 @@ def _architecture(server: Server, model: ServedModel, parallelism: Parallelism) 
             f"{kind} is not in its registry of models, {', '.join(_NATIVE)} are",
             _OTHER_FORMATS,
         )
-    elif server.backend == "Native" and kind == "qwen3_moe":
-        yield "model_type", "its quantized experts fail an assertion", _OTHER_FORMATS
-    elif _is_mindformers(server) and kind == "qwen3_moe":
-        yield "model_type", "it builds Qwen3-MoE without quantization", _OTHER_FORMATS
-    elif _is_mindformers(server) and kind != "deepseek_v3":
-        yield (
-            "model_type",
-            f"it has no quantized {kind}, of msquant's only deepseek_v3",
-            _OTHER_FORMATS,
-        )
+    elif problem := _FLOAT_IN.get(server.backend, {}).get(kind):
+        yield "model_type", problem, _OTHER_FORMATS
+    elif _is_mindformers(server) and kind not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        yield "model_type", f"it has no quantized {kind}, of msquant's only {known}", _OTHER_FORMATS
     elif _is_mindformers(server) and model.config.get("q_lora_rank", 0) is None:
         yield "q_lora_rank", "is null, and it does not load the q_proj of DeepSeek-V3", _OTHER_FORMATS
 
@@ -164,6 +166,11 @@ def _fused_attention(server: Server, model: ServedModel, parallelism: Parallelis
             return
 
 
+def _is_latent(model: ServedModel) -> bool:
+    family = find_family(model.model_type)
+    return family is not None and family.attention == "latent"
+
+
 def _whole(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
 
@@ -180,8 +187,9 @@ def _shared_out(
         vocabulary += -vocabulary % _VOCABULARY_PADDING
     yield "vocab_size", vocabulary or 0, tensor
     inner = _whole(config.get("moe_intermediate_size"))
-    if inner and model.model_type in EXPERT_COUNT:
-        count = EXPERT_COUNT[model.model_type]
+    family = find_family(model.model_type)
+    if inner and family and family.expert_count:
+        count = family.expert_count
         whole = parallelism.expert or 1
         yield count, config.get(count, 0), whole
         yield "moe_intermediate_size", inner, max(1, tensor * parallelism.data // whole)
@@ -200,7 +208,7 @@ def _divisible(server: Server, model: ServedModel, parallelism: Parallelism) -> 
 
 def _key_value_heads(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
     heads = _whole(model.config.get("num_key_value_heads"))
-    if heads is None or model.model_type in LATENT_TYPES:
+    if heads is None or _is_latent(model):
         return
     # Where there are more NPUs than heads, each head is held by several.
     more, fewer = max(heads, parallelism.tensor), min(heads, parallelism.tensor)
@@ -216,7 +224,7 @@ def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism
     if server.name != "vllm":
         return
     experts = {scheme for module, scheme in model.linears.items() if experts_parent(module)}
-    if server.version == "0.32.0" and model.model_type in LATENT_TYPES and experts - {FLOAT}:
+    if server.version == "0.32.0" and _is_latent(model) and experts - {FLOAT}:
         yield (
             "mlp.experts",
             "its CPU build has no INT8 kernel for these experts (No Int8 MoE backend)",

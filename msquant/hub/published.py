@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import msquant
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.json_file import read_json
+from msquant.families import expected_shapes, extra_shapes
 
 HUB_IDS = {
     "deepseek-r1": "deepseek-ai/DeepSeek-R1",

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.models.cells import norm_cell, projection
+from msquant.models.cells import add_linears, norm_cell
 from msquant.models.config import ModelConfig
 from msquant.models.positions import Positions
 
@@ -62,21 +62,22 @@ class Attention(nn.Cell):
         super().__init__()
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = projection(config, source, f"{name}.q_proj", dtype)
-        self.k_proj = projection(config, source, f"{name}.k_proj", dtype)
-        self.v_proj = projection(config, source, f"{name}.v_proj", dtype)
-        self.o_proj = projection(config, source, f"{name}.o_proj", dtype)
-        self.q_norm = self.k_norm = None
-        if config.family.query_key_norms:
-            self.q_norm = norm_cell(config, source, f"{name}.q_norm", dtype)
-            self.k_norm = norm_cell(config, source, f"{name}.k_norm", dtype)
+        self.names = names = config.family.names
+        linears = names.queries, names.keys, names.values, names.output
+        add_linears(self, config, source, name, dtype, *linears)
+        for norm in (names.query_norm, names.key_norm):
+            normed = config.family.query_key_norms
+            setattr(self, norm, norm_cell(config, source, f"{name}.{norm}", dtype) if normed else None)
         self.attend = ScaledDotProduct(config.head_dim**-0.5)
 
     def context(self, x: Tensor, batch: int, places: Positions, cache: KeyValueCache | None) -> Tensor:
-        """The input of `o_proj`: `[B*T, H]` to `[B*T, heads * head_dim]`."""
-        queries = places.rotate(self._split(self.q_proj(x), batch, self.heads, self.q_norm))
-        keys = places.rotate(self._split(self.k_proj(x), batch, self.groups, self.k_norm))
-        values = self._split(self.v_proj(x), batch, self.groups)
+        """The input of the output projection: `[B*T, H]` to `[B*T, heads * head_dim]`."""
+        names = self.names
+        queries, keys, values = (getattr(self, part)(x) for part in (names.queries, names.keys, names.values))
+        query_norm, key_norm = getattr(self, names.query_norm), getattr(self, names.key_norm)
+        queries = places.rotate(self._split(queries, batch, self.heads, query_norm))
+        keys = places.rotate(self._split(keys, batch, self.groups, key_norm))
+        values = self._split(values, batch, self.groups)
         if cache is not None:
             keys, values = cache.extend(keys, values)
         return self.attend(queries, keys, values, places)

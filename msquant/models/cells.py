@@ -54,3 +54,15 @@ def norm_cell(
 def projection(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> nn.Cell:
     """Build the linear layer called `name`. Raises CheckpointError as `read_linear`."""
     return linear_cell(read_linear(config, source, name), dtype)
+
+
+def add_linears(
+    cell: nn.Cell, config: ModelConfig, source: WeightSource, name: str, dtype: Any, *parts: str
+) -> None:
+    """Give a block called `name` its linear layers, under the names that they have within it.
+
+    Raises:
+        CheckpointError: as `read_linear`.
+    """
+    for part in parts:
+        setattr(cell, part, projection(config, source, f"{name}.{part}", dtype))

@@ -4,81 +4,16 @@ from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, InstanceOf, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from msquant.errors import CheckpointError
-from msquant.models.families import (
-    EMBEDDING,
-    FEED_FORWARD,
-    FINAL_NORM,
-    GROUPED_QUERY,
-    HEAD,
-    LATENT,
-    LATENT_FULL_RANK_QUERY,
-    Family,
-    SmoothGroup,
-)
+from msquant.families.base import ExpertSizes, Family, LatentSizes, Shapes, SmoothGroup
 
 _STRICT = ConfigDict(strict=True)
 
-Shapes = dict[str, tuple[int, ...]]
-
 # DeepSeek's own code and transformers leave the epsilon of the inner norms at their default.
 INNER_NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True, config=_STRICT)
-class LatentSizes:
-    """The sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
-
-    Attributes:
-        q_lora_rank: channels that queries are compressed to; None where they are not.
-        kv_lora_rank: channels that keys and values are compressed to.
-        qk_nope_head_dim: channels of a head's queries and keys without a position.
-        qk_rope_head_dim: channels of a head's queries and keys that are rotated; all heads share such keys.
-        v_head_dim: channels of a head's values.
-        rope_interleave: whether the pairs that are rotated lie side by side, and not half a head apart.
-    """
-
-    q_lora_rank: PositiveInt | None
-    kv_lora_rank: PositiveInt
-    qk_nope_head_dim: PositiveInt
-    qk_rope_head_dim: PositiveInt
-    v_head_dim: PositiveInt
-    rope_interleave: bool
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a head's queries and keys."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ExpertSizes:
-    """A mixture of experts, and how its router chooses among them.
-
-    Attributes:
-        count: routed experts of a layer.
-        per_token: how many of them compute each token.
-        intermediate_size: of each routed expert.
-        shared: experts that compute every token, stored as one of `shared * intermediate_size`.
-        groups: the experts are ranked in this many groups of equal size.
-        groups_per_token: only experts of the best so many groups are chosen from.
-        group_score: a group is worth the sum of its best so many experts.
-        normalize: whether the chosen experts' weights are scaled to a sum of 1.
-        scaling_factor: of the chosen experts' weights.
-    """
-
-    count: PositiveInt
-    per_token: PositiveInt
-    intermediate_size: PositiveInt
-    shared: NonNegativeInt = 0
-    groups: PositiveInt = 1
-    groups_per_token: PositiveInt = 1
-    group_score: PositiveInt = 1
-    normalize: bool = False
-    scaling_factor: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -99,7 +34,7 @@ class ModelConfig:
         fp8_block: rows and columns that share a scale in a checkpoint with FP8 weights; None for others.
     """
 
-    family: Family
+    family: InstanceOf[Family]
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -125,14 +60,12 @@ class ModelConfig:
     @property
     def attention_groups(self) -> tuple[SmoothGroup, ...]:
         """The smooth groups of attention, in the order of computation."""
-        if self.latent is None:
-            return GROUPED_QUERY
-        return LATENT_FULL_RANK_QUERY if self.latent.q_lora_rank is None else LATENT
+        return self.family.attention_groups(self.raw)
 
     @property
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
         """The smooth groups of a dense layer's feed-forward block, in the order of computation."""
-        return FEED_FORWARD
+        return self.family.feed_forward_groups
 
     @property
     def groups(self) -> tuple[SmoothGroup, ...]:
@@ -146,7 +79,7 @@ class ModelConfig:
 
     @property
     def qk_nope_head_dim(self) -> int:
-        """Channels of a head's keys without a position: the key rows in each head of `kv_b_proj`."""
+        """Channels of a head's keys without a position: the key rows in each head of what makes them."""
         return self.latent.qk_nope_head_dim if self.latent else 0
 
     @property
@@ -172,7 +105,9 @@ class ModelConfig:
     @property
     def end_names(self) -> tuple[str, ...]:
         """The tensors outside of the decoder layers."""
-        return tuple(name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in self.shapes)
+        names = self.family.names
+        ends = (f"{end}.weight" for end in (names.embedding, names.final_norm, names.head))
+        return tuple(name for name in ends if name in self.shapes)
 
     @property
     def extra_names(self) -> tuple[str, ...]:
@@ -192,13 +127,14 @@ class ModelConfig:
 
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""
-        return f"{self.family.layer_name(index)}.mlp.gate.weight" in self.layer_shapes(index)
+        return f"{self.family.router_name(index)}.weight" in self.layer_shapes(index)
 
     @cached_property
     def _by_layer(self) -> dict[str, Shapes]:
         layers: dict[str, Shapes] = {}
+        parts = self.family.layer_name(0).count(".") + 1
         for name, shape in (self.shapes | self.extra_shapes).items():
-            layers.setdefault(".".join(name.split(".")[:3]), {})[name] = shape
+            layers.setdefault(".".join(name.split(".")[:parts]), {})[name] = shape
         return layers
 
 

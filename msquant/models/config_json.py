@@ -6,21 +6,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from msquant.checkpoint.config_limits import check_numbers
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
 from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.rope_settings import with_rope_scaling
 from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import CheckpointError, ModelError
-from msquant.models.config import ExpertSizes, LatentSizes, ModelConfig
-from msquant.models.families import FAMILIES, Family
+from msquant.families import find_family, model_types
+from msquant.models.config import ModelConfig
 from msquant.models.rope import rotary_tables
 
 Where = Path | str
 _CHECK = "check the file against the published one"
 # The int8 of a finished folder, which no computation starts from.
 _FINISHED = ("compressed-tensors", "golden-stick")
-_WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -42,15 +40,15 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
         CheckpointError: the values contradict one another.
         ModelError: the architecture, or an option of it, is not supported.
     """
-    family = FAMILIES.get(str(raw.get("model_type")))
+    family = find_family(raw.get("model_type"))
     if family is None:
         raise ModelError(
             f"model_type {raw.get('model_type')!r} is not supported",
             where=where,
-            remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
+            remedy=f"use a model of one of these types: {', '.join(model_types())}",
         )
     check_numbers(raw, where)
-    _refuse_options(raw, family, where)
+    family.refuse_options(raw, where)
     fp8_block = _fp8_block(raw, where)
     original = raw
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
@@ -58,15 +56,19 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
     if not isinstance(raw.get("rope_scaling"), dict | None):
         raise CheckpointError(f"rope_scaling is {raw['rope_scaling']!r}", where=where, remedy=_CHECK)
     try:
-        shapes, extra = expected_shapes(raw) or {}, extra_shapes(raw)
+        shapes, extra = family.shapes(raw), family.extra_shapes(raw)
         # A copy, because transformers adds entries to nested sections.
         config = import_transformers().AutoConfig.for_model(
-            **{**raw, "rope_scaling": dict(raw.get("rope_scaling") or {}) or None}
+            **{
+                **raw,
+                "model_type": family.read_as or family.model_type,
+                "rope_scaling": dict(raw.get("rope_scaling") or {}) or None,
+            }
         )
-        _refuse_windows(config, family, where)
+        family.refuse_windows(config, where)
         heads = config.num_attention_heads
         eos = config.eos_token_id
-        latent = _latent_sizes(config, family)
+        latent = family.latent_sizes(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         built = ModelConfig(
             family=family,
@@ -88,7 +90,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             rope_scaling=getattr(config, "rope_scaling", None) or {},
             eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
             latent=latent,
-            experts=_expert_sizes(config, family),
+            experts=family.expert_sizes(config),
             num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
             fp8_block=fp8_block,
         )
@@ -106,38 +108,6 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
     # Refuses an unknown scaling variant now, and not at the first layer.
     rotary_tables(built, 0, 1)
     return built
-
-
-def _latent_sizes(config: Any, family: Family) -> LatentSizes | None:
-    if family.attention != "latent":
-        return None
-    return LatentSizes(
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        rope_interleave=getattr(config, "rope_interleave", True),
-    )
-
-
-def _expert_sizes(config: Any, family: Family) -> ExpertSizes | None:
-    if family.router is None:
-        return None
-    deepseek = family.attention == "latent"
-    # DeepSeek-V2 counts groups even where its greedy router does not look at them.
-    grouped = deepseek and getattr(config, "topk_method", None) != "greedy"
-    return ExpertSizes(
-        count=getattr(config, EXPERT_COUNT[family.model_type]),
-        per_token=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
-        shared=config.n_shared_experts if deepseek else 0,
-        groups=config.n_group if grouped else 1,
-        groups_per_token=config.topk_group if grouped else 1,
-        group_score=2 if family.correction_bias else 1,
-        normalize=config.norm_topk_prob,
-        scaling_factor=float(config.routed_scaling_factor) if deepseek else 1.0,
-    )
 
 
 def _check_heads(config: ModelConfig, explicit_head_dim: bool, where: Where) -> None:
@@ -181,50 +151,6 @@ def _check_experts(config: ModelConfig, where: Where) -> None:
             f"the router can choose among {available}",
             where=where,
             remedy=_CHECK,
-        )
-
-
-# What a family's router can be asked for: the values that are computed here, and a missing entry.
-_ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v2": {
-        "topk_method": (None, "greedy", "group_limited_greedy"),
-        "scoring_func": (None, "softmax"),
-        "norm_topk_prob": (None, False),
-        "moe_layer_freq": (None, 1),
-    },
-    "deepseek_v3": {
-        "topk_method": (None, "noaux_tc"),
-        "scoring_func": (None, "sigmoid"),
-        "moe_layer_freq": (None, 1),
-    },
-}
-
-
-def _refuse_options(raw: dict[str, Any], family: Family, where: Where) -> None:
-    """Refuse what would silently change the arithmetic of the decoder layers."""
-    supported = {
-        "hidden_act": (None, "silu"),
-        "pretraining_tp": (None, 1),
-        "partial_rotary_factor": (None, 1),
-        **_ROUTERS.get(family.model_type, {}),
-    }
-    for option, values in supported.items():
-        if raw.get(option) not in values:
-            raise ModelError(f"{option} = {raw[option]!r} is not supported", where=where)
-
-
-def _refuse_windows(config: Any, family: Family, where: Where) -> None:
-    """Refuse attention that does not see all earlier tokens."""
-    if family.model_type not in _WINDOWED:
-        return
-    window = config.sliding_window
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds or (window is not None and window < config.max_position_embeddings):
-        what = f"sliding_window = {window!r}" if window is not None else f"layer_types {sorted(kinds)}"
-        raise ModelError(
-            f"{what} is not supported: every layer here attends to all earlier tokens",
-            where=where,
-            remedy="use a version of the model without sliding windows, for example Mistral-7B v0.3",
         )
 
 

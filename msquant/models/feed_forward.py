@@ -5,7 +5,7 @@ from typing import Any
 from mindspore import Tensor, nn, ops
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.models.cells import projection
+from msquant.models.cells import add_linears
 from msquant.models.config import ModelConfig
 
 
@@ -24,14 +24,21 @@ class MLP(nn.Cell):
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
         super().__init__()
-        self.gate_proj = projection(config, source, f"{name}.gate_proj", dtype)
-        self.up_proj = projection(config, source, f"{name}.up_proj", dtype)
-        self.down_proj = projection(config, source, f"{name}.down_proj", dtype)
+        names = config.family.names
+        self._parts = names.gate, names.up, names.down
+        add_linears(self, config, source, name, dtype, *self._parts)
+
+    @property
+    def linears(self) -> tuple[Any, Any, Any]:
+        """The cells of gate, up and down, which golden-stick replaces."""
+        gate, up, down = (getattr(self, part) for part in self._parts)
+        return gate, up, down
 
     def gated(self, x: Tensor) -> Tensor:
-        """The input of `down_proj`: `[T, H]` to `[T, intermediate]`."""
-        return ops.silu(self.gate_proj(x)) * self.up_proj(x)
+        """The input of the linear down: `[T, H]` to `[T, intermediate]`."""
+        gate, up, _ = self.linears
+        return ops.silu(gate(x)) * up(x)
 
     def construct(self, x: Tensor) -> Tensor:
         """`[T, H]` to the same."""
-        return self.down_proj(self.gated(x))
+        return self.linears[2](self.gated(x))

@@ -58,28 +58,32 @@ class DecoderLayer(nn.Cell):
         super().__init__()
         index = int(index.rsplit(".", 1)[1]) if isinstance(index, str) else index
         name = config.family.layer_name(index)
-        self.input_layernorm = norm_cell(config, source, f"{name}.input_layernorm", dtype)
-        # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
-        steps: list[tuple[str, Callable[..., State]]] = [("", DecoderLayer._normalize)]
+        self.names = names = config.family.names
+        groups = config.attention_groups
+        block = f"{name}.{names.attention}"
+        setattr(self, names.input_norm, norm_cell(config, source, f"{name}.{names.input_norm}", dtype))
+        attention: Any
         if config.latent is None:
-            self.self_attn: Any = Attention(config, source, f"{name}.self_attn", dtype)
-            steps += [("qkv", DecoderLayer._attend)]
+            attention = Attention(config, source, block, dtype)
         else:
-            self.self_attn = LatentAttention(config, config.latent, source, f"{name}.self_attn", dtype)
-            steps += [("q_kv_a", DecoderLayer._compress)]
-            steps += [("q_b", DecoderLayer._expand_queries)] if self.self_attn.compresses_queries else []
-            steps += [("kv_b", DecoderLayer._attend_latent)]
-        self.post_attention_layernorm: RMSNorm | None = None
-        steps += [("o", DecoderLayer._project)]
+            attention = LatentAttention(config, config.latent, source, block, dtype)
+        setattr(self, names.attention, attention)
+        experts = part == "whole" and config.has_experts(index)
+        setattr(self, names.feed_forward_norm, None)
         if part == "whole":
-            norm = f"{name}.post_attention_layernorm"
-            self.post_attention_layernorm = norm_cell(config, source, norm, dtype)
-            if config.has_experts(index):
-                self.mlp: Any = MoE(config, source, f"{name}.mlp", dtype, resident)
-                steps += [("", DecoderLayer._mix)]
+            norm, block = f"{name}.{names.feed_forward_norm}", f"{name}.{names.feed_forward}"
+            setattr(self, names.feed_forward_norm, norm_cell(config, source, norm, dtype))
+            feed_forward: Any
+            if experts:
+                feed_forward = MoE(config, source, block, dtype, resident)
             else:
-                self.mlp = MLP(config, source, f"{name}.mlp", dtype)
-                steps += [("gate_up", DecoderLayer._gate), ("down", DecoderLayer._finish)]
+                feed_forward = MLP(config, source, block, dtype)
+                groups += config.feed_forward_groups
+            setattr(self, names.feed_forward, feed_forward)
+        # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
+        steps: list[tuple[str, Callable[..., State]]]
+        steps = [("", DecoderLayer._normalize), *((group.name, _STEPS[group.name]) for group in groups)]
+        steps += [("", DecoderLayer._mix)] if experts else []
         self._steps = tuple(step for _, step in steps)
         self.step_of = {group: i for i, (group, _) in enumerate(steps) if group}
 
@@ -111,46 +115,66 @@ class DecoderLayer(nn.Cell):
             state = step(self, state, batch, places, cache)
         return state
 
+    @property
+    def _attention(self) -> Any:
+        return getattr(self, self.names.attention)
+
+    @property
+    def feed_forward(self) -> Any:
+        """Its feed-forward block, dense or a mixture of experts."""
+        return getattr(self, self.names.feed_forward)
+
     def _normalize(self, state: State, *_: Any) -> State:
         (hidden,) = state
-        return hidden, self.input_layernorm(hidden)
+        return hidden, getattr(self, self.names.input_norm)(hidden)
 
     def _attend(self, state: State, batch: int, places: Positions, cache: KeyValueCache | None) -> State:
         hidden, x = state
-        return hidden, self.self_attn.context(x, batch, places, cache)
+        return hidden, self._attention.context(x, batch, places, cache)
 
     def _compress(self, state: State, *_: Any) -> State:
         hidden, x = state
-        queries, compressed, shared = self.self_attn.compress(x)
-        if self.self_attn.compresses_queries:
+        queries, compressed, shared = self._attention.compress(x)
+        if self._attention.compresses_queries:
             return hidden, queries, compressed, shared
         return hidden, compressed, queries, shared
 
     def _expand_queries(self, state: State, *_: Any) -> State:
         hidden, x, compressed, shared = state
-        return hidden, compressed, self.self_attn.q_b_proj(x), shared
+        return hidden, compressed, self._attention.expand_queries(x), shared
 
     def _attend_latent(
         self, state: State, batch: int, places: Positions, cache: KeyValueCache | None
     ) -> State:
         hidden, x, queries, shared = state
-        return hidden, self.self_attn.context(queries, x, shared, batch, places, cache)
+        return hidden, self._attention.context(queries, x, shared, batch, places, cache)
 
     def _project(self, state: State, *_: Any) -> State:
         hidden, context = state
-        hidden = hidden + self.self_attn.o_proj(context)
-        if self.post_attention_layernorm is None:
-            return (hidden,)
-        return hidden, self.post_attention_layernorm(hidden)
+        hidden = hidden + getattr(self._attention, self.names.output)(context)
+        norm = getattr(self, self.names.feed_forward_norm)
+        return (hidden,) if norm is None else (hidden, norm(hidden))
 
     def _mix(self, state: State, *_: Any) -> State:
         hidden, x = state
-        return (hidden + self.mlp(x),)
+        return (hidden + self.feed_forward(x),)
 
     def _gate(self, state: State, *_: Any) -> State:
         hidden, x = state
-        return hidden, self.mlp.gated(x)
+        return hidden, self.feed_forward.gated(x)
 
     def _finish(self, state: State, *_: Any) -> State:
         hidden, gated = state
-        return (hidden + self.mlp.down_proj(gated),)
+        return (hidden + self.feed_forward.linears[2](gated),)
+
+
+# The step that starts with the linears of a smooth group, by the group's name.
+_STEPS: dict[str, Callable[..., State]] = {
+    "qkv": DecoderLayer._attend,
+    "q_kv_a": DecoderLayer._compress,
+    "q_b": DecoderLayer._expand_queries,
+    "kv_b": DecoderLayer._attend_latent,
+    "o": DecoderLayer._project,
+    "gate_up": DecoderLayer._gate,
+    "down": DecoderLayer._finish,
+}

@@ -31,16 +31,17 @@ class Router(nn.Cell):
         super().__init__()
         self.config, self.sizes = config, expert_sizes(config)
         self.weight = Parameter(Tensor(read_tensor(config, source, f"{name}.weight"), ms.float32))
-        self.e_score_correction_bias: Parameter | None = None
+        self._bias = config.family.names.correction_bias
+        setattr(self, self._bias, None)
         if config.family.correction_bias:
-            bias = read_tensor(config, source, f"{name}.e_score_correction_bias")
-            self.e_score_correction_bias = Parameter(Tensor(bias, ms.float32))
+            bias = read_tensor(config, source, f"{name}.{self._bias}")
+            setattr(self, self._bias, Parameter(Tensor(bias, ms.float32)))
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor) -> tuple[Ids, Weights]:
         """`[T, H]` to the chosen experts and their weights, int32 and float32 `[T, experts a token]`."""
         logits = self.matmul(x.astype(ms.float32), self.weight).asnumpy()
-        bias = self.e_score_correction_bias
+        bias = getattr(self, self._bias)
         return route(self.config, self.sizes, logits, None if bias is None else bias.asnumpy())
 
     def route(self, x: Tensor) -> tuple[Ids, Weights]:
@@ -67,22 +68,26 @@ class MoE(nn.Cell):
         self, config: ModelConfig, source: WeightSource, name: str, dtype: Any, resident: bool
     ) -> None:
         super().__init__()
-        sizes = expert_sizes(config)
+        sizes, names = expert_sizes(config), config.family.names
         self.dtype, self.count = dtype, sizes.count
-        self.gate = Router(config, source, f"{name}.gate", dtype)
-        self.shared_experts: MLP | None = None
+        self.names = names
+        setattr(self, names.router, Router(config, source, f"{name}.{names.router}", dtype))
+        setattr(self, names.shared_experts, None)
         if sizes.shared:
-            self.shared_experts = MLP(config, source, f"{name}.shared_experts", dtype)
-        self._load = lambda expert: MLP(config, source, f"{name}.experts.{expert}", dtype)
-        self.experts = nn.CellList([self._load(i) for i in range(self.count)]) if resident else None
+            shared = MLP(config, source, f"{name}.{names.shared_experts}", dtype)
+            setattr(self, names.shared_experts, shared)
+        self._load = lambda expert: MLP(config, source, f"{name}.{names.experts}.{expert}", dtype)
+        experts = nn.CellList([self._load(i) for i in range(self.count)]) if resident else None
+        setattr(self, names.experts, experts)
 
     def expert(self, index: int) -> MLP:
         """The expert of that number, read anew unless all are resident."""
-        return self._load(index) if self.experts is None else self.experts[index]
+        experts = getattr(self, self.names.experts)
+        return self._load(index) if experts is None else experts[index]
 
     def construct(self, x: Tensor) -> Tensor:
         """`[T, H]` to the same."""
-        ids, weights = self.gate(x)
+        ids, weights = getattr(self, self.names.router)(x)
         # Gathering and adding rows on the host: on a CPU far faster than with operators.
         rows_in = x.astype(ms.float32).asnumpy()
         total = np.zeros(rows_in.shape, np.float32)
@@ -91,4 +96,5 @@ class MoE(nn.Cell):
             answer = self.expert(index)(Tensor(rows_in[rows], self.dtype))
             total[rows] += answer.astype(ms.float32).asnumpy() * weight[:, None]
         mixed = Tensor(total, self.dtype)
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+        shared = getattr(self, self.names.shared_experts)
+        return mixed if shared is None else mixed + shared(x)

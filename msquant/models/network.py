@@ -11,7 +11,6 @@ from msquant.checkpoint.weights import WeightSource
 from msquant.models.attention import KeyValueCache
 from msquant.models.cells import norm_cell
 from msquant.models.config import ModelConfig, check_shape
-from msquant.models.families import EMBEDDING, FINAL_NORM, HEAD
 from msquant.models.layers import DecoderLayer
 from msquant.models.positions import positions
 
@@ -29,8 +28,9 @@ class Embedding:
             CheckpointError: the table is missing or damaged, or its rows are not of the hidden size.
         """
         unique, places = np.unique(tokens, return_inverse=True)
-        rows = self._source.rows(EMBEDDING, unique)
-        check_shape(self._config, EMBEDDING, (self._config.vocab_size, *rows.shape[1:]))
+        table = f"{self._config.family.names.embedding}.weight"
+        rows = self._source.rows(table, unique)
+        check_shape(self._config, table, (self._config.vocab_size, *rows.shape[1:]))
         return Tensor(rows[places].reshape(*tokens.shape, -1), self._dtype)
 
 
@@ -50,8 +50,9 @@ class Head:
     def __init__(
         self, config: ModelConfig, source: WeightSource, dtype: Any, vocabulary: range | None = None
     ) -> None:
-        self._norm = norm_cell(config, source, FINAL_NORM.removesuffix(".weight"), dtype)
-        name = EMBEDDING if config.tie_word_embeddings else HEAD
+        names = config.family.names
+        self._norm = norm_cell(config, source, names.final_norm, dtype)
+        name = f"{names.embedding if config.tie_word_embeddings else names.head}.weight"
         if vocabulary is None:
             table = source.tensor(name)
             check_shape(config, name, table.shape)

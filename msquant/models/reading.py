@@ -5,7 +5,8 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.errors import CheckpointError, ModelError
-from msquant.models.config import ExpertSizes, ModelConfig, check_shape
+from msquant.families.base import ExpertSizes
+from msquant.models.config import ModelConfig, check_shape
 
 
 def read_tensor(config: ModelConfig, source: WeightSource, name: str) -> NDArray[np.float32]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from msquant.errors import ModelError
 
 if TYPE_CHECKING:
-    from msquant.models.config import LatentSizes, ModelConfig
+    from msquant.families.base import LatentSizes
+    from msquant.models.config import ModelConfig
 
 Frequencies = tuple[NDArray[np.float32], float]
 

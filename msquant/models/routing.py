@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.models.config import ExpertSizes, ModelConfig
+from msquant.families.base import ExpertSizes
+from msquant.models.config import ModelConfig
 
 Ids = NDArray[np.int32]
 Weights = NDArray[np.float32]

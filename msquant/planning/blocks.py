@@ -84,7 +84,7 @@ class LayerBlocks:
         self.groups = [[linears[linear] for linear in group.linears] for group in groups]
         self.inner: dict[str, list[Linear]] = {}
         for key, linear in linears.items() if two else ():
-            if key.startswith("mlp."):
+            if key.startswith(f"{config.family.names.feed_forward}."):
                 self.inner.setdefault(key.rpartition(".")[0], []).append(linear)
         self.experts = config.num_experts if config.has_experts(index) else 0
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.writer import write_json, write_shard
@@ -105,7 +104,7 @@ def _fewer_experts(config: ModelConfig, block: LayerBlocks, small: bool) -> dict
         raw |= {"n_group": 1, "topk_group": 1}
         # Each gets about as great a part of the tokens as it does in the model.
         raw["num_experts_per_tok"] = max(1, round(sizes.per_token * count / sizes.count))
-    return raw | {EXPERT_COUNT[config.family.model_type]: count}
+    return raw | {str(config.family.expert_count): count}
 
 
 def write_sample(folder: Path, config: ModelConfig, model: ModelConfig, weights: Checkpoint | None) -> None:

@@ -82,22 +82,24 @@ class FeedForwardPass:
         dtype: Any,
         step: Callable[[str], None] = lambda text: None,
     ) -> None:
-        layer = config.family.layer_name(index)
+        layer, self._parts = config.family.layer_name(index), config.family.names
+        parts = self._parts
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
         self._step = step
-        self._norm_name = f"{layer}.post_attention_layernorm.weight"
-        self._name = f"{layer}.mlp"
+        self._norm_name = f"{layer}.{parts.feed_forward_norm}.weight"
+        self._name = f"{layer}.{parts.feed_forward}"
         self._norm = RMSNorm(source.tensor(self._norm_name), config.rms_norm_eps, dtype)
-        names = config.layer_shapes(index)
-        self._router_names = [name for name in names if name.startswith(f"{self._name}.gate.")]
+        names, router = config.layer_shapes(index), config.family.router_name(index)
+        self._router_names = [name for name in names if name.startswith(f"{router}.")]
         self._router = None
         if config.has_experts(index):
-            self._router = Router(config, source, f"{self._name}.gate", dtype)
+            self._router = Router(config, source, router, dtype)
             self._experts = [
-                _Expert(f"{self._name}.experts.{number}", number) for number in range(config.num_experts)
+                _Expert(f"{self._name}.{parts.experts}.{number}", number)
+                for number in range(config.num_experts)
             ]
-            if f"{self._name}.shared_experts.gate_proj.weight" in names:
-                self._experts.append(_Expert(f"{self._name}.shared_experts", None))
+            if config.experts is not None and config.experts.shared:
+                self._experts.append(_Expert(f"{self._name}.{parts.shared_experts}", None))
         else:
             self._experts = [_Expert(self._name, None)]
         # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
@@ -129,17 +131,18 @@ class FeedForwardPass:
             if not len(rows) and not first:
                 continue
             mlp = MLP(self._config, self._source, expert.name, self._dtype)
+            gate, up, down = mlp.linears
             if first:
-                for linear in (mlp.gate_proj, mlp.up_proj):
+                for linear in (gate, up):
                     np.maximum(columns, column_maxima(linear.weight.asnumpy()), out=columns)
             if not len(rows):
                 continue
             gated = mlp.gated(Tensor(x[rows], self._dtype))
             if smooth:
                 highest = column_maxima(gated.asnumpy())
-                expert.down = column_maxima(mlp.down_proj.weight.asnumpy())
+                expert.down = column_maxima(down.weight.asnumpy())
                 expert.gated = np.maximum(expert.gated, highest) if expert.gated.size else highest
-            output[rows] += mlp.down_proj(gated).asnumpy() * factors
+            output[rows] += down(gated).asnumpy() * factors
         if smooth:
             self._columns = columns if first else self._columns
             np.maximum(self._inputs, column_maxima(x), out=self._inputs)
@@ -165,13 +168,13 @@ class FeedForwardPass:
         for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
-            gate = self._linear(expert, "gate_proj", sink, columns=shared)
+            gate = self._linear(expert, self._parts.gate, sink, columns=shared)
             product = _silu(_apply(gate, given))
             del gate
-            up = self._linear(expert, "up_proj", sink, columns=shared, rows=inner)
+            up = self._linear(expert, self._parts.up, sink, columns=shared, rows=inner)
             product *= _apply(up, given)
             del up
-            down = self._linear(expert, "down_proj", sink, columns=inner)
+            down = self._linear(expert, self._parts.down, sink, columns=inner)
             output[rows] += _apply(down, product) * factors
         return output
 

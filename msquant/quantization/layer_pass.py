@@ -14,17 +14,14 @@ from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.families.base import SmoothGroup
 from msquant.interrupts import check_interrupt
 from msquant.kernels import golden_stick
 from msquant.kernels.fake_quant import in_int8
 from msquant.kernels.report import LayerReport
 from msquant.models.config import ModelConfig
-from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.schemes import Scheme
-
-KEY_VALUE_UP = "self_attn.kv_b_proj"
-"""Of multi-head latent attention: its rows are keys and values of every head in turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +225,9 @@ class _OneLayerModel:
         from msquant.kernels.value_rows import ValueRows
 
         cell = find_cell(layer, group.previous)
-        sizes = self._config.latent
-        if sizes is None or group.previous != KEY_VALUE_UP:
+        sizes, names = self._config.latent, self._config.family.names
+        # Its rows are keys and values of every head in turn.
+        if sizes is None or (group.previous,) != names.within_attention(names.latent_up):
             return cell
         return ValueRows(cell, self._config.num_attention_heads, sizes.qk_nope_head_dim, sizes.v_head_dim)
 

@@ -7,7 +7,7 @@ from msquant.schemes import Scheme
 
 def layer_linears(config: ModelConfig, index: int) -> list[str]:
     """The full names of the linears within a decoder layer that can be quantized: all but a router."""
-    router = f"{config.family.layer_name(index)}.mlp.gate.weight"
+    router = f"{config.family.router_name(index)}.weight"
     return [
         tensor.removesuffix(".weight")
         for tensor, shape in config.layer_shapes(index).items()

@@ -19,11 +19,11 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import Linear, token_scales
+from msquant.families.base import SmoothGroup
 from msquant.interrupts import check_interrupt
 from msquant.kernels.fake_quant import activation_parameters, fake_quantize
 from msquant.kernels.report import GroupError
 from msquant.kernels.weight_rounding import smoothed_and_rounded
-from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Part
 from msquant.quantization.decoder_pass import BETWEEN, DecoderPass, Floats
 from msquant.quantization.feed_forward import FeedForwardPass
@@ -140,7 +140,7 @@ class SensitivityPass(DecoderPass):
             for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
                 put(output.reshape(batch.shape))
         schemes = layer_schemes(self._config, self._policy, index)
-        within = f"{self._config.family.layer_name(index)}.mlp."
+        within = f"{self._config.family.layer_name(index)}.{self._config.family.names.feed_forward}."
         linears = [n for n, scheme in schemes.items() if n.startswith(within) and not scheme.is_float]
         if not linears or first is None:
             return []

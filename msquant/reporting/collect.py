@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field
 
-from msquant.checkpoint.decoder_layout import EXPERT_COUNT
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
+from msquant.families import find_family
 from msquant.formats.summary import ModuleSummary, Summary, summarize
 from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
@@ -137,7 +137,8 @@ def _reads(summary: Summary, config: dict[str, Any]) -> Reads | None:
     """Of a mixture of experts, None if config.json does not say how many of how many work on a token."""
     working = 1.0
     if any("experts.*" in module.kind for module in summary.modules):
-        count = config.get(EXPERT_COUNT.get(str(config.get("model_type")), ""))
+        family = find_family(config.get("model_type"))
+        count = config.get(family.expert_count) if family and family.expert_count else None
         each = config.get("num_experts_per_tok")
         if not isinstance(count, int) or not isinstance(each, int) or count < 1:
             return None

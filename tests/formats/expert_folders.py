@@ -7,9 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import write_json
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.formats.golden_stick.layout import variant_of

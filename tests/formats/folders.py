@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from msquant.checkpoint.decoder_layout import PROJECTIONS, expected_shapes
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
+from msquant.families import expected_shapes
 from msquant.formats.dtypes import cast
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME
@@ -74,7 +74,7 @@ def write_folder(folder: Path, *, float_modules: tuple[str, ...] = (), **changes
         parts = name.split(".")
         shard = shards[int(parts[2]) if parts[1] == "layers" else -1]
         module = name.rpartition(".")[0]
-        if not module.endswith(PROJECTIONS):
+        if not module.endswith("_proj"):
             shard[name] = cast(name, rng.normal(size=shape), dtype)
         elif name.endswith(".weight"):
             bias = f"{module}.bias" in shapes

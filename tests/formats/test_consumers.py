@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.checkpoint.weights import QuantizedLinear, as_computed
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.ascend.form import AscendFormat
 from msquant.formats.ascend.layout import DESCRIPTION_NAME, WORDS, decode_linear
 from msquant.formats.compressed_tensors.section import make_section

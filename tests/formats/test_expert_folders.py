@@ -10,10 +10,10 @@ import pytest
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import rope_rows
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.errors import CheckpointError
+from msquant.families import row_orders
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME, decode_linear
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
@@ -79,7 +79,7 @@ def test_rows_in_halves_are_stored_as_they_are_and_come_back_interleaved(tmp_pat
     assert "rope_interleave" not in read_json(tmp_path / "m" / "config.json")
     expected = random_linear(name, (20, 12), W8A8).weight
     np.testing.assert_array_equal(Checkpoint.open(tmp_path / "m").raw(f"{name}.weight"), expected)
-    order = rope_rows(DEEPSEEK)["self_attn.q_b_proj"].interleaved()
+    order = row_orders(DEEPSEEK).orders["self_attn.q_b_proj"].interleaved()
     found = GoldenStickCheckpoint.open(tmp_path / "m").linear(name).weight
     np.testing.assert_array_equal(found, expected[order])
 

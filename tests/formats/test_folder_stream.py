@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import model_rope_rows
 from msquant.checkpoint.weights import FloatLinear
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, OutputError
+from msquant.families import row_orders
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick.form import GoldenStickFormat
@@ -135,7 +135,7 @@ def test_every_part_of_a_reordered_layer_has_the_order(tmp_path: Path) -> None:
     config = {**DEEPSEEK, "attention_bias": True}
     write_experts(tmp_path / "m", config)
     checkpoint = Checkpoint.open(tmp_path / "m")
-    orders = model_rope_rows(config)
+    orders = row_orders(config)
     moved = 0
     for module in ("model.layers.0.self_attn.q_b_proj", "model.layers.1.self_attn.kv_a_proj_with_mqa"):
         order = orders.of(module)

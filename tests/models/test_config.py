@@ -8,9 +8,9 @@ import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, MsquantError
+from msquant.families import find_family, model_types
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
-from msquant.models.families import FAMILIES
 from tests.fixtures.tiny_model import write_tiny_llama
 from tests.models.folders import with_config
 
@@ -31,7 +31,7 @@ def read(folder: Path, **settings: Any) -> ModelConfig:
 
 def test_what_the_file_says_is_read(tiny_llama: Path) -> None:
     config = read_config(tiny_llama)
-    assert config.family is FAMILIES["llama"]
+    assert config.family is find_family("llama")
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (64, 128, 2)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
     assert (config.vocab_size, config.max_position_embeddings, config.dtype) == (512, 256, "float32")
@@ -95,7 +95,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(
         read_config(folder)
     assert caught.value.where == str(folder / "config.json")
     assert caught.value.remedy is not None
-    for name in FAMILIES:
+    for name in model_types():
         assert name in caught.value.remedy
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.config_limits import MAX_ROUTED_EXPERTS, MAX_SIZE
-from msquant.checkpoint.decoder_layout import expected_shapes
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
+from msquant.families import expected_shapes
 from msquant.hub.published import configs_folder
 from msquant.models.config_json import parse_config, read_config
 from tests.fixtures.fuzzing import documents, fuzz, within_limits

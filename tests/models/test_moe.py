@@ -16,8 +16,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Confi
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError, ModelError
+from msquant.families.base import ExpertSizes
 from msquant.models import moe
-from msquant.models.config import ExpertSizes, ModelConfig
+from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config, read_config
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE, Router

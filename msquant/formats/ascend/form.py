@@ -29,7 +29,7 @@ from msquant.formats.ascend.layout import (
 )
 from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.ascend.rules import check_config, check_head, check_tensors, check_words
-from msquant.formats.base import FLOAT_ONLY, Format
+from msquant.formats.base import Format
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import Finding, attempt
 from msquant.formats.scales import (
@@ -41,8 +41,6 @@ from msquant.formats.scales import (
 )
 from msquant.formats.stored import stored_scheme
 from msquant.schemes import Scheme
-
-_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention,"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class AscendFormat(Format):
     words = WORDS
     # msModelSlim keeps the bias beside `quant_bias` so.
     bias_in_float32 = True
-    float_only = _FLOAT_ONLY
+    folded = "{}, which it folds into the attention,"
 
     variant: str = "ascendV1"
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.families import folded_linears
 from msquant.formats.base import Format
 from msquant.formats.compressed_tensors.layout import SERVED_DTYPES, exact_scale
 from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
@@ -56,10 +57,11 @@ class CompressedTensorsFormat(Format):
         """Check that vLLM can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
         for module, scheme in linears.items():
-            if scheme.is_static and module.endswith(".kv_b_proj"):
+            name = module.rpartition(".")[2]
+            if scheme.is_static and name in folded_linears():
                 yield Finding(
                     module,
-                    "is W8A8: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which "
+                    f"is W8A8: vLLM recovers the weight of {name} by multiplying it with ones, which "
                     "static activations cut off; it accepts W8A8_DYNAMIC and FLOAT",
                 )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from msquant.errors import CheckpointError
-from msquant.formats.fused_layers import FUSED, experts_parent, fused_layers
+from msquant.families import fused_linears
+from msquant.formats.fused_layers import experts_parent, fused_layers
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 QUANT_METHOD: Final = "compressed-tensors"
@@ -278,7 +279,8 @@ def _kind(module: str) -> tuple[str, str]:
 def _unfused(module: str) -> str:
     """A part of a fused layer; all have one scheme. Any other layer as it is."""
     parent, _, name = module.rpartition(".")
-    return f"{parent}.{FUSED[name][0]}" if name in FUSED else module
+    parts = fused_linears().get(name)
+    return f"{parent}.{parts[0]}" if parts else module
 
 
 def _name(module: str) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.formats.base import FLOAT_ONLY, Format
+from msquant.families import row_orders
+from msquant.families.row_orders import RopeRows
+from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, model_dtype
 from msquant.formats.folder_rules import Finding, attempt
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
@@ -39,14 +40,13 @@ from msquant.formats.golden_stick.layout import (
     read_variant,
     variant_of,
 )
-from msquant.formats.golden_stick.mindformers_config import published_form
+from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, published_form
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.formats.golden_stick.rules import check_config, check_names, check_stray_files, check_tensors
 from msquant.formats.scales import deq_scales, input_parameters, weight_scales
 from msquant.schemes import Scheme
 
 # MindFormers takes its weight apart as well (`MLASelfAttention.process_weights_after_loading`).
-_FLOAT_ONLY = {**FLOAT_ONLY, "kv_b_proj": "kv_b_proj, which it folds into the attention"}
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -65,7 +65,7 @@ class GoldenStickFormat(Format):
     program = "vllm-mindspore"
     marker = DESCRIPTION_NAME
     dtypes = SERVED_DTYPES
-    float_only = _FLOAT_ONLY
+    folded = "{}, which it folds into the attention"
 
     variant: Variant = "native"
 
@@ -116,7 +116,7 @@ class GoldenStickFormat(Format):
 
     def row_orders(self, config: Mapping[str, Any]) -> RopeRows:
         """Rotary rows are de-interleaved for MindFormers, which does not do it itself."""
-        return model_rope_rows(config) if self.variant == "mindformers" else super().row_orders(config)
+        return row_orders(config) if self.variant == "mindformers" else super().row_orders(config)
 
     def part_specs(
         self, shape: tuple[int, ...], scheme: Scheme, dtype: str
@@ -195,7 +195,7 @@ class GoldenStickFormat(Format):
 
     def adapted(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys that are published, as MindFormers refuses what it does not know."""
-        if self.variant == "mindformers" and config.get("model_type") == "deepseek_v3":
+        if self.variant == "mindformers" and config.get("model_type") in MODEL_TYPES:
             return published_form(config)
         return super().adapted(config)
 

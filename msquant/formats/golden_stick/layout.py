@@ -23,6 +23,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.families import find_family
 from msquant.formats.scales import all_positive, held_scales, row_scales
 from msquant.schemes import Scheme
 
@@ -59,12 +60,11 @@ DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""
 
-_MINDFORMERS_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
-
 
 def variant_of(config: Mapping[str, Any]) -> Variant:
-    """The backend a model is served with: MindFormers for DeepSeek and Qwen3-MoE, else the native one."""
-    return "mindformers" if config.get("model_type") in _MINDFORMERS_MODEL_TYPES else "native"
+    """The backend that has the model's code; the native one for a model of no known family."""
+    family = find_family(config.get("model_type"))
+    return family.mindspore_backend if family else "native"
 
 
 def folder_variant(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Variant:

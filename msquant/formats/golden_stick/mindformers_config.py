@@ -36,6 +36,9 @@ _YARN_KEYS = """
 """
 _ROPE_KEYS = frozenset(_YARN_KEYS.split())
 
+MODEL_TYPES: Final = ("deepseek_v3",)
+"""The models of msquant that MindFormers has quantized, and whose `config.json` is described here."""
+
 Problem = tuple[str, str]
 """A key of `config.json`, and what is wrong with its value."""
 

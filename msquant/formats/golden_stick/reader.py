@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.rope_rows import RopeRows, RowOrder, model_rope_rows
 from msquant.checkpoint.weights import Linear
+from msquant.families import row_orders
+from msquant.families.row_orders import RopeRows, RowOrder
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.golden_stick.layout import (
     DYNAMIC_PARTS,
@@ -65,7 +66,7 @@ class GoldenStickCheckpoint(FolderSource):
         if (folder / "config.json").exists():
             config = read_json(folder / "config.json")
         variant = read_variant(folder, config)
-        rows = model_rope_rows(config) if variant == "mindformers" else _NOTHING
+        rows = row_orders(config) if variant == "mindformers" else _NOTHING
         return cls(checkpoint, description, variant, rows, model_dtype(config))
 
     def tensor(self, name: str) -> NDArray[np.float32]:

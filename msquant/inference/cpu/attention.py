@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
+from msquant.families.base import LatentSizes
 from msquant.inference.cpu.linear import Array, linear_layer
 from msquant.inference.cpu.norm import RMSNorm
-from msquant.models.config import INNER_NORM_EPS, LatentSizes, ModelConfig
+from msquant.models.config import INNER_NORM_EPS, ModelConfig
 from msquant.models.reading import read_linear
 from msquant.models.rope import rotary_tables, softmax_scale
 
@@ -119,13 +120,15 @@ class GroupedQueryAttention:
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = config.head_dim
         self._scale = np.float32(config.head_dim**-0.5)
-        self._qkv = linear_layer(*(read_linear(config, source, f"{name}.{part}_proj") for part in "qkv"))
-        self._o = linear_layer(read_linear(config, source, f"{name}.o_proj"))
+        names = config.family.names
+        inputs = (names.queries, names.keys, names.values)
+        self._qkv = linear_layer(*(read_linear(config, source, f"{name}.{part}") for part in inputs))
+        self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.family.query_key_norms:
             self._norms = (
-                RMSNorm.read(config, source, f"{name}.q_norm"),
-                RMSNorm.read(config, source, f"{name}.k_norm"),
+                RMSNorm.read(config, source, f"{name}.{names.query_norm}"),
+                RMSNorm.read(config, source, f"{name}.{names.key_norm}"),
             )
 
     def __call__(self, x: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
@@ -146,17 +149,18 @@ class LatentAttention:
     def __init__(self, config: ModelConfig, sizes: LatentSizes, source: WeightSource, name: str) -> None:
         self._heads, self._sizes = config.num_attention_heads, sizes
         self._scale = np.float32(softmax_scale(config, sizes))
-        first = "q_proj" if sizes.q_lora_rank is None else "q_a_proj"
-        linears = [read_linear(config, source, f"{name}.{part}") for part in (first, "kv_a_proj_with_mqa")]
+        names = config.family.names
+        first = names.queries if sizes.q_lora_rank is None else names.queries_down
+        linears = [read_linear(config, source, f"{name}.{part}") for part in (first, names.latent_down)]
         self._compress = linear_layer(*linears)
         self._queries = len(linears[0].weight)
         self._q_norm = self._q_b = None
         if sizes.q_lora_rank is not None:
-            self._q_norm = RMSNorm.read(config, source, f"{name}.q_a_layernorm", INNER_NORM_EPS)
-            self._q_b = linear_layer(read_linear(config, source, f"{name}.q_b_proj"))
-        self._kv_norm = RMSNorm.read(config, source, f"{name}.kv_a_layernorm", INNER_NORM_EPS)
-        self._kv_b = linear_layer(read_linear(config, source, f"{name}.kv_b_proj"))
-        self._o = linear_layer(read_linear(config, source, f"{name}.o_proj"))
+            self._q_norm = RMSNorm.read(config, source, f"{name}.{names.queries_down_norm}", INNER_NORM_EPS)
+            self._q_b = linear_layer(read_linear(config, source, f"{name}.{names.queries_up}"))
+        self._kv_norm = RMSNorm.read(config, source, f"{name}.{names.latent_norm}", INNER_NORM_EPS)
+        self._kv_b = linear_layer(read_linear(config, source, f"{name}.{names.latent_up}"))
+        self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
 
     def __call__(self, x: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
         """`[T, H]` to the same."""

@@ -13,9 +13,10 @@ class MLP:
     """`down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str) -> None:
-        linears = (read_linear(config, source, f"{name}.{part}_proj") for part in ("gate", "up"))
+        names = config.family.names
+        linears = (read_linear(config, source, f"{name}.{part}") for part in (names.gate, names.up))
         self._gate_up = linear_layer(*linears)
-        self._down = linear_layer(read_linear(config, source, f"{name}.down_proj"))
+        self._down = linear_layer(read_linear(config, source, f"{name}.{names.down}"))
 
     def __call__(self, x: Array) -> Array:
         """`[T, H]` to the same."""
@@ -34,13 +35,15 @@ class MoE:
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str) -> None:
         self._config, self._sizes = config, expert_sizes(config)
-        self._router = read_tensor(config, source, f"{name}.gate.weight").T
+        names = config.family.names
+        router, experts = f"{name}.{names.router}", f"{name}.{names.experts}"
+        self._router = read_tensor(config, source, f"{router}.weight").T
         self._bias: Array | None = None
         if config.family.correction_bias:
-            self._bias = read_tensor(config, source, f"{name}.gate.e_score_correction_bias")
-        self._experts = [MLP(config, source, f"{name}.experts.{i}") for i in range(self._sizes.count)]
+            self._bias = read_tensor(config, source, f"{router}.{names.correction_bias}")
+        self._experts = [MLP(config, source, f"{experts}.{i}") for i in range(self._sizes.count)]
         shared = self._sizes.shared
-        self._shared = MLP(config, source, f"{name}.shared_experts") if shared else None
+        self._shared = MLP(config, source, f"{name}.{names.shared_experts}") if shared else None
 
     def __call__(self, x: Array) -> Array:
         """`[T, H]` to the same."""

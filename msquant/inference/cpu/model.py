@@ -15,7 +15,6 @@ from msquant.inference.cpu.feed_forward import MLP, MoE
 from msquant.inference.cpu.linear import Array, linear_layer
 from msquant.inference.cpu.norm import RMSNorm
 from msquant.models.config import ModelConfig, check_shape
-from msquant.models.families import EMBEDDING, FINAL_NORM, HEAD
 from msquant.models.reading import read_tensor
 
 
@@ -36,17 +35,18 @@ class DecoderLayer:
     """One decoder layer; see `msquant.models.layers.DecoderLayer`."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, index: int) -> None:
-        name = config.family.layer_name(index)
-        self._input_norm = RMSNorm.read(config, source, f"{name}.input_layernorm")
+        name, names = config.family.layer_name(index), config.family.names
+        self._input_norm = RMSNorm.read(config, source, f"{name}.{names.input_norm}")
+        attention = f"{name}.{names.attention}"
         if config.latent is None:
             self._attention: GroupedQueryAttention | LatentAttention = GroupedQueryAttention(
-                config, source, f"{name}.self_attn"
+                config, source, attention
             )
         else:
-            self._attention = LatentAttention(config, config.latent, source, f"{name}.self_attn")
-        self._norm = RMSNorm.read(config, source, f"{name}.post_attention_layernorm")
+            self._attention = LatentAttention(config, config.latent, source, attention)
+        self._norm = RMSNorm.read(config, source, f"{name}.{names.feed_forward_norm}")
         block = MoE if config.has_experts(index) else MLP
-        self._mlp = block(config, source, f"{name}.mlp")
+        self._mlp = block(config, source, f"{name}.{names.feed_forward}")
 
     def __call__(self, hidden: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
         """`[T, H]` to the same."""
@@ -69,13 +69,13 @@ class CpuModel:
     def __init__(self, config: ModelConfig, source: WeightSource) -> None:
         self._config, self._source = config, source
         self._layers = [DecoderLayer(config, source, i) for i in range(config.num_hidden_layers)]
-        self._norm = RMSNorm.read(config, source, FINAL_NORM.removesuffix(".weight"))
-        tied = config.tie_word_embeddings
-        table = read_tensor(config, source, EMBEDDING if tied else HEAD)
+        names, tied = config.family.names, config.tie_word_embeddings
+        self._norm = RMSNorm.read(config, source, names.final_norm)
+        table = read_tensor(config, source, f"{names.embedding if tied else names.head}.weight")
         self._embedding = table if tied else None
         if not tied:
-            row = source.rows(EMBEDDING, np.zeros(1, np.int64))
-            check_shape(config, EMBEDDING, (config.vocab_size, *row.shape[1:]))
+            row = source.rows(f"{names.embedding}.weight", np.zeros(1, np.int64))
+            check_shape(config, f"{names.embedding}.weight", (config.vocab_size, *row.shape[1:]))
         self._head = linear_layer(FloatLinear(table))
 
     def new_cache(self) -> SequenceCache:
@@ -121,4 +121,4 @@ class CpuModel:
     def _embed(self, tokens: NDArray[np.integer]) -> Array:
         if self._embedding is not None:
             return self._embedding[tokens]
-        return self._source.rows(EMBEDDING, tokens)
+        return self._source.rows(f"{self._config.family.names.embedding}.weight", tokens)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.checkpoint.rope_rows import RowOrder, model_rope_rows, rope_rows
 from msquant.errors import CheckpointError
+from msquant.families import row_orders
+from msquant.families.row_orders import RowOrder
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -21,9 +22,9 @@ CONFIG: dict[str, Any] = {
 
 def test_rope_rows_come_even_first_in_every_head() -> None:
     head = np.array([0, 1, 2, 4, 6, 3, 5, 7])
-    order = rope_rows(CONFIG)["self_attn.q_b_proj"]
+    order = row_orders(CONFIG).orders["self_attn.q_b_proj"]
     np.testing.assert_array_equal(order.deinterleaved(), np.concatenate([head, 8 + head, 16 + head]))
-    latent = rope_rows(CONFIG)["self_attn.kv_a_proj_with_mqa"]
+    latent = row_orders(CONFIG).orders["self_attn.kv_a_proj_with_mqa"]
     np.testing.assert_array_equal(latent.deinterleaved(), [0, 1, 2, 3, 4, 5, 7, 9, 6, 8, 10])
 
 
@@ -49,7 +50,7 @@ def test_one_order_undoes_the_other(order: RowOrder) -> None:
 
 
 def test_only_decoder_layers_are_reordered() -> None:
-    rows = model_rope_rows(CONFIG)
+    rows = row_orders(CONFIG)
     assert rows.of("model.layers.1.self_attn.q_b_proj") == RowOrder(3, 8, 6)
     assert rows.of("model.layers.1.self_attn.kv_a_proj_with_mqa") == RowOrder(1, 11, 6)
     for name in (
@@ -73,8 +74,7 @@ def test_only_decoder_layers_are_reordered() -> None:
     ],
 )
 def test_the_architecture_decides(changes: dict[str, Any], expected: set[str]) -> None:
-    assert set(rope_rows({**CONFIG, **changes})) == expected
-    assert bool(model_rope_rows({**CONFIG, **changes}).orders) == bool(expected)
+    assert set(row_orders({**CONFIG, **changes}).orders) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,5 +90,5 @@ def test_the_architecture_decides(changes: dict[str, Any], expected: set[str]) -
 )
 def test_bad_sizes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        model_rope_rows({**CONFIG, **changes})
+        row_orders({**CONFIG, **changes})
     assert caught.value.where == "config.json"

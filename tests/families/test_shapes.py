@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from msquant.checkpoint.decoder_layout import MODEL_TYPES, expected_shapes, extra_shapes
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
+from msquant.families import expected_shapes, extra_shapes, model_types
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
 
 # Enough for every family, with everything left out that has a default.
@@ -71,7 +71,7 @@ def test_the_shapes_are_those_of_transformers_own_model(case: str) -> None:
     assert expected_shapes(config) == expected
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", model_types())
 def test_the_shapes_are_those_that_transformers_writes(model_type: str, tmp_path: Path) -> None:
     predicted = {"prediction_layers": 2} if model_type == "deepseek_v3" else {}
     folder = write_tiny(tmp_path, model_type, **predicted)
@@ -82,7 +82,7 @@ def test_the_shapes_are_those_that_transformers_writes(model_type: str, tmp_path
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert set(SETTINGS) == set(MODEL_TYPES)
+    assert set(SETTINGS) == set(model_types())
 
 
 def test_an_unknown_type_has_no_layout() -> None:
