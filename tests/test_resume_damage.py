@@ -51,7 +51,7 @@ def recipe() -> Recipe:
     return validate_recipe(
         {
             "model": "named/by-source",
-            "quantization": {"smooth_alpha": [0.5], "weight_clip_ratio": [1.0]},
+            "quantization": {"smooth_alpha": [0.5]},
             "calibration": {"samples": 2, "sequence_length": 16},
             "evaluation": {"sequences": 0},
         },
