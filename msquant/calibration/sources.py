@@ -1,11 +1,11 @@
 """Calibration texts from a source's name: the builtin mix, or a local .txt, .jsonl or .parquet file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from msquant.calibration.builtin import calibration_domains
 from msquant.calibration.domains import Domain
+from msquant.checkpoint.json_file import decode_json
 from msquant.errors import CalibrationError
 
 BUILTIN = "builtin"
@@ -113,7 +113,7 @@ def _unreadable(path: Path, reader: str, error: Exception) -> CalibrationError:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                if reader == "json" and line.strip() and not isinstance(json.loads(line), dict):
+                if reader == "json" and line.strip() and not isinstance(decode_json(line.encode()), dict):
                     raise ValueError("not a JSON object")
     except UnicodeDecodeError as reason:
         return CalibrationError(f"not UTF-8 text ({reason.reason})", where=where, remedy=remedy)

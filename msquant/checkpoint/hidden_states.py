@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.disk import writing
+from msquant.checkpoint.json_file import MAX_BYTES, decode_json
 from msquant.checkpoint.writer import is_temporary, publish, temporary_path
 from msquant.errors import StartOverError
 
@@ -244,7 +245,11 @@ def _read_trailer(path: Path) -> tuple[list[tuple[int, ...]], list[int]]:
             if start < 0:
                 raise ValueError("it is truncated")
             file.seek(start)
-            value = json.loads(file.read(length))
+            if length > MAX_BYTES:
+                raise ValueError(
+                    f"its end says that {length} bytes describe it, at most {MAX_BYTES} are read"
+                )
+            value = decode_json(file.read(length))
         shapes = [tuple(map(int, shape)) for shape in value["shapes"]]
         checksums = [int(checksum) for checksum in value["crc32"]]
         if start != sum(4 * math.prod(shape) for shape in shapes) or len(shapes) != len(checksums):
@@ -255,7 +260,7 @@ def _read_trailer(path: Path) -> tuple[list[tuple[int, ...]], list[int]]:
         ) from None
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise _damaged(path, str(error)) from error
     return shapes, checksums
 

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from msquant.checkpoint.json_file import decode_json
+
 
 class LockHeld(Exception):  # noqa: N818 - a state that the caller handles, no failure
     """Another process holds the lock.
@@ -45,7 +47,7 @@ def acquire_lock(path: Path) -> int:
 
 def _who(holder: bytes) -> str:
     try:
-        value = json.loads(holder)
+        value = decode_json(holder)
         return f"process {value['pid']} on {value['host']}"
     except (ValueError, TypeError, KeyError):
         return "another process"

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
+from msquant.checkpoint.json_file import MAX_BYTES, decode_json
+from msquant.checkpoint.regular_file import read_regular
 
 RESULTS_NAME = "results.jsonl"
 MANIFEST_NAME = "msquant.json"
@@ -41,12 +43,12 @@ def remember_result(folder: Path) -> bool:
 def newest_result() -> Path | None:
     """The folder remembered last that still holds a finished result, or None."""
     try:
-        lines = (cache_folder() / RESULTS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular(cache_folder() / RESULTS_NAME, MAX_BYTES).splitlines()
     except OSError:
         return None
     for line in reversed(lines):
         try:
-            folder = Path(json.loads(line)["folder"])
+            folder = Path(decode_json(line)["folder"])
         except (ValueError, TypeError, KeyError):
             continue
         if is_result(folder):

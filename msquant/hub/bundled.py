@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.cache import cache_folder
-from msquant.errors import ModelError, OutputError
+from msquant.checkpoint.json_file import read_json
+from msquant.errors import CheckpointError, ModelError, OutputError
 
 SMOLLM2_NAME = "smollm2-135m"
 SOURCE_RECORD = "msquant-source.json"
@@ -118,9 +119,9 @@ def _convert(
 def _is_complete(folder: Path) -> bool:
     """Whether every file of a finished conversion is still there with its size."""
     try:
-        files = json.loads((folder / SOURCE_RECORD).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / SOURCE_RECORD)["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (CheckpointError, OSError, KeyError, AttributeError):
         return False
 
 

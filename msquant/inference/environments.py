@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msquant.checkpoint.cache import cache_folder
-from msquant.errors import EngineError
+from msquant.checkpoint.json_file import read_json
+from msquant.errors import CheckpointError, EngineError
 
 State = Literal["ready", "incomplete", "outdated", "not installed"]
 
@@ -113,9 +114,9 @@ def environment(spec: EngineSpec) -> Environment:
 def inspect(spec: EngineSpec, path: Path) -> Environment:
     """What is there of an engine in a folder."""
     try:
-        record = json.loads((path / MARKER_NAME).read_text(encoding="utf-8"))
+        record = read_json(path / MARKER_NAME)
         name, version = record["engine"], record["version"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (CheckpointError, KeyError):
         begun = (path / BEGUN_NAME).exists() or (path / MARKER_NAME).exists()
         return Environment(spec, path, "incomplete" if begun else "not installed")
     found = Environment(spec, path, "ready", version, record.get("bytes"), record.get("installed"))

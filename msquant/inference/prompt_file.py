@@ -1,12 +1,15 @@
 """Prompts from a file: one a line, or JSON Lines."""
 
-import json
 import sys
 from pathlib import Path
 
+from msquant.checkpoint.json_file import decode_json
 from msquant.errors import EngineError
 
 STANDARD_INPUT = Path("-")
+MAX_BYTES = 256 * 2**20
+"""Of the file; its prompts and their answers are all kept in memory."""
+
 _FIELD = "prompt"
 
 
@@ -20,16 +23,27 @@ def read_prompts(path: Path) -> list[str]:
         path: the file, or `-` for standard input.
 
     Raises:
-        EngineError: the file cannot be read, is not UTF-8 text, holds no prompt, or a line is not what the
-            others are; names the line.
+        EngineError: the file cannot be read, is too large, is not UTF-8 text, holds no prompt, or a line
+            is not what the others are; names the line.
     """
     where = "standard input" if path == STANDARD_INPUT else str(path)
     try:
-        data = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.expanduser().read_bytes()
+        if path == STANDARD_INPUT:
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            # A pipe is read too: that is how a shell gives what another command prints.
+            with path.expanduser().open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise EngineError(
             f"the file of prompts cannot be read ({error.strerror})", where=where, remedy="check its name"
         ) from error
+    if len(data) > MAX_BYTES:
+        raise EngineError(
+            f"the file of prompts has more than {MAX_BYTES} bytes, as many are read",
+            where=where,
+            remedy="split it into several files",
+        )
     every = (line.rstrip("\r") for line in _text(data, where).split("\n"))
     lines = [(i, line) for i, line in enumerate(every, 1) if line.strip()]
     if not lines:
@@ -55,15 +69,15 @@ def _text(data: bytes, where: str) -> str:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(decode_json(line.encode()), dict)
+    except ValueError:
         return False
 
 
 def _prompt(line: str, where: str) -> str:
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        document = decode_json(line.encode())
+    except ValueError as error:
         raise EngineError(f"is not JSON ({error})", where=where, remedy=_expected()) from error
     prompt = document.get(_FIELD) if isinstance(document, dict) else None
     if not isinstance(prompt, str) or not prompt:

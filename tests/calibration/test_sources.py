@@ -103,7 +103,7 @@ def test_empty_file(tmp_path: Path, name: str, content: str) -> None:
         load_texts(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("line", ['{"text": "cut', "[1, 2]", '"text"'])
+@pytest.mark.parametrize("line", ['{"text": "cut', "[1, 2]", '"text"', "[" * 5000])
 def test_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "one"}}\n{line}\n{{"text": "two"}}\n')

@@ -141,6 +141,26 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, place: int, budget: int) -> No
         HiddenStateStore(tmp_path, budget).open(1)
 
 
+@pytest.mark.parametrize(
+    ("trailer", "says"),
+    [
+        (b"[" * 100_000, "nested more than"),
+        (b'{"shapes": [[1e999, 8]], "crc32": [0]}', "infinity"),
+        (b" " * 100, "at most 50 are read"),
+    ],
+    ids=["deep", "infinite", "long"],
+)
+def test_a_trailer_that_nothing_wrote_is_refused(
+    trailer: bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if says.startswith("at most"):
+        monkeypatch.setattr("msquant.checkpoint.hidden_states.MAX_BYTES", 50)
+    path = fill(HiddenStateStore(tmp_path, 0), 1).path
+    path.write_bytes(path.read_bytes()[:NBYTES] + trailer + len(trailer).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match=f"hidden states are damaged: .*{says}"):
+        HiddenStateStore(tmp_path, 0).open(1)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing") as caught:
         HiddenStateStore(tmp_path, 0).open(4)

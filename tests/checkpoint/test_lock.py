@@ -30,9 +30,10 @@ def test_another_process_is_named_and_its_end_frees_the_lock(tmp_path: Path) -> 
     os.close(acquire_lock(tmp_path / "lock"))
 
 
-def test_a_holder_that_says_nothing_is_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "[" * 1000])
+def test_a_holder_that_says_nothing_is_another_process(text: str, tmp_path: Path) -> None:
     descriptor = acquire_lock(tmp_path / "lock")
-    (tmp_path / "lock").write_text("")
+    (tmp_path / "lock").write_text(text)
     with pytest.raises(LockHeld, match="another process"):
         acquire_lock(tmp_path / "lock")
     os.close(descriptor)

@@ -47,7 +47,7 @@ def test_a_relative_folder_is_found_from_elsewhere(tmp_path: Path, monkeypatch: 
 def test_damaged_lines_are_passed_over(tmp_path: Path, cache: Path) -> None:
     remember_result(finished(tmp_path / "result"))
     with (cache / "results.jsonl").open("ab") as file:
-        file.write(b'{"folder": 3}\n[]\n{"folder"\n\xff\xfe\n\n')
+        file.write(b'{"folder": 3}\n[]\n{"folder"\n\xff\xfe\n' + b"[" * 100_000 + b"\n\n")
     assert newest_result() == tmp_path / "result"
 
 

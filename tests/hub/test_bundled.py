@@ -75,7 +75,7 @@ def test_changed_package_is_converted_again(fake_package: Path) -> None:
     assert list(first.parent.iterdir()) == [first]
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter", "record"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "cut record", "deep record"])
 def test_damaged_folder_is_converted_again(fake_package: Path, damage: str) -> None:
     folder = smollm2_folder()
     shard = next(folder.glob("*.safetensors"))
@@ -85,7 +85,7 @@ def test_damaged_folder_is_converted_again(fake_package: Path, damage: str) -> N
     elif damage == "shorter":
         shard.write_bytes(good[:-1])
     else:
-        (folder / SOURCE_RECORD).write_text('{"files"')
+        (folder / SOURCE_RECORD).write_text('{"files"' if damage == "cut record" else "[" * 100_000)
     assert smollm2_folder() == folder
     assert shard.read_bytes() == good
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from msquant.errors import HubError, MsquantError
+from msquant.errors import HubError
 from msquant.hub.choose import make_hub
 from msquant.hub.names import check_names
 from msquant.hub.retry import Limits, Stopped, Transient, WrongFile, retry_after
 from msquant.hub.transfer import _check_length
-from tests.fixtures.cases import PLAIN, SLOW, made_up
+from tests.fixtures.fuzzing import VALUES, fuzz, within_limits
 from tests.fixtures.raw_server import RawServer
 from tests.hub.conftest import REPOSITORY, connect
 
@@ -124,7 +124,7 @@ def test_addresses_of_hubs_that_are_none(address: str, monkeypatch: pytest.Monke
 
 HEADERS = ["Content-Length", "Content-Range", "Content-Encoding", "Location", "Link", "Retry-After"]
 HEADERS += ["Transfer-Encoding", "X-Error-Code", "X-Error-Message", "Set-Cookie", "Content-Type"]
-VALUES = st.one_of(
+HEADER_VALUES = st.one_of(
     st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=60),
     st.sampled_from(["gzip", "chunked", "0", "10", NINES, "bytes 0-9/20", "bytes */20"]),
     st.sampled_from(["http://[::1", "/x", "/x?" * 900]),
@@ -137,38 +137,40 @@ PATHS = st.one_of(
 )
 NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, 2**42, 2**63, 10**17, 10**400, 1.5, True, None]))
 DIGESTS = st.one_of(st.sampled_from(["a" * 40, "b" * 64, "g" * 40, "", None]), st.text(max_size=64))
-ANYTHING = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.floats(), st.text(max_size=10)),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
-    max_leaves=12,
-)
 ENTRIES = st.fixed_dictionaries(
     {},
     optional={
-        "type": st.one_of(st.sampled_from(["file", "dir", "directory", "submodule"]), ANYTHING),
-        "path": st.one_of(PATHS, ANYTHING),
-        "size": st.one_of(NUMBERS, ANYTHING),
-        "oid": st.one_of(DIGESTS, ANYTHING),
-        "etag": st.one_of(DIGESTS, ANYTHING),
-        "lfs": st.one_of(st.fixed_dictionaries({"oid": DIGESTS, "size": NUMBERS}), ANYTHING),
+        "type": st.one_of(st.sampled_from(["file", "dir", "directory", "submodule"]), VALUES),
+        "path": st.one_of(PATHS, VALUES),
+        "size": st.one_of(NUMBERS, VALUES),
+        "oid": st.one_of(DIGESTS, VALUES),
+        "etag": st.one_of(DIGESTS, VALUES),
+        "lfs": st.one_of(st.fixed_dictionaries({"oid": DIGESTS, "size": NUMBERS}), VALUES),
     },
 )
-TREES = st.one_of(st.lists(ENTRIES, max_size=5), ANYTHING)
-COMMITS = st.one_of(st.just("c" * 40), ANYTHING)
+TREES = st.one_of(st.lists(ENTRIES, max_size=5), VALUES)
+COMMITS = st.one_of(st.just("c" * 40), VALUES)
 LAST_COMMITS = st.fixed_dictionaries({"commit": st.fixed_dictionaries({"commit_sha": COMMITS})})
 FOLDERS = st.fixed_dictionaries({"last_commit": LAST_COMMITS, "tree": TREES})
 LISTINGS = st.one_of(TREES, st.fixed_dictionaries({"sha": COMMITS}), st.fixed_dictionaries({"data": FOLDERS}))
 
 
-def check_answer(raw: RawServer, status: int, headers: dict[str, str], body: bytes) -> None:
+@fuzz(
+    STATUSES,
+    st.dictionaries(st.sampled_from(HEADERS), HEADER_VALUES, max_size=5),
+    st.binary(max_size=60) | LISTINGS.map(lambda value: json.dumps(value).encode()),
+)
+def test_any_answer(raw: RawServer, status: int, headers: dict[str, str], body: bytes) -> None:
     raw.answer = answer(status, list(headers.items()), body)
     for protocol in ("huggingface", "modelers"):
-        with suppress(MsquantError):
+        with within_limits():
             connect(protocol, raw.address, None, ONCE).snapshot(REPOSITORY, "main")
-        read_file(protocol, raw)
+        with within_limits():
+            read_file(protocol, raw)
 
 
-def check_listing(protocol: str, documents: list[Any]) -> None:
+@fuzz(st.sampled_from(["huggingface", "modelers"]), st.lists(LISTINGS, min_size=1, max_size=5))
+def test_any_listing(protocol: str, documents: list[Any]) -> None:
     """The listing is refused, or every name and size of it is harmless."""
     hub = connect(protocol, "https://127.0.0.1:9", None, ONCE)
     given = iter(documents)
@@ -178,7 +180,7 @@ def check_listing(protocol: str, documents: list[Any]) -> None:
         return json.loads(body), f"{url}&next" if len(documents) > 2 else None
 
     hub.client.json = next_document  # type: ignore[method-assign]
-    with suppress(MsquantError):
+    with within_limits():
         snapshot = hub.snapshot(REPOSITORY, "main")
         check_names(snapshot.files, REPOSITORY)
         for file in snapshot.files:
@@ -186,42 +188,7 @@ def check_listing(protocol: str, documents: list[Any]) -> None:
             assert 0 <= file.size <= 2**42
 
 
-ANSWERS = (
-    STATUSES,
-    st.dictionaries(st.sampled_from(HEADERS), VALUES, max_size=5),
-    st.one_of(st.binary(max_size=60), LISTINGS.map(lambda value: json.dumps(value).encode())),
-)
-
-
-@made_up(PLAIN, *ANSWERS)
-def test_any_answer(raw: RawServer, status: int, headers: dict[str, str], body: bytes) -> None:
-    check_answer(raw, status, headers, body)
-
-
-@pytest.mark.slow
-@made_up(SLOW, *ANSWERS)
-def test_any_answer_of_many(raw: RawServer, status: int, headers: dict[str, str], body: bytes) -> None:
-    check_answer(raw, status, headers, body)
-
-
-DOCUMENTS = (
-    st.sampled_from(["huggingface", "modelers"]),
-    st.lists(LISTINGS, min_size=1, max_size=5),
-)
-
-
-@made_up(PLAIN, *DOCUMENTS)
-def test_any_listing(protocol: str, documents: list[Any]) -> None:
-    check_listing(protocol, documents)
-
-
-@pytest.mark.slow
-@made_up(SLOW, *DOCUMENTS)
-def test_any_listing_of_many(protocol: str, documents: list[Any]) -> None:
-    check_listing(protocol, documents)
-
-
-@made_up(200, st.one_of(VALUES, st.datetimes().map(str), st.none()))
+@fuzz(HEADER_VALUES | st.datetimes().map(str) | st.none())
 def test_any_wait(value: str | None) -> None:
     wait = retry_after(value)
     assert wait is None or wait >= 0

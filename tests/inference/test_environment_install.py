@@ -261,7 +261,7 @@ def test_a_lock_that_is_held(spec: EngineSpec) -> None:
 def test_a_damaged_marker_counts_as_incomplete(spec: EngineSpec) -> None:
     folder = engines_folder() / "tiny"
     folder.mkdir(parents=True)
-    for content in ("", "[]", '{"engine": "tiny"}', '{"engine": "other", "version": "1.0"}'):
+    for content in ("", "[]", "[" * 100_000, '{"engine": "tiny"}', '{"engine": "other", "version": "1.0"}'):
         (folder / MARKER_NAME).write_text(content)
         assert environment(spec).state == "incomplete"
     (folder / MARKER_NAME).unlink()

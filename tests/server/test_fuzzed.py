@@ -10,57 +10,45 @@ import pytest
 from hypothesis import strategies as st
 
 from msquant.inference.embedded import EmbeddedEngine
-from tests.fixtures.cases import PLAIN, SLOW, made_up
+from tests.fixtures.fuzzing import VALUES, fuzz, within_limits
 from tests.server.running import RunningServer, running
 
-ANYTHING = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(),
-        st.text(max_size=20),
-        st.sampled_from([10**400, "\ud800", "", 10**9, -(2**63)]),
-    ),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=10,
-)
 FIELDS = {
-    "max_tokens": st.one_of(st.integers(-1, 4), st.just(10**9), ANYTHING),
-    "max_completion_tokens": st.one_of(st.integers(-1, 4), ANYTHING),
-    "temperature": st.one_of(st.floats(0, 2), ANYTHING),
-    "top_p": st.one_of(st.floats(0, 1), ANYTHING),
-    "seed": st.one_of(st.integers(0, 2**63), ANYTHING),
-    "stop": st.one_of(st.lists(st.text(max_size=300), max_size=20), ANYTHING),
-    "stream": st.one_of(st.booleans(), ANYTHING),
-    "stream_options": st.one_of(st.fixed_dictionaries({"include_usage": st.booleans()}), ANYTHING),
-    "echo": st.one_of(st.booleans(), ANYTHING),
-    "n": st.one_of(st.just(1), ANYTHING),
-    "logit_bias": ANYTHING,
-    "model": st.one_of(st.just("tiny"), ANYTHING),
-    "nonsense": ANYTHING,
+    "max_tokens": st.one_of(st.integers(-1, 4), st.just(10**9), VALUES),
+    "max_completion_tokens": st.one_of(st.integers(-1, 4), VALUES),
+    "temperature": st.one_of(st.floats(0, 2), VALUES),
+    "top_p": st.one_of(st.floats(0, 1), VALUES),
+    "seed": st.one_of(st.integers(0, 2**63), VALUES),
+    "stop": st.one_of(st.lists(st.text(max_size=300), max_size=20), VALUES),
+    "stream": st.one_of(st.booleans(), VALUES),
+    "stream_options": st.one_of(st.fixed_dictionaries({"include_usage": st.booleans()}), VALUES),
+    "echo": st.one_of(st.booleans(), VALUES),
+    "n": st.one_of(st.just(1), VALUES),
+    "logit_bias": VALUES,
+    "model": st.one_of(st.just("tiny"), VALUES),
+    "nonsense": VALUES,
 }
 PROMPTS = st.one_of(
     st.text(max_size=40),
     st.lists(st.text(max_size=20), max_size=4),
     st.lists(st.integers(-1, 300), max_size=10),
     st.lists(st.lists(st.integers(-1, 2**70), max_size=4), max_size=3),
-    ANYTHING,
+    VALUES,
 )
 MESSAGES = st.one_of(
     st.lists(
         st.fixed_dictionaries(
-            {"role": st.one_of(st.sampled_from(["system", "user", "assistant", "tool"]), ANYTHING)},
-            optional={"content": st.one_of(st.text(max_size=20), ANYTHING), "name": ANYTHING},
+            {"role": st.one_of(st.sampled_from(["system", "user", "assistant", "tool"]), VALUES)},
+            optional={"content": st.one_of(st.text(max_size=20), VALUES), "name": VALUES},
         ),
         max_size=4,
     ),
-    ANYTHING,
+    VALUES,
 )
 COMPLETIONS = st.fixed_dictionaries({}, optional=FIELDS | {"prompt": PROMPTS})
 CHATS = st.fixed_dictionaries({}, optional=FIELDS | {"messages": MESSAGES})
 BODIES = st.one_of(
-    st.one_of(COMPLETIONS, CHATS, ANYTHING).map(lambda value: json.dumps(value).encode()),
+    st.one_of(COMPLETIONS, CHATS, VALUES).map(lambda value: json.dumps(value).encode()),
     COMPLETIONS.map(lambda value: json.dumps({"max_tokens": 2, "prompt": "I am"} | value).encode()),
     st.binary(max_size=50),
 )
@@ -87,19 +75,10 @@ def fuzzed(engine: EmbeddedEngine) -> Iterator[RunningServer]:
         yield server
 
 
-def check_request(server: RunningServer, request: dict[str, Any]) -> None:
-    head = (
-        f"{request['method']} {request['path']} HTTP/1.1\r\nHost: {request['host']}\r\nConnection: close\r\n"
-        f"Content-Type: {request['type']}\r\nContent-Length: {len(request['body'])}\r\n{request['header']}"
-    )
-    received = b""
-    with (
-        socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
-        suppress(BrokenPipeError, ConnectionResetError),
-    ):
-        connection.sendall(head.encode("latin-1") + b"\r\n\r\n" + request["body"])
-        while part := connection.recv(65536):
-            received += part
+@fuzz(REQUESTS)
+def test_any_request(fuzzed: RunningServer, request_made: dict[str, Any]) -> None:
+    with within_limits():
+        received = exchange(fuzzed.port, request_made)
     assert b"Traceback" not in received
     if not received:
         # Only what is no request, or not a whole one, is left without an answer.
@@ -107,16 +86,22 @@ def check_request(server: RunningServer, request: dict[str, Any]) -> None:
     status = int(received.split(b" ", 2)[1])
     assert status == 200 or 400 <= status < 500, received[:500]
     body = received.partition(b"\r\n\r\n")[2]
-    if status != 200 and request["method"] != "HEAD":
+    if status != 200 and request_made["method"] != "HEAD":
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
-@made_up(PLAIN, REQUESTS)
-def test_any_request(fuzzed: RunningServer, case: dict[str, Any]) -> None:
-    check_request(fuzzed, case)
-
-
-@pytest.mark.slow
-@made_up(SLOW, REQUESTS)
-def test_any_request_of_many(fuzzed: RunningServer, case: dict[str, Any]) -> None:
-    check_request(fuzzed, case)
+def exchange(port: int, request: dict[str, Any]) -> bytes:
+    """Send a request; returns all that comes until the connection ends."""
+    head = (
+        f"{request['method']} {request['path']} HTTP/1.1\r\nHost: {request['host']}\r\nConnection: close\r\n"
+        f"Content-Type: {request['type']}\r\nContent-Length: {len(request['body'])}\r\n{request['header']}"
+    )
+    received = b""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
+        suppress(BrokenPipeError, ConnectionResetError),
+    ):
+        connection.sendall(head.encode("latin-1") + b"\r\n\r\n" + request["body"])
+        while part := connection.recv(65536):
+            received += part
+    return received
