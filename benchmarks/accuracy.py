@@ -179,7 +179,7 @@ def _quantize_inputs(linear: Any) -> Any:
         return torch.clamp(torch.round(inputs[0] / scale) + offset, INT8_MIN, INT8_MAX) - offset
 
     def per_token(module: Any, inputs: Any) -> Any:
-        quantized, module.input_scale = quantize_per_token(inputs[0], levels=255)
+        quantized, module.input_scale = quantize_per_token(inputs[0])
         return quantized
 
     return per_token if linear.input_scale is None else static

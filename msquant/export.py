@@ -1,8 +1,8 @@
 """The flow of `msquant export`: a quantized folder of one format into another, without quantizing again.
 
 One linear layer, or a block of rows of another tensor, is in memory at a time. What is written is what was
-read: int8 weights and zero points are equal, scales to a rounding of float32; where a format cannot express
-that, the export is refused before it begins.
+read, as the folder's server computes it: int8 weights and zero points are equal, scales to a rounding of
+float32; where a format cannot express that, the export is refused before it begins.
 """
 
 import json

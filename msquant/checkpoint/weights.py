@@ -39,8 +39,8 @@ class FloatLinear:
 class QuantizedLinear:
     """A linear layer with int8 weights.
 
-    In W8A8 `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias`, in W8A16 `y =
-    weight_scale * (weight @ x) + bias`.
+    In W8A8 `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias` with
+    `x_q = clamp(round(x / input_scale) + input_offset)`, in W8A16 `y = weight_scale * (weight @ x) + bias`.
 
     Attributes:
         weight: int8 `[N, K]`, symmetric per output channel.
@@ -49,6 +49,9 @@ class QuantizedLinear:
         input_scale: float32 `[1]` for static per-tensor activations; None when they are quantized per token,
             or not at all.
         input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
+        input_reciprocal: float32 `[1]`, where the engine multiplies by a reciprocal that it has rounded
+            instead of dividing: `x_q = clamp(round(x * input_reciprocal + input_offset))`; None where it
+            divides.
         weight_only: activations stay in floating point (W8A16).
     """
 
@@ -57,6 +60,7 @@ class QuantizedLinear:
     bias: NDArray[np.float32] | None = None
     input_scale: NDArray[np.float32] | None = None
     input_offset: NDArray[np.int32] | None = None
+    input_reciprocal: NDArray[np.float32] | None = None
     weight_only: bool = False
 
     @property
@@ -92,6 +96,17 @@ def as_computed(linear: Linear) -> Linear:
     if isinstance(linear, FloatLinear) or not linear.weight_only:
         return linear
     return FloatLinear(linear.weight * linear.weight_scale[:, None], linear.bias)
+
+
+def token_scales(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scales of activations that are quantized per token, `[T, K]` to `[T, 1]`: `max|x| / 127`.
+
+    The rule of the servers' operators (aclnnDynamicQuant, and vLLM's kernels); golden-stick's own
+    DynamicQuant divides `2 max|x|` by 255. A token of zeros has no scale; it gets 1.
+    """
+    scales = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True)) / np.float32(INT8_MAX)
+    scales[scales == 0] = 1
+    return scales
 
 
 class WeightSource(Protocol):

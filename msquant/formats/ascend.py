@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
@@ -9,6 +10,7 @@ from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
+from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_source import FolderSource
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
@@ -20,19 +22,20 @@ class AscendCheckpoint(FolderSource):
 
     Attributes:
         description: what is said of its tensors.
+        dtype: the model's; None if `config.json` does not say.
     """
 
-    def __init__(self, checkpoint: Checkpoint, description: Description) -> None:
+    def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
         super().__init__(checkpoint)
-        self.description = description
+        self.description, self.dtype = description, dtype
 
     @classmethod
     def open(cls, folder: Path | str) -> "AscendCheckpoint":
         """Open a folder without validating it; `ascend_rules.validate` does that.
 
         Raises:
-            CheckpointError: as `Checkpoint.open` and `read_description`; or its norms were changed in a way
-                that msquant does not compute.
+            CheckpointError: as `Checkpoint.open` and `read_description`; `config.json` cannot be understood;
+                or its norms were changed in a way that msquant does not compute.
         """
         folder = Path(folder)
         checkpoint, description = Checkpoint.open(folder), read_description(folder)
@@ -44,7 +47,8 @@ class AscendCheckpoint(FolderSource):
                     where=checkpoint.shard_path(name),
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
-        return cls(checkpoint, description)
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        return cls(checkpoint, description, model_dtype(config))
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
@@ -63,4 +67,4 @@ class AscendCheckpoint(FolderSource):
             )
         names = STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS
         parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
-        return decode_linear(module, parts, weight_only=scheme == "weight_only")
+        return decode_linear(module, parts, self.dtype, weight_only=scheme == "weight_only")

@@ -4,9 +4,10 @@ Read in msModelSlim (quant_service/modelslim_v1/save/ascendv1.py, `on_w8a8_stati
 `on_w8a8_dynamic_per_channel`, `on_w8a16_static_per_channel`) and vllm-ascend (quantization/methods/
 w8a8_static.py, w8a8_dynamic.py, w8a16.py). Static activations, with int32 sums:
 
-    y = deq_scale * (weight @ x_q + quant_bias),    x_q = clamp(round(x / input_scale) + input_offset)
+    y = deq_scale * (weight @ x_q + quant_bias),    x_q = clamp(round(x * r + input_offset))
 
-The layer's own bias is part of `quant_bias`. Per-token activations:
+with r the reciprocal of `input_scale`, which the engine rounds to the model's dtype as it does `input_scale`
+itself. The layer's own bias is part of `quant_bias`. Per-token activations:
 
     y = weight_scale * s * (weight @ round(x / s)) + bias,    s = max|x| / 127 of each token
 
@@ -25,7 +26,15 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import cast
-from msquant.formats.scales import all_positive, deq_scales, input_parameters, row_scales, weight_scales
+from msquant.formats.scales import (
+    all_positive,
+    deq_scales,
+    held_scales,
+    input_parameters,
+    rounded_reciprocal,
+    row_scales,
+    weight_scales,
+)
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -86,8 +95,8 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
         `dtype`, of a quantized layer in float32 [N]: msModelSlim keeps it beside `quant_bias`.
 
     Raises:
-        CheckpointError: a scale is not positive and finite; the zero point is no int8; a sum does not fit
-            int32; a value does not fit `dtype`.
+        CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the zero
+            point is no int8; a sum does not fit int32; a value does not fit `dtype`.
     """
     tensors: dict[str, NDArray[Any]] = {}
     bias = None if linear.bias is None else cast(f"{module}.bias", linear.bias, dtype)
@@ -101,6 +110,13 @@ def encode_linear(module: str, linear: Linear, dtype: str) -> dict[str, NDArray[
         scale = weight_scales(module, linear).reshape(-1, 1)
         return {**tensors, f"{module}.weight_scale": scale, f"{module}.weight_offset": np.zeros_like(scale)}
     input_scale, zero_point = input_parameters(module, linear, dtype)
+    if not all_positive(rounded_reciprocal(np.array([input_scale]), dtype)):
+        raise CheckpointError(
+            f"the reciprocal of its input scale {input_scale:.4g} is infinite or 0 in {dtype}, in which the "
+            "engine keeps it",
+            where=module,
+            remedy="quantize the model in bfloat16, or keep this layer in floating point",
+        )
     deq_scale = deq_scales(module, linear, input_scale)
     bits = deq_scale.view(np.int32).astype(np.int64)
     return {
@@ -143,7 +159,7 @@ def folded_bias(
 
 
 def decode_linear(
-    module: str, tensors: Mapping[str, NDArray[Any]], *, weight_only: bool = False
+    module: str, tensors: Mapping[str, NDArray[Any]], dtype: str | None = None, *, weight_only: bool = False
 ) -> QuantizedLinear:
     """The quantized layer that `encode_linear`, or msModelSlim, stored.
 
@@ -151,6 +167,8 @@ def decode_linear(
         module: its name.
         tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
+        dtype: the model's, in which the engine keeps `weight_scale`, `input_scale` and its reciprocal; None
+            if config.json does not say: they are then exact.
         weight_only: whether it is W8A16; W8A8_DYNAMIC has the same tensors.
 
     Returns:
@@ -158,13 +176,15 @@ def decode_linear(
         is its bias.
 
     Raises:
-        CheckpointError: a scale is not positive and finite; the zero point is no int8; a `weight_offset` is
-            not 0; `deq_scale` holds something else than float32 bits.
+        CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the zero
+            point is no int8; a `weight_offset` is not 0; `deq_scale` holds something else than float32 bits.
     """
     weight, stored_bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
         scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
+        if dtype is not None:
+            scale = held_scales(scale, dtype)
         if not all_positive(scale):
             raise CheckpointError("its scales are not positive and finite", where=module)
         if tensors[f"{module}.weight_offset"].any():
@@ -175,7 +195,8 @@ def decode_linear(
     deq_scale = deq_scale_values(tensors[f"{module}.deq_scale"])
     input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)
     zero_point = zero_point_of(tensors[f"{module}.input_offset"])
-    if not all_positive(deq_scale) or not all_positive(input_scale):
+    reciprocal = None if dtype is None else rounded_reciprocal(input_scale, dtype)
+    if not all(map(all_positive, (deq_scale, input_scale, *([] if reciprocal is None else [reciprocal])))):
         raise CheckpointError("its scales are not positive and finite", where=module)
     if zero_point is None:
         raise CheckpointError("is not an integer in [-128, 127]", where=f"{module}.input_offset")
@@ -188,6 +209,7 @@ def decode_linear(
         bias=bias,
         input_scale=input_scale,
         input_offset=np.array([zero_point], np.int32),
+        input_reciprocal=reciprocal,
     )
 
 

@@ -20,9 +20,10 @@ from msquant.formats.ascend_layout import (
     folded_bias,
     zero_point_of,
 )
+from msquant.formats.dtypes import MODEL_DTYPES
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_inputs
-from msquant.formats.scales import all_positive
+from msquant.formats.scales import all_positive, rounded_reciprocal
 from msquant.formats.tensor_rules import (
     FLOAT_CODES,
     Parts,
@@ -89,12 +90,14 @@ def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str |
             yield from check_float(checkpoint, name)
     for module, scheme in quantized.items():
         yield from check_layout(checkpoint, module, scheme, dtype) or _check_values(
-            checkpoint, module, scheme
+            checkpoint, module, scheme, dtype
         )
     yield from check_fused_inputs(checkpoint, ("input_scale", "input_offset"))
 
 
-def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterator[Finding]:
+def _check_values(
+    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None
+) -> Iterator[Finding]:
     bias = f"{module}.bias"
     if bias in checkpoint and (found := list(check_float(checkpoint, bias))):
         yield from found
@@ -108,7 +111,7 @@ def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterat
         return
     deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
     zero_point = zero_point_of(checkpoint.raw(f"{module}.input_offset"))
-    yield from check_positive(checkpoint, f"{module}.input_scale")
+    yield from _check_input_scale(checkpoint, f"{module}.input_scale", dtype)
     if not all_positive(deq_scale):
         yield Finding(f"{module}.deq_scale", "holds a scale that is not positive and finite")
     elif zero_point is None:
@@ -117,6 +120,16 @@ def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterat
         )
     else:
         yield from _check_quant_bias(checkpoint, module, deq_scale, zero_point)
+
+
+def _check_input_scale(checkpoint: Checkpoint, name: str, dtype: str | None) -> Iterator[Finding]:
+    """The engine multiplies by its reciprocal, which float16 does not hold of every scale."""
+    findings = list(check_positive(checkpoint, name))
+    yield from findings
+    if not findings and dtype in MODEL_DTYPES:
+        scale = checkpoint.raw(name).astype(np.float32)
+        if not all_positive(rounded_reciprocal(scale, dtype)):
+            yield Finding(name, f"is {scale.item():.4g}, whose reciprocal is infinite or 0 in {dtype}")
 
 
 def _check_quant_bias(

@@ -78,11 +78,12 @@ class GoldenStickCheckpoint(FolderSource):
         description: dict[str, str],
         variant: Variant = "native",
         rope_rows: RopeRows = _NOTHING,
+        dtype: str | None = None,
     ) -> None:
         super().__init__(checkpoint)
         self.description = description
         self.variant = variant
-        self._rope_rows = rope_rows
+        self._rope_rows, self._dtype = rope_rows, dtype
 
     @classmethod
     def open(cls, folder: Path | str) -> "GoldenStickCheckpoint":
@@ -99,7 +100,7 @@ class GoldenStickCheckpoint(FolderSource):
             config = read_json(folder / "config.json")
         variant = read_variant(folder, config)
         rows = model_rope_rows(config) if variant == "mindformers" else _NOTHING
-        return cls(checkpoint, description, variant, rows)
+        return cls(checkpoint, description, variant, rows, model_dtype(config))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return a floating-point tensor as float32. Raises CheckpointError as `Checkpoint.tensor`."""
@@ -125,7 +126,7 @@ class GoldenStickCheckpoint(FolderSource):
             return linear if order is None else linear.take_rows(order.interleaved())
         names = QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS
         parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme=scheme))
-        decoded = decode_linear(module, parts)
+        decoded = decode_linear(module, parts, self._dtype)
         order = self._order(f"{module}.weight")
         return decoded if order is None else decoded.take_rows(order.interleaved())
 

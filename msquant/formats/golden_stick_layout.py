@@ -22,7 +22,14 @@ from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Sch
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, cast
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
-from msquant.formats.scales import all_positive, deq_scales, input_parameters, row_scales, weight_scales
+from msquant.formats.scales import (
+    all_positive,
+    deq_scales,
+    held_scales,
+    input_parameters,
+    row_scales,
+    weight_scales,
+)
 
 QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
@@ -123,7 +130,8 @@ def encode_linear(
 
 
 def _encode_dynamic(module: str, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
-    # float32 loads as it is or, in a bfloat16 model, is rounded by the engine: nothing is lost before that.
+    # float32 loads as it is or, in a bfloat16 model, is rounded by the engine, which changes no scale that
+    # the pass has made for such a model.
     weight_scale = weight_scales(module, linear)
     return {
         f"{module}.weight": linear.weight,
@@ -132,13 +140,16 @@ def _encode_dynamic(module: str, linear: QuantizedLinear) -> dict[str, NDArray[A
     }
 
 
-def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def decode_linear(
+    module: str, tensors: Mapping[str, NDArray[Any]], dtype: str | None = None
+) -> QuantizedLinear:
     """The quantized layer that `encode_linear` stored.
 
     Args:
         module: its name.
         tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
+        dtype: the model's. In bfloat16 the engine rounds the `weight_scale` of a layer per token to it.
 
     Raises:
         CheckpointError: the scales are not positive and finite; the input scales or offsets differ among the
@@ -147,7 +158,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
     bias = tensors.get(f"{module}.bias")
     bias = None if bias is None else bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
-        return _decode_dynamic(module, tensors, bias)
+        return _decode_dynamic(module, tensors, bias, dtype)
     scales = tensors[f"{module}.input_scale"].astype(np.float32)
     offsets = tensors[f"{module}.input_offset"]
     if not (scales == scales[0]).all() or not (offsets == offsets[0]).all():
@@ -167,10 +178,12 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
 
 
 def _decode_dynamic(
-    module: str, tensors: Mapping[str, NDArray[Any]], bias: NDArray[np.float32] | None
+    module: str, tensors: Mapping[str, NDArray[Any]], bias: NDArray[np.float32] | None, dtype: str | None
 ) -> QuantizedLinear:
     # Other tools store [N, 1], and in the model's dtype.
     scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
+    if dtype == "bfloat16":
+        scale = held_scales(scale, dtype)
     if not all_positive(scale):
         raise CheckpointError("its scales are not positive and finite", where=module)
     if tensors[f"{module}.weight_offset"].any():

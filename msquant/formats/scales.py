@@ -5,7 +5,10 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.formats.dtypes import cast
+from msquant.formats.dtypes import MODEL_DTYPES, cast
+
+# How far from a static scale the one may be that is stored for it, below and above.
+_NARROWER, _WIDER = np.float32(0.992), np.float32(1.01)
 
 
 def weight_scales(module: str, linear: QuantizedLinear) -> NDArray[np.float32]:
@@ -27,10 +30,13 @@ def weight_scales(module: str, linear: QuantizedLinear) -> NDArray[np.float32]:
 
 
 def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[np.float32, int]:
-    """The input scale of a static layer, rounded to the model's dtype, and its zero point.
+    """The input scale of a static layer in the model's dtype, and its zero point.
 
     Engines hold the scale in the model's dtype, and all formats store the same number, so that a model can be
-    converted between them without a loss.
+    converted between them without a loss. vllm-ascend multiplies by a reciprocal that it rounds to that
+    dtype, too: a scale that the dtype does not hold becomes the neighbour whose reciprocal survives that
+    best, at most 0.8 % below or 1 % above. Next to the nearest one, s times the reciprocal of s is up to 4e-3
+    away from 1 in bfloat16.
 
     Args:
         module: its name, for the error.
@@ -42,7 +48,9 @@ def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[
     """
     if linear.input_scale is None or linear.input_offset is None:
         raise CheckpointError("its activations are quantized per token", where=module)
-    scale = np.float32(cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)[0])
+    nearest = np.float32(cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)[0])
+    exact = np.float32(linear.input_scale.reshape(1)[0])
+    scale = nearest if nearest in (0, exact) else _reciprocable(exact, nearest, dtype)
     zero_point = int(linear.input_offset.reshape(1)[0])
     if not scale > 0:
         raise CheckpointError(
@@ -53,6 +61,39 @@ def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[
     if not INT8_MIN <= zero_point <= INT8_MAX:
         raise CheckpointError(f"its zero point {zero_point} is outside of [-128, 127]", where=module)
     return scale, zero_point
+
+
+def _reciprocable(scale: np.float32, nearest: np.float32, dtype: str) -> np.float32:
+    """The number of a dtype near `scale` whose product with its own rounded reciprocal is closest to 1."""
+    kind = np.dtype(MODEL_DTYPES[dtype])
+    # Positive floating-point numbers are in the order of their bits.
+    bits = np.array([scale * _NARROWER, scale * _WIDER], np.float32).astype(kind).view(f"u{kind.itemsize}")
+    near = np.arange(bits[0], bits[1] + 1, dtype=bits.dtype).view(kind).astype(np.float32)
+    near = np.append(near[(near >= scale * _NARROWER) & (near <= scale * _WIDER)], nearest)
+    with np.errstate(divide="ignore", over="ignore"):
+        away = np.abs(near.astype(np.float64) * (1 / near).astype(kind).astype(np.float64) - 1)
+    return near[np.lexsort((np.abs(near - scale), away))[0]]
+
+
+def rounded_reciprocal(input_scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """What an engine multiplies inputs by that keeps a scale and its reciprocal in the model's dtype.
+
+    Args:
+        input_scale: float32 `[1]`.
+        dtype: the model's.
+
+    Returns:
+        float32 `[1]`; infinite in float16 where the scale is below 1.6e-5.
+    """
+    kind = MODEL_DTYPES[dtype]
+    with np.errstate(divide="ignore", over="ignore"):
+        return (1 / input_scale.astype(kind).astype(np.float32)).astype(kind).astype(np.float32)
+
+
+def held_scales(scales: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Scales as an engine holds them that keeps them in the model's dtype, float32 of the same shape."""
+    with np.errstate(over="ignore"):
+        return scales.astype(MODEL_DTYPES[dtype]).astype(np.float32)
 
 
 def deq_scales(module: str, linear: QuantizedLinear, input_scale: np.float32) -> NDArray[np.float32]:

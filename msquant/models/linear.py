@@ -42,20 +42,23 @@ def dense(linear: FloatLinear, dtype: Any) -> nn.Dense:
 class Int8Linear(nn.Cell):
     """`y = weight_scale * s_x * sum_k W_q (x_q - z) + bias` with `x_q = clamp(round(x / s_x) + z)`.
 
-    Static per tensor when the layer carries `input_scale`; otherwise `s_x = 2 max|x| / 255` per token and
-    `z = 0`. The sum is exact: it is added in float32 over as many channels as stay within float32's exact
-    integers with these weights, and such parts in int32 (golden-stick 1.4.1,
-    `quant_cells/mindone/fake_quant_base.py`, states the same quantizer).
+    Static per tensor when the layer carries `input_scale`, with `x_q = clamp(round(x r + z))` where it has a
+    reciprocal r too; otherwise `s_x = max|x| / 127` per token and `z = 0`, see `token_scales`. The sum is
+    exact: it is added in float32 over as many channels as stay within float32's exact integers with these
+    weights, and such parts in int32.
     """
 
     def __init__(self, linear: QuantizedLinear, dtype: Any) -> None:
         super().__init__()
         self.dtype = dtype
-        self.input_scale = self.input_offset = None
+        self.input_scale = self.input_reciprocal = None
         offset = 0
         if linear.input_scale is not None and linear.input_offset is not None:
             self.input_scale = float(linear.input_scale[0])
             offset = int(linear.input_offset[0])
+            if linear.input_reciprocal is not None:
+                self.input_reciprocal = float(linear.input_reciprocal[0])
+        self.offset = float(offset)
         # The offset is taken off before the product: x_q - z lies between these.
         self.lowest, self.highest = float(INT8_MIN - offset), float(INT8_MAX - offset)
         bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
@@ -74,14 +77,19 @@ class Int8Linear(nn.Cell):
         """`[T, K]` to `[T, N]`."""
         x = x.astype(ms.float32)
         if self.input_scale is None:
-            scale = ops.amax(ops.abs(x), axis=-1, keepdims=True) * 2 / (INT8_MAX - INT8_MIN)
+            scale = ops.amax(ops.abs(x), axis=-1, keepdims=True) / INT8_MAX
             # A token of zeros has no scale; any will do.
             scale = ops.where(scale == 0, ops.ones_like(scale), scale)
             output_scale = self.weight_scale * scale
         else:
             scale, output_scale = self.input_scale, self.output_scale
+        if self.input_reciprocal is None:
+            rounded = ops.round(x / scale)
+        else:
+            # The zero point is added before: it decides where ties go.
+            rounded = ops.round(x * self.input_reciprocal + self.offset) - self.offset
         # Limits as floats: with integers clamp is 20 times slower.
-        quantized = ops.clamp(ops.round(x / scale), self.lowest, self.highest)
+        quantized = ops.clamp(rounded, self.lowest, self.highest)
         y = self._integer_product(quantized) * output_scale
         if self.bias is not None:
             y = y + self.bias

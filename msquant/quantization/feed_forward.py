@@ -22,6 +22,7 @@ from msquant.checkpoint.weights import (
     QuantizedLinear,
     WeightSource,
     as_computed,
+    token_scales,
 )
 from msquant.interrupts import check_interrupt
 from msquant.models.cells import RMSNorm
@@ -29,7 +30,6 @@ from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import Router
 from msquant.models.routing import tokens_of
-from msquant.quantization.fake_quant import STEPS
 from msquant.quantization.policy import QuantizationPolicy
 from msquant.quantization.ranges import channel_ranges
 from msquant.quantization.report import GroupReport
@@ -220,7 +220,8 @@ class FeedForwardPass:
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
         if (scheme := self._policy.scheme(module)) != "float":
-            linear = QuantizedLinear(*quantize_weight(weight), bias, weight_only=scheme == "weight_only")
+            rounded = quantize_weight(weight, self._config.dtype)
+            linear = QuantizedLinear(*rounded, bias, weight_only=scheme == "weight_only")
         sink.linear(module, linear)
         return linear
 
@@ -261,9 +262,7 @@ def _apply(linear: Linear, x: Floats) -> Floats:
     if isinstance(linear, FloatLinear):
         y = x @ linear.weight.T
     else:
-        # The greatest value lies on a tie, 127.5: the same rounding decides it as in the engine.
-        scale = np.abs(x).max(axis=1, keepdims=True, initial=0) * np.float32(2) / np.float32(STEPS)
-        scale[scale == 0] = 1
+        scale = token_scales(x)
         y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ linear.weight.T.astype(np.float32)
         y *= linear.weight_scale * scale
     return y if linear.bias is None else y + linear.bias

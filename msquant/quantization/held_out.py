@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.quantization.fake_quant import STEPS, activation_parameters, fake_quantize, row_maxima
+from msquant.checkpoint.weights import token_scales
+from msquant.quantization.fake_quant import activation_parameters, fake_quantize
 from msquant.quantization.smoothing import smooth_scale
 from msquant.quantization.weights import smoothed_and_rounded
 
@@ -136,8 +137,7 @@ class HeldOutSearch:
             scale = self._scale(low, high, alpha, floor)
             x = self._inputs.x[rows] / scale
             if self._per_token:
-                step = row_maxima(x) * np.float32(2 / STEPS)
-                x = fake_quantize(x, np.where(step == 0, 1, step)[:, None], out=x)
+                x = fake_quantize(x, token_scales(x), out=x)
             else:
                 step, offset = activation_parameters((low / scale).min(), (high / scale).max())
                 x = fake_quantize(x, step, offset, out=x)

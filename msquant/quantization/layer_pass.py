@@ -100,7 +100,7 @@ def quantize_layer(
     model = _OneLayerModel(config, groups, layer, hidden, places)
     schemes = {linear: policy.scheme(f"{name}.{linear}") for linear in linears}
     policies = OrderedDict(
-        (f"{re.escape(f'network.layer.{linear}')}$", ptq_config(policy, scheme))
+        (f"{re.escape(f'network.layer.{linear}')}$", ptq_config(policy, scheme, dtype=config.dtype))
         for linear, scheme in schemes.items()
         if scheme in ("dynamic", "weight_only")
     )

@@ -123,7 +123,12 @@ class QuantizationPolicy(BaseModel):
         return self
 
 
-def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequence[str] = ()) -> Any:
+def ptq_config(
+    policy: QuantizationPolicy,
+    scheme: Scheme = "static",
+    skip: Sequence[str] = (),
+    dtype: str = "float32",
+) -> Any:
     """Translate the policy to golden-stick's `PTQConfig`.
 
     Args:
@@ -132,8 +137,10 @@ def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequ
             too, except by osl: golden-stick's own configs for that one leave them as they are. Those with
             int8 weights alone (`weight_only`) never are: golden-stick smooths for W8A8 only.
         skip: cells whose name contains one of these stay in floating point.
+        dtype: the model's, in which engines keep the scales of weights, except where activations are static:
+            there they have the product with the input's scale, in float32.
     """
-    from mindspore import dtype
+    from mindspore import dtype as types
     from mindspore_gs.common import BackendTarget
     from mindspore_gs.ptq import PTQConfig, PTQMode
     from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
@@ -151,8 +158,8 @@ def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequ
         mode=PTQMode.QUANTIZE,
         backend=BackendTarget.ASCEND,
         opname_blacklist=list(skip),
-        weight_quant_dtype=dtype.int8,
-        act_quant_dtype=None if scheme == "weight_only" else dtype.int8,
+        weight_quant_dtype=types.int8,
+        act_quant_dtype=None if scheme == "weight_only" else types.int8,
         outliers_suppression=suppression,
         weight_quant_granularity=QuantGranularity.PER_CHANNEL,
         act_quant_granularity=granularity,
@@ -161,5 +168,6 @@ def ptq_config(policy: QuantizationPolicy, scheme: Scheme = "static", skip: Sequ
             "weight_clip_ratio": list(policy.weight_clip_ratio),
             "range_floor": list(policy.range_floor),
             "smoothquant_alpha": policy.one_alpha,
+            "weight_scale_dtype": "float32" if scheme == "static" else dtype,
         },
     )

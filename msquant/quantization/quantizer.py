@@ -16,7 +16,8 @@ class FastWeightCell(WeightQuantLinearCell):
 
     def quant(self) -> None:
         """Replace the floating-point weight by `weight`, `weight_scale` and, if there is one, `bias`."""
-        weight, scale = quantize_weight(self.layer.weight.asnumpy())
+        dtype = self.cfg.algo_args.get("weight_scale_dtype", "float32")
+        weight, scale = quantize_weight(self.layer.weight.asnumpy(), dtype)
         self.layer.weight = None
         self.weight = Parameter(Tensor.from_numpy(weight))
         self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))

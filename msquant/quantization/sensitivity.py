@@ -18,12 +18,12 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import Linear, Scheme
+from msquant.checkpoint.weights import Linear, Scheme, token_scales
 from msquant.interrupts import check_interrupt
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Part
 from msquant.quantization.decoder_pass import BETWEEN, DecoderPass, Floats
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize, weight_scale
+from msquant.quantization.fake_quant import activation_parameters, fake_quantize
 from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, find_cell
 from msquant.quantization.report import GroupError
@@ -195,7 +195,7 @@ def _quantized(inputs: Sequence[Floats], smooth_scale: Floats, scheme: Scheme) -
             start += len(x)
         elif scheme == "dynamic":
             rows = smoothed.reshape(-1, smoothed.shape[-1])
-            fake_quantize(rows, weight_scale(rows), out=rows)
+            fake_quantize(rows, token_scales(rows), out=rows)
         yield smoothed
 
 

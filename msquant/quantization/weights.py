@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +16,13 @@ from msquant.quantization.fake_quant import fake_quantize, row_maxima, weight_sc
 BLOCK_BYTES = 1 << 20
 
 
-def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+# Named here because NumPy has no bfloat16 of its own.
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], scale_dtype: str = "float32"
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round a weight to int8, symmetric per output channel.
 
     The arithmetic is golden-stick 1.4.1's (`ptq/basic_functions/basic_quant_func.py`, `quant_tensor`): scale
@@ -23,6 +30,8 @@ def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
 
     Args:
         weight: `[N, K]`.
+        scale_dtype: `bfloat16`, `float16` or `float32`: the scale is rounded up to one that it can hold, so
+            that an engine which keeps scales in that dtype multiplies by what the weight was divided by.
 
     Returns:
         int8 `[N, K]` and float32 `[N]`.
@@ -31,7 +40,7 @@ def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
     scales = np.empty(len(weight), np.float32)
 
     def block(rows: slice) -> None:
-        scale = weight_scale(weight[rows])
+        scale = rounded_up(weight_scale(weight[rows]), scale_dtype)
         values = weight[rows] / scale
         np.rint(values, out=values)
         np.clip(values, INT8_MIN, INT8_MAX, out=values)
@@ -40,6 +49,16 @@ def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
 
     for_blocks(weight, block)
     return rounded, scales
+
+
+def rounded_up(scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """The least numbers of a dtype (as for `quantize_weight`) that are not below these, in float32."""
+    if dtype not in _DTYPES:
+        return scale
+    with np.errstate(over="ignore"):
+        rounded = scale.astype(_DTYPES[dtype])
+    above = np.nextafter(rounded, np.array(np.inf, rounded.dtype))
+    return np.where(rounded.astype(np.float32) < scale, above, rounded).astype(np.float32)
 
 
 def smoothed_and_rounded(

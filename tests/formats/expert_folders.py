@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
@@ -96,6 +97,8 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
     weight = rng.integers(-128, 128, shape, dtype=np.int8)
     scales = rng.uniform(1e-4, 1e-2, shape[0]).astype(np.float32)
     if scheme != "static":
+        # Servers keep these in the model's dtype.
+        scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
         return QuantizedLinear(weight, scales, stored_bias, weight_only=scheme == "weight_only")
     own = module.endswith(("o_proj", "b_proj"))
     scale, offset = np.full(1, 0.03 if own else 0.07, np.float32), np.full(1, 5 if own else -3, np.int32)

@@ -28,6 +28,10 @@ def ideal_output(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
         scale, offset = np.abs(x).max(axis=-1, keepdims=True) / 127, 0
     else:
         scale, offset = np.float64(linear.input_scale[0]), int(linear.input_offset[0])
-    x_q = np.clip(np.round(x / scale) + offset, -128, 127)
+    if linear.input_reciprocal is None:
+        rounded = np.round(x / scale) + offset
+    else:
+        rounded = np.round(x * np.float64(linear.input_reciprocal[0]) + offset)
+    x_q = np.clip(rounded, -128, 127)
     y = scale * ((x_q - offset) @ linear.weight.astype(np.float64).T) * linear.weight_scale
     return y if linear.bias is None else y + linear.bias

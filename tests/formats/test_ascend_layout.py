@@ -20,24 +20,25 @@ TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def ascend_output(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Its parameters (w8a8_static.py, w8a8_dynamic.py), and the operators' arithmetic without their rounding.
 
-    The loader copies every tensor into a parameter of the dtype given here. `npu_quantize` multiplies by the
-    reciprocal of the scale; `npu_quant_matmul` reads int64 scales as the bits of float32, and adds its bias
-    to the sums with static scales, and to the result with per-token ones.
+    The loader copies every tensor into a parameter of the dtype given here, in which the reciprocal of the
+    input's scale is computed too. `npu_quantize` multiplies by that; `npu_quant_matmul` reads int64 scales as
+    the bits of float32, and adds its bias to the sums with static scales, to the result with per-token ones.
     """
     parts = {name.removeprefix(f"{MODULE}."): torch.from_numpy(a) for name, a in tensors.items()}
     inputs, weight = torch.from_numpy(x), parts["weight"].to(torch.int32)
     if "deq_scale" not in parts:
         scale = inputs.abs().amax(dim=-1, keepdim=True) / 127
         x_q = torch.round(inputs / scale).to(torch.int32)
-        y = (x_q @ weight.T).double() * scale.double() * parts["weight_scale"].double().T
+        y = (x_q @ weight.T).double() * scale.double() * parts["weight_scale"].to(dtype).double().T
         return (y + parts["bias"].double() if "bias" in parts else y).numpy()
-    scale, offset = parts["input_scale"].to(dtype).double(), parts["input_offset"].to(torch.int8)
+    reciprocal, offset = 1 / parts["input_scale"].to(dtype), parts["input_offset"].to(torch.int8)
+    assert reciprocal.dtype == dtype
     deq_scale = parts["deq_scale"]
     if dtype == torch.float16:
         assert deq_scale.dtype == torch.int64
         deq_scale = deq_scale.to(torch.int32).view(torch.float32)
     assert deq_scale.dtype == torch.float32
-    x_q = torch.clamp(torch.round(inputs * (1 / scale)) + offset, -128, 127).to(torch.int32)
+    x_q = torch.clamp(torch.round(inputs * reciprocal.double() + offset), -128, 127).to(torch.int32)
     return ((x_q @ weight.T + parts["quant_bias"]).double() * deq_scale.double()).numpy()
 
 
@@ -48,7 +49,31 @@ def test_vllm_ascend_computes_the_layer(dtype: str, dynamic: bool, seed: int) ->
     tensors = encode_linear(MODULE, random_layer(12, 40, seed, dynamic=dynamic), dtype)
     x = np.random.default_rng(seed).normal(size=(9, 40))
     y = ascend_output(tensors, x, TORCH[dtype])
-    np.testing.assert_allclose(y, ideal_output(decode_linear(MODULE, tensors), x), rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(
+        y, ideal_output(decode_linear(MODULE, tensors, dtype), x), rtol=3e-7, atol=1e-7
+    )
+
+
+def test_a_scale_of_another_tool_is_computed_with_the_reciprocal_that_the_engine_rounds() -> None:
+    """In bfloat16 1 / (255 / 8192) is 32, 0.4 % off: an exact reciprocal gives other integers."""
+    tensors = encode_linear(MODULE, random_layer(12, 40, 1), "bfloat16")
+    tensors[f"{MODULE}.input_scale"][:] = 255 / 8192
+    x = np.random.default_rng(1).normal(size=(200, 40))
+    y = ascend_output(tensors, x, torch.bfloat16)
+    served, exact = (ideal_output(decode_linear(MODULE, tensors, dtype), x) for dtype in ("bfloat16", None))
+    np.testing.assert_allclose(y, served, rtol=3e-7, atol=1e-7)
+    assert np.linalg.norm(y - exact) > 1e-3 * np.linalg.norm(exact)
+
+
+def test_a_scale_without_a_reciprocal_in_float16_is_refused() -> None:
+    layer = replace(random_layer(3, 5, 1), input_scale=np.float32([1e-5]))
+    with pytest.raises(
+        CheckpointError, match=r"reciprocal of its input scale 1\.001e-05 is infinite or 0 in float16"
+    ):
+        encode_linear(MODULE, layer, "float16")
+    tensors = encode_linear(MODULE, layer, "bfloat16")
+    with pytest.raises(CheckpointError, match="not positive and finite"):
+        decode_linear(MODULE, tensors, "float16")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -56,7 +81,7 @@ def test_vllm_ascend_computes_the_layer(dtype: str, dynamic: bool, seed: int) ->
 def test_a_bias_is_added_to_half_a_step_of_the_sums(dtype: str, seed: int) -> None:
     tensors = encode_linear(MODULE, random_layer(12, 40, seed, bias=True), dtype)
     x = np.random.default_rng(seed).normal(size=(9, 40))
-    back = decode_linear(MODULE, tensors)
+    back = decode_linear(MODULE, tensors, dtype)
     assert back.input_scale is not None
     error = np.abs(ascend_output(tensors, x, TORCH[dtype]) - ideal_output(back, x))
     assert (error <= 0.5001 * back.weight_scale * back.input_scale).all()
@@ -68,7 +93,8 @@ def test_the_bias_of_per_token_activations_is_added_as_it_is() -> None:
     tensors = encode_linear(MODULE, random_layer(12, 40, 3, bias=True, dynamic=True), "bfloat16")
     x = np.random.default_rng(3).normal(size=(9, 40))
     y = ascend_output(tensors, x, torch.bfloat16)
-    np.testing.assert_allclose(y, ideal_output(decode_linear(MODULE, tensors), x), rtol=3e-7, atol=1e-7)
+    expected = ideal_output(decode_linear(MODULE, tensors, "bfloat16"), x)
+    np.testing.assert_allclose(y, expected, rtol=3e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -77,9 +103,10 @@ def test_vllm_ascend_computes_a_layer_with_int8_weights_alone(bias: bool) -> Non
     linear = replace(random_layer(12, 40, 3, bias=bias, dynamic=True), weight_only=True)
     tensors = encode_linear(MODULE, linear, "bfloat16")
     parts = {name.removeprefix(f"{MODULE}."): torch.from_numpy(a).double() for name, a in tensors.items()}
+    scale = parts["weight_scale"].bfloat16().double()
     x = np.random.default_rng(3).normal(size=(9, 40))
-    y = torch.from_numpy(x) @ ((parts["weight"] + parts["weight_offset"]) * parts["weight_scale"]).T
-    back = decode_linear(MODULE, tensors, weight_only=True)
+    y = torch.from_numpy(x) @ ((parts["weight"] + parts["weight_offset"]) * scale).T
+    back = decode_linear(MODULE, tensors, "bfloat16", weight_only=True)
     assert back.scheme == "weight_only"
     floats = as_computed(back)
     expected = x @ floats.weight.T.astype(np.float64)

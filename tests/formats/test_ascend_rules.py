@@ -22,6 +22,7 @@ from tests.formats.folders import CONFIG, change_json, change_tensors
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
 DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
 EXPERT = "model.layers.1.mlp.experts.1.up_proj"
 BIASED = {**CONFIG, "attention_bias": True}
 
@@ -84,7 +85,28 @@ def test_a_written_folder_keeps_the_rules_and_is_what_was_written(
             np.testing.assert_array_equal(linear.weight, expected.weight)
             np.testing.assert_allclose(linear.weight_scale, expected.weight_scale, rtol=3e-7)
             assert linear.scheme == expected.scheme
+            assert (linear.input_reciprocal is not None) == (scheme == "static")
     assert form.stored_schemes(Checkpoint.open(tmp_path / "m"), schemes) == schemes
+
+
+def test_an_input_scale_without_a_reciprocal_in_the_models_dtype_is_found(tmp_path: Path) -> None:
+    config = {**CONFIG, "torch_dtype": "float16"}
+    write_experts(tmp_path / "m", config, schemes=mixed(config), format_name="ascend")
+    change(tmp_path / "m", {f"{UP}.input_scale": np.full(1, 1e-5, np.float32)})
+    found = [text for text in problems(tmp_path / "m") if "reciprocal" in text]
+    assert found == [f"{UP}.input_scale: is 1e-05, whose reciprocal is infinite or 0 in float16"]
+    with pytest.raises(CheckpointError, match="not positive and finite"):
+        AscendCheckpoint.open(tmp_path / "m").linear(UP)
+
+
+def test_scales_are_read_as_vllm_ascend_rounds_them(folder: Path) -> None:
+    before = AscendCheckpoint.open(folder).linear(DOWN)
+    assert isinstance(before, QuantizedLinear)
+    wider = (before.weight_scale * np.float32(1.001)).reshape(-1, 1)
+    change(folder, {f"{DOWN}.weight_scale": wider})
+    again = AscendCheckpoint.open(folder).linear(DOWN)
+    assert isinstance(again, QuantizedLinear)
+    np.testing.assert_array_equal(again.weight_scale, before.weight_scale)
 
 
 def test_the_description_has_what_vllm_ascend_and_msmodelslim_expect() -> None:

@@ -9,19 +9,23 @@ need, beside msquant, one of
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
-from msquant.checkpoint.weights import Scheme, as_computed
-from msquant.formats.ascend_layout import encode_linear
+from msquant.checkpoint.weights import QuantizedLinear, Scheme, as_computed
+from msquant.formats.ascend_layout import decode_linear, encode_linear
 from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
 from msquant.formats.compressed_tensors_section import make_section
 from msquant.formats.fused_layers import experts_parent, fused_layers
+from msquant.inference.cpu.linear import linear_layer
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG
 from tests.formats.stand_ins import find_file, load_file
@@ -209,3 +213,58 @@ def test_vllm_ascends_own_method_computes_int8_weights_alone(monkeypatch: pytest
 def batchmatmul(x: Any, weight: Any, antiquant_scale: Any, antiquant_offset: Any, bias: Any) -> Any:
     """`x @ ((weight + offset) * scale) + bias`, as Ascend documents aclnnWeightQuantBatchMatmul."""
     return x @ ((weight.float() + antiquant_offset.float()) * antiquant_scale.float()) + bias
+
+
+@pytest.mark.skipif(ASCEND is None, reason="vllm_ascend is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_vllm_ascends_own_method_computes_a_static_layer_as_our_engine_does(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class rounds the reciprocals of 40 input scales and computes; the operators are stood in for."""
+    assert ASCEND is not None
+    names = (
+        "torch_npu",
+        "vllm_ascend.utils",
+        *(f"vllm_ascend.quantization.methods.{n}" for n in ("base", "registry")),
+    )
+    w8a8 = load_file(
+        ASCEND.parent / "methods" / "w8a8_static.py", "vllm_ascend.quantization.methods.w8a8_static", names
+    )
+    monkeypatch.setattr(w8a8, "maybe_trans_nz", lambda weight: weight)
+    monkeypatch.setattr(w8a8, "get_weight_prefetch_method", MagicMock(), raising=False)
+    monkeypatch.setattr(w8a8.torch_npu, "npu_quant_matmul", quant_matmul, raising=False)
+    monkeypatch.setattr(torch.ops, "vllm", SimpleNamespace(quantize=quantize), raising=False)
+    generator = np.random.default_rng(0)
+    for scale in generator.uniform(0.01, 0.1, 40):
+        linear = random_linear("o_proj", (24, 64), "static")
+        assert isinstance(linear, QuantizedLinear)
+        linear = replace(linear, input_scale=np.float32([scale]), input_offset=np.int32([-37]))
+        tensors = encode_linear("o_proj", linear, dtype)
+        method, layer = w8a8.AscendW8A8LinearMethod(), torch.nn.Module()
+        kind = layer.params_dtype = getattr(torch, dtype)
+        made = method.get_weight(64, 24, kind) | method.get_pertensor_param(kind)
+        for name, parameter in (made | method.get_perchannel_param(24, kind)).items():
+            loaded = tensors.get(f"o_proj.{name}", np.zeros(parameter.shape))
+            parameter.copy_(torch.from_numpy(loaded))
+            layer.register_parameter(name, torch.nn.Parameter(parameter, requires_grad=False))
+        method.process_weights_after_loading(layer)
+        x = (generator.standard_normal((50, 64)) * 40 * scale).astype(np.float32)
+        y = method.apply(layer, torch.from_numpy(x)).numpy()
+        ours = linear_layer(decode_linear("o_proj", tensors, dtype))(x)
+        assert np.linalg.norm(y - ours) < 1e-6 * np.linalg.norm(ours)
+        # The scale itself, with which the engine used to be compared, is not what the server divides by.
+        exact = linear_layer(decode_linear("o_proj", tensors))(x)
+        assert np.linalg.norm(y - exact) < 2e-2 * np.linalg.norm(exact)
+
+
+def quantize(x: Any, scale: Any, reciprocal: Any, offset: Any) -> Any:
+    """npu_quantize without div_mode: `clamp(round(x * reciprocal + offset))`."""
+    assert scale.dtype == reciprocal.dtype == offset.dtype != torch.float32
+    return torch.clamp(torch.round(x * reciprocal.float() + offset.float()), -128, 127).to(torch.int8)
+
+
+def quant_matmul(x: Any, weight: Any, scale: Any, bias: Any, output_dtype: Any) -> Any:
+    """aclnnQuantMatmul: int32 sums and their bias, times a float32 scale, whose bits int64 may hold."""
+    if scale.dtype == torch.int64:
+        scale = scale.to(torch.int32).view(torch.float32)
+    return ((x.double() @ weight.double() + bias) * scale.double()).float()

@@ -247,6 +247,12 @@ def test_a_layer_per_token_is_stored_exactly() -> None:
     back = decode_linear("a.up_proj", tensors)
     assert isinstance(linear, QuantizedLinear)
     np.testing.assert_array_equal(back.weight_scale, linear.weight_scale)
+    # MindFormers keeps the scales in bfloat16 in a model of that dtype, and in float32 in any other.
+    wider = linear.weight_scale * np.float32(1.001)
+    tensors["a.up_proj.weight_scale"] = wider
+    bfloat16, float16 = (decode_linear("a.up_proj", tensors, dtype) for dtype in ("bfloat16", "float16"))
+    np.testing.assert_array_equal(bfloat16.weight_scale, linear.weight_scale)
+    np.testing.assert_array_equal(float16.weight_scale, wider)
     assert back.input_scale is None
     assert not tensors["a.up_proj.weight_offset"].any()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.models.linear import dense, linear_cell
-from tests.fixtures.linears import N, T, random_input, random_linear, reference
+from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 
 SIZES = [64, 1024, 1500, 3000]
 
@@ -26,6 +26,13 @@ def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool, dty
     linear, x = random_linear(k, static=static, bias=bias), random_input(k)
     expected = reference(linear, x)
     # One step of the int8 input moves the output by far more than this.
+    atol = 2e-7 * np.abs(expected).max()
+    np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
+
+
+def test_an_input_is_multiplied_by_a_reciprocal_where_there_is_one(dtype: Any) -> None:
+    linear, x = with_reciprocal(64)
+    expected = reference(linear, x)
     atol = 2e-7 * np.abs(expected).max()
     np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
 

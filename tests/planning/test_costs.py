@@ -35,9 +35,9 @@ class Counts:
                 self.read += values.size * rows._dtype.itemsize
             return values
 
-        def counted_quantize(weight: Any) -> Any:
+        def counted_quantize(weight: Any, dtype: str = "float32") -> Any:
             self.quantized += weight.size
-            return quantize_weight(weight)
+            return quantize_weight(weight, dtype)
 
         def counted_loss(group: Any, alpha: float, index: int) -> float:
             self.losses += 1

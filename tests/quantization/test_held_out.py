@@ -42,9 +42,8 @@ def torch_loss(inputs, weights, alpha, floor, per_token):
         scale = maxima**alpha / columns ** (1 - alpha)
         given = x[rows] / scale
         if per_token:
-            # In float32: the greatest value lies on a tie, 127.5.
             given = given.float()
-            step, offset = given.abs().amax(1, keepdim=True) * torch.tensor(2 / 255).float(), 0.0
+            step, offset = given.abs().amax(1, keepdim=True) / 127, 0.0
         else:
             first, last = (least / scale).min(), (most / scale).max()
             step = (last - first) / 255

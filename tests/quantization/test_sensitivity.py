@@ -70,7 +70,7 @@ def torch_errors(folder: Path, hidden: np.ndarray, alpha: float | None, per_toke
 
     def quantized(values: Any) -> Any:
         if per_token:
-            return rounded(values, 2 * values.abs().amax(-1, keepdim=True) / 255)
+            return rounded(values, values.abs().amax(-1, keepdim=True) / 127)
         result = values.clone()
         for half in (0, 1):
             other = values[1 - half :: 2]

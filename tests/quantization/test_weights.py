@@ -3,6 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
+import torch
 
 from msquant.quantization import golden_stick, weights
 from msquant.quantization.weights import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
@@ -30,6 +31,23 @@ def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pyt
     assert scale.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs.asnumpy())
     np.testing.assert_array_equal(scale, theirs_scale.asnumpy().reshape(-1).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_are_rounded_up_to_what_an_engine_holds_before_the_weights_are_rounded(dtype: str) -> None:
+    weight = random_weight(300, 64)
+    rounded, scale = quantize_weight(weight, dtype)
+    exact = quantize_weight(weight)[1]
+    held = torch.from_numpy(scale).to(getattr(torch, dtype)).float().numpy()
+    np.testing.assert_array_equal(held, scale)
+    assert (scale >= exact).all()
+    assert (scale != exact).any()
+    # By less than one unit in the last place; below 6e-5 those of float16 have all the same size.
+    assert (scale <= np.maximum(exact * (1 + 2**-7), exact + 2**-24)).all()
+    expected = np.clip(np.rint(weight / scale[:, None]), -128, 127)
+    np.testing.assert_array_equal(rounded, expected)
+    # What the engine multiplies is within half a step of the weight.
+    assert (np.abs(rounded * held[:, None] - weight) <= 0.5001 * scale[:, None]).all()
 
 
 def test_rows_are_clipped_before_they_are_rounded() -> None:

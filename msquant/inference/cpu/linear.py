@@ -7,7 +7,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, FloatLinear, Linear, QuantizedLinear, as_computed
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    INT8_MIN,
+    FloatLinear,
+    Linear,
+    QuantizedLinear,
+    as_computed,
+    token_scales,
+)
 from msquant.inference.cpu import onednn
 from msquant.models.exact import exact_parts
 
@@ -42,7 +50,11 @@ def linear_layer(*linears: Linear) -> Layer:
 
 
 def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
-    return a.input_scale == b.input_scale and a.input_offset == b.input_offset
+    return (
+        a.input_scale == b.input_scale
+        and a.input_offset == b.input_offset
+        and a.input_reciprocal == b.input_reciprocal
+    )
 
 
 class _FloatLayer:
@@ -69,9 +81,13 @@ class _Int8Layer:
     def __init__(self, linears: Sequence[QuantizedLinear]) -> None:
         first = linears[0]
         self._input_scale: np.float32 | None = None
+        self._input_reciprocal: np.float32 | None = None
         offset = 0
         if first.input_scale is not None and first.input_offset is not None:
             self._input_scale, offset = np.float32(first.input_scale[0]), int(first.input_offset[0])
+            if first.input_reciprocal is not None:
+                self._input_reciprocal = np.float32(first.input_reciprocal[0])
+        self._offset = np.float32(offset)
         # The offset is taken off before the product: x_q - z lies between these.
         self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
         weight = _stack([linear.weight for linear in linears])
@@ -87,13 +103,14 @@ class _Int8Layer:
 
     def __call__(self, x: Array) -> Array:
         if self._input_scale is None:
-            scale = np.abs(x).max(axis=1, keepdims=True) * np.float32(2) / np.float32(INT8_MAX - INT8_MIN)
-            # A token of zeros has no scale; any will do.
-            scale[scale == 0] = 1
-            quantized = x / scale
+            scale = token_scales(x)
+            quantized = np.rint(x / scale)
+        elif self._input_reciprocal is None:
+            quantized = np.rint(x / self._input_scale)
         else:
-            quantized = x / self._input_scale
-        np.rint(quantized, out=quantized)
+            # The zero point is added before: it decides where ties go.
+            quantized = np.rint(x * self._input_reciprocal + self._offset)
+            quantized -= self._offset
         np.maximum(quantized, self._lowest, out=quantized)
         np.minimum(quantized, self._highest, out=quantized)
         y = self._product(quantized)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.inference.cpu import onednn
 from msquant.inference.cpu.linear import linear_layer
-from tests.fixtures.linears import N, T, random_input, random_linear, reference
+from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 
 SIZES = [64, 576, 1500, 3000]
 pytestmark = pytest.mark.usefixtures("product")
@@ -26,6 +26,15 @@ def assert_close(found: NDArray[np.float32], expected: NDArray[np.float64]) -> N
 def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool) -> None:
     linear, x = random_linear(k, static=static, bias=bias), random_input(k)
     assert_close(linear_layer(linear)(x), reference(linear, x))
+
+
+def test_an_input_is_multiplied_by_a_reciprocal_where_there_is_one() -> None:
+    linear, x = with_reciprocal(64)
+    assert_close(linear_layer(linear)(x), reference(linear, x))
+    # One that has another reciprocal is computed apart.
+    other = dataclasses.replace(linear, input_reciprocal=np.float32([30]))
+    both = np.concatenate([reference(linear, x), reference(other, x)], axis=1)
+    assert_close(linear_layer(linear, other)(x), both)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
