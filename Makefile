@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-consumers lint bench clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ test: lint
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# The servers' own code on folders of ours, in environments that are made first, in .consumers.
+test-consumers: $(VENV)/.test
+	$(BIN)/python -m tests.consumers.environments
+	$(BIN)/python -m pytest -m consumers tests/consumers
 
 $(VENV)/.bench: $(VENV)/.test
 	$(UV) --editable '.[bench]'
