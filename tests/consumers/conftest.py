@@ -13,7 +13,7 @@ from msquant.generation import load_embedded
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import Sampling
 from msquant.pipeline import quantize
-from msquant.recipes import validate_recipe
+from msquant.recipes import find_recipe
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -22,6 +22,14 @@ OTHER_PROMPT = [5, 9, 300]
 TOKENS = 12
 SECONDS = 900
 
+# MindFormers asks for as many experts from each chosen group, and its fused attention has DeepSeek's own
+# sizes of the latent and rotary parts.
+_DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "num_experts_per_tok": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -29,9 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
     "qwen3-moe": {"model_type": "qwen3_moe"},
-    "deepseek": {"model_type": "deepseek_v3"},
-    "deepseek-published": {"model_type": "deepseek_v3"},
-    "deepseek-mtp": {"model_type": "deepseek_v3", "prediction_layers": 1},
+    "deepseek": _DEEPSEEK,
+    "deepseek-published": _DEEPSEEK,
+    "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
 }
 """Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`."""
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
@@ -85,15 +93,16 @@ def _quantize(root: Path, name: str) -> None:
         config = {k: v for k, v in json.loads(path.read_text()).items() if k not in _NOT_PUBLISHED}
         config["torch_dtype"] = config.pop("dtype", config.get("torch_dtype"))
         path.write_text(json.dumps(config))
-    recipe = validate_recipe(
-        {
-            "model": str(source),
-            "format": "ascend" if name == "qwen3-moe" else "golden-stick,ascend",
-            "quantization": {"smooth_alpha": [0.4, 0.6], "weight_clip_ratio": [1.0, 0.9]},
-            "calibration": {"samples": 4, "sequence_length": 32},
-        },
-        name,
+    recipe = find_recipe(str(source))
+    policy = recipe.quantization.model_copy(
+        update={"smooth_alpha": (0.4, 0.6), "weight_clip_ratio": (1.0, 0.9)}
     )
+    changes = {
+        "quantization": policy,
+        "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
+    }
+    formats = "ascend" if name == "qwen3-moe" else "golden-stick,ascend"
+    recipe = recipe.model_copy(update=changes).in_formats(formats)
     quantize(recipe, root / name)
     if name == "qwen3-moe":
         (root / name).rename(root / f"{name}-ascend")

@@ -84,7 +84,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def by_definition(linear: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output in float64: static or per token, its scale exact."""
+    """The layer's output in float64: per token, or static with the reciprocal that is held, if any."""
     values = x.double()
     weight = (
         torch.from_numpy(linear.weight).double() * torch.from_numpy(linear.weight_scale).double()[:, None]
@@ -94,7 +94,9 @@ def by_definition(linear: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
         quantized = torch.nan_to_num(torch.round((x.float() / scale.float()).double())) * scale
     else:
         step, zero = float(linear.input_scale.ravel()[0]), int(linear.input_offset.ravel()[0])
-        quantized = (torch.clamp(torch.round(values / step) + zero, -128, 127) - zero) * step
+        kept = linear.input_reciprocal
+        scaled = values / step if kept is None else values * float(kept.ravel()[0])
+        quantized = (torch.clamp(torch.round(scaled + zero), -128, 127) - zero) * step
     made = quantized @ weight.T
     return made if linear.bias is None else made + torch.from_numpy(linear.bias).double()
 

@@ -389,18 +389,22 @@ def ring_mla(
     value: Any,
     head_num: int,
     scale_value: float,
+    q_seq_lens: Any,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of one prompt, the rotary parts of queries and keys apart."""
-    parts = [(query, query_rope), (key, key_rope)]
-    q, k = (
-        np.concatenate([array(part).reshape(len(part), -1, part.shape[-1]) for part in pair], -1)
-        if pair[0].ndim == 3
-        else np.concatenate([array(part).reshape(len(part), head_num, -1) for part in pair], -1)
-        for pair in parts
-    )
-    v = array(value).reshape(len(value), head_num, -1)
-    return Tensor(attend(q, k, v, scale_value, 0).reshape(len(q), head_num, -1).astype(np.float32)), None
+    """Causal attention of prompts laid end to end, the rotary parts of queries and keys apart."""
+
+    def by_heads(*parts: Any) -> Any:
+        return np.concatenate([array(part).reshape(len(part), head_num, -1) for part in parts], -1)
+
+    q, k, v = by_heads(query, query_rope), by_heads(key, key_rope), by_heads(value)
+    made, at = [], 0
+    for length in array(q_seq_lens).ravel():
+        one = slice(at, at + length)
+        made.append(attend(q[one], k[one], v[one], scale_value, 0))
+        at += length
+    assert at == len(q)
+    return Tensor(np.concatenate(made).reshape(len(q), head_num, -1).astype(np.float32)), None
 
 
 def latent_attention(
@@ -535,6 +539,33 @@ class AllGather(_Collective):
         return Tensor(np.concatenate(self.parts(tensor)))
 
 
+def rank(*_: Any, **__: Any) -> int:
+    """This process's number, as vLLM has started it."""
+    return _torch_group("get_rank", 0)
+
+
+def group_size(*_: Any, **__: Any) -> int:
+    """How many processes there are."""
+    return _torch_group("get_world_size", 1)
+
+
+def _torch_group(name: str, alone: int) -> int:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return alone
+    return getattr(torch.distributed, name)()
+
+
+COMMUNICATION = {
+    "init": lambda *_, **__: None,
+    "create_group": lambda *_, **__: None,
+    "_is_initialized": lambda: True,
+    "get_rank": rank,
+    "get_group_size": group_size,
+}
+"""MindSpore's functions between processes, which MindFormers calls."""
+
+
 # What only the CPU lacks
 
 
@@ -580,11 +611,21 @@ def _note_cast(parameter: Parameter, value: Any) -> None:
         CASTS.append(f"{parameter.name}: {value.dtype} -> {parameter.dtype}")
 
 
-def compute_in_float32(parameters: Any) -> None:
-    """Hold a loaded network's bfloat16 and float16 values as float32."""
+def compute_in_float32(parameters: Any, cells: Any = ()) -> None:
+    """Hold a loaded network's bfloat16 and float16 values as float32.
+
+    Args:
+        parameters: all of it.
+        cells: all of it; they keep what follows from parameters, or is no parameter.
+    """
+    halves = (ms.bfloat16, ms.float16)
     for parameter in parameters:
-        if parameter.dtype in (ms.bfloat16, ms.float16):
+        if parameter.dtype in halves:
             parameter.set_dtype(ms.float32)
+    for cell in cells:
+        for name, value in {**vars(cell), **getattr(cell, "_tensor_list", {})}.items():
+            if isinstance(value, Tensor) and not isinstance(value, Parameter) and value.dtype in halves:
+                setattr(cell, name, value.astype(ms.float32))
 
 
 def install(*, custom_ops: bool = True) -> None:
@@ -594,6 +635,7 @@ def install(*, custom_ops: bool = True) -> None:
         custom_ops: whether the package ms_custom_ops is there, with which vLLM-MindSpore uses fused latent
             attention below a tensor parallelism of 16.
     """
+    import mindspore.communication as communication
     import mindspore.ops.auto_generate as generated
     import mindspore.ops.operations as operations
     import mindspore.ops.operations.nn_ops as nn_ops
@@ -610,7 +652,7 @@ def install(*, custom_ops: bool = True) -> None:
         return set_data(self, data, *arguments, **options)
 
     Parameter.set_data, Parameter.__setitem__ = checked_set_data, _assign_slice
-    Tensor.move_to = lambda self, *_, **__: self
+    Tensor.move_to = ops.move_to = lambda tensor, *_, **__: tensor
     made = {
         name: operator(name, function)
         for name, function in {
@@ -632,6 +674,10 @@ def install(*, custom_ops: bool = True) -> None:
         for module in (generated, operations, nn_ops, ops):
             if hasattr(module, name):
                 setattr(module, name, stand_in)
+    for module in (communication, communication.management, communication._comm_helper):
+        for name, function in COMMUNICATION.items():
+            if hasattr(module, name):
+                setattr(module, name, function)
     generated.format_cast = lambda tensor, form: tensor
     if custom_ops:
         package = types.ModuleType("ms_custom_ops")

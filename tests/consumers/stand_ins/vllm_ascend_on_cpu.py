@@ -55,6 +55,8 @@ class MoEActivation(enum.Enum):
 
     SWIGLUSTEP = "swiglustep"
     SWIGLUOAI = "swigluoai"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
 
 
 class _Anything:

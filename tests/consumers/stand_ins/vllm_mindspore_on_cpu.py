@@ -42,6 +42,7 @@ def adapt() -> None:
     import vllm.utils
     import vllm_mindspore.utils
     import vllm_mindspore.v1.utils as host_utils
+    from vllm.distributed.parallel_state import GroupCoordinator
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm_mindspore.model_executor.layers import utils as layers_utils
     from vllm_mindspore.model_executor.layers.quantization.golden_stick.golden_stick import GoldenStickConfig
@@ -94,6 +95,19 @@ def adapt() -> None:
 
     _replace(MsModelBase, "__call__", call)
 
+    def gather(real: Any) -> Any:
+        def gathered(self: Any, tensor: Any, *others: Any, **options: Any) -> Any:
+            made = real(self, to_torch(tensor), *others, **options)
+            return to_mindspore(made) if isinstance(tensor, ms.Tensor) else made
+
+        return gathered
+
+    _replace(GroupCoordinator, "all_gather", gather)
+    if vllm_mindspore.utils.is_mindformers_model_backend():
+        from vllm_mindspore.model_executor.models.mf_models import mindformers
+
+        _replace(mindformers, "gen_mf_config", _float32_config)
+
 
 def convert_inputs(model: Any) -> None:
     """Change the tensors at a model's two ends; its class is not known before it is made."""
@@ -126,6 +140,18 @@ def _prepare(real: Any) -> Any:
     return prepared
 
 
+def _float32_config(real: Any) -> Any:
+    """MindFormers' configuration: parameters are loaded in bfloat16, in which a CPU computes nothing."""
+
+    def generate(*arguments: Any) -> Any:
+        config = real(*arguments)
+        for name in ("compute_dtype", "layernorm_compute_dtype", "rotary_dtype", "router_dense_type"):
+            config.model.model_config[name] = "float32"
+        return config
+
+    return generate
+
+
 def _load_on_cpu(real: Any) -> Any:
     def load(self: Any, vllm_config: Any, model_config: Any) -> Any:
         device, dtype = vllm_config.device_config.device, model_config.dtype
@@ -134,8 +160,11 @@ def _load_on_cpu(real: Any) -> Any:
         model = real(self, vllm_config, model_config)
         vllm_config.device_config.device = device
         convert_inputs(model)
-        compute_in_float32(model.get_params_dict().values())
+        compute_in_float32(model.get_params_dict().values(), [cell for _, cell in model.named_modules()])
         model_config.dtype = ms.float32
+        if hasattr(model, "network"):
+            # MindFormers' graphs hold what phase they are for; without them this sets it at each call.
+            model.is_eager_mode = True
         for name, cell in model.named_modules():
             _rotary_in_float32(name, cell)
         return model
@@ -144,10 +173,7 @@ def _load_on_cpu(real: Any) -> Any:
 
 
 def _rotary_in_float32(name: str, cell: Any) -> None:
-    """Rotary tables are computed once, in the network's dtype."""
-    for table in ("freqs_cos", "freqs_sin"):
-        if hasattr(cell, table):
-            setattr(cell, table, getattr(cell, table).astype(ms.float32))
+    """A table of cosines that was computed in the network's dtype is computed once more."""
     if "rotary" in name.rpartition(".")[2] and hasattr(cell, "_compute_cos_sin_cache"):
         cell.dtype = ms.float32
         cell.freqs_cos, cell.freqs_sin = cell._compute_cos_sin_cache()
