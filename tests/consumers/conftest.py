@@ -23,12 +23,13 @@ TOKENS = 12
 SECONDS = 900
 
 # MindFormers asks for as many experts from each chosen group, and its fused attention has DeepSeek's own
-# sizes of the latent and rotary parts.
+# sizes of the latent and rotary parts. Values are as wide as the keys' part without positions.
 _DEEPSEEK = {
     "model_type": "deepseek_v3",
     "num_experts_per_tok": 4,
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
+    "v_head_dim": 16,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -141,13 +142,13 @@ def run(argv: list[Any], env: dict[str, str], folder: Path) -> str:
 
 
 def serve(made: Environments, cases: list[dict[str, Any]], folder: Path, **variables: str) -> list[Any]:
-    """What `serve_prompts` found for each case; an exception's text where it raised one."""
+    """What `serve_prompts`, or another program, found for each case; what it raised as `error`."""
     version = variables.pop("mindformers", "1.7.0")
+    program = PROJECT / "tests/consumers" / variables.pop("program", "serve_prompts.py")
     for index, case in enumerate(cases):
         case |= {"prompts": [PROMPT, OTHER_PROMPT], "tokens": TOKENS, "output": str(folder / f"{index}.npz")}
     (folder / "cases.json").write_text(json.dumps(cases))
     env = server_environment(made, version, VLLM_ENABLE_V1_MULTIPROCESSING="0", **variables)
-    program = PROJECT / "tests/consumers/serve_prompts.py"
     run([made.python, program, folder / "cases.json"], env, folder)
     return [dict(np.load(case["output"])) for case in cases]
 
