@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test test-slow test-consumers lint bench clean
+.PHONY: demo test test-e2e test-slow test-consumers lint bench locks clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,14 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # A process a core; a file's tests stay together, because they share what they have made.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) -m 'not slow and not e2e and not consumers'
+
+# Each of these starts processes that import MindSpore anew, which is most of their time.
+test-e2e: $(VENV)/.test
+	$(PYTEST) -m 'e2e and not slow and not consumers'
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -49,6 +55,10 @@ $(VENV)/.bench: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# What `msquant engine install` verifies packages with; asks PyPI for the hashes of the versions in *.txt.
+locks: $(VENV)/.test
+	$(BIN)/python tools/lock_engines.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -17,26 +17,27 @@ from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
 from benchmarks.texts import SEQUENCES, domains
 from msquant.checkpoint.weights import as_computed
 from msquant.recipes import Recipe
+from tests.fixtures.policies import rules
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
 DOWN, ALL = ["down_proj"], ["proj"]
 POLICIES: dict[str, dict[str, Any]] = {
     "rtn, static": {"algorithm": "rtn"},
     "smoothquant, static": {"algorithm": "smoothquant"},
+    "osl-golden-stick, static": {"algorithm": "osl-golden-stick"},
     "osl, static": {"algorithm": "osl"},
-    "osl-robust, static": {"algorithm": "osl-robust"},
-    "osl-robust, down_proj per token": {"algorithm": "osl-robust", "dynamic": DOWN},
-    "rtn, per token": {"algorithm": "rtn", "dynamic": ALL},
-    "smoothquant, per token": {"algorithm": "smoothquant", "dynamic": ALL},
-    "osl-robust, per token": {"algorithm": "osl-robust", "dynamic": ALL},
-    "rtn, weights alone": {"algorithm": "rtn", "weight_only": ALL},
+    "osl, down_proj per token": {"algorithm": "osl", "schemes": rules(dynamic=DOWN)},
+    "rtn, per token": {"algorithm": "rtn", "schemes": rules(dynamic=ALL)},
+    "smoothquant, per token": {"algorithm": "smoothquant", "schemes": rules(dynamic=ALL)},
+    "osl, per token": {"algorithm": "osl", "schemes": rules(dynamic=ALL)},
+    "rtn, weights alone": {"algorithm": "rtn", "schemes": rules(weight_only=ALL)},
 }
 # KL at most: the calibrated kind of text, and the Bible.
 LIMITS = {
-    "osl-robust, static": (0.040, 0.10),
-    "osl-robust, static but six": (0.030, 0.080),
-    "osl-robust, down_proj per token": (0.012, 0.030),
-    "osl-robust, per token": (0.010, 0.020),
+    "osl, static": (0.040, 0.10),
+    "osl, static but six": (0.030, 0.080),
+    "osl, down_proj per token": (0.012, 0.030),
+    "osl, per token": (0.010, 0.020),
 }
 
 
@@ -101,7 +102,7 @@ def measure() -> list[dict[str, Any]]:
     """Quantize by every policy and compare the logits with the float model's."""
     reference = Reference(float_folder())
     rows = [row("floating point", f"perplexity {_listed(reference.perplexities, 2)}")]
-    for name, policy in (POLICIES | {"osl-robust, static but six": spared(reference.folder)}).items():
+    for name, policy in (POLICIES | {"osl, static but six": spared(reference.folder)}).items():
         kl, text, seconds = reference.measure(policy)
         limits = LIMITS.get(name)
         target = f"KL <= {limits[0]}, {limits[1]}" if limits else ""
@@ -123,10 +124,10 @@ def spared(folder: Path) -> dict[str, Any]:
 def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
     from msquant.models.network import Embedding
     from msquant.pipeline import MEMORY_BUDGET, calibration_tokens
-    from msquant.quantization import golden_stick
     from msquant.quantization.decoder_pass import DecoderPass
     from msquant.source import batch_samples, open_source
 
@@ -161,7 +162,7 @@ def simulated(folder: Path, captured: Captured) -> Any:
     for name, stored in captured.linears.items():
         module, linear = model.get_submodule(name), as_computed(stored)
         module.weight.data = torch.from_numpy(linear.weight).float()
-        if linear.scheme != "float":
+        if not linear.scheme.is_float:
             module.register_forward_pre_hook(_quantize_inputs(linear))
             module.register_forward_hook(_dequantize_outputs(linear))
     return model

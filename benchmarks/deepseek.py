@@ -22,12 +22,16 @@ from typing import Any
 from benchmarks.dynamic_int8 import round_to_nearest, smooth_quant
 from benchmarks.rows import row
 from benchmarks.tiny_deepseek import trained_model
+from tests.fixtures.policies import rules
 
 MAX_ERROR = 3.0e-4
 RECOMMENDED = 0.5
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH = 16, 128
-POLICY: dict[str, Any] = {"algorithm": "osl", "skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]}
+POLICY: dict[str, Any] = {
+    "algorithm": "osl-golden-stick",
+    "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
+}
 
 
 def measure() -> list[dict[str, Any]]:

@@ -35,10 +35,10 @@ FUNCTIONS: dict[str, Label] = {
     f"{_FEED_FORWARD}:quantize_weight": "quantizing experts",
     f"{_FEED_FORWARD}:column_maxima": "ranges for smoothing",
     "gc:collect": "collecting garbage",
-    "msquant.quantization.osl:FastOSLSmoother._search_best_ratio": _search,
+    "msquant.algorithms.smoothers:FastOSLSmoother._search_best_ratio": _search,
     "msquant.quantization.robust:RobustOSLSmoother._search_best_ratio": _search,
-    "msquant.quantization.osl:Batch.__init__": "search, what its groups share",
-    "msquant.quantization.clip:FastClipLinearCell._search_best_clip": "clip search",
+    "msquant.algorithms.smoothers:Batch.__init__": "search, what its groups share",
+    "msquant.algorithms.clip:FastClipLinearCell._search_best_clip": "clip search",
     # golden-stick computes the block only to capture what goes into its linears.
     "msquant.models.layers:DecoderLayer.construct": (
         lambda around, *_: "golden-stick's captures" if around == GOLDEN_STICK else around

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.command import msquant
 from benchmarks.r1_layers import Sizes, write_r1_layers
 from benchmarks.rows import row
+from tests.fixtures.policies import rules
 
 MAX_GROWTH = 0.1
 FEW_LAYERS, MANY_LAYERS = 4, 32
@@ -25,10 +26,8 @@ SIZES: dict[str, int] = {
 RECIPE: dict[str, Any] = {
     # One candidate each: memory is asked for, and a search takes what its first candidate takes.
     "quantization": {
-        "skip": ["lm_head", "kv_b_proj"],
-        "dynamic": ["mlp."],
+        "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
         "smooth_alpha": [0.5],
-        "weight_clip_ratio": [1.0],
     },
     "calibration": {"samples": 2, "sequence_length": 64},
 }

@@ -106,16 +106,17 @@ def _planned(
     hours, gigabytes = _extrapolated(*seconds) / 3600, _extrapolated(*sizes) / 1e9
     layers = [part for part in whole["parts"] if part["kind"] in ("dense", "experts")]
     dense, moe = (part["seconds"] for part in plan["parts"][:2])
+    whole_layers = {side: sum(part["seconds"][side] for part in layers) for side in ("low", "high")}
     return [
         _beside("plan: peak memory, GB", plan["peak_memory"] / 1e9, result["peak_memory_bytes"] / 1e9),
-        _beside("plan: both layers and all else, s", plan["seconds"], result["seconds"]),
-        _beside("plan: dense layer, s", dense, seconds[0]),
-        _beside("plan: layer with experts, s", moe, seconds[1]),
-        _beside("plan of deepseek-r1: 61 layers, hours", sum(p["seconds"] for p in layers) / 3600, hours),
+        _around("plan: both layers and all else, s", plan["seconds"], result["seconds"]),
+        _around("plan: dense layer, s", dense, seconds[0]),
+        _around("plan: layer with experts, s", moe, seconds[1]),
+        _around("plan of deepseek-r1: 61 layers, s", whole_layers, 3600 * hours),
         _beside(
             "plan of deepseek-r1: 61 layers, GB", sum(p["output_bytes"] for p in layers) / 1e9, gigabytes
         ),
-        row("plan of deepseek-r1: all of it, hours", round(whole["seconds"] / 3600, 2)),
+        row("plan of deepseek-r1: all of it, s", _range(whole["seconds"])),
         row("plan of deepseek-r1: all of it, GB", round(whole["output_bytes"] / 1e9, 1)),
     ]
 
@@ -123,6 +124,15 @@ def _planned(
 def _beside(what: str, planned: float, measured: float) -> dict[str, Any]:
     near = abs(planned / measured - 1) <= TOLERANCE
     return row(what, round(planned, 2), f"within {TOLERANCE:.0%} of {measured:.2f}", near)
+
+
+def _around(what: str, planned: dict[str, float], measured: float) -> dict[str, Any]:
+    inside = planned["low"] <= measured <= planned["high"]
+    return row(what, _range(planned), f"around {measured:.0f}", inside)
+
+
+def _range(planned: dict[str, float]) -> str:
+    return f"{planned['low']:.0f} to {planned['high']:.0f}"
 
 
 def _profiled(recipe: Path, model: Path, output: Path) -> list[dict[str, Any]]:

@@ -17,13 +17,13 @@ def measure() -> list[dict[str, Any]]:
     from msquant.calibration.tokens import calibration_batches
     from msquant.checkpoint.reader import Checkpoint
     from msquant.checkpoint.tokenizer import load_tokenizer
+    from msquant.kernels import golden_stick
     from msquant.models.config_json import read_config
     from msquant.models.device import use_device
     from msquant.models.layers import DecoderLayer, positions
     from msquant.models.network import Embedding
-    from msquant.quantization import golden_stick
     from msquant.quantization.layer_pass import quantize_layer
-    from msquant.quantization.policy import QuantizationPolicy
+    from tests.fixtures.policies import policy_of
 
     folder, dtype = float_folder(), use_device()
     config, checkpoint = read_config(folder), Checkpoint.open(folder)
@@ -38,18 +38,18 @@ def measure() -> list[dict[str, Any]]:
 
     golden_stick.set_log_level(verbose=False)
     seconds, results = {}, {}
-    for search in ("fast", "reference"):
+    for reference in (False, True):
         layer = DecoderLayer(config, checkpoint, LAYER, dtype)
         started = time.monotonic()
-        policy = QuantizationPolicy(algorithm="osl", search=search)
-        results[search] = quantize_layer(config, LAYER, layer, [hidden], places, policy)
-        seconds[search] = time.monotonic() - started
-    ratio = seconds["reference"] / seconds["fast"]
+        policy = policy_of("osl-golden-stick", reference=reference)
+        results[reference] = quantize_layer(config, LAYER, layer, [hidden], places, policy)
+        seconds[reference] = time.monotonic() - started
+    ratio = seconds[True] / seconds[False]
     return [
-        row("golden-stick's modules, s", round(seconds["reference"], 1)),
-        row("msquant's modules, s", round(seconds["fast"], 2)),
+        row("golden-stick's modules, s", round(seconds[True], 1)),
+        row("msquant's modules, s", round(seconds[False], 2)),
         row("times faster", round(ratio, 1), f">= {MIN_RATIO}", ratio >= MIN_RATIO),
-        *_differences(results["fast"], results["reference"]),
+        *_differences(results[False], results[True]),
     ]
 
 

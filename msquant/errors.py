@@ -41,6 +41,10 @@ class CheckpointError(MsquantError):
     """A checkpoint on disk is incomplete, damaged or breaks its format's contract."""
 
 
+class StartOverError(CheckpointError):
+    """What an unfinished run would continue from is lost or is not what it was: its remedy says all."""
+
+
 class CalibrationError(MsquantError):
     """Calibration text is missing, unreadable or too short."""
 

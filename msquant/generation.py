@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msquant.checkpoint.download_marker import require_complete
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weight_map import find_weights
@@ -233,7 +233,7 @@ def _complete(folder: Path) -> Path:
             where=folder,
             remedy="run the same `msquant quantize` again to finish it",
         )
-    require_complete(folder)
+    require_own_files(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "is not a complete model folder: config.json is missing",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.reader import Checkpoint
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import LayerReport
+from msquant.kernels.report import LayerReport
 from msquant.recipes import Recipe
 
 RECORDED = ("msquant", "mindspore", "mindspore-gs", "transformers", "numpy", "safetensors")
@@ -64,7 +64,7 @@ def build_manifest(
     }
 
 
-def layer_record(index: int, report: LayerReport, policy: QuantizationPolicy) -> dict[str, Any]:
+def layer_record(index: int, report: LayerReport, policy: Algorithm) -> dict[str, Any]:
     """What is kept of one decoder layer's report."""
     record: dict[str, Any] = {
         "index": index,

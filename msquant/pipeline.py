@@ -6,8 +6,8 @@ continues with the layer it was in and ends with the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,12 @@ from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
+from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.tokenizer import load_tokenizer
+from msquant.errors import MsquantError, StartOverError
+from msquant.evaluation.inputs import Model, Text
 from msquant.export import other_folders, output_folders, write_export
+from msquant.forecast import Forecast
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.format import FormatName
@@ -78,6 +82,7 @@ def quantize(
     verbose: bool = False,
     fetch: Callable[[str], Path] | None = None,
     progress: Progress | None = None,
+    remember: bool = True,
 ) -> QuantizeResult:
     """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
 
@@ -93,6 +98,7 @@ def quantize(
         verbose: show golden-stick's own log.
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         progress: callbacks.
+        remember: note the folder as the newest result, which `msquant run` takes.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -116,20 +122,30 @@ def quantize(
             other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
             _resumable(target, journal, model.config.num_hidden_layers),
             deferred_interrupts(),
+            RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
             require_free_space(target.path, needed + scratch_bytes(model.config, tokens))
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
+            finished = len(_finished_layers(journal))
+            progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
+            progress.lap("start")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
-            _write_rest(model, journal, writer)
+            _write_rest(model, journal, writer, files)
+            progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            seconds = _write_layers(recipe, model, tokens, journal, writer, store, device, verbose, progress)
+            run = recipe, model, tokens, texts, journal, writer, files
+            seconds = _write_layers(*run, store, device, verbose, progress)
+            if files.unverified:
+                progress.stage("verifying what an earlier run has finished")
+            files.finish()
             progress.stage("writing tokenizer and manifest")
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
+            progress.lap("start")
             evaluation = evaluate_result(
                 recipe.evaluation,
                 texts,
@@ -143,8 +159,10 @@ def quantize(
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
                 folder.finish()
+                progress.lap("export")
         result = target.finish(scratch=[SCRATCH])
-    remember_result(result)
+    if remember:
+        remember_result(result)
     return QuantizeResult(
         folder=result,
         folders=dict(zip(recipe.formats, output_folders(result, recipe.formats), strict=True)),
@@ -199,8 +217,10 @@ def _write_layers(
     recipe: Recipe,
     source: Source,
     tokens: NDArray[np.int32],
+    texts: Sequence[Text],
     journal: Journal,
     writer: FolderStream,
+    files: RunFiles,
     store: HiddenStateStore,
     device: str,
     verbose: bool,
@@ -212,44 +232,58 @@ def _write_layers(
     if done >= count:
         return []
     progress.stage("loading MindSpore and golden-stick")
+    from msquant.evaluation.lockstep import first_layer
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
-    from msquant.quantization import golden_stick
     from msquant.quantization.decoder_pass import DecoderPass
 
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
     progress.layers(count, done)
     policy, length = recipe.quantization, tokens.shape[1]
-    decoder = DecoderPass(config, checkpoint, policy, length, dtype, store, progress.step)
+    decoder = DecoderPass(
+        config, checkpoint, policy, length, dtype, store, progress.step, lambda: progress.lap("attention")
+    )
     if not done:
         embed(source, tokens, store, dtype)
+    progress.lap("start")
+    if texts:
+        # What is wrong with the layer, the pass over it says better.
+        with suppress(MsquantError):
+            states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
+            first_layer(Model(str(source.folder), config, checkpoint), texts, dtype, states)
+            progress.lap("evaluation sample")
     seconds: list[float] = []
     for index in range(done, count):
         started = time.monotonic()
+        source_read = files.reading(config.layer_shapes(index))
         with writer.group(index) as shards, store.write(index + 1) as outputs:
             report = decoder.run(index, store.open(index), outputs.append, shards)
         record = layer_record(index, report, policy)
-        journal.append({"group": index, "layer": record, "files": shards.files})
+        journal.append({"group": index, "layer": record, "files": shards.files, "source": source_read()})
         store.discard(index)
         seconds.append(time.monotonic() - started)
+        progress.lap("layer")
         progress.layer(record)
+        files.check()
         check_interrupt()
     return seconds
 
 
-def _write_rest(source: Source, journal: Journal, writer: FolderStream) -> None:
+def _write_rest(source: Source, journal: Journal, writer: FolderStream, files: RunFiles) -> None:
     """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
     groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
     finished = {record["group"] for record in journal.records}
     for group, names in enumerate(groups, start=source.config.num_hidden_layers):
         if group in finished:
             continue
+        source_read = files.reading(names)
         with writer.group(group) as shards:
             for name in names:
                 check_interrupt()
                 for start, block in source.checkpoint.row_blocks(name, BLOCK_BYTES):
                     shards.tensor_rows(name, start, block)
-        journal.append({"group": group, "files": shards.files})
+        journal.append({"group": group, "files": shards.files, "source": source_read()})
 
 
 def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
@@ -269,7 +303,7 @@ def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[N
     except (Exception, KeyboardInterrupt) as error:
         if done := len(_finished_layers(journal)):
             target.keep = True
-            error.add_note(
-                f"{done} of {count} decoder layers are finished in {target.path}; the same command continues"
-            )
+            # Such an error says itself whether the same command can continue.
+            then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
+            error.add_note(f"{done} of {count} decoder layers are finished in {target.path}; {then}")
         raise

@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Part = Literal[
+    "start", "ends", "evaluation sample", "attention", "layer", "evaluated layer", "head", "export"
+]
+"""A part of a quantization: what needs no layer; the two ends written; a decoder layer of the float model
+computed as the evaluation will do; the attention block of a decoder layer, where the feed-forward block comes
+apart; the rest of a layer, or all of it; a layer evaluated; the predictions compared; a further format."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +21,13 @@ class Progress:
         layers: called with the number of decoder layers and how many an earlier run has finished.
         layer: called with a decoder layer's record when it is done, for good where the flow can be continued.
         step: called with what goes on within a layer.
+        lap: called when a part of the flow is done, with what it was.
+        left: called with the seconds that the flow will take until its very end, as far as it can tell.
     """
 
     stage: Callable[[str], None] = lambda text: None
     layers: Callable[[int, int], None] = lambda count, done: None
     layer: Callable[[dict[str, Any]], None] = lambda record: None
     step: Callable[[str], None] = lambda text: None
+    lap: Callable[[Part], None] = lambda part: None
+    left: Callable[[float], None] = lambda seconds: None

@@ -1,10 +1,12 @@
 """The flow of `msquant upload`: a folder that keeps its contract, a model card, and a hub."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from msquant.checkpoint.download_marker import STATE_FOLDER
+from msquant.checkpoint.file_names import STATE_FOLDER
+from msquant.checkpoint.folder_files import listed_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError, ModelError
@@ -18,6 +20,9 @@ from msquant.model_card import model_card
 HUBS = ("modelers", "huggingface")
 CARD_NAME = "README.md"
 
+# What people add to a folder for other people; no engine reads it.
+_DOCUMENTS = (CARD_NAME, "LICENSE*", "NOTICE*", ".gitattributes")
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -26,10 +31,13 @@ class Publication:
     Attributes:
         files: contents by their names; the card is there as bytes where the folder has none.
         digests: the sha256 of files as the folder's manifest gives them.
+        left_out: files that are in the folder and are no part of it, as its manifest or the record of its
+            download does not list them.
     """
 
     files: Mapping[str, Path | bytes]
     digests: Mapping[str, str]
+    left_out: Sequence[str]
 
 
 def prepare(folder: Path, repository: str, license_name: str) -> Publication:
@@ -57,21 +65,27 @@ def prepare(folder: Path, repository: str, license_name: str) -> Publication:
             remedy=f"see all of it with: msquant inspect {folder}",
         )
     files: dict[str, Path | bytes] = {}
+    left_out: list[str] = []
+    listed = listed_files(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name.split("/")[0] in (STATE_FOLDER, ".git", ".cache"):
             continue
         if path.is_symlink():
             raise CheckpointError("is a link", where=path, remedy="put the file itself there")
-        if path.is_file():
+        if not path.is_file():
+            continue
+        if listed is None or name in listed or any(fnmatchcase(name, pattern) for pattern in _DOCUMENTS):
             files[name] = path
+        else:
+            left_out.append(name)
     digests: dict[str, str] = {}
     if MANIFEST_NAME in files:
         manifest = read_json(folder / MANIFEST_NAME)
         digests = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
         if CARD_NAME not in files:
             files[CARD_NAME] = model_card(manifest, repository, license_name).encode()
-    return Publication(files, digests)
+    return Publication(files, digests, left_out)
 
 
 def publish(
@@ -105,6 +119,8 @@ def publish(
     progress = progress or HubProgress()
     progress.stage(f"inspecting {folder}")
     found = prepare(folder, repository, license_name)
+    if found.left_out:
+        progress.stage(f"left out, as it is no part of the result: {', '.join(found.left_out)}")
     client = make_hub(hub, token_file)
     return upload(
         client,

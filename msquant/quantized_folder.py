@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msquant.checkpoint.download_marker import require_complete
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme, WeightSource
+from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast, stored_dtype
 from msquant.formats.folder_rules import check_manifest
@@ -16,7 +16,8 @@ from msquant.formats.format import Format
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
-from msquant.quantization.schemes import layer_linears
+from msquant.quantization.layer_schemes import layer_linears
+from msquant.schemes import FLOAT, Scheme
 from msquant.source import prediction_layers, refuse_unknown_tensors
 
 
@@ -53,7 +54,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     """
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=folder, remedy="check the path")
-    require_complete(folder)
+    require_own_files(folder)
     form = folder_format(folder)
     if form is None:
         refuse_other_formats(folder)
@@ -92,7 +93,7 @@ def require_exact(source: QuantizedFolder) -> None:
     dtype, checkpoint = source.config.dtype, source.checkpoint
     for name in checkpoint.parameters():
         module, _, part = name.rpartition(".")
-        if source.linears.get(module, "float") == "float":
+        if source.linears.get(module, FLOAT).is_float:
             wanted = DTYPE_CODES[stored_dtype(name, dtype)]
             exact = checkpoint.dtype(name) == wanted or wanted == "F32"
         elif part in ("input_scale", "bias"):

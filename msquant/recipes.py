@@ -2,16 +2,18 @@
 
 import difflib
 import os
-from collections.abc import Hashable
+import reprlib
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, LATENT_TYPES
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, OutputError, RecipeError
@@ -19,11 +21,14 @@ from msquant.evaluation.settings import EvaluationSettings
 from msquant.formats.format import FORMAT_DESCRIPTION, FormatName, FormatNames, names_of, parse_formats
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving import ServingSettings
-from msquant.quantization.policy import QuantizationPolicy
+from msquant.recipe_yaml import read_yaml
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 SUFFIXES = (".yaml", ".yml")
 
 _WILDCARDS = set("*?[")
+# Of what is wrong with a recipe, so much at a time.
+_SHOWN, _LONGEST_PLACE = 10, 200
 
 
 class CalibrationSettings(BaseModel):
@@ -38,6 +43,14 @@ class CalibrationSettings(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of the choice of sequences.")
 
 
+def _algorithm(value: Any) -> Any:
+    return (
+        value
+        if not isinstance(value, dict)
+        else find_algorithm(value.get("algorithm", DEFAULT)).model_validate(value)
+    )
+
+
 class Recipe(BaseModel):
     """A model and what to do with it."""
 
@@ -45,7 +58,9 @@ class Recipe(BaseModel):
 
     description: str = Field("", description="One line for people.")
     model: str = Field(description="A bundled model's name, a hub id, or a local Hugging Face folder.")
-    quantization: QuantizationPolicy = Field(default_factory=QuantizationPolicy)
+    quantization: Annotated[SerializeAsAny[Algorithm], BeforeValidator(_algorithm)] = Field(
+        default_factory=make_algorithm
+    )
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
@@ -66,8 +81,11 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: a value is not valid.
         """
+        given = {key: value for key, value in values.items() if value is not None}
         raw = self.model_dump()
-        raw[section].update({key: value for key, value in values.items() if value is not None})
+        if section == "quantization" and "algorithm" in given:
+            raw[section] = options_in_common(self.quantization, given["algorithm"])
+        raw[section] = {**raw[section], **given}
         return validate_recipe(raw, "the options given")
 
 
@@ -89,18 +107,18 @@ def find_recipe(name: str) -> Recipe:
     return load_recipe(find_shipped_recipe(name))
 
 
-def default_policy(model_type: str | None) -> QuantizationPolicy:
+def default_policy(model_type: str | None) -> Algorithm:
     """What is done to a model without a recipe: all static where the engine serves that.
 
     Its mixtures of experts are served with a scale per token alone, and latent attention folds kv_b_proj into
     its products (see `formats/golden_stick_schemes.py`).
     """
-    raw: dict[str, Any] = {}
+    rules: list[tuple[str, Scheme]] = [("lm_head", FLOAT)]
     if model_type in LATENT_TYPES:
-        raw["skip"] = ("lm_head", "kv_b_proj")
-    if model_type in EXPERT_COUNT:
-        raw |= {"dynamic": ("mlp.",), "feed_forward_alpha": 0.5}
-    return QuantizationPolicy(**raw)
+        rules.append(("kv_b_proj", FLOAT))
+    if model_type not in EXPERT_COUNT:
+        return make_algorithm(schemes=(*rules, ("*", W8A8)))
+    return make_algorithm(schemes=(*rules, ("mlp.", W8A8_DYNAMIC), ("*", W8A8)), feed_forward_alpha=0.5)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -223,30 +241,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, _Dumper.represent_list)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would take the last of two equal keys in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        for key, _ in node.value:
-            if [other.value for other, _ in node.value].count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
-        return mapping
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
         RecipeError: it cannot be read, or a key or value is not valid; names the nearest known key.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot be read as YAML: {error}", where=path) from error
-    return validate_recipe(raw, path)
+    return validate_recipe(read_yaml(path), path)
 
 
 def validate_recipe(raw: Any, where: str | Path) -> Recipe:
@@ -257,11 +258,26 @@ def validate_recipe(raw: Any, where: str | Path) -> Recipe:
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"holds a {type(raw).__name__}, a mapping is expected", where=where)
+    problems = []
+    section = raw.get("quantization", {})
+    if isinstance(section, dict):
+        # By itself, because which keys it may have depends on the algorithm that it names.
+        try:
+            algorithm = find_algorithm(section.get("algorithm", DEFAULT))
+            raw = {**raw, "quantization": algorithm.model_validate(section)}
+        except RecipeError as error:
+            raise RecipeError(error.what, where=where, remedy=error.remedy) from error
+        except ValidationError as error:
+            problems = [_problem(detail, algorithm, "quantization") for detail in error.errors()]
+            raw = {key: value for key, value in raw.items() if key != "quantization"}
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
-        raise RecipeError("; ".join(problems), where=where) from error
+        problems += [_problem(detail, Recipe) for detail in error.errors()]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise RecipeError("; ".join(problems[:_SHOWN] + more), where=where)
+    return recipe
 
 
 @cache
@@ -279,18 +295,17 @@ def _no_recipe(name: str) -> RecipeError:
     )
 
 
-def _problem(detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"])
+def _problem(detail: Any, model: type[BaseModel], *within: str) -> str:
+    place = ".".join(str(part) for part in (*within, *detail["loc"]))[:_LONGEST_PLACE]
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
+        known = _known_keys(model, detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         return f"unknown key {place} ({hint})"
-    return f"{place}: {detail['msg']} (it is {detail['input']!r})"
+    return f"{place}: {detail['msg']} (it is {reprlib.repr(detail['input'])})"
 
 
-def _known_keys(section: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _known_keys(model: type[BaseModel], section: tuple[Any, ...]) -> list[str]:
     for part in section:
         annotation = model.model_fields[part].annotation
         assert isinstance(annotation, type)

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import peak_memory
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import RecipeError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.kernels.report import GroupError
 from msquant.models.config import ModelConfig
 from msquant.pipeline import MEMORY_BUDGET, calibration_tokens, embed
 from msquant.progress import Progress
-from msquant.quantization.report import GroupError
-from msquant.quantization.schemes import layer_schemes
+from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
 from msquant.recipes import Recipe
+from msquant.schemes import FLOAT, W8A8_DYNAMIC, Scheme
 from msquant.source import Source, folder_plan, folder_plans, open_source, require_target
 
 
@@ -92,7 +92,7 @@ def analyze(
         _check_budget(budget, plans)
     progress.stage(f"calibration from {recipe.calibration.source}")
     tokens = calibration_tokens(recipe, model.folder)
-    per_token = all("dynamic" in plan.format.schemes for plan in plans)
+    per_token = all(W8A8_DYNAMIC in plan.format.schemes for plan in plans)
     measured = _measure(recipe, model, tokens, per_token, device, memory_budget, verbose, progress)
     groups = _ranked(measured, model.config, recipe)
     error = math.fsum(group.measured.error for group in groups)
@@ -127,8 +127,8 @@ def _measure(
     progress: Progress,
 ) -> list[GroupError]:
     progress.stage("loading MindSpore and golden-stick")
+    from msquant.kernels import golden_stick
     from msquant.models.device import use_device
-    from msquant.quantization import golden_stick
     from msquant.quantization.sensitivity import SensitivityPass
 
     dtype = use_device(device)
@@ -156,7 +156,7 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
     if not budget.amount >= (0 if budget.kind == "max_error" else 1):
         raise budget.refused(f"{budget.amount:g} is too little", "give a positive number")
     for form in (plan.format for plan in plans):
-        if budget.kind == "keep_dynamic" and "dynamic" not in form.schemes:
+        if budget.kind == "keep_dynamic" and W8A8_DYNAMIC not in form.schemes:
             raise budget.refused(
                 f"{form.consumer} runs {' and '.join(form.schemes.values())} only", "use --keep-float"
             )
@@ -169,7 +169,7 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
         able = [
             s
             for s in plan.linears.values()
-            if s == "static" or (s != "float" and budget.kind == "keep_float")
+            if s.is_static or (not s.is_float and budget.kind == "keep_float")
         ]
         if budget.amount > len(able):
             raise budget.refused(
@@ -183,9 +183,8 @@ def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -
     ranked = []
     for error in sorted(errors, key=lambda error: -error.error):
         schemes = layer_schemes(config, recipe.quantization, error.layer)
-
-        as_float: dict[str, Scheme] = schemes | dict.fromkeys(error.linears, "float")
-        per_token: dict[str, Scheme] = schemes | dict.fromkeys(error.linears, "dynamic")
+        as_float = schemes | dict.fromkeys(error.linears, FLOAT)
+        per_token = schemes | dict.fromkeys(error.linears, W8A8_DYNAMIC)
         grown = None
         after = _layer_bytes(config, error.layer, as_float, recipe)
         if after is not None:
@@ -214,5 +213,6 @@ def _layer_bytes(
 
 def _mixed(recipe: Recipe, kept: Sequence[RankedGroup], budget: Budget) -> Recipe:
     names = [linear for group in kept for linear in group.measured.linears]
-    key = "dynamic" if budget.kind == "keep_dynamic" else "skip"
-    return recipe.replace("quantization", **{key: (*getattr(recipe.quantization, key), *names)})
+    scheme = W8A8_DYNAMIC if budget.kind == "keep_dynamic" else FLOAT
+    rules = (*((name, scheme) for name in names), *recipe.quantization.schemes)
+    return recipe.replace("quantization", schemes=rules)

@@ -50,7 +50,7 @@ def evaluate_result(
         folder: the written one, with its manifest.
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
-        progress: callbacks, of which `stage` and `step` are used.
+        progress: callbacks, of which `stage`, `step` and `lap` are used.
 
     Returns:
         The record; None without texts.
@@ -61,8 +61,14 @@ def evaluate_result(
     if not texts:
         return None
     progress.stage("comparing the result with the float model on held-out text")
-    within = Progress(layer=lambda record: progress.step(f"evaluating decoder layer {record['index'] + 1}"))
+
+    def on_layer(record: dict[str, Any]) -> None:
+        progress.lap("evaluated layer")
+        progress.step(f"evaluated decoder layer {record['index'] + 1}")
+
+    within = Progress(layer=on_layer)
     _, score = score_folders([source, folder], texts, device, memory_budget, within)
+    progress.lap("head")
     sequences, length = texts[0].tokens.shape
     shape = {"sequences": sequences, "sequence_length": length}
     record = {**shape, **score.as_dict(), "beyond": settings.beyond(score)}

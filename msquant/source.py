@@ -16,7 +16,7 @@ from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
-from msquant.quantization.schemes import model_schemes
+from msquant.quantization.layer_schemes import model_schemes
 from msquant.recipes import Recipe
 
 # Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough

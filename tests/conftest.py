@@ -8,8 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from tests.fixtures import fuzzing  # noqa: F401  # registers the profiles
 from tests.fixtures.tiny_model import CHAT_TEMPLATE, write_tiny_llama
+
+
+def _is_slow_run(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "slow"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how many cases the fuzzed tests try."""
+    settings.load_profile("slow" if _is_slow_run(config) else "plain")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the fuzzed tests take part in the slow run too."""
+    if _is_slow_run(config):
+        for item in items:
+            if item.get_closest_marker("fuzz"):
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ from msquant.formats.golden_stick import validate
 from msquant.pipeline import Progress, quantize
 from msquant.recipes import Recipe, validate_recipe
 from tests.fixtures.fp8 import dequantize_blocks, to_fp8
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 LAYERS = 3  # The first is dense; another one behind them predicts a second token.
@@ -35,10 +36,8 @@ def recipe_for(model: Path) -> Recipe:
         {
             "model": str(model),
             "quantization": {
-                "skip": ["lm_head", "kv_b_proj"],
-                "dynamic": ["mlp."],
+                "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
                 "smooth_alpha": [0.5],
-                "weight_clip_ratio": [1.0],
             },
             "calibration": {"samples": 2, "sequence_length": 32},
         },
@@ -281,6 +280,7 @@ import resource, sys
 from pathlib import Path
 from msquant.pipeline import Progress, quantize
 from tests.test_bad_sources import recipe_for
+from tests.fixtures.policies import rules
 
 def fill(record):
     # Stands for a full disk without the right to mount one: no file may grow beyond this from now on.
@@ -291,6 +291,7 @@ quantize(recipe_for(Path(sys.argv[1])), Path(sys.argv[2]), progress=Progress(lay
 """
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_at_a_middle_layer_keeps_the_one_before(
     recipe: Recipe, published: Path, result: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ import yaml
 from pydantic import BaseModel
 
 import msquant
+from msquant.algorithms import algorithm_names, find_algorithm, make_algorithm
+from msquant.algorithms.base import Algorithm
 from msquant.recipes import CalibrationSettings, Recipe, load_recipe, shipped_recipes
 
 DOCS = Path(msquant.__file__).parents[1] / "docs" / "recipes.md"
@@ -19,7 +21,9 @@ def documented_keys(model: type[BaseModel], defaults: dict[str, Any]) -> list[st
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
-        default = "required" if field.is_required() else f"`{_short(defaults[name])}`"
+        default = (
+            "required" if field.is_required() and model is not Algorithm else f"`{_short(defaults[name])}`"
+        )
         rows.append(f"| `{name}` | {default} | {field.description} |")
     return rows
 
@@ -41,6 +45,11 @@ def test_the_page_on_recipes_has_every_key_with_its_default() -> None:
     assert len(sections) == 5
     assert CalibrationSettings in dict(sections)
     rows = [row for section in sections for row in documented_keys(*section)]
+    common = set(Algorithm.model_fields)
+    for name in algorithm_names():
+        algorithm = make_algorithm(algorithm=name)
+        own = documented_keys(type(algorithm), algorithm.model_dump(mode="json"))
+        rows += [row for row in own if row.split("`")[1] not in common]
     lines = DOCS.read_text(encoding="utf-8").splitlines()
     missing = [row for row in rows if row not in lines]
     assert not missing, "put these rows into docs/recipes.md:\n" + "\n".join(missing)
@@ -52,3 +61,9 @@ def test_the_page_on_recipes_lists_the_shipped_ones() -> None:
     for name, path in shipped_recipes().items():
         assert f"| `{name}` | `{load_recipe(path).model}` |" in text or name == "smollm2-135m"
     assert "`smollm2-135m`" in text
+
+
+def test_the_page_on_algorithms_has_each_with_what_it_says_of_itself() -> None:
+    text = DOCS.with_name("algorithms.md").read_text(encoding="utf-8")
+    for name in algorithm_names():
+        assert f"| `{name}` | {find_algorithm(name).summary} |" in text

@@ -18,6 +18,7 @@ from msquant.formats.format import FORMAT_NAMES, FormatName
 from msquant.formats.registry import folder_format
 from msquant.generation import open_weights
 from msquant.quantized_folder import open_quantized
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16
 from tests.formats.expert_folders import DEEPSEEK, groups_of, write_experts
 from tests.formats.folders import CONFIG, change_json
 
@@ -90,7 +91,7 @@ def test_every_format_holds_the_same_layers(tmp_path: Path, model: str, start: F
             assert type(before) is type(after), module
             np.testing.assert_array_equal(before.weight, after.weight)
             np.testing.assert_array_equal(np.asarray(before.bias), np.asarray(after.bias))
-            if scheme != "float":
+            if scheme != FLOAT:
                 np.testing.assert_allclose(before.weight_scale, after.weight_scale, rtol=1e-6)  # type: ignore[union-attr]
                 np.testing.assert_array_equal(before.input_scale, after.input_scale)  # type: ignore
                 np.testing.assert_array_equal(before.input_offset, after.input_offset)  # type: ignore
@@ -185,20 +186,20 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:
-    schemes = {"model.layers.0.mlp.down_proj": "dynamic"}
+    schemes = {"model.layers.0.mlp.down_proj": W8A8_DYNAMIC}
     config = MODELS["llama"]
     modules = [
         name.removesuffix(".weight") for group in groups_of(config)[:2] for name in group if "proj" in name
     ]
     dynamic = write(
-        tmp_path / "dynamic", config, "compressed-tensors", schemes=dict.fromkeys(modules, "static") | schemes
+        tmp_path / "dynamic", config, "compressed-tensors", schemes=dict.fromkeys(modules, W8A8) | schemes
     )
     refused(
         dynamic, "golden-stick: the native backend of vLLM-MindSpore .* only W8A8 and FLOAT", "golden-stick"
     )
-    schemes = dict.fromkeys(modules, "static") | {modules[3]: "weight_only"}
+    schemes = dict.fromkeys(modules, W8A8) | {modules[3]: W8A16}
     alone = write(tmp_path / "alone", config, "ascend", schemes=schemes)
-    refused(alone, f"{modules[3]}: .* is weight_only: .* writes float, static, dynamic for vLLM")
+    refused(alone, f"{modules[3]}: .* is W8A16: .* writes FLOAT, W8A8, W8A8_DYNAMIC for vLLM")
     refused(alone, "the native backend of vLLM-MindSpore .* only W8A8 and FLOAT", "golden-stick")
     single = write(tmp_path / "single", config | {"torch_dtype": "float32"}, "compressed-tensors")
     for name in ("golden-stick", "ascend"):

@@ -12,7 +12,7 @@ MANIFEST: dict[str, Any] = {
     "variant": "mindformers",
     "recipe": {
         "model": "deepseek-ai/DeepSeek-R1",
-        "quantization": {"algorithm": "osl", "skip": ["lm_head"]},
+        "quantization": {"algorithm": "osl", "schemes": [{"lm_head": "FLOAT"}, {"*": "W8A8"}]},
         "calibration": {"source": "builtin", "samples": 16},
         "format": "golden-stick",
     },

@@ -17,6 +17,8 @@ from msquant.inference.engine import Sampling
 from msquant.pipeline import Progress, quantize
 from msquant.quantized_folder import open_quantized
 from msquant.recipes import Recipe, validate_recipe
+from msquant.schemes import W8A16
+from tests.fixtures.policies import rules
 from tests.fixtures.torch_simulation import greedy
 
 
@@ -103,7 +105,7 @@ def refused(recipe: Recipe, folder: Path, message: str) -> None:
 
 
 def test_what_one_format_cannot_express_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_llama, "compressed-tensors", "golden-stick", dynamic=["down_proj"])
+    recipe = recipe_of(tiny_llama, "compressed-tensors", "golden-stick", schemes=rules(dynamic=["down_proj"]))
     refused(recipe, tmp_path, "native backend of vLLM-MindSpore cannot serve this: .* only W8A8 and FLOAT")
 
 
@@ -111,7 +113,7 @@ def test_what_one_format_cannot_express_is_refused_before_any_work(tiny_llama: P
 def test_int8_weights_alone_are_refused_where_nobody_serves_them(
     name: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    refused(recipe_of(tiny_llama, name, weight_only=["down_proj"]), tmp_path, "W8A16|weight_only")
+    refused(recipe_of(tiny_llama, name, schemes=rules(weight_only=["down_proj"])), tmp_path, "W8A16")
 
 
 def test_int8_weights_alone_compute_what_they_say(tiny_llama: Path, tmp_path: Path) -> None:
@@ -119,12 +121,12 @@ def test_int8_weights_alone_compute_what_they_say(tiny_llama: Path, tmp_path: Pa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = recipe_of(tiny_llama, "ascend", weight_only=["proj"])
+    recipe = recipe_of(tiny_llama, "ascend", schemes=rules(weight_only=["proj"]))
     folder = quantize(recipe, tmp_path / "out").folder
     form = folder_format(folder)
     assert form is not None
     assert form.validate(folder, verify_hashes=True) == []
-    assert set(open_quantized(folder).linears.values()) == {"weight_only"}
+    assert set(open_quantized(folder).linears.values()) == {W8A16}
     summary = summarize(folder)
     assert set(summary.schemes()) == {"W8A16", "FLOAT"}
 

@@ -13,6 +13,7 @@ from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
 from msquant.hub.published import HUB_IDS, configs_folder, published_bytes, published_config, published_name
 from msquant.models.config_json import parse_config
 from msquant.recipes import find_recipe, shipped_recipes
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -182,9 +183,9 @@ def test_a_recipe_gives_every_matrix_the_scheme_it_says(name: str) -> None:
     experts = "num_experts" in config or "n_routed_experts" in config
     for linear in linears:
         if linear == "lm_head" or linear.endswith("kv_b_proj"):
-            expected = "float"
+            expected = FLOAT
         else:
-            expected = "dynamic" if experts and ".mlp." in linear else "static"
+            expected = W8A8_DYNAMIC if experts and ".mlp." in linear else W8A8
         assert policy.scheme(linear) == expected, linear
     for part in (*policy.skip, *policy.dynamic):
         assert any(part in linear for linear in linears), f"{part} names no linear of {name}"

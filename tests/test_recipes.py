@@ -1,5 +1,6 @@
 """Recipes are found by name or path, and closed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from msquant.recipes import (
     load_recipe,
     matching_recipes,
     shipped_recipes,
+    validate_recipe,
     write_recipe,
 )
+from tests.fixtures.policies import rules
 
 
 def test_every_shipped_recipe_is_valid() -> None:
@@ -112,17 +115,26 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\ncalibration: {samples: 0}\n", "calibration.samples: Input should be greater than"),
         (
             "model: a\nquantization: {algorithm: awq}\n",
-            "be 'osl-robust', 'osl', 'smoothquant' or 'rtn'",
+            "'awq' is not an algorithm\nknown: osl, osl-golden-stick, smoothquant, rtn",
         ),
         ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
-        ("model: a\nquantization: {search: reference}\n", "golden-stick has no osl-robust"),
+        ("model: a\nquantization: {algorithm: osl-robust}\n", "did you mean osl?"),
+        ("model: a\nquantization: {algorithm: 3}\n", "3 is not an algorithm"),
         (
-            "model: a\nquantization: {algorithm: smoothquant, smoothquant_alpha: 0.7, search: reference}\n",
-            "golden-stick's smoothquant knows only smoothquant_alpha: 0.5, not 0.7",
+            "model: a\nquantization: {smooth_alfa: [0.5]}\n",
+            "quantization.smooth_alfa (did you mean smooth_alpha?)",
         ),
+        (
+            "model: a\nquantization: {algorithm: rtn, range_floor: [0.5]}\n",
+            "unknown key quantization.range_floor (known: algorithm, schemes, min_expert_tokens)",
+        ),
+        ("model: a\nquantization: [osl]\n", "quantization"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 0.2]}\n", "ascending"),
-        ("model: a\nquantization: {weight_clip_ratio: [0]}\n", "quantization.weight_clip_ratio.0"),
+        (
+            "model: a\nquantization: {algorithm: osl-golden-stick, weight_clip_ratio: [0]}\n",
+            "quantization.weight_clip_ratio.0",
+        ),
         ("description: no model\n", "model: Field required"),
         ("model: a\nmodel: b\n", "the key model stands twice"),
         ("model: a\ncalibration: {seed: 1, samples: 2, seed: 3}\n", "the key seed stands twice"),
@@ -193,31 +205,34 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(overwrite: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("model_type", "skip", "dynamic"),
+    ("model_type", "schemes"),
     [
-        ("llama", ("lm_head",), ()),
-        ("qwen3_moe", ("lm_head",), ("mlp.",)),
-        ("deepseek_v3", ("lm_head", "kv_b_proj"), ("mlp.",)),
-        (None, ("lm_head",), ()),
+        ("llama", rules()),
+        ("qwen3_moe", rules(dynamic=["mlp."])),
+        ("deepseek_v3", rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."])),
+        (None, rules()),
     ],
 )
 def test_a_folder_gets_what_the_engine_serves(
-    model_type: str | None, skip: tuple[str, ...], dynamic: tuple[str, ...], tmp_path: Path
+    model_type: str | None, schemes: list[dict[str, str]], tmp_path: Path
 ) -> None:
     if model_type:
         (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     recipe = find_recipe(str(tmp_path))
     assert recipe.model == str(tmp_path)
-    assert recipe.quantization.skip == skip
-    assert recipe.quantization.dynamic == dynamic
+    assert recipe.model_dump()["quantization"]["schemes"] == schemes
 
 
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
-    recipe = load_recipe(shipped_recipes()["deepseek-r1"]).replace("quantization", skip=["lm_head", "größer"])
+    recipe = load_recipe(shipped_recipes()["deepseek-r1"]).replace(
+        "quantization", schemes=rules(skip=["lm_head", "größer"])
+    )
     target = tmp_path / "mine.yaml"
     write_recipe(recipe, target)
     assert load_recipe(target) == recipe
-    assert "  skip: [lm_head, größer]\n" in target.read_text(encoding="utf-8")
+    assert "  schemes: [{lm_head: FLOAT}, {größer: FLOAT}, {'*': W8A8}]\n" in target.read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(OutputError, match="exists already"):
         write_recipe(recipe, target)
     write_recipe(recipe.replace("calibration", samples=5), target, overwrite=True)
@@ -225,3 +240,45 @@ def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         write_recipe(recipe, tmp_path / "none" / "mine.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            {"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
+            '[{"lm_head": "FLOAT"}, {"kv_b_proj": "FLOAT"}, {"mlp.": "W8A8_DYNAMIC"}, {"*": "W8A8"}]',
+        ),
+        ({"weight_only": ["proj"]}, '[{"proj": "W8A16"}, {"*": "W8A8"}]'),
+    ],
+)
+def test_an_old_recipe_is_shown_its_new_form(old: dict[str, list[str]], new: str) -> None:
+    with pytest.raises(RecipeError, match=" and ".join(old)) as caught:
+        validate_recipe({"model": "m", "quantization": old}, "old.yaml")
+    assert f"write schemes: {new}" in str(caught.value)
+    assert validate_recipe({"model": "m", "quantization": {"schemes": json.loads(new)}}, "new.yaml")
+
+
+@pytest.mark.parametrize(
+    ("schemes", "message"),
+    [
+        ("W8A8", "a list of PATTERN: SCHEME is expected"),
+        ([], "the last entry is for all other linears"),
+        ([{"lm_head": "FLOAT"}], "the last entry is for all other linears"),
+        ([{"lm_head": "FLOAT", "*": "W8A8"}], "each entry is one PATTERN: SCHEME"),
+        ([{"": "FLOAT"}, {"*": "W8A8"}], "a pattern is a part of a linear's name"),
+        ([{"*": "INT8"}], "'INT8' is not a scheme"),
+        ([{"*": 8}], "the scheme of '\\*' is 8"),
+    ],
+)
+def test_schemes_that_say_nothing_are_refused(schemes: object, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        validate_recipe({"model": "m", "quantization": {"schemes": schemes}}, "bad.yaml")
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    schemes = [{"layers.1.": "FLOAT"}, {"*.mlp.*": "W8A8_DYNAMIC"}, {"*": "W8A8"}]
+    policy = validate_recipe({"model": "m", "quantization": {"schemes": schemes}}, "r.yaml").quantization
+    assert str(policy.scheme("model.layers.1.mlp.up_proj")) == "FLOAT"
+    assert str(policy.scheme("model.layers.0.mlp.up_proj")) == "W8A8_DYNAMIC"
+    assert str(policy.scheme("model.layers.0.self_attn.q_proj")) == "W8A8"

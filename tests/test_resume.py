@@ -15,14 +15,14 @@ from msquant.checkpoint.writer import file_sha256
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
+pytestmark = pytest.mark.e2e
+
 LAYERS = 4
 RECIPE = """
 model: {model}
 quantization:
   smooth_alpha: [0.4, 0.6]
-  weight_clip_ratio: [1.0, 0.9]
-  skip: [lm_head, kv_b_proj]
-  dynamic: {dynamic}
+  schemes: [lm_head: FLOAT, kv_b_proj: FLOAT, {feed_forward}"*": W8A8]
 calibration:
   samples: 4
   sequence_length: 32
@@ -71,7 +71,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     model = write_tiny_llama(folder / "model", layers=LAYERS, dtype="bfloat16")
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(model=model, dynamic="[]"))
+    path.write_text(RECIPE.format(model=model, feed_forward=""))
     return path
 
 
@@ -148,7 +148,9 @@ def test_a_second_process_is_told_who_works_on_the_output(recipe: Path, tmp_path
 def test_twenty_kills_at_random_moments(kind: str, tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", kind, layers=LAYERS, dtype="bfloat16")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model, dynamic="[mlp.]" if kind == "deepseek_v3" else "[]"))
+    recipe.write_text(
+        RECIPE.format(model=model, feed_forward="mlp.: W8A8_DYNAMIC, " if kind == "deepseek_v3" else "")
+    )
     began = time.monotonic()
     finish(recipe, tmp_path / "whole")
     whole = time.monotonic() - began

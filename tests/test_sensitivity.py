@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
+from msquant.algorithms import make_algorithm
 from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
 from msquant.formats.golden_stick import validate
 from msquant.pipeline import Progress, quantize
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.schemes import model_schemes
+from msquant.quantization.layer_schemes import model_schemes
 from msquant.quantization.selection import Budget
 from msquant.recipes import Recipe, default_policy, validate_recipe
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from msquant.sensitivity import Analysis, analyze
 from msquant.source import folder_plan, open_source
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
@@ -50,7 +52,7 @@ def test_all_groups_are_ranked_and_the_worst_six_matrices_kept(six: Analysis, ti
     kept = [linear for group in six.kept for linear in group.measured.linears]
     assert 0 < len(kept) <= 6
     assert six.recipe is not None
-    assert six.recipe == short_recipe(tiny_llama, skip=["lm_head", *kept])
+    assert six.recipe == short_recipe(tiny_llama, schemes=rules(skip=[*kept, "lm_head"]))
     assert six.mixed_error == pytest.approx(six.error - sum(group.measured.error for group in six.kept))
 
 
@@ -70,16 +72,14 @@ def test_kept_names_match_no_other_layer(six: Analysis, tmp_path: Path) -> None:
     # Layers 10 and 11 begin like layer 1.
     deep = open_source(str(write_tiny_llama(tmp_path / "deep", layers=12)))
     for name in names:
-        policy = QuantizationPolicy(skip=(name,))
-        floats = [
-            module for module, scheme in model_schemes(deep.config, policy).items() if scheme == "float"
-        ]
+        policy = make_algorithm(schemes=rules(skip=[name]))
+        floats = [module for module, scheme in model_schemes(deep.config, policy).items() if scheme == FLOAT]
         assert floats == [name]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "count"),
-    [("osl-robust", 4), ("osl", 4), ("smoothquant", 4), ("rtn", 4), ("osl-robust", 7), ("smoothquant", 14)],
+    [("osl", 4), ("osl-golden-stick", 4), ("smoothquant", 4), ("rtn", 4), ("osl", 7), ("smoothquant", 14)],
 )
 def test_quantize_takes_the_recipe_whatever_it_keeps(
     tiny_llama: Path, tmp_path: Path, algorithm: str, count: int
@@ -117,13 +117,13 @@ def test_a_mixture_of_experts_is_ranked_but_its_experts_cannot_be_kept(deepseek:
     assert by_name[1, "feed_forward"].float_bytes is None
     assert by_name[1, "feed_forward"].matrices == 27
     assert by_name[0, "feed_forward"].float_bytes is not None
-    assert all(g.measured.dynamic_error for g in analysis.groups if g.measured.scheme == "static")
+    assert all(g.measured.dynamic_error for g in analysis.groups if g.measured.scheme == W8A8)
     assert analysis.recipe is not None
     kept = [linear for group in analysis.kept for linear in group.measured.linears]
     assert 0 < len(kept) <= 3
-    assert analysis.recipe.quantization.dynamic == ("mlp.", *kept)
+    assert analysis.recipe.quantization.schemes[: len(kept)] == tuple((name, W8A8_DYNAMIC) for name in kept)
     plan = folder_plan(analysis.recipe, open_source(str(deepseek)))
-    assert {plan.linears[name] for name in kept} == {"dynamic"}
+    assert {plan.linears[name] for name in kept} == {W8A8_DYNAMIC}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,11 @@ def test_bad_input_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     bad: list[tuple[Recipe, type[MsquantError], str]] = [
         (short_recipe(tmp_path / "none"), ModelError, "none"),
         (short_recipe(tiny_llama).replace("calibration", source=str(empty)), CalibrationError, "empty.txt"),
-        (short_recipe(tiny_llama, skip=["lm_head", "q_proj"]), RecipeError, "run as one layer"),
+        (
+            short_recipe(tiny_llama, schemes=rules(skip=["lm_head", "q_proj"])),
+            RecipeError,
+            "run as one layer",
+        ),
     ]
     for recipe, error, words in bad:
         with pytest.raises(error, match=words):

@@ -90,12 +90,13 @@ def test_a_broken_limit_is_recorded(recipe: Recipe, tmp_path: Path, limit: str) 
     assert broken["value"] == pytest.approx(0.2 if limit == "max_kl" else 0.3)
 
 
+@pytest.mark.e2e
 def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
 
     path = tmp_path / "recipe.yaml"
-    text = RECIPE.format(model=source, dynamic="[]")
+    text = RECIPE.format(model=source, feed_forward="")
     path.write_text(f"{text}evaluation: {{sequence_length: 32, max_kl: 0.000001}}\n")
     command = [sys.executable, "-m", "msquant", "quantize", str(path), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -111,9 +112,10 @@ def test_a_result_beyond_the_limits_is_a_warning(source: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "msquant.json").is_file()
 
 
+@pytest.mark.e2e
 def test_a_kill_while_it_is_evaluated_loses_nothing(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(model=source, dynamic="[]"))
+    path.write_text(RECIPE.format(model=source, feed_forward=""))
     finish(path, tmp_path / "whole")
     process = start(path, tmp_path / "out")
     assert process.stderr is not None

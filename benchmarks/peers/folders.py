@@ -65,11 +65,13 @@ def _linear(tensors: dict[str, Any], module: str, weight_scale: Any, scale: Any,
     import numpy as np
 
     from msquant.checkpoint.weights import QuantizedLinear
+    from msquant.schemes import W8A8, W8A8_DYNAMIC
 
     static = scale is not None
     return QuantizedLinear(
         tensors[f"{module}.weight"].numpy(),
         weight_scale.float().numpy().reshape(-1),
+        W8A8 if static else W8A8_DYNAMIC,
         input_scale=scale.float().numpy().reshape(-1)[:1] if static else None,
         input_offset=np.array([offset], np.int32) if static else None,
     )

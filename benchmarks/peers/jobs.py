@@ -14,6 +14,7 @@ from benchmarks.peers.environments import python_of
 from benchmarks.peers.folders import read_folder
 from benchmarks.peers.process import Measured, run_measured
 from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH
+from tests.fixtures.policies import rules
 
 # msquant's own, by the algorithm; the default one is whatever the model's recipe would take.
 OURS = {"msquant": None, "msquant smoothquant": "smoothquant"}
@@ -32,7 +33,7 @@ SCHEMES = {
     "smollm2-135m": ("static", "dynamic"),
 }
 DYNAMIC = {"static": [], "dynamic": ["proj"], "mixed": ["mlp."]}
-"""What the scheme computes per token, as a recipe's `dynamic`; the rest is static."""
+"""What the scheme computes per token, by patterns of names; the rest is static."""
 
 Setting = tuple[str, str]
 """A model and a scheme: what a peer is compared within."""
@@ -151,7 +152,7 @@ def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
     from msquant.recipes import find_recipe, write_recipe
 
     recipe = find_recipe(str(folder)).replace("calibration", samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
-    policy = {"algorithm": OURS[job.peer], "dynamic": tuple(DYNAMIC[job.scheme])}
+    policy = {"algorithm": OURS[job.peer], "schemes": rules(dynamic=DYNAMIC[job.scheme])}
     write_recipe(recipe.replace("quantization", **policy), parent / "recipe.yaml")
     options = ["--format", "compressed-tensors", "--no-evaluate", "--output", str(output), "--json"]
     return [sys.executable, "-m", "msquant", "quantize", str(parent / "recipe.yaml"), *options]

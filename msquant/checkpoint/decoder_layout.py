@@ -1,8 +1,10 @@
 """Which tensors a decoder must have, and their shapes, from its `config.json`, without any weights."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from msquant.checkpoint.config_limits import check_number, check_numbers
 from msquant.errors import CheckpointError
 
 PROJECTIONS = (
@@ -52,6 +54,7 @@ def expected_shapes(config: dict[str, Any]) -> Shapes | None:
     """
     if config.get("model_type") not in MODEL_TYPES:
         return None
+    check_numbers(config)
     config = _with_defaults(config)
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     shapes: Shapes = {
@@ -77,6 +80,7 @@ def extra_shapes(config: dict[str, Any]) -> Shapes:
     count = config.get("num_nextn_predict_layers") or 0
     if config.get("model_type") != "deepseek_v3" or count == 0:
         return {}
+    check_numbers(config)
     config = _with_defaults(config)
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     first = positive(config, "num_hidden_layers")
@@ -188,15 +192,18 @@ def _has_experts(config: dict[str, Any], index: int) -> bool:
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise _wrong("mlp_only_layers", dense, "a list of layer numbers")
+    if len(dense) > (most := positive(config, "num_hidden_layers")):
+        raise _wrong("mlp_only_layers", dense, f"a list of at most {most} numbers")
     return index not in dense and (index + 1) % positive(config, "decoder_sparse_step", 1) == 0
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An entry of `config.json`. Raises CheckpointError if it is no positive integer."""
+    """An entry of `config.json`. Raises CheckpointError if it is no positive integer, or beyond its limit."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or value <= 0:
         raise _wrong(key, value, "a positive integer")
+    check_number(key, value)
     return value
 
 
@@ -209,7 +216,7 @@ def _count(config: dict[str, Any], key: str) -> int:
 
 def _wrong(key: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{key} is {value!r}, {expected} is expected",
+        f"{key} is {reprlib.repr(value)}, {expected} is expected",
         where="config.json",
         remedy="copy config.json of the original model again",
     )

@@ -1,16 +1,15 @@
 """What a downloaded folder says of itself: where it is from, which files it has, and whether that is all."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
+from msquant.checkpoint.file_names import STATE_FOLDER, path_problem
+from msquant.checkpoint.json_file import MAX_BYTES, decode_json
+from msquant.checkpoint.regular_file import read_regular
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError
-
-STATE_FOLDER = ".msquant"
-"""Holds the marker, the lock and what is not complete yet, inside of a downloaded folder."""
 
 MARKER_NAME = "download.json"
 
@@ -45,6 +44,7 @@ class DownloadMarker:
         commit: what every file is from.
         complete: whether all files are there and verified.
         files: by their names in the folder.
+        obsolete: files of earlier commits that are still there; removed when all of `files` are complete.
     """
 
     hub: str
@@ -53,6 +53,7 @@ class DownloadMarker:
     commit: str
     complete: bool = False
     files: dict[str, MarkedFile] = field(default_factory=dict)
+    obsolete: dict[str, MarkedFile] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "DownloadMarker | None":
@@ -63,11 +64,11 @@ class DownloadMarker:
         """
         path = folder / STATE_FOLDER / MARKER_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = decode_json(read_regular(path, MAX_BYTES))
             if raw.pop("version") != _VERSION:
                 raise ValueError("another version")
-            files = {str(name): MarkedFile(**entry) for name, entry in raw.pop("files").items()}
-            return cls(**raw, files=files)
+            files, obsolete = _files(raw.pop("files")), _files(raw.pop("obsolete", {}))
+            return cls(**raw, files=files, obsolete=obsolete)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -84,6 +85,13 @@ class DownloadMarker:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, raw)
+
+
+def _files(raw: dict[str, Any]) -> dict[str, MarkedFile]:
+    for name in raw:
+        if problem := path_problem(name):
+            raise ValueError(f"it lists {name!r}: {problem}")
+    return {name: MarkedFile(**entry) for name, entry in raw.items()}
 
 
 def require_complete(folder: Path) -> None:

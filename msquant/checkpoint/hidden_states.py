@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.disk import writing
 from msquant.checkpoint.writer import is_temporary, publish, temporary_path
-from msquant.errors import CheckpointError
+from msquant.errors import StartOverError
 
 MEMORY_BUDGET = 10**9
 """Bytes of hidden states that a flow holds in memory unless told otherwise; what is beyond stays on disk."""
@@ -67,7 +67,7 @@ class HiddenStates(Sequence[Batch]):
         """A batch, or a list of them.
 
         Raises:
-            CheckpointError: the file is gone or damaged.
+            StartOverError: the file is gone or damaged.
             IndexError: there is no such batch.
         """
         if isinstance(index, slice):
@@ -211,7 +211,7 @@ class HiddenStateStore:
         """The hidden states at a boundary; what this process did not write itself is verified first.
 
         Raises:
-            CheckpointError: they are missing or damaged.
+            StartOverError: they are missing or damaged.
         """
         if boundary not in self._open:
             self._open[boundary] = self._load(boundary)
@@ -250,7 +250,7 @@ def _read_trailer(path: Path) -> tuple[list[tuple[int, ...]], list[int]]:
         if start != sum(4 * math.prod(shape) for shape in shapes) or len(shapes) != len(checksums):
             raise ValueError("its size does not fit")
     except FileNotFoundError:
-        raise CheckpointError(
+        raise StartOverError(
             "the hidden states that the run would continue from are missing", where=path, remedy=_START_OVER
         ) from None
     except OSError as error:
@@ -263,5 +263,5 @@ def _read_trailer(path: Path) -> tuple[list[tuple[int, ...]], list[int]]:
 _START_OVER = "start over with --restart"
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"the hidden states are damaged: {why}", where=path, remedy=_START_OVER)
+def _damaged(path: Path, why: str) -> StartOverError:
+    return StartOverError(f"the hidden states are damaged: {why}", where=path, remedy=_START_OVER)

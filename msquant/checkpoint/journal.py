@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.disk import writing
+from msquant.checkpoint.file_names import is_file_name
+from msquant.checkpoint.json_file import MAX_BYTES, decode_json
+from msquant.checkpoint.regular_file import read_regular
 from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
 
 JOURNAL_NAME = "journal.jsonl"
 
-_VERSION = 1
+_VERSION = 2
 _START_OVER = "start over with --restart, or name another folder with --output"
 _SHOWN = 3
 _WIDTH = 100
@@ -56,7 +59,7 @@ class Journal:
                 write_text(path, _line({"version": _VERSION, "identity": wanted}).decode())
             return cls(path, wanted, [])
         with writing(path):
-            data = path.read_bytes()
+            data = read_regular(path, MAX_BYTES)
         records = _parse(path, data)
         head = records.pop(0)
         if head.get("version") != _VERSION or not isinstance(head.get("identity"), dict):
@@ -135,18 +138,18 @@ def _parse(path: Path, data: bytes) -> list[dict[str, Any]]:
 
 def _verified(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = decode_json(line)
         record = value["record"]
         if line.endswith(b"\n") and value["sha256"] == hashlib.sha256(_canonical(record)).hexdigest():
             return record if isinstance(record, dict) else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         pass
     return None
 
 
 def _check_files(folder: Path, path: Path, record: Mapping[str, Any]) -> None:
     for name, entry in record.get("files", {}).items():
-        if name != Path(name).name:
+        if not is_file_name(name):
             raise OutputError(f"lists {name!r}, which is not in its folder", where=path, remedy=_START_OVER)
         file = folder / name
         size = file.stat().st_size if file.is_file() else None

@@ -16,6 +16,9 @@ from msquant.errors import OutputError
 
 LOCK_NAME = ".msquant.lock"
 
+# The result that is replaced, inside of the one that replaces it: a kill leaves no third folder.
+_REPLACED = ".msquant.replaced"
+
 
 class OutputFolder:
     """Collects a result in `<target>.partial` and gives it its name when it is complete.
@@ -23,7 +26,8 @@ class OutputFolder:
     Use as a context manager: write into `path`, then call `finish()`. Leaving without `finish()`, by an
     exception or by Ctrl-C, removes the partial folder, unless `keep` is set. What a killed process left
     behind is there again for the next one if it holds a journal, and is removed if it does not: then nobody
-    could tell what it is. A partial folder that a living process works in is refused.
+    could tell what it is. A partial folder that a living process works in is refused. Where a process was
+    killed while it replaced a result, the next one puts the old result back, or removes what is left of it.
 
     Args:
         target: the result's final name; it must not hold anything, unless `overwrite`.
@@ -47,35 +51,38 @@ class OutputFolder:
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
-        self._check_target()
         with writing(self.path):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
                 self.keep = (self.path / JOURNAL_NAME).is_file()
+                self._recover()
+                self._check_target()
                 for leftover in self.path.iterdir():
                     if leftover.name != LOCK_NAME and (not self.keep or is_temporary(leftover.name)):
                         _remove(leftover)
             except BaseException:
-                self._release()
+                self._leave()
                 raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lock is None:
-            return
+        if self._lock is not None:
+            self._leave()
+
+    def _leave(self) -> None:
         if self.keep:
             self._release()
             return
-        # Renamed first, so that no other process can lock a folder that is being removed.
-        discarded = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            os.rename(self.path, discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
-        except OSError:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self.clear()
+            # Another process that comes now makes a lock of its own, and keeps the folder by that.
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+            self.path.rmdir()
+        except (OSError, OutputError):
+            pass
         finally:
             self._release()
 
@@ -85,14 +92,15 @@ class OutputFolder:
             # The journal first: a folder without one is never continued.
             (self.path / JOURNAL_NAME).unlink(missing_ok=True)
             for leftover in self.path.iterdir():
-                if leftover.name != LOCK_NAME:
+                if leftover.name not in (LOCK_NAME, _REPLACED):
                     _remove(leftover)
 
     def finish(self, scratch: Iterable[str] = ()) -> Path:
         """Give the complete folder its final name, and return that.
 
-        The journal goes only after that: a process that is killed on the way leaves a folder that can be
-        continued or one that is finished, in which nothing but the journal and the lock may be too many.
+        The journal goes only after that, and a result that is replaced last of all: a process that is killed
+        on the way leaves a folder that can be continued, or one that is finished, in which the journal, the
+        lock and the old result may be too many. The next call for this target clears that away.
 
         Args:
             scratch: files and folders in it that are no part of the result; removed first.
@@ -109,21 +117,35 @@ class OutputFolder:
                     _remove(self.path / name)
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
-            replaced = self._move_aside()
             try:
+                if self.target.exists():
+                    os.rename(self.target, self.path / _REPLACED)
                 os.rename(self.path, self.target)
-            except OSError:
-                if replaced is not None:
-                    os.rename(replaced, self.target)
+            except BaseException:
+                if os.path.lexists(self.path / _REPLACED):
+                    os.rename(self.path / _REPLACED, self.target)
                 raise
-            for name in (JOURNAL_NAME, LOCK_NAME):
-                (self.target / name).unlink(missing_ok=True)
+            _tidy(self.target)
             sync_folder(self.target)
             sync_folder(self.target.parent)
         self._release()
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
         return self.target
+
+    def _recover(self) -> None:
+        """Clear up after a process that was killed in `finish`; the lock is held."""
+        replaced = self.path / _REPLACED
+        if not os.path.lexists(replaced):
+            if (self.target / MANIFEST_NAME).is_file() and not self.target.is_symlink():
+                _tidy(self.target)
+        elif not os.path.lexists(self.target):
+            os.rename(replaced, self.target)
+        else:
+            self.keep = True
+            raise OutputError(
+                f"is what a killed --overwrite was replacing, and {self.target} was made anew since then",
+                where=replaced,
+                remedy="move it away, or remove it, and run the same command again",
+            )
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.target):
@@ -146,13 +168,6 @@ class OutputFolder:
                 remedy="name another folder with --output, or replace it with --overwrite",
             )
 
-    def _move_aside(self) -> Path | None:
-        if not self.target.exists():
-            return None
-        replaced = self.target.with_name(f"{self.target.name}.replaced.{os.getpid()}")
-        os.rename(self.target, replaced)
-        return replaced
-
     def _acquire(self) -> None:
         while self._lock is None:
             self.path.mkdir(exist_ok=True)
@@ -171,6 +186,13 @@ class OutputFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _tidy(target: Path) -> None:
+    """Remove from a finished result what is no part of it."""
+    shutil.rmtree(target / _REPLACED, ignore_errors=True)
+    for name in (JOURNAL_NAME, LOCK_NAME):
+        (target / name).unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.file_names import INDEX_NAME, SINGLE_NAME
 from msquant.checkpoint.float_rows import FloatRows, check_dtype
 from msquant.checkpoint.fp8 import FP8, SCALE_SUFFIX, BlockScale, check_scale_shape, read_block_size
 from msquant.checkpoint.shard import Shard
-from msquant.checkpoint.weight_map import INDEX_NAME, SINGLE_NAME, find_weights, read_weight_map
+from msquant.checkpoint.weight_map import find_weights, read_weight_map
 from msquant.checkpoint.weights import FloatLinear
 from msquant.errors import CheckpointError
 
@@ -39,7 +40,8 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there is no checkpoint; a shard is missing, truncated or damaged; the index
-                names a tensor that its shard does not hold, or a file outside the folder.
+                names a tensor that its shard does not hold, or a file outside the folder; or as
+                `require_own_files`.
         """
         folder = Path(folder)
         if not folder.is_dir():

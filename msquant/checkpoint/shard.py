@@ -6,9 +6,9 @@ memory map, of which every page that was touched would stay resident as long as 
 """
 
 import hashlib
-import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from msquant.checkpoint.json_file import decode_json
+from msquant.checkpoint.regular_file import open_regular
 from msquant.errors import CheckpointError
 
 DTYPES: dict[str, DTypeLike] = {
@@ -44,6 +46,18 @@ _ITEM_SIZES = {code: np.dtype(dtype).itemsize for code, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
+
+MAX_TENSORS = 250_000
+"""Of one file: a model of 61 layers with 256 experts has 92,000 in all of its files."""
+
+MAX_DIMENSIONS = 32
+"""What NumPy takes."""
+
+MAX_TENSOR_BYTES = 2**62
+"""Of one tensor, its empty dimensions left out: NumPy counts in 64 bits even where nothing is stored."""
+
+MAX_NAME_LENGTH = 1_000
+"""Characters of a tensor's name."""
 
 _DOWNLOAD_AGAIN = "copy or download this file again"
 
@@ -72,6 +86,7 @@ class Shard:
         path: the file.
         entries: the tensors it holds, in the order of the header.
         size: bytes of the file.
+        state: what tells without reading it that it is still the same: its size, inode and times of change.
         header_sha256: of the header, in hexadecimal.
     """
 
@@ -82,7 +97,12 @@ class Shard:
         self.entries = entries
         self.size = status.st_size
         self.header_sha256 = header_sha256
-        self._modified = status.st_mtime_ns
+        self.state = {
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "ctime_ns": status.st_ctime_ns,
+            "inode": status.st_ino,
+        }
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -92,7 +112,7 @@ class Shard:
             CheckpointError: the file is missing, shorter or longer than its header says, or damaged.
         """
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 status = os.fstat(file.fileno())
                 found = status.st_size
                 if found < 8:
@@ -100,7 +120,8 @@ class Shard:
                 length = int.from_bytes(file.read(8), "little")
                 if length > MAX_HEADER_BYTES:
                     raise CheckpointError(
-                        f"not a safetensors file: its header would be {length} bytes long",
+                        f"not a safetensors file: its header would be {length} bytes long, "
+                        f"at most {MAX_HEADER_BYTES} are read",
                         where=path,
                         remedy=_DOWNLOAD_AGAIN,
                     )
@@ -167,9 +188,10 @@ class Shard:
     def _check_unchanged(self, status: os.stat_result) -> None:
         if status.st_size != self.size:
             raise _truncated(self.path, status.st_size, str(self.size))
-        if status.st_mtime_ns != self._modified:
+        # Its ctime changes with its rights and its links, too.
+        if (status.st_mtime_ns, status.st_ino) != (self.state["mtime_ns"], self.state["inode"]):
             raise CheckpointError(
-                "the file was written to since it was opened",
+                "the file was written to since it was opened, or replaced",
                 where=self.path,
                 remedy="let nothing change the model while it is read, then run the same command again",
             )
@@ -183,19 +205,14 @@ def _truncated(path: Path, found: int, expected: str) -> CheckpointError:
     )
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
 def _parse_header(path: Path, header: bytes) -> dict[str, TensorEntry]:
     try:
-        value = json.loads(header.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+        value = decode_json(header, max_bytes=MAX_HEADER_BYTES, unique_keys=True)
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         value.pop("__metadata__", None)
+        if len(value) > MAX_TENSORS:
+            raise ValueError(f"it lists {len(value)} tensors, at most {MAX_TENSORS} are read")
         start = 8 + len(header)
         entries = {name: _parse_entry(name, raw, start) for name, raw in value.items()}
         end = start
@@ -205,7 +222,7 @@ def _parse_header(path: Path, header: bytes) -> dict[str, TensorEntry]:
                     f"{name} starts at byte {entry.offset} where the tensor before it ends at {end}"
                 )
             end += entry.nbytes
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"the safetensors header is damaged: {error}", where=path, remedy=_DOWNLOAD_AGAIN
         ) from error
@@ -213,15 +230,24 @@ def _parse_header(path: Path, header: bytes) -> dict[str, TensorEntry]:
 
 
 def _parse_entry(name: str, raw: Any, start: int) -> TensorEntry:
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"a tensor's name has {len(name)} characters, at most {MAX_NAME_LENGTH} are read")
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is not described by an object")
     dtype = raw.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+        raise ValueError(f"{name} has the unknown dtype {reprlib.repr(dtype)}")
     shape, offsets = _sizes(raw.get("shape")), _sizes(raw.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(
-            f"{name} has shape {raw.get('shape')!r} and data_offsets {raw.get('data_offsets')!r}"
+            f"{name} has shape {reprlib.repr(raw.get('shape'))} "
+            f"and data_offsets {reprlib.repr(raw.get('data_offsets'))}"
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+    if math.prod(filter(None, shape)) * _ITEM_SIZES[dtype] > MAX_TENSOR_BYTES:
+        raise ValueError(
+            f"{name} has shape {reprlib.repr(shape)}, at most {MAX_TENSOR_BYTES} bytes are read of a tensor"
         )
     nbytes = math.prod(shape) * _ITEM_SIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.transformers_import import import_transformers
 from msquant.errors import ModelError
 
@@ -27,7 +28,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         ModelError: the folder holds no tokenizer, or a damaged one, or one that needs code of its own.
+        CheckpointError: as `require_own_files`.
     """
+    require_own_files(folder)
     remedy = "Copy tokenizer.json and tokenizer_config.json from the original model into the folder."
     if not has_tokenizer(folder):
         raise ModelError("the folder holds no tokenizer.json", where=folder, remedy=remedy)

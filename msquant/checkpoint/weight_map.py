@@ -1,13 +1,14 @@
 """Which file of a folder holds which tensor."""
 
-from functools import cache
-from pathlib import Path, PurePosixPath
+import reprlib
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
 
+from msquant.checkpoint.file_names import INDEX_NAME, SINGLE_NAME, is_file_name
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 # msModelSlim has names of its own, over the years `quant_model_weight_w8a8` and `quant_model_weights`.
 _PATTERNS = (
@@ -17,17 +18,26 @@ _PATTERNS = (
     "quant_model_weight*.safetensors",
 )
 
+MAX_SHARDS = 10_000
+"""Of an index; each is opened. The largest published models have some 300."""
+
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_weights(folder: Path) -> Path:
     """The index of a folder's shards, which ends in `.json`, or the only shard where there is no index.
 
+    Where the folder says which files it is made of, one of these is returned, there or not.
+
     Raises:
-        CheckpointError: there is neither; says what is there instead.
+        CheckpointError: there is neither; says what is there instead. Or as `require_own_files`.
     """
+    listed = require_own_files(folder)
     for pattern in _PATTERNS:
-        found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        if listed is None:
+            found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+        else:
+            found = [folder / name for name in sorted(listed) if fnmatchcase(name, pattern)]
         if len(found) == 1:
             return found[0]
     raise _no_checkpoint(folder)
@@ -46,7 +56,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
         # Shards themselves may be links out of the folder: the Hugging Face cache is made of them.
         if not isinstance(name, str) or not _is_file_name(name):
             raise CheckpointError(
-                f"{tensor} is said to be in {name!r}, which is not the name of a file in this folder",
+                f"{tensor} is said to be in {reprlib.repr(name)}, "
+                "which is not the name of a file in this folder",
                 where=path,
                 remedy="do not use this checkpoint: its index points outside of its folder",
             )
@@ -54,13 +65,13 @@ def read_weight_map(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{tensor} is in {name}: only safetensors files are read", where=path, remedy=_CONVERT
             )
+    if (count := len(set(weight_map.values()))) > MAX_SHARDS:
+        raise CheckpointError(f"names {count} shards, at most {MAX_SHARDS} are read", where=path)
     return weight_map
 
 
-@cache
-def _is_file_name(name: str) -> bool:
-    return name == PurePosixPath(name).name and name not in ("", "..") and not set(name) & {"\\", "\0"}
-
+# An index names a shard once for each of its tensors.
+_is_file_name = lru_cache(MAX_SHARDS)(is_file_name)
 
 _CONVERT = "convert the checkpoint with transformers: model.save_pretrained(folder, safe_serialization=True)"
 

@@ -1,16 +1,14 @@
 """The canonical in-memory form of a model's weights, whatever they are stored as."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-INT8_MIN, INT8_MAX = -128, 127
+from msquant.schemes import FLOAT, Scheme
 
-Scheme = Literal["float", "static", "dynamic", "weight_only"]
-"""How a linear layer is computed: in floating point; in W8A8 with static or per-token input scales; or with
-int8 weights on floating-point inputs (W8A16)."""
+INT8_MIN, INT8_MAX = -128, 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class FloatLinear:
     @property
     def scheme(self) -> Scheme:
         """How it is computed."""
-        return "float"
+        return FLOAT
 
     def take_rows(self, rows: NDArray[np.integer]) -> "FloatLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""
@@ -37,43 +35,50 @@ class FloatLinear:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
-    """A linear layer with int8 weights.
+    """A linear layer with integer weights.
 
-    In W8A8 `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias` with
-    `x_q = clamp(round(x / input_scale) + input_offset)`, in W8A16 `y = weight_scale * (weight @ x) + bias`.
+    With quantized inputs `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias` with
+    `x_q = clamp(round(x / input_scale) + input_offset)`, with inputs in floating point `y = (weight_scale *
+    (weight - weight_offset)) @ x + bias`.
 
     Attributes:
-        weight: int8 `[N, K]`, symmetric per output channel.
-        weight_scale: float32 `[N]`.
+        weight: int8 `[N, K]`, one integer of the scheme's bits in each.
+        weight_scale: float32 `[N]`, or `[N, K / group_size]`.
+        scheme: how it is computed.
         bias: float32 `[N]`, or None.
-        input_scale: float32 `[1]` for static per-tensor activations; None when they are quantized per token,
-            or not at all.
+        input_scale: float32 `[1]` where the scheme's inputs are static; else None.
         input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
+        weight_offset: int32 in the shape of `weight_scale`, the zero points; None for symmetric weights.
         input_reciprocal: float32 `[1]`, where the engine multiplies by a reciprocal that it has rounded
             instead of dividing: `x_q = clamp(round(x * input_reciprocal + input_offset))`; None where it
             divides.
-        weight_only: activations stay in floating point (W8A16).
     """
 
     weight: NDArray[np.int8]
     weight_scale: NDArray[np.float32]
+    scheme: Scheme
     bias: NDArray[np.float32] | None = None
     input_scale: NDArray[np.float32] | None = None
     input_offset: NDArray[np.int32] | None = None
+    weight_offset: NDArray[np.int32] | None = None
     input_reciprocal: NDArray[np.float32] | None = None
-    weight_only: bool = False
 
-    @property
-    def scheme(self) -> Scheme:
-        """How it is computed."""
-        if self.weight_only:
-            return "weight_only"
-        return "static" if self.is_static else "dynamic"
+    def __post_init__(self) -> None:
+        assert self.scheme.is_static == (self.input_scale is not None), self.scheme
 
     @property
     def is_static(self) -> bool:
         """Whether activations are quantized with a scale fixed at calibration."""
-        return self.input_scale is not None
+        return self.scheme.is_static
+
+    @property
+    def float_weight(self) -> NDArray[np.float32]:
+        """What the integers stand for, float32 `[N, K]`."""
+        groups = self.weight_scale.reshape(len(self.weight), -1, 1)
+        values = self.weight.astype(np.float32).reshape(len(self.weight), groups.shape[1], -1)
+        if self.weight_offset is not None:
+            values -= self.weight_offset.reshape(groups.shape)
+        return (values * groups).reshape(self.weight.shape)
 
     def take_rows(self, rows: NDArray[np.integer]) -> "QuantizedLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""
@@ -82,6 +87,7 @@ class QuantizedLinear:
             weight=self.weight[rows],
             weight_scale=self.weight_scale[rows],
             bias=None if self.bias is None else self.bias[rows],
+            weight_offset=None if self.weight_offset is None else self.weight_offset[rows],
         )
 
 
@@ -89,13 +95,13 @@ Linear = FloatLinear | QuantizedLinear
 
 
 def as_computed(linear: Linear) -> Linear:
-    """A layer of W8A16 in floating point with the weights that int8 has kept; any other as it is.
+    """A layer whose weights alone are quantized, with what its integers stand for; any other as it is.
 
-    No engine of msquant's own has a kernel for int8 weights alone.
+    No engine of msquant's own has a kernel for integer weights alone.
     """
-    if isinstance(linear, FloatLinear) or not linear.weight_only:
+    if isinstance(linear, FloatLinear) or not linear.scheme.is_weight_only:
         return linear
-    return FloatLinear(linear.weight * linear.weight_scale[:, None], linear.bias)
+    return FloatLinear(linear.float_weight, linear.bias)
 
 
 def token_scales(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from msquant.checkpoint.disk import sync_folder, writing
-from msquant.checkpoint.reader import INDEX_NAME
+from msquant.checkpoint.file_names import INDEX_NAME
 
 
 def write_shard(path: Path, tensors: Mapping[str, NDArray[Any]]) -> str:

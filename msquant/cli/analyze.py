@@ -183,7 +183,7 @@ def _print(analysis: "Analysis", output: Path | None, source: str | None) -> Non
     elif analysis.recipe is not None:
         from msquant.recipes import recipe_text
 
-        console.print_line(recipe_text(analysis.recipe).rstrip("\n"))
+        console.print_document(recipe_text(analysis.recipe).rstrip("\n"))
 
 
 def _row(group: "RankedGroup", dynamic: bool) -> list[Any]:

@@ -1,6 +1,7 @@
 """Assembles the `msquant` command line and turns exceptions into messages and exit codes."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,16 @@ from msquant.cli.recipes import recipes
 from msquant.cli.report import report
 from msquant.cli.run import run
 from msquant.cli.serve import serve
+from msquant.cli.unexpected import explain
 from msquant.cli.upload import upload
 from msquant.errors import MsquantError
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_UNEXPECTED = 70
 EXIT_INTERRUPTED = 130
+
+DEBUG = "--debug"
 
 app = typer.Typer(
     name="msquant",
@@ -51,6 +57,9 @@ def _print_version(value: bool) -> None:
 def _options(
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(
+        False, DEBUG, help="Show where an error came from, for developers; also after the command."
     ),
 ) -> None:
     """Options that belong to no command."""
@@ -96,13 +105,46 @@ app.add_typer(engine)
 def own_process() -> None:
     """Entry point of the console script: `main` in a process where nobody else uses transformers."""
     leave_torch_out()
+    # A terminal that cannot show a character shows its number.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     main()
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exits with 0, 1 for an error, 2 for wrong usage, 70 for an error that nobody expected, 130 for Ctrl-C.
+    """
+    arguments = sys.argv[1:]
+    debug = DEBUG in arguments
     try:
-        app()
-    except MsquantError as error:
-        console.print_error(error, as_json="--json" in sys.argv)
+        code = app([argument for argument in arguments if argument != DEBUG], standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort:
+        console.print_note("aborted")
         sys.exit(EXIT_ERROR)
+    except Exception as error:
+        if debug:
+            console.print_traceback(error)
+        shown, code = _explained(error, arguments)
+        console.print_error(shown, as_json="--json" in arguments)
+        sys.exit(code)
+
+
+def _explained(error: Exception, arguments: list[str]) -> tuple[MsquantError, int]:
+    """What a person gets to read of an error, and the exit code."""
+    if isinstance(error, MsquantError):
+        return error, EXIT_ERROR
+    # typer raises what its own copy of click defines, or click itself, by its version.
+    message = getattr(error, "format_message", None)
+    if message is None:
+        return explain(error, arguments), EXIT_UNEXPECTED
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # Its message is the help of the command.
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(EXIT_USAGE)
+    context = getattr(error, "ctx", None)
+    remedy = None if context is None else f"see: {context.command_path} --help"
+    return MsquantError(message(), remedy=remedy), getattr(error, "exit_code", EXIT_USAGE)

@@ -3,63 +3,69 @@
 import json
 import sys
 import time
-import unicodedata
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
+from msquant.cli.plain_text import PlainConsole, plain, plain_json, plain_line
 from msquant.errors import MsquantError, RecipeError
 from msquant.progress import Progress as FlowProgress
 
-stdout = Console(soft_wrap=True, highlight=False)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stdout = PlainConsole()
+stderr = PlainConsole(stderr=True)
 
 
 def print_json(value: Any) -> None:
     """Write one JSON document to stdout, undecorated, for scripts."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(plain_json(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(value: Any) -> None:
     """Write one JSON document to stdout in a single line, for scripts that read while the command goes on."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(plain_json(json.dumps(value, ensure_ascii=False)) + "\n")
     sys.stdout.flush()
 
 
 def print_line(text: str) -> None:
-    """Write one plain line to stdout; nothing in it is taken for markup."""
+    """Write one plain line to stdout; nothing in it is taken for markup, or for the end of the line."""
+    stdout.print(plain_line(text), markup=False)
+
+
+def print_document(text: str) -> None:
+    """Write a text of several lines to stdout, such as a recipe."""
     stdout.print(text, markup=False)
 
 
 def print_text(text: str) -> None:
     """Write a piece of a model's text to stdout at once, without a line end of its own.
 
-    A terminal gets no control characters: a model may have learned to move its cursor or to set its title.
+    A terminal gets it filtered, because a model may have learned to move its cursor; a file, as it is.
     """
-    if sys.stdout.isatty():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    sys.stdout.write(text)
+    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def print_note(text: str) -> None:
-    """Write a remark to stderr."""
-    stderr.print(text, markup=False, style="dim")
+    """Write a remark to stderr, in one line."""
+    stderr.print(plain_line(text), markup=False, style="dim")
 
 
 def print_speed(tokens: int, seconds: float) -> None:
@@ -88,12 +94,17 @@ def ask(prompt: str) -> str | None:
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], *, caption: str | None = None) -> None:
     """Write a table to stdout; numbers are right-aligned."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(
+        title=Text(plain_line(title), "table.title"),
+        caption=None if caption is None else Text(plain_line(caption), "table.caption"),
+        title_justify="left",
+        caption_justify="left",
+    )
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(column, justify="right" if rows and numeric else "left")
+        table.add_column(Text(plain_line(column)), justify="right" if rows and numeric else "left")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(Text(plain_line(str(cell))) for cell in row))
     stdout.print(table)
 
 
@@ -104,11 +115,16 @@ def print_error(error: MsquantError, *, as_json: bool = False) -> None:
         details = {"what": error.what, "where": error.where, "remedy": error.remedy, "notes": notes}
         print_json({"error": details})
         return
-    place = f"{escape(error.where)}: " if error.where else ""
-    stderr.print(f"[bold red]error:[/bold red] {place}{escape(error.what)}")
+    place = f"{foreign(error.where)}: " if error.where else ""
+    stderr.print(f"[bold red]error:[/bold red] {place}{escape(_indented(error.what))}")
     if error.remedy:
-        stderr.print(f"  [bold]try:[/bold] {escape(error.remedy)}")
+        stderr.print(f"  [bold]try:[/bold] {escape(_indented(error.remedy))}")
     _print_notes(notes)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Write to stderr where an error came from."""
+    stderr.print("".join(traceback.format_exception(error)), markup=False)
 
 
 def print_interrupted(error: KeyboardInterrupt) -> None:
@@ -119,15 +135,47 @@ def print_interrupted(error: KeyboardInterrupt) -> None:
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        stderr.print(f"  [bold]note:[/bold] {escape(note)}")
+        stderr.print(f"  [bold]note:[/bold] {escape(_indented(note))}")
 
 
 def print_warning(text: str, *, severe: bool = False) -> None:
     """Write a warning to stderr, all of it in red if it is severe."""
     if severe:
-        stderr.print(f"[bold red]warning:[/bold red] [red]{escape(text)}[/red]")
+        stderr.print(f"[bold red]warning:[/bold red] [red]{escape(_indented(text))}[/red]")
     else:
-        stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(text)}")
+        stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(_indented(text))}")
+
+
+def foreign(text: str) -> str:
+    """A text for within rich's markup: in one line, and nothing in it is markup."""
+    return escape(plain_line(text))
+
+
+def _indented(text: str) -> str:
+    # No part of a text begins a line, where it could pass for one of ours.
+    return plain(text).replace("\n", "\n    ")
+
+
+class Working:
+    """A line on stderr that says what goes on, on a terminal alone."""
+
+    def __init__(self, text: str) -> None:
+        self._status = Status(Text(text), console=stderr)
+
+    def __enter__(self) -> Self:
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def update(self, text: str) -> None:
+        """Say something else."""
+        self._status.update(Text(text))
+
+    def stop(self) -> None:
+        """Take the line away before its time."""
+        self._status.stop()
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -158,6 +206,14 @@ def as_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """What the flow said it will still take; where it says nothing, what is left of the bar."""
+
+    def render(self, task: Task) -> Text:
+        until = task.fields["until"]
+        return super().render(task) if until is None else Text(as_duration(max(0, until - time.monotonic())))
+
+
 class LayerProgress:
     """Progress over decoder layers on stderr: a bar with ETA on a terminal, a line a layer elsewhere.
 
@@ -174,7 +230,7 @@ class LayerProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             TextColumn("{task.fields[note]}", markup=False),
             console=stderr,
             transient=True,
@@ -183,6 +239,7 @@ class LayerProgress:
         self._task: TaskID | None = None
         self._count = self._done = 0
         self._started = time.monotonic()
+        self._until: float | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -207,11 +264,12 @@ class LayerProgress:
             layers=self.start,
             layer=lambda record: self.advance(record["index"], note(record)),
             step=self.step,
+            left=self.left,
         )
 
     def stage(self, text: str) -> None:
         """Say what begins now."""
-        stderr.print(text, markup=False, style="dim")
+        print_note(text)
 
     def start(self, count: int, done: int = 0) -> None:
         """Begin with `count` layers in all, of which `done` are there already."""
@@ -219,7 +277,15 @@ class LayerProgress:
         self._started = time.monotonic()
         if done:
             self.stage(f"continuing after {self._unit} {done}/{count}")
-        self._task = self._progress.add_task(f"{self._unit}s", total=count, completed=done, note="")
+        self._task = self._progress.add_task(
+            f"{self._unit}s", total=count, completed=done, note="", until=None
+        )
+
+    def left(self, seconds: float) -> None:
+        """The flow says that so many are left, of this bar and of all that comes after it."""
+        self._until = time.monotonic() + seconds
+        if self._task is not None:
+            self._progress.update(self._task, until=self._until)
 
     def step(self, text: str) -> None:
         """Say what goes on within a layer, where there is a bar to say it in."""
@@ -234,5 +300,7 @@ class LayerProgress:
         if not stderr.is_terminal and ((index + 1) % every == 0 or index + 1 == self._count):
             each = (time.monotonic() - self._started) / (index + 1 - self._done)
             left = each * (self._count - index - 1)
+            if self._until is not None:
+                left = max(0, self._until - time.monotonic())
             parts = (f"{self._unit} {index + 1}/{self._count}", note, f"ETA {left:.0f} s")
-            stderr.print("  ".join(part for part in parts if part), markup=False)
+            stderr.print(plain_line("  ".join(part for part in parts if part)), markup=False)

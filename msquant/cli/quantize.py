@@ -24,9 +24,6 @@ def quantize(
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
-    search: Annotated[
-        str | None, typer.Option(help="fast, or reference: golden-stick's own modules, slow.")
-    ] = None,
     formats: options.Formats = None,
     device: options.Device = "cpu",
     source: options.Source = None,
@@ -75,7 +72,7 @@ def quantize(
     from msquant.recipes import find_recipe
 
     recipe = find_recipe(model)
-    recipe = recipe.replace("quantization", algorithm=algo, search=search)
+    recipe = recipe.replace("quantization", algorithm=algo)
     recipe = recipe.replace(
         "calibration",
         source=calibration,
@@ -199,7 +196,7 @@ def _warn_of_limits(evaluation: dict[str, Any]) -> None:
     worst = ", ".join(str(layer["index"]) for layer in scores.worst_layers(evaluation))
     console.print_warning(
         f"the result is worse than the recipe allows: {' and '.join(broken)}. The decoder layers that "
-        f"add most noise are {worst}. Try --algo osl-robust, more --samples, --calibration with text of the "
+        f"add most noise are {worst}. Try --algo osl, more --samples, --calibration with text of the "
         "kind that the model will serve, or keep the worst matrices in floating point: "
         "msquant analyze MODEL --keep-float 6",
         severe=True,

@@ -65,7 +65,7 @@ def show_recipe(name: Name, as_json: AsJson = False) -> None:
     if as_json:
         console.print_json({"name": path.stem, "recipe": _values(recipe)})
     else:
-        console.print_line(path.read_text(encoding="utf-8").rstrip("\n"))
+        console.print_document(path.read_text(encoding="utf-8").rstrip("\n"))
 
 
 @recipes.command("copy")

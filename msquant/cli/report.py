@@ -104,7 +104,7 @@ class _Reading:
 
     def stage(self, text: str) -> None:
         """Say what begins now."""
-        console.stderr.print(text, markup=False, style="dim")
+        console.print_note(text)
 
     def update(self, done: int, total: int) -> None:
         """So many bytes of so many are read."""

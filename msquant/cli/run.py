@@ -100,7 +100,7 @@ def run(
         _converse(model, sampling, engine=engine, device=device, dtype=dtype, verify=verify, recipe=recipe)
         return
     live = _LiveText(given)
-    with console.stderr.status("loading the model") as status:
+    with console.Working("loading the model") as status:
 
         def show(index: int, piece: str) -> None:
             if stream:
@@ -140,7 +140,7 @@ def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
     from msquant.inference.chat import chat_prompt
 
     folder = find_model(model)
-    with console.stderr.status("loading the model"):
+    with console.Working("loading the model"):
         tokenizer = load_tokenizer(folder)
         # Found out before the model is loaded: whether there is a chat template.
         chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
@@ -171,7 +171,7 @@ def _print_dry_run(model: Path | None, engine: str, dtype: str, recipe: str | No
     elif launch is None:
         console.print_line("# the embedded engine runs in this process; nothing is started")
     else:
-        console.print_line(launch.shell())
+        console.print_document(launch.shell())
 
 
 class _LiveText:
@@ -181,11 +181,9 @@ class _LiveText:
         self._prompts = prompts
         self._texts = [""] * len(prompts)
 
-    def add(self, index: int, piece: str) -> Any:
-        from rich.text import Text
-
+    def add(self, index: int, piece: str) -> str:
         self._texts[index] += piece
-        return Text((self._prompts[index] + self._texts[index])[-_LIVE_CHARACTERS:])
+        return (self._prompts[index] + self._texts[index])[-_LIVE_CHARACTERS:]
 
 
 def _document(result: Any) -> dict[str, Any]:

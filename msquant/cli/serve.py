@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +28,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key that clients must send.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name that clients call the server by; repeat it for more."),
     ] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="So many at once; the next one gets 429.")] = 64,
     max_body: Annotated[str, typer.Option(help="Largest body of a request; a larger one gets 413.")] = "4MB",
@@ -66,7 +70,8 @@ def serve(
 ) -> None:
     """Serve a model folder by OpenAI's HTTP interface, until Ctrl-C or SIGTERM.
 
-    The options --max-... and --device are for the embedded engine; other engines bring servers of their own.
+    The options --max-..., --allow-host and --device are for the embedded engine; other engines bring servers
+    of their own.
 
     Example: msquant serve --port 8000 --max-requests 16
     """
@@ -93,7 +98,7 @@ def serve(
     elif dry_run:
         _print_commands([], as_json, "# the embedded engine serves in this process; nothing is started")
     else:
-        _embedded(place, device, ServerOptions(max_requests, body, limits, api_key=key))
+        _embedded(place, device, ServerOptions(max_requests, body, limits, api_key=key), allow_host or [])
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,15 @@ class _Place:
             console.print_line(f"{self.name} ({self.engine}) is served at {url}/v1; Ctrl-C ends it")
 
 
-def _embedded(place: _Place, device: str, options: "ServerOptions") -> None:
+def _embedded(place: _Place, device: str, options: "ServerOptions", allowed: list[str]) -> None:
     from msquant.generation import load_embedded
-    from msquant.server.address import bind
+    from msquant.server.address import accepted_hosts, bind
     from msquant.server.serve import serve_engine
 
     listener = bind(place.host, place.port)
+    options = replace(options, hosts=accepted_hosts(place.host, listener.getsockname()[0], allowed))
     place.warn_of_strangers(options.api_key)
-    with console.stderr.status("loading the model"):
+    with console.Working("loading the model"):
         engine = load_embedded(place.folder, device)
     port = listener.getsockname()[1]
     serve_engine(engine, place.name, listener, options, lambda: place.say_ready(port, os.getpid()))
@@ -176,7 +182,7 @@ def _print_commands(every: "list[Launch]", as_json: bool, first_line: str | None
     if first_line:
         console.print_line(first_line)
     for launch in every:
-        console.print_line(launch.shell())
+        console.print_document(launch.shell())
 
 
 def _api_key(variable: str | None) -> str | None:

@@ -3,7 +3,6 @@
 import time
 from typing import TYPE_CHECKING, Self
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from msquant.cli import console
@@ -38,7 +37,7 @@ class TransferProgress:
 
     def stage(self, text: str) -> None:
         """Say what begins, or what a person should know."""
-        console.stderr.print(escape(text), style="dim")
+        console.print_note(text)
 
     def update(self, state: "TransferState") -> None:
         """Show where it is."""

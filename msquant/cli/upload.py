@@ -45,13 +45,16 @@ def upload(
             for name, source in found.files.items()
         }
         if as_json:
-            console.print_json({"files": sizes, "bytes": sum(sizes.values())})
+            document = {"files": sizes, "bytes": sum(sizes.values()), "left_out": list(found.left_out)}
+            console.print_json(document)
             return
         rows = [[name, console.as_bytes(size)] for name, size in sizes.items()]
         total = f"{len(sizes)} files, {console.as_bytes(sum(sizes.values()))}"
         console.print_table(f"{repository} on {hub}", ["file", "size"], rows, caption=total)
+        if found.left_out:
+            console.print_line(f"Left out, as it is no part of the result: {', '.join(found.left_out)}")
         if isinstance(card := found.files.get(CARD_NAME), bytes):
-            console.print_line(f"\n{CARD_NAME}:\n\n{card.decode()}")
+            console.print_document(f"\n{CARD_NAME}:\n\n{card.decode()}")
         return
     with TransferProgress() as display:
         result = publish(

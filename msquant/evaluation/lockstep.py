@@ -80,6 +80,16 @@ def evaluate(
     return run.head(by_model)
 
 
+def first_layer(model: Model, texts: Sequence[Text], dtype: Any, store: HiddenStateStore) -> None:
+    """Run the first decoder layer of one model as `evaluate` does, to see how long that takes.
+
+    Args and errors as of `evaluate`.
+    """
+    run = _Lockstep([model], texts, dtype, store)
+    run.embed()
+    run.layer(0)
+
+
 class _Lockstep:
     def __init__(
         self, models: Sequence[Model], texts: Sequence[Text], dtype: Any, store: HiddenStateStore

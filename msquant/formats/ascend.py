@@ -10,8 +10,9 @@ from msquant.formats.ascend_description import Description, read_description
 from msquant.formats.ascend_layout import DYNAMIC_PARTS, STATIC_PARTS, decode_linear
 from msquant.formats.ascend_schemes import DESCRIBED
 from msquant.formats.ascend_tensors import check_layout
-from msquant.formats.dtypes import model_dtype
+from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.folder_source import FolderSource
+from msquant.schemes import FLOAT
 
 # What msModelSlim's outlier suppression adds to a norm: a bias, or a second norm beside the first.
 _NORM_ADDITIONS = ("norm.bias", "norm.module.weight", "norm.module.bias")
@@ -22,7 +23,7 @@ class AscendCheckpoint(FolderSource):
 
     Attributes:
         description: what is said of its tensors.
-        dtype: the model's; None if `config.json` does not say.
+        dtype: the model's; None if `config.json` does not say, or names one that no model is in.
     """
 
     def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
@@ -48,7 +49,8 @@ class AscendCheckpoint(FolderSource):
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        return cls(checkpoint, description, model_dtype(config))
+        dtype = model_dtype(config)
+        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
@@ -57,7 +59,7 @@ class AscendCheckpoint(FolderSource):
             CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit.
         """
         scheme = self.description.scheme(module)
-        if scheme == "float":
+        if scheme == FLOAT:
             return self.checkpoint.linear(module)
         if scheme is None:
             raise CheckpointError(
@@ -65,6 +67,6 @@ class AscendCheckpoint(FolderSource):
                 where=f"{self.checkpoint.folder}, {module}",
                 remedy=f"msquant reads {', '.join(DESCRIBED.values())}",
             )
-        names = STATIC_PARTS if scheme == "static" else DYNAMIC_PARTS
+        names = STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
         parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
-        return decode_linear(module, parts, self.dtype, weight_only=scheme == "weight_only")
+        return decode_linear(module, parts, self.dtype, scheme)

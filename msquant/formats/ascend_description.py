@@ -7,11 +7,11 @@ from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_schemes import CACHE_ENTRIES, DESCRIBED, DESCRIPTION_NAME, FLOAT
 from msquant.formats.format import Finding
 from msquant.formats.stored import stored_scheme
+from msquant.schemes import Scheme
 
 _SCHEMES: dict[str, Scheme] = {word: scheme for scheme, word in DESCRIBED.items()}
 
@@ -68,8 +68,9 @@ def stored_schemes(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, 
         described = Description({}, {})
     schemes = {module: stored_scheme(checkpoint, module) for module in modules}
     for module, scheme in schemes.items():
-        if scheme == "dynamic" and described.scheme(module) == "weight_only":
-            schemes[module] = "weight_only"
+        said = described.scheme(module)
+        if scheme.is_dynamic and said is not None and said.is_weight_only:
+            schemes[module] = said
     return schemes
 
 

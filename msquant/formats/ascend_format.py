@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.formats.ascend import AscendCheckpoint
 from msquant.formats.ascend_description import stored_schemes
 from msquant.formats.ascend_layout import SERVED_DTYPES, encode_linear, linear_specs
@@ -22,6 +22,7 @@ from msquant.formats.ascend_schemes import (
     describe,
 )
 from msquant.formats.format import Finding, FormatName, PlainFormat
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import cast
 from msquant.formats.scales import (
@@ -35,6 +35,7 @@ from msquant.formats.scales import (
     row_scales,
     weight_scales,
 )
+from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -59,13 +60,13 @@ def linear_specs(
     Args:
         module: its name.
         shape: `(N, K)`.
-        scheme: `static`, `dynamic` or `weight_only`.
+        scheme: one of `ascend_schemes.DESCRIBED`, not in floating point.
         dtype: the model's.
         bias: whether it has one.
     """
     rows = shape[:1]
     parts: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", shape)]
-    if scheme != "static":
+    if not scheme.is_static:
         parts += [("weight_scale", "F32", (*rows, 1)), ("weight_offset", "F32", (*rows, 1))]
     else:
         parts += [("quant_bias", "I32", rows), ("input_scale", "F32", (1,)), ("input_offset", "F32", (1,))]
@@ -159,7 +160,10 @@ def folded_bias(
 
 
 def decode_linear(
-    module: str, tensors: Mapping[str, NDArray[Any]], dtype: str | None = None, *, weight_only: bool = False
+    module: str,
+    tensors: Mapping[str, NDArray[Any]],
+    dtype: str | None = None,
+    scheme: Scheme = W8A8_DYNAMIC,
 ) -> QuantizedLinear:
     """The quantized layer that `encode_linear`, or msModelSlim, stored.
 
@@ -169,7 +173,7 @@ def decode_linear(
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
         dtype: the model's, in which the engine keeps `weight_scale`, `input_scale` and its reciprocal; None
             if config.json does not say: they are then exact.
-        weight_only: whether it is W8A16; W8A8_DYNAMIC has the same tensors.
+        scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -191,7 +195,7 @@ def decode_linear(
             raise CheckpointError(
                 "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
             )
-        return QuantizedLinear(weight=weight, weight_scale=scale, bias=bias, weight_only=weight_only)
+        return QuantizedLinear(weight, scale, scheme, bias)
     deq_scale = deq_scale_values(tensors[f"{module}.deq_scale"])
     input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)
     zero_point = zero_point_of(tensors[f"{module}.input_offset"])
@@ -206,6 +210,7 @@ def decode_linear(
     return QuantizedLinear(
         weight=weight,
         weight_scale=row_scales(deq_scale, input_scale),
+        scheme=W8A8,
         bias=bias,
         input_scale=input_scale,
         input_offset=np.array([zero_point], np.int32),

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.ascend_description import Description, check_words, read_description
 from msquant.formats.ascend_layout import SERVED_DTYPES
 from msquant.formats.ascend_schemes import DESCRIPTION_NAME, check_schemes
@@ -16,6 +15,7 @@ from msquant.formats.ascend_tensors import check_tensors
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
+from msquant.schemes import Scheme
 
 
 def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:

@@ -7,9 +7,10 @@ methods/registry.py; attention/mla_v1.py: `process_weights_after_loading`) and m
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from msquant.checkpoint.weights import Scheme
+from msquant import schemes
 from msquant.formats.format import Finding
 from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
+from msquant.schemes import Scheme
 
 QUANT_METHOD: Literal["ascend"] = "ascend"
 """What vllm-ascend's `quantization=` takes for this format."""
@@ -19,10 +20,10 @@ DESCRIPTION_NAME = "quant_model_description.json"
 FLOAT = "FLOAT"
 
 DESCRIBED: dict[Scheme, str] = {
-    "float": FLOAT,
-    "static": "W8A8",
-    "dynamic": "W8A8_DYNAMIC",
-    "weight_only": "W8A16",
+    schemes.FLOAT: FLOAT,
+    schemes.W8A8: "W8A8",
+    schemes.W8A8_DYNAMIC: "W8A8_DYNAMIC",
+    schemes.W8A16: "W8A16",
 }
 """The word the description has for each scheme that vllm-ascend runs and msquant reads."""
 
@@ -54,7 +55,7 @@ def describe(names: Iterable[str], linears: Mapping[str, Scheme]) -> dict[str, A
     description: dict[str, Any] = {"lm_head.weight": FLOAT}
     for name in names:
         module, _, part = name.rpartition(".")
-        description[name] = FLOAT if part == "bias" else DESCRIBED[linears.get(module, "float")]
+        description[name] = FLOAT if part == "bias" else DESCRIBED[linears.get(module, schemes.FLOAT)]
     words = set(description.values())
     # The order of msModelSlim's QUANT_TYPE_PRIORITY.
     model_type = next(word for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", FLOAT) if word in words)

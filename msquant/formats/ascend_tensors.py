@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_description import Description
 from msquant.formats.ascend_layout import (
@@ -33,6 +32,7 @@ from msquant.formats.tensor_rules import (
     check_positive,
     layer_shape,
 )
+from msquant.schemes import FLOAT, Scheme
 
 _INT8 = frozenset({"I8"})
 _ANY_DEQ_SCALE = frozenset({"F32", "I64"})
@@ -47,10 +47,10 @@ def check_layout(
     Args:
         checkpoint: the opened folder.
         module: the layer, for example `model.layers.0.mlp.up_proj`.
-        scheme: `static`, `dynamic` or `weight_only`.
+        scheme: one of `ascend_schemes.DESCRIBED`, not in floating point.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
     """
-    static = scheme == "static"
+    static = scheme.is_static
     shape = layer_shape(checkpoint, module, STATIC_PARTS if static else DYNAMIC_PARTS)
     if isinstance(shape, list):
         return shape
@@ -82,11 +82,11 @@ def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str |
     for name in checkpoint.names():
         module = name.removesuffix(".weight")
         scheme = description.scheme(module)
-        if module != name and scheme is not None and scheme != "float":
+        if module != name and scheme is not None and not scheme.is_float:
             quantized[module] = scheme
     for name in checkpoint.names():
         module = name.rpartition(".")[0]
-        if module not in quantized and description.scheme(module) == "float":
+        if module not in quantized and description.scheme(module) == FLOAT:
             yield from check_float(checkpoint, name)
     for module, scheme in quantized.items():
         yield from check_layout(checkpoint, module, scheme, dtype) or _check_values(
@@ -102,7 +102,7 @@ def _check_values(
     if bias in checkpoint and (found := list(check_float(checkpoint, bias))):
         yield from found
         return
-    if scheme != "static":
+    if not scheme.is_static:
         yield from check_positive(checkpoint, f"{module}.weight_scale")
         if checkpoint.raw(f"{module}.weight_offset").any():
             yield Finding(
@@ -126,7 +126,7 @@ def _check_input_scale(checkpoint: Checkpoint, name: str, dtype: str | None) -> 
     """The engine multiplies by its reciprocal, which float16 does not hold of every scale."""
     findings = list(check_positive(checkpoint, name))
     yield from findings
-    if not findings and dtype in MODEL_DTYPES:
+    if not findings and dtype is not None and dtype in MODEL_DTYPES:
         scale = checkpoint.raw(name).astype(np.float32)
         if not all_positive(rounded_reciprocal(scale, dtype)):
             yield Finding(name, f"is {scale.item():.4g}, whose reciprocal is infinite or 0 in {dtype}")

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.formats.compressed_tensors import CompressedTensorsCheckpoint
 from msquant.formats.compressed_tensors_layout import (
     QUANT_METHOD,
@@ -20,6 +20,7 @@ from msquant.formats.compressed_tensors_rules import notes, validate
 from msquant.formats.compressed_tensors_schemes import DESCRIBED, check_schemes
 from msquant.formats.compressed_tensors_section import make_section
 from msquant.formats.format import Finding, FormatName, PlainFormat
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)

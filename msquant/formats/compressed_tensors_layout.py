@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.scales import all_positive, input_parameters, weight_scales
+from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
 QUANT_METHOD: Literal["compressed-tensors"] = "compressed-tensors"
 """What `quant_method` is in `config.json`."""
@@ -45,7 +46,7 @@ def linear_specs(
     Args:
         module: its name.
         shape: `(N, K)`.
-        scheme: `static` or `dynamic`.
+        scheme: one of `compressed_tensors_schemes.DESCRIBED`, not in floating point.
         dtype: the model's.
         bias: whether it has one.
     """
@@ -54,7 +55,7 @@ def linear_specs(
         ("weight", "I8", shape),
         ("weight_scale", "F32", (*rows, 1)),
     ]
-    if scheme == "static":
+    if scheme.is_static:
         parts += [("input_scale", "F32", (1,)), ("input_zero_point", "I8", (1,))]
     if bias:
         parts.append(("bias", DTYPE_CODES[dtype], rows))
@@ -133,6 +134,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
     return QuantizedLinear(
         weight=weight,
         weight_scale=scale.copy(),
+        scheme=W8A8_DYNAMIC if input_scale is None else W8A8,
         bias=None if bias is None else bias.astype(np.float32),
         input_scale=input_scale,
         input_offset=input_offset,

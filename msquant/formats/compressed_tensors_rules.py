@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import SERVED_DTYPES
 from msquant.formats.compressed_tensors_schemes import check_schemes
@@ -19,6 +18,7 @@ from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import attempt, open_folder
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import experts_parent, fused_layers
+from msquant.schemes import FLOAT, Scheme
 
 
 def validate(folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
@@ -56,7 +56,7 @@ def stored_schemes(checkpoint: Checkpoint, section: Section) -> dict[str, Scheme
         module = name.removesuffix(".weight")
         if module != name and is_linear(checkpoint, module):
             group = section.group(module)
-            schemes[module] = group.scheme if group else "float"
+            schemes[module] = group.scheme if group else FLOAT
     return schemes
 
 
@@ -68,7 +68,7 @@ def notes(config: Mapping[str, Any]) -> list[str]:
         # The rules report it.
         return []
     found = []
-    if any(group.scheme == "static" and group.symmetric for group in section.groups):
+    if any(group.scheme.is_static and group.symmetric for group in section.groups):
         found.append(
             "vLLM on a CPU with AMX computes symmetric static activations as per-token ones: msquant export "
             "writes them with a zero point, which it keeps"

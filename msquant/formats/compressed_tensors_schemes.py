@@ -7,11 +7,11 @@ attention takes apart (v1/attention/backends/mla/common.py, quant_utils.py: `get
 
 from collections.abc import Iterator, Mapping
 
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
 from msquant.formats.scheme_rules import FLOAT_ONLY, check_linear_schemes
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
-DESCRIBED: dict[Scheme, str] = {"float": "FLOAT", "static": "W8A8", "dynamic": "W8A8_DYNAMIC"}
+DESCRIBED: dict[Scheme, str] = {FLOAT: "FLOAT", W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC"}
 """The schemes that vLLM runs and msquant writes, in the words of `msquant inspect`."""
 
 
@@ -23,9 +23,9 @@ def check_schemes(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     """
     yield from check_linear_schemes(linears, "vLLM", DESCRIBED, FLOAT_ONLY)
     for module, scheme in linears.items():
-        if scheme == "static" and module.endswith(".kv_b_proj"):
+        if scheme.is_static and module.endswith(".kv_b_proj"):
             yield Finding(
                 module,
-                "is static: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
-                "activations cut off; it accepts dynamic and float",
+                "is W8A8: vLLM recovers the weight of kv_b_proj by multiplying it with ones, which static "
+                "activations cut off; it accepts W8A8_DYNAMIC and FLOAT",
             )

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import QUANT_METHOD
 from msquant.formats.compressed_tensors_targets import patterns
 from msquant.formats.fused_layers import experts_parent
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 FORMAT = "int-quantized"
 
@@ -24,8 +24,8 @@ _FORMATS = (FORMAT, "naive-quantized", "mixed-precision")
 _CLASS = "Linear"
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
 _INPUTS: dict[Scheme, dict[str, Any]] = {
-    "static": {**_INT8, "symmetric": False, "strategy": "tensor", "dynamic": False},
-    "dynamic": {**_INT8, "symmetric": True, "strategy": "token", "dynamic": True},
+    W8A8: {**_INT8, "symmetric": False, "strategy": "tensor", "dynamic": False},
+    W8A8_DYNAMIC: {**_INT8, "symmetric": True, "strategy": "token", "dynamic": True},
 }
 
 
@@ -84,27 +84,27 @@ def make_section(linears: Mapping[str, Scheme], names: Iterable[str]) -> dict[st
         linears: the scheme of each linear layer by module.
         names: every tensor that is stored.
     """
-    schemes: dict[str, Scheme] = {"lm_head": "float"}
+    schemes: dict[str, Scheme] = {"lm_head": FLOAT}
     for name in names:
         module, _, part = name.rpartition(".")
         if part == "weight" and not module.endswith(("norm", "embed_tokens")):
-            schemes[module] = "float"
+            schemes[module] = FLOAT
     schemes.update(linears)
-    counts = Counter(scheme for scheme in schemes.values() if scheme != "float")
+    counts = Counter(scheme for scheme in schemes.values() if not scheme.is_float)
     of_experts = {scheme for module, scheme in schemes.items() if experts_parent(module)}
     groups = {}
     for number, scheme in enumerate(sorted(counts, key=lambda one: (one not in of_experts, -counts[one]))):
         mine = [module for module, its in schemes.items() if its == scheme]
         # What is ignored is looked for first: targets need not spare it.
-        others = [module for module, its in schemes.items() if its not in (scheme, "float")]
+        others = [module for module, its in schemes.items() if its not in (scheme, FLOAT)]
         groups[f"group_{number}"] = {
             "targets": patterns(mine, others, fused=True) if number else [_CLASS],
             "weights": {**_INT8, "symmetric": True, "strategy": "channel", "dynamic": False},
             "input_activations": dict(_INPUTS[scheme]),
             "output_activations": None,
         }
-    ignored = [module for module, scheme in schemes.items() if scheme == "float"]
-    others = [module for module, scheme in schemes.items() if scheme != "float"]
+    ignored = [module for module, scheme in schemes.items() if scheme.is_float]
+    others = [module for module, scheme in schemes.items() if not scheme.is_float]
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
@@ -178,7 +178,7 @@ def _group(name: str, value: Any) -> Group:
     return Group(
         name=name,
         targets=_strings(f"targets of {name}", value.get("targets")),
-        scheme="dynamic" if dynamic else "static",
+        scheme=W8A8_DYNAMIC if dynamic else W8A8,
         symmetric=_value(inputs, "symmetric"),
         per_channel=_value(weights, "strategy") == "channel",
     )

@@ -29,7 +29,7 @@ _NUMBER: tuple[Shape, ...] = ((1,), ())
 
 def parts_of(group: Group) -> tuple[str, ...]:
     """The tensors of a layer of a group; the layer's own `bias` is the only other one."""
-    if group.scheme == "dynamic":
+    if group.scheme.is_dynamic:
         return DYNAMIC_PARTS
     return tuple(part for part in STATIC_PARTS if part != "input_zero_point" or not group.symmetric)
 
@@ -94,7 +94,7 @@ def is_linear(checkpoint: Checkpoint, module: str) -> bool:
 
 def _check_values(checkpoint: Checkpoint, module: str, group: Group) -> Iterator[Finding]:
     yield from check_positive(checkpoint, f"{module}.weight_scale")
-    if group.scheme == "static":
+    if group.scheme.is_static:
         yield from check_positive(checkpoint, f"{module}.input_scale")
     if f"{module}.bias" in checkpoint:
         yield from check_float(checkpoint, f"{module}.bias")

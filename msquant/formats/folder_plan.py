@@ -9,12 +9,12 @@ from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES, PlannedShard, plan_shards, weight_map
 from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
 from msquant.formats.format import Format, FormatName
 from msquant.formats.registry import model_format
 from msquant.formats.servers import ServedModel
+from msquant.schemes import FLOAT, Scheme
 
 Shape = tuple[int, ...]
 
@@ -133,12 +133,12 @@ def plan_folder(
             if name.endswith("_scale_inv"):
                 continue
             module, _, part = name.rpartition(".")
-            scheme = linears.get(module, "float")
+            scheme = linears.get(module, FLOAT)
             has_bias = f"{module}.bias" in shapes
             if module in linears and part == "weight":
                 missing.pop(module, None)
                 _check_linear(name, shape, shapes.get(f"{module}.bias"))
-            if scheme == "float":
+            if scheme.is_float:
                 specs[-1].append(TensorSpec(name, DTYPE_CODES[stored_dtype(name, stored)], tuple(shape)))
             elif part == "weight":
                 specs[-1] += form.linear_specs(module, tuple(shape), scheme, stored, has_bias)
@@ -168,5 +168,5 @@ def _check_runs(form: Format, linears: Mapping[str, Scheme], config: Mapping[str
         raise RecipeError(
             f"{form.consumer} cannot serve this: {finding.problem}",
             where=finding.where,
-            remedy="change skip, weight_only and dynamic in the recipe's quantization section",
+            remedy="change the schemes in the recipe's quantization section",
         )

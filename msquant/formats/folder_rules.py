@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
+from msquant.checkpoint.file_names import is_file_name
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
@@ -99,7 +100,7 @@ def check_manifest(folder: Path, verify_hashes: bool, suffix: str = "") -> Itera
         path = folder / name
         if not name.endswith(suffix):
             continue
-        if Path(name).name != name:
+        if not is_file_name(name):
             yield Finding(MANIFEST_NAME, f"lists {name!r}, which is not the name of a file in this folder")
         elif not path.is_file():
             yield Finding(name, f"missing: {MANIFEST_NAME} lists it")

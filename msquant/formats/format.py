@@ -11,9 +11,10 @@ from pydantic import BeforeValidator
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.rope_rows import RopeRows
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.errors import RecipeError
 from msquant.formats.stored import stored_scheme
+from msquant.schemes import Scheme
 
 FormatName = Literal["golden-stick", "compressed-tensors", "ascend"]
 """The formats by name, as recipes and manifests have them."""
@@ -118,7 +119,7 @@ class Format(Protocol):
         Args:
             module: its name, for example `model.layers.0.self_attn.q_proj`.
             shape: `(N, K)`.
-            scheme: one of `schemes`, but not `float`.
+            scheme: one of `schemes`, not in floating point.
             dtype: the model's, one of `dtypes`.
             bias: whether it has one.
         """
@@ -155,7 +156,7 @@ class Format(Protocol):
         ...
 
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
-        """The schemes of some modules of a folder, damaged or not; `float` where nothing says another."""
+        """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         ...
 
     def open(self, folder: Path) -> WeightSource:

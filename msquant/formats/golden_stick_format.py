@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.rope_rows import RopeRows, model_rope_rows
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import Linear, Scheme, WeightSource
+from msquant.checkpoint.weights import Linear, WeightSource
 from msquant.formats.format import Finding, FormatName, PlainFormat
 from msquant.formats.golden_stick import GoldenStickCheckpoint
 from msquant.formats.golden_stick_layout import (
@@ -29,6 +29,7 @@ from msquant.formats.golden_stick_schemes import (
     check_schemes,
 )
 from msquant.formats.mindformers_config import published_form
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class GoldenStickFormat(PlainFormat):
         self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """See `Format`."""
-        static = [module for module, scheme in linears.items() if scheme == "static"]
-        dynamic = [module for module, scheme in linears.items() if scheme == "dynamic"]
+        static = [module for module, scheme in linears.items() if scheme.is_static]
+        dynamic = [module for module, scheme in linears.items() if scheme.is_dynamic]
         return {DESCRIPTION_NAME: describe(names, static, dynamic)}
 
     def config_entries(

@@ -17,8 +17,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant import schemes
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, cast
 from msquant.formats.golden_stick_schemes import ACCEPTED, FLOAT, W8A8, W8A8_DYNAMIC, Variant
@@ -30,6 +31,7 @@ from msquant.formats.scales import (
     row_scales,
     weight_scales,
 )
+from msquant.schemes import Scheme
 
 QUANT_METHOD: Final = "golden-stick"
 """What vLLM-MindSpore's `quantization=` takes for this format."""
@@ -59,13 +61,13 @@ def linear_specs(
     Args:
         module: its name.
         shape: `(N, K)`.
-        scheme: `static` or `dynamic`.
+        scheme: one of `golden_stick_schemes.DESCRIBED` that a variant accepts, not in floating point.
         dtype: the model's.
         bias: whether it has one.
     """
     rows, columns = shape[:1], shape[1:]
     parts: list[tuple[str, str, tuple[int, ...]]] = [("weight", "I8", shape)]
-    if scheme == "dynamic":
+    if scheme.is_dynamic:
         parts += [("weight_scale", "F32", rows), ("weight_offset", "F32", rows)]
     else:
         parts += [("deq_scale", "F32", rows), ("quant_bias", "I32", rows)]
@@ -171,6 +173,7 @@ def decode_linear(
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
         weight_scale=row_scales(deq_scale, scales),
+        scheme=schemes.W8A8,
         bias=bias,
         input_scale=scales[:1].copy(),
         input_offset=offsets[:1].astype(np.int32),
@@ -190,7 +193,7 @@ def _decode_dynamic(
         raise CheckpointError(
             "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
         )
-    return QuantizedLinear(weight=tensors[f"{module}.weight"], weight_scale=scale, bias=bias)
+    return QuantizedLinear(tensors[f"{module}.weight"], scale, schemes.W8A8_DYNAMIC, bias)
 
 
 def quantized_bias(

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from msquant.checkpoint.weights import Scheme
+from msquant import schemes
 from msquant.errors import CheckpointError
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.scheme_rules import FLOAT_ONLY, float_only
+from msquant.schemes import Scheme
 
 W8A8 = "W8A8"
 W8A8_DYNAMIC = "W8A8_DYNAMIC"
@@ -21,10 +22,10 @@ W8A16 = "W8A16"
 FLOAT = "FLOAT"
 
 DESCRIBED: dict[Scheme, str] = {
-    "float": FLOAT,
-    "static": W8A8,
-    "dynamic": W8A8_DYNAMIC,
-    "weight_only": W8A16,
+    schemes.FLOAT: FLOAT,
+    schemes.W8A8: W8A8,
+    schemes.W8A8_DYNAMIC: W8A8_DYNAMIC,
+    schemes.W8A16: W8A16,
 }
 """The word `quantization_description.json` has for each scheme."""
 

@@ -16,6 +16,7 @@ from msquant.checkpoint.weights import Linear
 from msquant.errors import OutputError
 from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
+from msquant.schemes import FLOAT
 
 
 class FileEntry(TypedDict):
@@ -92,7 +93,7 @@ class GroupWriter:
             CheckpointError: as `Format.encode_linear`.
         """
         scheme = linear.scheme
-        planned = self._plan.linears.get(module, "float")
+        planned = self._plan.linears.get(module, FLOAT)
         if scheme != planned:
             raise OutputError(f"its scheme is {scheme}, {planned} is planned", where=module)
         order = self._order(f"{module}.weight")

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import Finding
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.schemes import Scheme
 
 FLOAT_ONLY: Mapping[str, str] = {
     "lm_head": "the output head",
@@ -37,11 +37,11 @@ def check_linear_schemes(
     """
     for module, scheme in linears.items():
         if scheme not in accepted:
-            known = ", ".join(accepted)
+            known = ", ".join(map(str, accepted))
             yield Finding(module, f"is {scheme}: in this format msquant writes {known} for {consumer}")
-        elif scheme != "float" and (what := float_only(module, names)):
+        elif not scheme.is_float and (what := float_only(module, names)):
             yield Finding(module, f"is {scheme}: {consumer} takes {what} in floating point only")
-        if scheme in ("static", "weight_only") and experts_parent(module):
-            problem = f"{consumer} runs routed experts in int8 with per-token activations (dynamic) only"
+        if not (scheme.is_float or scheme.is_dynamic) and experts_parent(module):
+            problem = f"{consumer} runs routed experts with per-token activations (W8A8_DYNAMIC) only"
             yield Finding(module, f"is {scheme}: {problem}")
-    yield from check_fused_schemes(linears)
+    yield from check_fused_schemes({module: str(scheme) for module, scheme in linears.items()})

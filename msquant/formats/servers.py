@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.format import FormatName
+from msquant.schemes import Scheme
 
 ServerName = Literal["vllm-mindspore", "vllm-ascend", "vllm"]
 """The servers by name, whatever their version and backend."""

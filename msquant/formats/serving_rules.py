@@ -16,6 +16,7 @@ from msquant.formats.fused_layers import experts_parent
 from msquant.formats.golden_stick_layout import SECTION
 from msquant.formats.mindformers_config import refused_keys, rope_problems
 from msquant.formats.servers import TARGETS, Parallelism, ServedModel, Server
+from msquant.schemes import FLOAT
 
 Reason = tuple[str, str, str]
 """The key, layer or format; what is wrong with it; what to do."""
@@ -149,7 +150,7 @@ def _fused_attention(server: Server, model: ServedModel, parallelism: Parallelis
     layers = model.config.get("num_hidden_layers")
     for module, scheme in model.linears.items():
         found = _LAYER.match(module)
-        if not found or found[2] not in _FUSED_ATTENTION or scheme == "static":
+        if not found or found[2] not in _FUSED_ATTENTION or scheme.is_static:
             continue
         if not isinstance(layers, int) or int(found[1]) < layers:
             yield (
@@ -214,14 +215,14 @@ def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism
     if server.name != "vllm":
         return
     experts = {scheme for module, scheme in model.linears.items() if experts_parent(module)}
-    if server.version == "0.32.0" and model.model_type in LATENT_TYPES and experts - {"float"}:
+    if server.version == "0.32.0" and model.model_type in LATENT_TYPES and experts - {FLOAT}:
         yield (
             "mlp.experts",
             "its CPU build has no INT8 kernel for these experts (No Int8 MoE backend)",
             "serve it on GPUs, or keep the experts in floating point: skip: [mlp.experts]",
         )
-    quantized = any(scheme != "float" for scheme in model.linears.values())
-    if server.version == "0.11.0" and experts == {"float"} and quantized:
+    quantized = any(not scheme.is_float for scheme in model.linears.values())
+    if server.version == "0.11.0" and experts == {FLOAT} and quantized:
         yield (
             "mlp.experts",
             "are in floating point, which it does not know in a quantized model",

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,21 @@ class StoredScales:
 def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
     """The scheme of a layer: weights of a quantized one are int8, and its static input has a scale.
 
-    The tensors of ascend's `weight_only` are those of its `dynamic`; its description tells them apart.
+    The tensors of ascend's W8A16 are those of its W8A8_DYNAMIC; its description tells them apart.
     """
     weight = f"{module}.weight"
     if weight not in checkpoint or checkpoint.dtype(weight) != "I8":
-        return "float"
-    return "static" if f"{module}.input_scale" in checkpoint else "dynamic"
+        return FLOAT
+    return W8A8 if f"{module}.input_scale" in checkpoint else W8A8_DYNAMIC
 
 
 def stored_scales(checkpoint: Checkpoint, module: str) -> StoredScales:
     """The scales of a layer, damaged or not; its weight is not read."""
     scheme = stored_scheme(checkpoint, module)
-    if scheme == "float":
+    if scheme.is_float:
         return StoredScales()
     weight = _numbers(checkpoint, f"{module}.weight_scale")
-    if scheme == "dynamic":
+    if scheme.is_dynamic:
         return StoredScales(weight)
     scale = _numbers(checkpoint, f"{module}.input_scale")
     if weight is None and scale is not None and (scale > 0).all():

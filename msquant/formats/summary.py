@@ -18,11 +18,11 @@ from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.format import Finding, Format
-from msquant.formats.golden_stick_schemes import DESCRIBED, FLOAT
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.formats.servers import TARGETS, ServedModel
 from msquant.formats.stored import stored_scales
 from msquant.formats.verdicts import Verdict, serving_table
+from msquant.schemes import FLOAT, parse_scheme
 
 _LAYERS = "model.layers."
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -117,7 +117,7 @@ class Summary:
     @property
     def quantized_parameters(self) -> int:
         """Elements of the weights in int8."""
-        return sum(_elements(module) for module in self.modules if module.scheme != FLOAT)
+        return sum(_elements(module) for module in self.modules if module.scheme != str(FLOAT))
 
     @property
     def experts(self) -> int:
@@ -193,8 +193,7 @@ def summarize(folder: Path | str, *, verify_hashes: bool = False, check: bool = 
 
 
 def _served_model(form: Format, config: dict[str, Any], modules: list[ModuleSummary]) -> ServedModel:
-    schemes = {word: scheme for scheme, word in DESCRIBED.items()}
-    linears = {module.name: schemes[module.scheme] for module in modules}
+    linears = {module.name: parse_scheme(module.scheme) for module in modules}
     return ServedModel(form.name, form.variant, config, linears)
 
 
@@ -232,7 +231,7 @@ def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSumm
     names: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names():
         names[name.rpartition(".")[0] or name].append(name)
-    schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, "float")
+    schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, FLOAT)
     for module in sorted(names, key=_natural_order):
         weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
         layer, kind = _place(module)
@@ -241,7 +240,7 @@ def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSumm
             name=module,
             kind=kind,
             layer=layer,
-            scheme=DESCRIBED[schemes[module]],
+            scheme=str(schemes[module]),
             dtype=checkpoint.dtype(weight),
             shape=checkpoint.shape(weight),
             nbytes=sum(checkpoint.nbytes(name) for name in names[module]),

@@ -34,10 +34,11 @@ def make_hub(name: str, token_file: Path | None = None, limits: Limits | None = 
         limits: patience.
 
     Raises:
-        HubError: the address or the token is not valid.
+        HubError: the address, the token or the least rate is not valid, or the token would go unprotected.
     """
     import os
 
+    limits = limits or Limits.of_environment()
     if name == "modelers":
         token = token_from_file(token_file) if token_file else modelers_token()
         return ModelersHub(os.environ.get("OPENMIND_HUB_ENDPOINT") or _MODELERS, token, limits)

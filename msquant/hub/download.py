@@ -14,11 +14,12 @@ from pathlib import Path
 
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
-from msquant.errors import HubError, OutputError
+from msquant.checkpoint.folder_files import require_own_files
+from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub.hashing import DiskCheck
 from msquant.hub.job import Job
 from msquant.hub.listing import RemoteFile, Snapshot
-from msquant.hub.partial import PartialFile, partial_key
+from msquant.hub.partial import PartialFile, allocated_bytes, partial_key
 from msquant.hub.progress import HubProgress, Meter
 from msquant.hub.target import Inventory, TargetFolder, new_marker
 from msquant.hub.transfer import Transfer
@@ -43,7 +44,7 @@ class DownloadResult:
         commit: what that was.
         files: how many files were asked for.
         nbytes: of all of them.
-        fetched: the files that were not here, or not as they should be.
+        fetched: the files of which not everything had come before, or not as it should be.
         received_bytes: what came over the network.
         seconds: wall time.
     """
@@ -94,15 +95,23 @@ def download(
             _check_unknown(folder, found, progress)
         _refuse_conflicts(folder, found, before, snapshot)
         marker = new_marker(snapshot, files, found.good, before)
+        _refuse_mixture(folder, marker, snapshot)
+        fetched: list[str] = []
         received = 0
         if found.missing:
-            received = _fetch(folder, found, marker, snapshot, workers, progress)
+            fetched, received = _fetch(folder, found, marker, snapshot, workers, progress)
             folder.release([file.path for file in files])
             _check_all_there(folder, files, marker)
+        if marker.obsolete:
+            # Said before it is done, so that a kill on the way leaves nothing that looks whole.
+            marker.write(folder.path)
+            folder.remove_obsolete(marker.obsolete)
+            marker.obsolete = {}
         marker.complete = True
         if marker != before:
             marker.write(folder.path)
         folder.remove_leftovers(set())
+        _name_others(folder, progress)
     return DownloadResult(
         folder=folder.path,
         hub=snapshot.hub.name,
@@ -112,7 +121,7 @@ def download(
         commit=snapshot.commit,
         files=len(files),
         nbytes=sum(file.size for file in files),
-        fetched=[file.path for file in found.missing],
+        fetched=fetched,
         received_bytes=received,
         seconds=time.monotonic() - started,
     )
@@ -159,6 +168,32 @@ def _refuse_conflicts(
     )
 
 
+def _name_others(folder: TargetFolder, progress: HubProgress) -> None:
+    """Say it now if every command will refuse the folder for what is in it besides the download."""
+    try:
+        require_own_files(folder.path)
+    except CheckpointError as error:
+        progress.stage(f"{error.where} {error.what}; {error.remedy}")
+
+
+def _refuse_mixture(folder: TargetFolder, marker: DownloadMarker, snapshot: Snapshot) -> None:
+    """Leave no files of two commits in a folder, and remove none unasked that the new commit has, too.
+
+    What the new commit does not list at all is removed when its own files are complete.
+    """
+    listed = {file.path for file in snapshot.files}
+    left = sorted(name for name in marker.obsolete if name in listed and (folder.path / name).exists())
+    if left:
+        others = f" and {len(left) - 1} others" if left[1:] else ""
+        raise OutputError(
+            f"holds {left[0]}{others} of an earlier commit: {snapshot.commit[:10]} has another content, "
+            "and it is not asked for",
+            where=folder.path,
+            remedy="ask for it too, with other --include and --exclude; name another folder with --output; "
+            "or remove it from this one",
+        )
+
+
 def _fetch(
     folder: TargetFolder,
     found: Inventory,
@@ -166,16 +201,20 @@ def _fetch(
     snapshot: Snapshot,
     workers: int,
     progress: HubProgress,
-) -> int:
-    """Fetch what is missing; returns the bytes that came over the network."""
+) -> tuple[list[str], int]:
+    """Fetch what is missing; returns the files that came, and the bytes that came over the network."""
     folder.remove_leftovers({partial_key(file) for file in found.missing})
+    # Before the files' segments are laid out: sizes that are only said take memory only where there is room.
+    require_free_space(
+        folder.path, sum(file.size - allocated_bytes(folder.partial, file) for file in found.missing)
+    )
     # Small files first: what is wrong with a repository shows in its config, not after hours.
     jobs = [
         Job(file, PartialFile(folder.partial, file), folder.place(file.path))
         for file in sorted(found.missing, key=lambda file: (file.size > (16 << 20), file.path))
     ]
-    needed = sum(job.file.size - job.partial.allocated for job in jobs)
-    require_free_space(folder.path, needed)
+    # All of these has come before; it is only to be verified.
+    came = {job for job in jobs if job.file.size and job.partial.present == job.file.size}
     marker.write(folder.path)
     folder.hold_back(list(found.good))
     saved = time.monotonic()
@@ -219,4 +258,5 @@ def _fetch(
             remedy="run the same command again later; the other files are verified and kept. If it stays so, "
             "the files are broken on the hub",
         )
-    return transfer.received
+    fetched = {job.file.path for job in jobs if job not in came or job.attempts}
+    return [file.path for file in found.missing if file.path in fetched], transfer.received

@@ -1,19 +1,23 @@
 """Requests to a hub: which host gets the token, what is worth trying again, and how to stop at once."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import requests
-from requests.auth import AuthBase
 from urllib3.exceptions import HTTPError as TransportError
 
 from msquant.errors import HubError
-from msquant.hub.addresses import is_endpoint, is_private, origin, shown
+from msquant.hub.addresses import is_endpoint, is_private, join, origin, shown
+from msquant.hub.bounds import parse_listing, require_size
+from msquant.hub.pace import Pace
 from msquant.hub.retry import (
+    RATE_VARIABLE,
     WORTH_RETRYING,
     Limits,
     Stopped,
@@ -23,11 +27,11 @@ from msquant.hub.retry import (
     reason_of,
     retry_after,
 )
-
-MAX_JSON_BYTES = 64 << 20
-"""The listing of a repository with 100,000 files is about 25 MB; more than this is no listing."""
+from msquant.hub.session import HubSession
 
 _MAX_REDIRECTS = 5
+_MAX_REFUSAL = 1 << 16
+_BROKEN = (requests.RequestException, TransportError, HTTPException, ValueError, OSError)
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 
@@ -35,17 +39,11 @@ Explain = Callable[[int, Mapping[str, str], Any], HubError]
 """From status, headers and the body as JSON (or None) to the error a person gets."""
 
 
-class _NoAuth(AuthBase):
-    """Keeps requests from sending what ~/.netrc says in place of the token."""
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        return request
-
-
 class HttpClient:
     """Requests to one hub and to wherever it redirects; to be used by many threads at once.
 
-    Proxies and certificates are those of the environment (`HTTPS_PROXY`, `NO_PROXY`, `REQUESTS_CA_BUNDLE`).
+    Proxies and certificates are those of the environment (`HTTPS_PROXY`, `NO_PROXY`, `REQUESTS_CA_BUNDLE`);
+    this machine is never asked through a proxy.
 
     Args:
         title: the hub's name for people.
@@ -59,7 +57,7 @@ class HttpClient:
         stop: set it, or call `abort`, to end everything.
 
     Raises:
-        HubError: the endpoint is no http(s) address.
+        HubError: the endpoint is no http(s) address, or one where everybody on the way could read the token.
     """
 
     def __init__(
@@ -77,6 +75,13 @@ class HttpClient:
                 where=variable,
                 remedy="correct or unset it",
             )
+        if token is not None and not is_private(endpoint):
+            raise HubError(
+                f"{shown(endpoint)} is not encrypted: a proxy, or anybody on the way, could read the token",
+                where=variable,
+                remedy="use an https:// address there, or unset the token (for the Hugging Face Hub also by "
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN=1) to download without it",
+            )
         self.title = title
         self.variable = variable
         self.endpoint = endpoint.rstrip("/")
@@ -84,10 +89,9 @@ class HttpClient:
         self.stop = threading.Event()
         self.token = token
         self._origin = origin(self.endpoint)
-        self._private = is_private(endpoint)
         self.explain = explain
         self._local = threading.local()
-        self._open: set[requests.Response] = set()
+        self._open: dict[requests.Response, Pace] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -105,21 +109,21 @@ class HttpClient:
         """
         response = self._follow(url, dict(headers or {}))
         with self._lock:
-            self._open.add(response)
+            self._open[response] = Pace(self.limits)
         try:
             if self.stop.is_set():
                 raise Stopped
             yield response
         finally:
             with self._lock:
-                self._open.discard(response)
+                del self._open[response]
             response.close()
 
     def read_piece(self, response: requests.Response, size: int) -> bytes:
         """At most `size` bytes of the body as they were sent; empty at its end. Raises Transient, Stopped."""
         try:
-            piece: bytes = response.raw.read(size, decode_content=False)
-        except (requests.RequestException, TransportError, OSError) as error:
+            piece = self._open[response].read(response.raw, size)
+        except _BROKEN as error:
             if self.stop.is_set():
                 raise Stopped from error
             raise Transient(reason_of(error)) from error
@@ -149,7 +153,9 @@ class HttpClient:
                 return self._json(url)
             except Transient as error:
                 failures += 1
-                if failures >= (self.limits.attempts if error.reached else self.limits.first_attempts):
+                limits = self.limits
+                allowed = limits.attempts if error.reached else limits.first_attempts
+                if failures >= (limits.slow_attempts if error.slow else allowed):
                     raise self.unreachable(error) from error
                 self.pause(error, failures)
 
@@ -167,15 +173,14 @@ class HttpClient:
 
     def unreachable(self, error: Transient) -> "UnreachableError":
         """The error that a person gets when all attempts were in vain."""
-        if error.reached:
-            remedy = "run the same command again later; what is downloaded is kept"
-        else:
+        problem = "does not answer" if error.reached else "cannot be reached"
+        remedy = "run the same command again later; what is downloaded is kept"
+        if error.slow:
+            problem = "is too slow"
+            remedy += f"; {RATE_VARIABLE}=100 takes less, and 0 anything"
+        elif not error.reached:
             remedy = f"check the network and the proxy (HTTPS_PROXY), or name a mirror in {self.variable}"
-        return UnreachableError(
-            f"{self.title} {'does not answer' if error.reached else 'cannot be reached'}: {error}",
-            where=self.endpoint,
-            remedy=remedy,
-        )
+        return UnreachableError(f"{self.title} {problem}: {error}", where=self.endpoint, remedy=remedy)
 
     def abort(self) -> None:
         """Stop every request that waits for data, from any thread."""
@@ -191,42 +196,33 @@ class HttpClient:
             body = bytearray()
             while piece := self.read_piece(response, 1 << 20):
                 body += piece
-                if len(body) > MAX_JSON_BYTES:
-                    raise HubError("the listing is larger than any real one", where=shown(url))
-            expected = response.headers.get("Content-Length")
-            if expected is not None and expected.isdecimal() and len(body) < int(expected):
+                require_size(len(body), shown(url))
+            expected = response.headers.get("Content-Length", "")
+            if len(body) < (int(expected) if re.fullmatch(r"[0-9]{1,18}", expected) else 0):
                 raise Transient("the connection was closed within the answer")
             following = response.links.get("next", {}).get("url")
-        try:
-            document = json.loads(bytes(body))
-        except (ValueError, RecursionError):
-            raise HubError(
-                f"{self.title} sent something else than JSON",
-                where=shown(url),
-                remedy="check the address, and whether a proxy asks to log in",
-            ) from None
-        if following is not None:
-            following = urljoin(url, following)
-            if origin(following) != self._origin:
-                raise HubError("the next page of the listing is on another host", where=shown(following))
-        return document, following
+        return parse_listing(body, self.title, shown(url)), following and self._page(url, following)
+
+    def _page(self, url: str, following: str) -> str:
+        page = join(url, following)
+        if page is None or origin(page) != self._origin:
+            raise HubError("the next page of the listing is on another host", where=shown(page or url))
+        return page
 
     def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
         first = url
         for _ in range(_MAX_REDIRECTS + 1):
             response = self._request(url, headers)
             if response.status_code not in _REDIRECTS:
-                self._check(response, url)
+                self._check(response, url, "Range" in headers)
                 return response
             location = response.headers.get("Location", "")
             response.close()
-            url, before = urljoin(url, location), url
-            parts = urlsplit(url)
-            downgrade = urlsplit(before).scheme == "https" and parts.scheme != "https"
-            if not location or parts.scheme not in ("http", "https") or not parts.hostname or downgrade:
-                raise HubError(
-                    "redirects to an address that is not safe to follow", where=shown(before)
-                ) from None
+            target = join(url, location)
+            downgrade = urlsplit(url).scheme == "https" and urlsplit(target or "").scheme != "https"
+            if not location or target is None or downgrade:
+                raise HubError("redirects to an address that is not safe to follow", where=shown(url))
+            url = target
         raise HubError("redirects in a circle", where=shown(first))
 
     def _request(self, url: str, headers: dict[str, str]) -> requests.Response:
@@ -234,7 +230,7 @@ class HttpClient:
             raise Stopped
         # Identity: a compressed answer has neither the listed size nor ranges of the file.
         sent = {"Accept-Encoding": "identity", "User-Agent": "msquant", **headers}
-        if self.token is not None and self._private and origin(url) == self._origin:
+        if self.token is not None and origin(url) == self._origin:
             sent["Authorization"] = f"Bearer {self.token}"
         try:
             return self._session().get(
@@ -256,12 +252,12 @@ class HttpClient:
             requests.exceptions.ChunkedEncodingError,
         ) as error:
             raise Transient(reason_of(error), reached=False) from error
-        except (requests.RequestException, TransportError, UnicodeError) as error:
+        except _BROKEN as error:
             raise HubError(
                 f"not a request that can be made ({type(error).__name__})", where=shown(url)
             ) from error
 
-    def _check(self, response: requests.Response, url: str) -> None:
+    def _check(self, response: requests.Response, url: str, ranged: bool) -> None:
         status = response.status_code
         if status < 400:
             return
@@ -269,12 +265,15 @@ class HttpClient:
             wait = retry_after(response.headers.get("Retry-After"))
             response.close()
             raise Transient(f"status {status} from {urlsplit(url).hostname}", wait)
-        if status == 416:
+        if status == 416 and ranged:
             response.close()
             raise WrongFile("it is shorter than listed")
+        pace, refusal = Pace(self.limits), bytearray()
         try:
-            body = json.loads(response.raw.read(1 << 16, decode_content=False))
-        except (ValueError, RecursionError, requests.RequestException, TransportError, OSError):
+            while len(refusal) < _MAX_REFUSAL and (piece := pace.read(response.raw, _MAX_REFUSAL)):
+                refusal += piece
+            body = json.loads(refusal)
+        except (Transient, RecursionError, *_BROKEN):
             body = None
         headers = response.headers
         response.close()
@@ -289,6 +288,5 @@ class HttpClient:
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
-            session = self._local.session = requests.Session()
-            session.auth = _NoAuth()
+            session = self._local.session = HubSession()
         return session

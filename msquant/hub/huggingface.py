@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from msquant.errors import HubError
+from msquant.hub.bounds import ListingBounds
 from msquant.hub.http import HttpClient
 from msquant.hub.listing import (
     NotFoundError,
@@ -51,10 +52,13 @@ class HuggingFaceHub:
     def _files(self, repository: str, commit: str) -> Iterator[RemoteFile]:
         url: str | None = f"{self.client.endpoint}/api/models/{repository}/tree/{commit}"
         params: dict[str, str] | None = {"recursive": "true", "expand": "false"}
+        bounds = ListingBounds(repository)
         while url is not None:
+            bounds.ask(url)
             document, following = self.client.json(url, params)
             for entry in entries(document, url):
                 kind, path = entry.get("type"), entry.get("path")
+                bounds.count(path)
                 if kind == "file":
                     lfs = entry.get("lfs")
                     lfs = lfs if isinstance(lfs, dict) else {}

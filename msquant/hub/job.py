@@ -35,6 +35,8 @@ class Job:
         self.generation = 0
         self.attempts = 0
         self._lock = threading.Lock()
+        self._placing = threading.Lock()
+        self._closed = False
         self._verified = False
         self._hashing = False
         self._hashed = 0
@@ -122,7 +124,11 @@ class Job:
         with self._lock, writing(self.target, self.file.size):
             if not self.partial.sync(stop):
                 raise Stopped
-            return self.partial.publish(self.target).st_mtime_ns
+            # Syncing may take longer than a caller waits, and another call may be at the same file by then.
+            with self._placing:
+                if self._closed:
+                    raise Stopped
+                return self.partial.publish(self.target).st_mtime_ns
 
     def start_over(self, generation: int, *, whole: bool, wrong: bool, limit: int) -> int | None:
         """Forget the data.
@@ -151,7 +157,9 @@ class Job:
             return lost
 
     def close(self) -> None:
-        """Let go of the files, unless a thread is at it just now."""
+        """Let go of the files, unless a thread is at it just now; nothing gets its name any more."""
+        with self._placing:
+            self._closed = True
         if self._lock.acquire(blocking=False):
             self.generation += 1
             self.partial.close()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from msquant.errors import HubError
+from msquant.hub.bounds import MAX_FILE_BYTES
 from msquant.hub.http import HttpClient
 
 Algorithm = Literal["sha256", "git-sha1"]
@@ -91,11 +92,17 @@ def remote_file(path: Any, size: Any, digest: Any, where: str) -> RemoteFile:
         where: the address of the listing.
 
     Raises:
-        HubError: a value is of another kind.
+        HubError: a value is of another kind, or the file larger than any.
     """
     sha256, sha1 = hexadecimal(digest, 64), hexadecimal(digest, 40)
     if not isinstance(path, str) or type(size) is not int or size < 0 or not (sha256 or sha1):
         raise HubError(f"the entry of {path!r} has no size or no hash that could be verified", where=where)
+    if size > MAX_FILE_BYTES:
+        raise HubError(
+            f"lists {path!r} with {size:.3g} bytes, the largest file that is taken has {MAX_FILE_BYTES}",
+            where=where,
+            remedy="do not use this repository, and tell its hub",
+        )
     if sha256:
         return RemoteFile(path, size, "sha256", sha256)
     return RemoteFile(path, size, "git-sha1", str(sha1))

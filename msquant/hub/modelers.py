@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from msquant.errors import HubError
+from msquant.hub.bounds import ListingBounds
 from msquant.hub.http import HttpClient
 from msquant.hub.listing import (
     NotFoundError,
@@ -88,18 +89,23 @@ class ModelersHub:
         return commit, tree
 
     def _files(self, repository: str, reference: str, root: list[dict[str, Any]]) -> tuple[RemoteFile, ...]:
-        url, files, folders, seen = self._api(repository), [], [root], set()
-        while folders:
-            for entry in folders.pop(0):
+        url, files, seen = self._api(repository), [], set()
+        bounds, pending, tree = ListingBounds(repository), [], root
+        while True:
+            for entry in tree:
                 kind, path = entry.get("type"), entry.get("path")
+                bounds.count(path)
                 if kind == "file":
                     files.append(remote_file(path, entry.get("size"), entry.get("etag"), url))
                 elif kind != "dir" or not isinstance(path, str):
                     raise refuse_kind(kind, path, url)
                 elif path not in seen:
                     seen.add(path)
-                    folders.append(self._folder(repository, reference, path)[1])
-        return tuple(files)
+                    bounds.ask(path)
+                    pending.append(path)
+            if not pending:
+                return tuple(files)
+            tree = self._folder(repository, reference, pending.pop(0))[1]
 
     def _explain(self, status: int, headers: Mapping[str, str], body: Any) -> HubError:
         code = body.get("code") if isinstance(body, dict) else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
 from msquant.checkpoint.download_marker import require_complete
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.errors import CheckpointError, ModelError
 from msquant.hub.bundled import SMOLLM2_NAME, smollm2_folder
 from msquant.hub.names import is_hub_id
@@ -33,7 +34,7 @@ def resolve_model(
     Raises:
         ModelError: there is no such model, the folder holds none, the weights are not on this machine, or the
             bundled model is not installed.
-        CheckpointError: the folder's download is not complete.
+        CheckpointError: as `require_own_files`.
         MsquantError: whatever `fetch` raises.
         OutputError: the bundled model cannot be written into the cache.
     """
@@ -59,7 +60,7 @@ def _checked(folder: Path) -> Path:
             where=folder,
             remedy="Give the folder that holds config.json and the .safetensors files.",
         )
-    require_complete(folder)
+    require_own_files(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "the folder holds no config.json, so it is not a Hugging Face model",

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from msquant.checkpoint.download_marker import STATE_FOLDER
+from msquant.checkpoint.file_names import STATE_FOLDER, path_problem
 from msquant.errors import HubError, OutputError
 from msquant.hub.listing import RemoteFile
 
-MAX_FILES = 100_000
 STATE_FOLDERS = PARTIAL, HELD = "partial", "held"
 """Below the state folder: files on their way, and those that appear last."""
 
-_MAX_NAME_BYTES = 255
-_MAX_PATH_BYTES = 2000
-_RESERVED = {STATE_FOLDER, ".git"}
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
 
@@ -37,11 +33,9 @@ def check_names(files: Sequence[RemoteFile], where: str) -> None:
     Raises:
         HubError: names the file and what is wrong with its name.
     """
-    if len(files) > MAX_FILES:
-        raise HubError(f"lists {len(files)} files, more than any model has", where=where)
     names: set[str] = set()
     for file in files:
-        problem = "it is listed twice" if file.path in names else _problem(file.path)
+        problem = "it is listed twice" if file.path in names else path_problem(file.path)
         if problem:
             raise HubError(
                 f"lists {file.path!r}, which is not safe to write: {problem}",
@@ -53,27 +47,6 @@ def check_names(files: Sequence[RemoteFile], where: str) -> None:
         for folder in PurePosixPath(name).parents:
             if str(folder) in names:
                 raise HubError(f"lists {str(folder)!r} both as a file and as a folder", where=where)
-
-
-def _problem(path: str) -> str | None:
-    parts = path.split("/")
-    if not path or path.startswith("/"):
-        return "it is absolute or empty"
-    if any(ord(character) < 32 or ord(character) == 127 for character in path):
-        return "it holds control characters"
-    if "\\" in path or (len(parts[0]) > 1 and parts[0][1] == ":"):
-        return "it is a path of another system"
-    if any(part in ("", ".", "..") for part in parts):
-        return "it leaves its folder"
-    if any(part.lower() in _RESERVED for part in parts):
-        return "that place is reserved"
-    try:
-        encoded = path.encode()
-    except UnicodeEncodeError:
-        return "it is no valid text"
-    if len(encoded) > _MAX_PATH_BYTES or any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
-        return "it is too long"
-    return None
 
 
 def select_files(

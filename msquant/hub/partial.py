@@ -35,6 +35,14 @@ def partial_key(file: RemoteFile) -> str:
     return hashlib.sha256(f"{file.path}\0{file.digest}\0{file.size}".encode()).hexdigest()[:32]
 
 
+def allocated_bytes(folder: Path, file: RemoteFile) -> int:
+    """Bytes of the disk that the partial file in a folder takes already."""
+    try:
+        return min(file.size, (folder / (partial_key(file) + _DATA)).stat().st_blocks * 512)
+    except OSError:
+        return 0
+
+
 def is_partial(name: str, keys: set[str]) -> bool:
     """Whether a file belongs to one of these partial files."""
     return Path(name).stem in keys and Path(name).suffix in (_DATA, _PROGRESS)
@@ -106,14 +114,6 @@ class PartialFile:
             if start + count < end:
                 return start + count
         return self.size
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of the disk that it takes already."""
-        try:
-            return min(self.size, self.path.stat().st_blocks * 512)
-        except OSError:
-            return 0
 
     def open(self) -> None:
         """Make both files if they are not there; the data has its size, but for holes. Raises OSError."""

@@ -31,6 +31,8 @@ def ask_hub(name: str, seconds: float) -> HubAnswer:
     """
     import requests
 
+    from msquant.hub.session import HubSession
+
     try:
         endpoint = make_hub(name).client.endpoint
     except HubError as error:
@@ -38,7 +40,10 @@ def ask_hub(name: str, seconds: float) -> HubAnswer:
     if is_offline():
         return HubAnswer(False, True, f"{shown(endpoint)} is not asked: HF_HUB_OFFLINE is set")
     try:
-        with requests.get(endpoint, timeout=seconds, stream=True, allow_redirects=False) as response:
+        with (
+            HubSession() as session,
+            session.get(endpoint, timeout=seconds, stream=True, allow_redirects=False) as response,
+        ):
             status = response.status_code
     except requests.RequestException as error:
         return HubAnswer(False, False, f"{shown(endpoint)} cannot be reached: {_reason(error)}")

@@ -4,14 +4,15 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
 from msquant.checkpoint.disk import sync_folder, writing
-from msquant.checkpoint.download_marker import STATE_FOLDER, DownloadMarker, MarkedFile
+from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
+from msquant.checkpoint.file_names import STATE_FOLDER
 from msquant.checkpoint.lock import LockHeld, acquire_lock
 from msquant.errors import CheckpointError, OutputError
 from msquant.hub.listing import RemoteFile, Snapshot
@@ -159,6 +160,25 @@ class TargetFolder:
                     if not is_partial(path.name, keys):
                         path.unlink()
 
+    def remove_obsolete(self, files: Mapping[str, MarkedFile]) -> None:
+        """Remove the files of earlier commits. Raises OutputError.
+
+        Of a file that was not verified before the commit changed, only the size tells that it is not another.
+        """
+        check_folders(self.path, list(files))
+        for name, entry in files.items():
+            path = self.path / name
+            with writing(path):
+                if not os.path.lexists(path) or path.is_dir():
+                    continue
+                if entry.mtime_ns is None and path.lstat().st_size != entry.size:
+                    continue
+                path.unlink()
+                for folder in path.parents[: len(PurePosixPath(name).parents) - 1]:
+                    if any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+
     def place(self, path: str) -> Path:
         """Where a file goes when it is verified."""
         return self.state / HELD / path if is_held_back(path) else self.path / path
@@ -188,7 +208,8 @@ def new_marker(
         snapshot: where it is from.
         files: those that are wanted.
         good: the modification times of those that are verified.
-        before: the marker of an earlier download; files of it that are the same now stay listed.
+        before: the marker of an earlier download; files of it that are the same now stay listed, those that
+            are others now, or not listed any more, are obsolete.
     """
     marker = DownloadMarker(snapshot.hub.name, snapshot.repository, snapshot.revision, snapshot.commit)
     listed = {file.path: file.digest for file in snapshot.files}
@@ -197,4 +218,7 @@ def new_marker(
             marker.files[path] = entry
     for file in files:
         marker.files[file.path] = MarkedFile(file.size, file.algorithm, file.digest, good.get(file.path))
+    for path, entry in {**before.obsolete, **before.files}.items() if before else ():
+        if path not in marker.files and listed.get(path) != entry.digest:
+            marker.obsolete[path] = entry
     return marker

@@ -16,7 +16,7 @@ from msquant.hub.schedule import Schedule, Task
 
 _PIECE = 1 << 20
 _END_SECONDS = 0.6
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
 
 class Transfer:
@@ -122,7 +122,7 @@ class Transfer:
         return None
 
     def _fetch(self, job: Job, segment: int, generation: int) -> None:
-        failures = 0
+        failures = slow = 0
         while (missing := job.missing_range(segment, generation)) is not None:
             try:
                 self._wait_for_hub()
@@ -132,9 +132,12 @@ class Transfer:
                 self._start_over(job, generation, wrong=True)
                 return
             except Transient as error:
-                progress = job.missing_range(segment, generation) != missing
+                now = job.missing_range(segment, generation)
+                # A byte a connection would be progress for ever.
+                progress = now is None or now[0] - missing[0] >= self._limits.progress_bytes
                 failures = 1 if progress else failures + 1
-                if failures >= self._limits.attempts:
+                slow += error.slow
+                if failures >= self._limits.attempts or slow >= self._limits.slow_attempts:
                     raise self._client.unreachable(error) from error
                 if error.wait is not None:
                     # It is the hub that is asked too much, not this one file.

@@ -13,7 +13,7 @@ from msquant.hub.choose import interruptible
 from msquant.hub.listing import Hub, NotFoundError, RemoteFile
 from msquant.hub.partial import new_hash
 from msquant.hub.progress import HubProgress, Meter
-from msquant.hub.retry import Stopped, Transient
+from msquant.hub.retry import Stopped, Transient, WrongFile
 from msquant.hub.uploads import BRANCH, HuggingFaceUploads, ModelersUploads, Uploads
 
 WORKERS = 4
@@ -223,8 +223,11 @@ def _check(hub: Hub, repository: str, sending: _Sending) -> str:
         if not wrong and remote[name].algorithm == "sha256" and name in sending.additions:
             last = remote[name].size - 1
             url = hub.file_url(snapshot, name)
-            with hub.client.open(url, {"Range": f"bytes={last}-{last}"}) as response:
-                wrong = response.status_code not in (200, 206) or not hub.client.read_piece(response, 1)
+            try:
+                with hub.client.open(url, {"Range": f"bytes={last}-{last}"}) as response:
+                    wrong = response.status_code not in (200, 206) or not hub.client.read_piece(response, 1)
+            except WrongFile:
+                wrong = True
         if wrong:
             raise HubError(
                 f"{name} is not there as it was sent",

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import requests
 
 from msquant.errors import HubError
+from msquant.hub.addresses import is_loopback
 from msquant.hub.listing import Hub
 from msquant.hub.retry import WORTH_RETRYING, Transient, reason_of, retry_after
+from msquant.hub.session import HubSession
 
 MESSAGE = "Upload by msquant"
 BRANCH = "main"
@@ -43,10 +45,18 @@ class HuggingFaceUploads:
     """Uploads by huggingface_hub, through Xet or LFS as the hub chooses."""
 
     def __init__(self, hub: Hub, repository: str) -> None:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi, configure_http_backend, constants
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(
+                "uploads are switched off", where="HF_HUB_OFFLINE", remedy="unset it to ask the hub"
+            )
+        configure_http_backend(HubSession)
+        if is_loopback(hub.client.endpoint):
+            # Xet's own client would take a proxy of the environment for it, and give it the token in clear.
+            constants.HF_HUB_DISABLE_XET = True
         self._hub, self._repository = hub, repository
         self._addition = CommitOperationAdd
         self._api = HfApi(endpoint=hub.client.endpoint, token=hub.client.token)

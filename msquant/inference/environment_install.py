@@ -23,7 +23,8 @@ from msquant.inference.environments import (
     engines_folder,
     environment,
     inspect,
-    requirement_lines,
+    lock_file,
+    locked_lines,
     write_marker,
 )
 
@@ -49,9 +50,9 @@ def install(
 ) -> Environment:
     """Install an engine; at once if it is there already.
 
-    pip's own settings hold: mirrors, proxies, certificates, PIP_FIND_LINKS. Only wheels are taken, so no
-    package runs code of its own while it is installed. An interrupted installation is removed, or, after a
-    hard kill, recognised and made again.
+    pip's own settings hold: mirrors, proxies, certificates, PIP_FIND_LINKS. Only wheels whose sha256 is in
+    the engine's lock file are taken, wherever they come from, and no package runs code of its own while it
+    is installed. An interrupted installation is removed, or, after a hard kill, recognised and made again.
 
     Args:
         spec: the engine.
@@ -64,8 +65,10 @@ def install(
 
     Raises:
         EngineError: no room, a folder that is not an environment of msquant's in its place, another
-            installation running, or pip failed; names pip's last lines and its log.
+            installation running, a processor without a lock file, or pip failed or got a file with another
+            hash; names pip's last lines and its log.
     """
+    lock = lock_file(spec)
     link = engines_folder() / spec.name
     target = environment(spec).path if path is None else path.expanduser().absolute()
     with _locked(spec), _explained(target):
@@ -80,7 +83,7 @@ def install(
             _require_ours(target)
             _require_room(spec, target)
             shutil.rmtree(target, ignore_errors=True)
-            _make(spec, target, on_step)
+            _make(spec, lock, target, on_step)
         if link != target:
             _point(link, target)
     return inspect(spec, target)
@@ -112,9 +115,9 @@ def remove(spec: EngineSpec) -> Environment:
     return found
 
 
-def _make(spec: EngineSpec, target: Path, on_step: OnStep) -> None:
+def _make(spec: EngineSpec, lock: Path, target: Path, on_step: OnStep) -> None:
     log = engines_folder() / f"{spec.name}-install.log"
-    requirements = requirement_lines(spec)
+    requirements = locked_lines(lock)
     try:
         target.mkdir(parents=True)
         (target / BEGUN_NAME).touch()
@@ -124,12 +127,14 @@ def _make(spec: EngineSpec, target: Path, on_step: OnStep) -> None:
             on_step("making the environment", 0, len(requirements))
             _run([sys.executable, "-m", "venv", str(target)], output, temporary)
             pip = [str(target / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--only-binary=:all:"]
-            pip += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+            pip += ["--no-input", "--progress-bar=off", "--disable-pip-version-check", "--require-hashes"]
             if spec.torch is not None:
                 on_step(f"fetching {spec.torch}", 0, len(requirements))
-                _install_torch(pip, spec.torch, output, temporary)
+                torch = temporary / "torch.lock"
+                torch.write_text("\n".join(r for r in requirements if r.startswith(spec.torch)), "utf-8")
+                _install_torch([*pip, "-r", str(torch)], output, temporary)
             done = 0
-            for line in _lines([*pip, "-r", str(spec.requirements)], output, temporary):
+            for line in _lines([*pip, "-r", str(lock)], output, temporary):
                 if fetched := _FETCHED.match(line):
                     done += 1
                     on_step(f"fetching {fetched[1]}", done, len(requirements))
@@ -144,12 +149,12 @@ def _make(spec: EngineSpec, target: Path, on_step: OnStep) -> None:
         raise
 
 
-def _install_torch(pip: list[str], requirement: str, output: IO[str], temporary: Path) -> None:
+def _install_torch(pip: list[str], output: IO[str], temporary: Path) -> None:
     """From where pip is told to look, if it is there; else from PyTorch's index."""
     try:
-        _run([*pip, requirement], output, temporary)
+        _run(pip, output, temporary)
     except EngineError:
-        _run([*pip, f"--index-url={TORCH_INDEX}", requirement], output, temporary)
+        _run([*pip, f"--index-url={TORCH_INDEX}"], output, temporary)
 
 
 def _run(argv: list[str], output: IO[str], temporary: Path) -> None:
@@ -168,6 +173,7 @@ def _lines(argv: list[str], output: IO[str], temporary: Path) -> Iterator[str]:
     for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
         env.pop(name, None)
     last: list[str] = []
+    wrong_hash = False
     process = subprocess.Popen(
         argv,
         env=env,
@@ -184,6 +190,7 @@ def _lines(argv: list[str], output: IO[str], temporary: Path) -> Iterator[str]:
             output.write(line)
             if line.strip():
                 last = [*last, line.rstrip()][-_LAST_LINES:]
+            wrong_hash = wrong_hash or "DO NOT MATCH THE HASHES" in line
             yield line
         code = process.wait()
     finally:
@@ -192,17 +199,21 @@ def _lines(argv: list[str], output: IO[str], temporary: Path) -> Iterator[str]:
         process.wait()
         process.stdout.close()
     if code:
-        tool = "pip" if "pip" in argv else "venv"
-        error = EngineError(
-            f"{tool} ended with exit code {code}",
-            where=output.name,
-            remedy="check the network, or name a mirror in PIP_INDEX_URL or wheels in PIP_FIND_LINKS"
-            if tool == "pip"
-            else "install the part of Python that makes environments (python3.11-venv on Debian and Ubuntu)",
-        )
+        error = _failure("pip" if "pip" in argv else "venv", code, output.name, wrong_hash)
         for line in last:
             error.add_note(line)
         raise error
+
+
+def _failure(tool: str, code: int, log: str, wrong_hash: bool) -> EngineError:
+    what = f"{tool} ended with exit code {code}"
+    remedy = "check the network, or name a mirror in PIP_INDEX_URL or wheels in PIP_FIND_LINKS"
+    if tool == "venv":
+        remedy = "install the part of Python that makes environments (python3.11-venv on Debian and Ubuntu)"
+    elif wrong_hash:
+        what = "pip got a package whose sha256 is not the one that msquant knows; nothing of it was installed"
+        remedy = "find out who changed the file: the mirror in PIP_INDEX_URL, or the wheels in PIP_FIND_LINKS"
+    return EngineError(what, where=log, remedy=remedy)
 
 
 def _require_ours(target: Path) -> None:

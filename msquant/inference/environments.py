@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ class EngineSpec:
     Attributes:
         name: what it is called on the command line.
         version: of its package.
-        requirements: pip's file of the exact versions of every package.
+        requirements: the exact versions of every package; `lock_file` has their hashes.
         torch: the requirement that may have to come from PyTorch's own index, or None.
         check: script that runs in the environment and prints a JSON object.
         download_bytes: about what is fetched.
@@ -177,5 +178,35 @@ def requirements_digest(spec: EngineSpec) -> str:
 
 def requirement_lines(spec: EngineSpec) -> list[str]:
     """The lines of the requirements file without its comments."""
-    lines = spec.requirements.read_text(encoding="utf-8").splitlines()
+    return _lines(spec.requirements)
+
+
+def lock_file(spec: EngineSpec, machine: str | None = None) -> Path:
+    """pip's file of the packages of an engine and the sha256 of their wheels, made by `make locks`.
+
+    Args:
+        spec: the engine.
+        machine: `x86_64` or `aarch64`; this machine by default.
+
+    Raises:
+        EngineError: there is none for this kind of machine.
+    """
+    machine = machine or platform.machine()
+    path = spec.requirements.with_suffix(f".{machine}.lock")
+    if not path.is_file():
+        raise EngineError(
+            f"the hashes of its packages are not known for {machine}, so none could be verified",
+            where=spec.name,
+            remedy="install it on a machine with x86_64 or aarch64, or use --engine embedded",
+        )
+    return path
+
+
+def locked_lines(path: Path) -> list[str]:
+    """The lines of a lock file: `name==version --hash=sha256:...`."""
+    return _lines(path)
+
+
+def _lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]

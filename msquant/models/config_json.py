@@ -5,7 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from msquant.checkpoint.config_limits import check_numbers
 from msquant.checkpoint.decoder_layout import EXPERT_COUNT, expected_shapes, extra_shapes
+from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.rope_settings import with_rope_scaling
 from msquant.checkpoint.transformers_import import import_transformers
@@ -25,9 +27,10 @@ def read_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json`, with the defaults of transformers' own config class.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON or contradicts itself.
+        CheckpointError: the file is missing, is not JSON or contradicts itself; or as `require_own_files`.
         ModelError: the architecture, or an option of it, is not supported.
     """
+    require_own_files(Path(folder))
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), path)
 
@@ -46,6 +49,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             where=where,
             remedy=f"use a model of one of these types: {', '.join(sorted(FAMILIES))}",
         )
+    check_numbers(raw, where)
     _refuse_options(raw, family, where)
     fp8_block = _fp8_block(raw, where)
     original = raw

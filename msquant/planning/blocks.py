@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
-from msquant.checkpoint.weights import Scheme
+from msquant.algorithms.base import Algorithm
 from msquant.models.config import ModelConfig
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.schemes import in_two_blocks, layer_schemes
+from msquant.quantization.layer_schemes import in_two_blocks, layer_schemes
+from msquant.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,11 @@ class LayerBlocks:
         policy: as given.
         schemes: of its linears, by full name.
         groups: the linears of golden-stick's block by smooth group, in the order of computation.
-        attends: of each group, whether attention follows its linears.
         inner: the blocks that go one by one: the experts, or a dense feed-forward; by name, often none.
         experts: routed experts of the layer.
     """
 
-    def __init__(self, config: ModelConfig, policy: QuantizationPolicy, index: int) -> None:
+    def __init__(self, config: ModelConfig, policy: Algorithm, index: int) -> None:
         self.config, self.policy = config, policy
         name, shapes = f"{config.family.layer_name(index)}.", config.layer_shapes(index)
         self.schemes = layer_schemes(config, policy, index)
@@ -83,7 +82,6 @@ class LayerBlocks:
         two = in_two_blocks(config, policy, index)
         groups = config.attention_groups if two else config.groups
         self.groups = [[linears[linear] for linear in group.linears] for group in groups]
-        self.attends = [group.name != "o" and group in config.attention_groups for group in groups]
         self.inner: dict[str, list[Linear]] = {}
         for key, linear in linears.items() if two else ():
             if key.startswith("mlp."):

@@ -3,7 +3,7 @@
 from math import ceil
 
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
-from msquant.planning.costs import feed_forward_rounds
+from msquant.planning.work import feed_forward_rounds
 
 BASE_BYTES = 800_000_000
 """Of a process that has loaded MindSpore and golden-stick."""
@@ -34,7 +34,7 @@ def layer_bytes(blocks: LayerBlocks, tokens: Tokens, memory_budget: int) -> int:
 def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:
     """Without the inputs, of which golden-stick makes two copies."""
     config = blocks.config
-    groups = [group for group in blocks.groups if group[0].scheme == "static"]
+    groups = [group for group in blocks.groups if group[0].scheme.is_static]
     # Beside the weights: a candidate of a whole group, or what clipping makes of one linear.
     candidate = max((weights_of(group) for group in groups), default=0)
     clipped = max((2 * linear.size for group in groups for linear in group), default=0)

@@ -5,31 +5,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import Scheme
-from msquant.errors import ModelError, OutputError
+from msquant.errors import ModelError, MsquantError
 from msquant.export import output_folders
 from msquant.formats.format import FormatName
 from msquant.hub.published import published_config, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
-from msquant.models.families import EMBEDDING, HEAD
 from msquant.pipeline import MEMORY_BUDGET
 from msquant.planning.blocks import LayerBlocks, Tokens
-from msquant.planning.costs import START_SECONDS, carried_work, layer_work
-from msquant.planning.evaluation_costs import EvaluationTokens, evaluation_work, head_work
 from msquant.planning.footprint import BASE_BYTES, layer_bytes
-from msquant.planning.work import Rates, Work
+from msquant.planning.measure import NOTHING, Machine, Measured, Span
+from msquant.planning.work import feed_forward_rounds
 from msquant.recipes import Recipe
+from msquant.schemes import Scheme
 from msquant.source import batch_samples, hidden_bytes, open_source, shapes_plans
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
-Probe = Callable[[ModelConfig, Checkpoint | None], Rates]
+Probe = Callable[[ModelConfig, Checkpoint | None], Measured]
+Stage = Literal["start", "layers", "ends", "evaluation", "formats"]
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,22 @@ class PartPlan:
         kind: a decoder layer, "dense" or with "experts"; a multi-token-prediction layer; or the two "ends",
             embeddings, last norm and output head.
         index: number of the layer; None for the ends.
-        linears: linear layers to compute in each scheme; none where all is carried through.
+        linears: linear layers to compute in each scheme, by its word; none where all is carried through.
         experts: routed experts.
         parameters: without the scales of FP8 blocks.
         source_bytes: of its tensors in the source.
         output_bytes: of its shards, in all formats.
-        seconds: None where nothing was measured.
+        seconds: to make it; None where nothing was measured.
     """
 
     kind: Kind
     index: int | None
-    linears: dict[Scheme, int]
+    linears: dict[str, int]
     experts: int
     parameters: int
     source_bytes: int
     output_bytes: int
-    seconds: float | None
+    seconds: Span | None
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,9 @@ class Plan:
         free_disk: on the output's disk; None if that cannot be told.
         peak_memory: resident at most, an estimate.
         available_memory: on this machine; None if that cannot be told.
-        seconds: an estimate from rates measured here; None where nothing was measured.
-        evaluation_seconds: of these, for the short evaluation of what was written.
-        seconds_by_work: all of them by kind of work, see `work.Work`.
+        seconds: to the end of the command, from what was measured here; None where nothing was.
+        seconds_by_stage: the same of each stage, the short evaluation and further formats included.
+        machine: what it gave while it was measured; likewise.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
     """
@@ -123,9 +122,9 @@ class Plan:
     free_disk: int | None
     peak_memory: int
     available_memory: int | None
-    seconds: float | None
-    evaluation_seconds: float | None
-    seconds_by_work: dict[str, float] | None
+    seconds: Span | None
+    seconds_by_stage: dict[Stage, Span] | None
+    machine: Machine | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -185,48 +184,47 @@ def make_plan(
     batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.samples, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []
-    rates = None
-    if probe is not None and recipe.quantization.search == "fast":
+    measured = None
+    if probe is not None:
         try:
-            rates = probe(config, subject.checkpoint)
-        except OutputError as error:
+            measured = probe(config, subject.checkpoint)
+        except MsquantError as error:
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
-    elif probe is not None:
-        notes.append("the time of golden-stick's own search is not estimated; it is some 50 times slower")
-    evaluated = EvaluationTokens.of(recipe.evaluation, config)
-    works, peaks, parts = [], [0], []
-    evaluation = Work()
+    stages: dict[Stage, Span] = dict.fromkeys(get_args(Stage), NOTHING)
+    peaks, parts = [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
-        sources = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
+        source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())
         written, *others = (folder.group_bytes[group] for folder in folders)
         schemes: dict[str, Scheme] = {}
+        seconds = None
         if index is not None and index < config.num_hidden_layers:
             blocks = LayerBlocks(config, recipe.quantization, index)
             schemes = blocks.schemes
-            work = layer_work(blocks, tokens, sources, written, memory_budget)
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
-            evaluation += evaluation_work(blocks, evaluated, sources, written)
-        else:
-            work = carried_work(sum(sources.values()), shapes.values(), written)
-        # Every other format is made from the first one's folder.
-        work += Work(read=written * len(others), written=sum(others))
-        works.append(work)
+            if measured is not None:
+                rounds = feed_forward_rounds(config, tokens, memory_budget)
+                seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
+                stages["layers"] += seconds
+                stages["evaluation"] += measured.evaluated_layer(blocks)
+        elif measured is not None:
+            seconds = measured.once("ends", written / measured.sample.folder.group_bytes[-1], source_bytes)
+            stages["ends"] += seconds
         parts.append(
             PartPlan(
                 kind=kind,
                 index=index,
-                linears=dict(Counter(schemes.values())),
+                linears=dict(Counter(map(str, schemes.values()))),
                 experts=config.num_experts if kind == "experts" else 0,
                 parameters=sum(map(prod, shapes.values())),
-                source_bytes=sum(sources.values()),
+                source_bytes=source_bytes,
                 output_bytes=written + sum(others),
-                seconds=None if rates is None else rates.seconds(work),
+                seconds=seconds,
             )
         )
-    times = None
-    if rates is not None:
-        evaluation += head_work(config, evaluated, sources.get(HEAD) or sources[EMBEDDING])
-        times = rates.parts(sum(works, evaluation + Work(seconds=START_SECONDS)))
+    if measured is not None:
+        stages["start"] = measured.once("start")
+        stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
+        stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
     scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
     written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
@@ -251,9 +249,9 @@ def make_plan(
         free_disk=free,
         peak_memory=peak,
         available_memory=available,
-        seconds=None if times is None else sum(times.values()),
-        evaluation_seconds=None if rates is None else rates.seconds(evaluation),
-        seconds_by_work=times,
+        seconds=None if measured is None else sum(stages.values(), NOTHING),
+        seconds_by_stage=None if measured is None else stages,
+        machine=None if measured is None else measured.machine,
         notes=tuple(notes),
         problems=tuple(_problems(written_bytes + scratch, free, peak, available)),
     )

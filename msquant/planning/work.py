@@ -1,60 +1,51 @@
-"""Counts of what is done, and the rates of a machine that divide them into seconds."""
+"""Counts of the work of a decoder layer, by which the time of one says the time of another."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import ceil
+
+from msquant.models.config import ModelConfig
+from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
 
 
 @dataclass(frozen=True)
 class Work:
-    """How often something is done.
+    """What a part of a run does, whatever the algorithm.
 
     Attributes:
-        read: bytes of shards.
-        converted: values made float32, or float32 made something else.
-        products: floating-point operations of matrix products, two for a multiplication with its addition.
-        streamed: weights that such products read, which binds those of few rows.
-        scores: of attention, a query with a key.
-        rounded: weights fake-quantized by the searches.
-        inputs: values of linears' inputs fake-quantized by the search.
-        quantized: weights made int8.
-        written: bytes of shards.
-        seconds: what depends on no size.
+        pieces: blocks that are handled one after the other, a decoder layer's or an expert.
+        weights: that are handled. Reading, converting, rounding and writing them takes time by their number.
+        products: multiply-adds that calibration or evaluation tokens cause in one pass over them.
     """
 
-    read: float = 0
-    converted: float = 0
-    products: float = 0
-    streamed: float = 0
-    scores: float = 0
-    rounded: float = 0
-    inputs: float = 0
-    quantized: float = 0
-    written: float = 0
-    seconds: float = 0
+    pieces: int
+    weights: int
+    products: int
 
     def __add__(self, other: "Work") -> "Work":
-        mine, others = asdict(self), asdict(other)
-        return Work(**{name: mine[name] + others[name] for name in mine})
+        return Work(self.pieces + other.pieces, self.weights + other.weights, self.products + other.products)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """How much of each a machine does in a second, in the units of `Work`."""
+def layer_work(blocks: LayerBlocks, tokens: int, rounds: int = 1) -> tuple[Work, Work]:
+    """The work of what is quantized together in a decoder layer, and of what then goes one by one.
 
-    read: float
-    converted: float
-    products: float
-    streamed: float
-    scores: float
-    rounded: float
-    inputs: float
-    quantized: float
-    written: float
+    Args:
+        blocks: the layer.
+        tokens: that go through it.
+        rounds: how often the blocks that go one by one are read to be computed; once more to be quantized.
+    """
+    together, apart = weights_of(blocks.searched), weights_of(blocks.streamed)
+    routed = weights_of(
+        linear for name, block in blocks.inner.items() if ".experts." in name for linear in block
+    )
+    # Of the weights that go one by one, those that a token meets.
+    met = apart - routed + (routed * blocks.config.experts_per_token // blocks.experts if routed else 0)
+    return (
+        Work(1, together, tokens * together),
+        Work(len(blocks.inner), apart * (rounds + 1) // 2, tokens * met),
+    )
 
-    def parts(self, work: Work) -> dict[str, float]:
-        """Seconds of every kind of work."""
-        counts = asdict(work)
-        return {name: counts[name] / rate for name, rate in asdict(self).items()} | {"other": work.seconds}
 
-    def seconds(self, work: Work) -> float:
-        """Seconds of all work, one kind after the other."""
-        return sum(self.parts(work).values())
+def feed_forward_rounds(config: ModelConfig, tokens: Tokens, memory_budget: int) -> int:
+    """How often the experts are read for their outputs: once for as many batches as the budget holds."""
+    batch = 3 * 4 * tokens.first * config.hidden_size
+    return ceil(tokens.batches / max(1, memory_budget // batch))

@@ -14,16 +14,16 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
 from msquant.errors import CheckpointError
+from msquant.kernels.report import LayerReport, relative_error
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
 from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import LayerReport, relative_error
-from msquant.quantization.schemes import in_two_blocks
+from msquant.quantization.layer_schemes import in_two_blocks
 
 Floats = NDArray[np.float32]
 
@@ -43,21 +43,23 @@ class DecoderPass:
         store: where an attention block's outputs go; its budget bounds the tokens that a feed-forward block
             computes at once.
         step: called with what goes on within a layer.
+        between: called when a layer's attention block is done and its feed-forward block comes apart.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         source: WeightSource,
-        policy: QuantizationPolicy,
+        policy: Algorithm,
         length: int,
         dtype: Any,
         store: HiddenStateStore,
         step: Callable[[str], None] = lambda text: None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
         self._places: Positions = positions(config, length, dtype)
-        self._store, self._step = store, step
+        self._store, self._step, self._between = store, step, between
 
     def run(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
@@ -105,6 +107,7 @@ class DecoderPass:
         del result
         # golden-stick's own cells refer to themselves, so only the collector frees them.
         gc.collect()
+        self._between()
         block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
         first: list[Floats] = []
         for batches in self._rounds(self._store.open(BETWEEN)):

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.weights import (
     INT8_MAX,
     INT8_MIN,
@@ -25,16 +26,15 @@ from msquant.checkpoint.weights import (
     token_scales,
 )
 from msquant.interrupts import check_interrupt
+from msquant.kernels.ranges import channel_ranges
+from msquant.kernels.report import GroupReport
+from msquant.kernels.smoothing import power_of_two, smooth_scale
+from msquant.kernels.weight_rounding import column_maxima, quantize_weight
 from msquant.models.cells import RMSNorm
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import Router
 from msquant.models.routing import tokens_of
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.ranges import channel_ranges
-from msquant.quantization.report import GroupReport
-from msquant.quantization.smoothing import power_of_two, smooth_scale
-from msquant.quantization.weights import column_maxima, quantize_weight
 
 Floats = NDArray[np.float32]
 
@@ -78,7 +78,7 @@ class FeedForwardPass:
         config: ModelConfig,
         source: WeightSource,
         index: int,
-        policy: QuantizationPolicy,
+        policy: Algorithm,
         dtype: Any,
         step: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -219,9 +219,8 @@ class FeedForwardPass:
             weight /= rows[:, None]
             bias = None if bias is None else bias / rows
         linear: Linear = FloatLinear(weight, bias)
-        if (scheme := self._policy.scheme(module)) != "float":
-            rounded = quantize_weight(weight, self._config.dtype)
-            linear = QuantizedLinear(*rounded, bias, weight_only=scheme == "weight_only")
+        if not (scheme := self._policy.scheme(module)).is_float:
+            linear = QuantizedLinear(*quantize_weight(weight, self._config.dtype), scheme, bias)
         sink.linear(module, linear)
         return linear
 

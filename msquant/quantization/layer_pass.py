@@ -12,15 +12,16 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.algorithms.base import Algorithm
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.interrupts import check_interrupt
+from msquant.kernels import golden_stick
+from msquant.kernels.fake_quant import in_int8
+from msquant.kernels.report import LayerReport
 from msquant.models.config import ModelConfig
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Positions
-from msquant.quantization import golden_stick
-from msquant.quantization.fake_quant import in_int8
-from msquant.quantization.policy import Algorithm, QuantizationPolicy, ptq_config
-from msquant.quantization.report import LayerReport
+from msquant.schemes import Scheme
 
 KEY_VALUE_UP = "self_attn.kv_b_proj"
 """Of multi-head latent attention: its rows are keys and values of every head in turn."""
@@ -65,7 +66,7 @@ def quantize_layer(
     layer: DecoderLayer,
     hidden: Sequence[Tensor],
     places: Positions,
-    policy: QuantizationPolicy,
+    policy: Algorithm,
     put: Callable[[NDArray[np.float32]], None] = lambda output: None,
 ) -> LayerResult:
     """Smooth, clip and quantize one decoder layer with golden-stick.
@@ -94,23 +95,22 @@ def quantize_layer(
     linears = [linear for group in groups for linear in group.linears]
     report = LayerReport(name)
     passes = _Passes([len(batch) for batch in hidden], put)
-    if policy.search == "reference":
-        # golden-stick takes every item for one sample.
+    if not policy.takes_batches:
         hidden = [batch[i : i + 1] for batch in hidden for i in range(len(batch))]
     model = _OneLayerModel(config, groups, layer, hidden, places)
     schemes = {linear: policy.scheme(f"{name}.{linear}") for linear in linears}
     policies = OrderedDict(
-        (f"{re.escape(f'network.layer.{linear}')}$", ptq_config(policy, scheme, dtype=config.dtype))
+        (f"{re.escape(f'network.layer.{linear}')}$", policy.ptq_config(scheme, dtype=config.dtype))
         for linear, scheme in schemes.items()
-        if scheme in ("dynamic", "weight_only")
+        if not (scheme.is_float or scheme.is_static)
     )
-    skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme == "float"]
-    *modules, quantizer = _modules(policy, report)
-    ranges = "static" in schemes.values() or policy.search == "reference"
-    pipeline = [*map(passes.of, modules), passes.of(quantizer, needed=ranges or not modules)]
+    skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme.is_float]
+    modules = [partial(module, report=report) for module in policy.modules()]
+    ranges = any(scheme.is_static for scheme in schemes.values()) or not policy.takes_batches
+    pipeline = [*map(passes.of, modules), passes.of(policy.quantizer(), needed=ranges or not modules)]
     with golden_stick.pipeline(pipeline):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
-        ptq = PTQ(ptq_config(policy, skip=skip), policies)
+        ptq = PTQ(policy.ptq_config(skip=skip), policies)
         with passes.over(layer):
             ptq.apply(model, datasets=items, framework="mindone")
     return LayerResult(
@@ -126,27 +126,6 @@ def quantize_layer(
         report=report,
         smooth_scales=model.smooth_scales(),
     )
-
-
-def _modules(policy: QuantizationPolicy, report: LayerReport) -> list[Callable[..., Any]]:
-    """The algorithm modules that golden-stick runs, the quantizer last."""
-    from mindspore_gs.ptq.algo_modules import Quantizer
-
-    from msquant.quantization.clip import FastClipper, ReferenceClipper
-    from msquant.quantization.osl import FastOSLSmoother, ReferenceOSLSmoother
-    from msquant.quantization.quantizer import FastQuantizer
-    from msquant.quantization.robust import RobustOSLSmoother
-    from msquant.quantization.smoothquant import FastSmoothQuantSmoother, ReferenceSmoothQuantSmoother
-
-    fast = policy.search == "fast"
-    modules: dict[Algorithm, list[Any]] = {
-        "osl-robust": [RobustOSLSmoother],
-        "osl": [FastOSLSmoother, FastClipper] if fast else [ReferenceOSLSmoother, ReferenceClipper],
-        "smoothquant": [FastSmoothQuantSmoother if fast else ReferenceSmoothQuantSmoother],
-        "rtn": [],
-    }
-    reporting = [partial(module, report=report) for module in modules[policy.algorithm]]
-    return [*reporting, FastQuantizer if fast else Quantizer]
 
 
 class _Passes:
@@ -232,7 +211,7 @@ class _OneLayerModel:
         return [DecoderLayer]
 
     def get_layers_for_smooth(self, layer: DecoderLayer) -> list[Any]:
-        from msquant.quantization.osl import GroupCells
+        from msquant.algorithms.smoothers import GroupCells
 
         self._smoothed = [
             GroupCells(
@@ -246,7 +225,7 @@ class _OneLayerModel:
         return self._smoothed
 
     def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
-        from msquant.quantization.value_rows import ValueRows
+        from msquant.kernels.value_rows import ValueRows
 
         cell = find_cell(layer, group.previous)
         sizes = self._config.latent
@@ -279,10 +258,10 @@ def _norms(config: ModelConfig, index: int) -> list[str]:
 def _result(cell: Any, scheme: Scheme) -> Linear:
     """The weights of a linear after the pass, whether golden-stick quantized it or was told to skip it."""
     bias = cell.bias.asnumpy() if cell.has_bias else None
-    if scheme == "float":
+    if scheme.is_float:
         return FloatLinear(cell.weight.asnumpy(), bias)
     weight, weight_scale = cell.weight.asnumpy(), cell.weight_scale.asnumpy().reshape(-1)
-    if scheme != "static":
-        return QuantizedLinear(weight, weight_scale, bias, weight_only=scheme == "weight_only")
+    if not scheme.is_static:
+        return QuantizedLinear(weight, weight_scale, scheme, bias)
     scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
-    return QuantizedLinear(weight, weight_scale, bias, input_scale=scale, input_offset=offset)
+    return QuantizedLinear(weight, weight_scale, scheme, bias, scale, offset)

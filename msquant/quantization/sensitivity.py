@@ -18,20 +18,21 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import Linear, Scheme, token_scales
+from msquant.checkpoint.weights import Linear, token_scales
 from msquant.interrupts import check_interrupt
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+from msquant.kernels.report import GroupError
+from msquant.kernels.weight_rounding import smoothed_and_rounded
 from msquant.models.families import SmoothGroup
 from msquant.models.layers import DecoderLayer, Part
 from msquant.quantization.decoder_pass import BETWEEN, DecoderPass, Floats
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize
 from msquant.quantization.feed_forward import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, find_cell
-from msquant.quantization.report import GroupError
-from msquant.quantization.schemes import in_two_blocks, layer_schemes
-from msquant.quantization.weights import smoothed_and_rounded
+from msquant.quantization.layer_schemes import in_two_blocks, layer_schemes
+from msquant.schemes import W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
-    from msquant.quantization.osl import Batch
+    from msquant.algorithms.smoothers import Batch
 
 FEED_FORWARD = "feed_forward"
 """Name of the group that a feed-forward block of its own is."""
@@ -68,7 +69,7 @@ class SensitivityPass(DecoderPass):
     def _groups(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], part: Part, dynamic: bool
     ) -> list[GroupError]:
-        from msquant.quantization.osl import Batch
+        from msquant.algorithms.smoothers import Batch
 
         result = self._golden_stick(index, self._layer(self._source, index, part), hidden, _Nowhere())
         # The pass used that layer up, and golden-stick's cells are only freed by the collector.
@@ -84,13 +85,13 @@ class SensitivityPass(DecoderPass):
         for group in self._config.groups:
             linears = tuple(f"{name}.{linear}" for linear in group.linears)
             scheme = self._policy.scheme(linears[0])
-            if group.name not in layer.step_of or scheme == "float":
+            if group.name not in layer.step_of or scheme.is_float:
                 continue
             self._step(f"error of {group.name}")
             error = self._error(layer, group, batches, result, scheme)
             other = None
-            if dynamic and scheme == "static":
-                other = self._error(layer, group, batches, result, "dynamic")
+            if dynamic and scheme.is_static:
+                other = self._error(layer, group, batches, result, W8A8_DYNAMIC)
             errors.append(GroupError(index, group.name, linears, scheme, error, other))
         return errors
 
@@ -107,7 +108,7 @@ class SensitivityPass(DecoderPass):
         ones = np.ones(cells[0].weight.shape[1], np.float32)
         scale = result.smooth_scales.get(group.name, ones)
         ratios = result.report.clip_ratios
-        if scheme == "dynamic" and self._policy.algorithm == "osl":
+        if not self._policy.smooths(scheme):
             scale, ratios = ones, {}
         weights = [
             smoothed_and_rounded(cell.weight.asnumpy(), scale, ratios.get(linear))
@@ -139,7 +140,7 @@ class SensitivityPass(DecoderPass):
                 put(output.reshape(batch.shape))
         schemes = layer_schemes(self._config, self._policy, index)
         within = f"{self._config.family.layer_name(index)}.mlp."
-        linears = [n for n, scheme in schemes.items() if n.startswith(within) and scheme != "float"]
+        linears = [n for n, scheme in schemes.items() if n.startswith(within) and not scheme.is_float]
         if not linears or first is None:
             return []
         flat, outputs = first
@@ -182,18 +183,18 @@ def held_out_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
 
 def _quantized(inputs: Sequence[Floats], smooth_scale: Floats, scheme: Scheme) -> Iterator[Floats]:
     """Batches `[B, T, K]`, smoothed, and then quantized and dequantized as the scheme has it."""
-    if scheme == "static":
+    if scheme.is_static:
         low = np.concatenate([(x.min(axis=1) / smooth_scale).min(axis=1) for x in inputs])
         high = np.concatenate([(x.max(axis=1) / smooth_scale).max(axis=1) for x in inputs])
         scale, offset = (values[:, None, None] for values in held_out_parameters(low, high))
     start = 0
     for x in inputs:
         smoothed = x / smooth_scale
-        if scheme == "static":
+        if scheme.is_static:
             here = slice(start, start + len(x))
             smoothed = fake_quantize(smoothed, scale[here], offset[here], out=smoothed)
             start += len(x)
-        elif scheme == "dynamic":
+        elif scheme.is_dynamic:
             rows = smoothed.reshape(-1, smoothed.shape[-1])
             fake_quantize(rows, token_scales(rows), out=rows)
         yield smoothed

@@ -49,7 +49,7 @@ class _Record(BaseModel):
 
 
 class Ranges(_Record):
-    """The channels' greatest magnitudes; see `quantization.report.ChannelRanges`."""
+    """The channels' greatest magnitudes; see `kernels.report.ChannelRanges`."""
 
     median: Number = None
     p99: Number = None
@@ -57,7 +57,7 @@ class Ranges(_Record):
 
 
 class Group(_Record):
-    """What was chosen for a smooth group; see `quantization.report.GroupReport`."""
+    """What was chosen for a smooth group; see `kernels.report.GroupReport`."""
 
     name: Name
     alpha: Number = None

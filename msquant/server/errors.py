@@ -56,3 +56,8 @@ class ApiError(Exception):
         """The response's headers, as ASGI takes them."""
         headers = {"content-type": "application/json", "content-length": str(len(self.body()))}
         return [(k.lower().encode(), v.encode()) for k, v in (headers | self.headers).items()]
+
+
+def busy(message: str) -> ApiError:
+    """The refusal of a request that may be repeated in a moment."""
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})

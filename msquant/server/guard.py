@@ -1,17 +1,59 @@
-"""What stands before the application: the key, the size and the pace of bodies, and the last resort."""
+"""What stands before the application: names, the key, size and pace of bodies, and the last resort."""
 
 import asyncio
 import hmac
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from msquant.server.errors import ApiError
+from msquant.server.address import AcceptedHosts
+from msquant.server.errors import ApiError, busy
 
+HELD_BODIES = 16
+"""So many of the largest bodies may be in memory at once; of what comes beyond, nothing is kept."""
+FREE_BYTES = 65_536
+"""Of each body, which do not count for that: slow senders of large bodies do not keep small ones out."""
 # So much more than is allowed is read and dropped: a client that is still sending does not read our answer.
 _DRAINED = 16
 _CLOSE = {"Connection": "close"}
+# Of a client's own words in a message.
+_SHOWN = 100
+
+
+@dataclass
+class Pool:
+    """What the bodies of all requests together take.
+
+    Attributes:
+        limit: in bytes.
+        held: bytes now, without the free ones of each body.
+    """
+
+    limit: int
+    held: int = 0
+
+
+class _Share:
+    """What one body takes of the pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self._held = pool, 0
+
+    def grow(self, size: int) -> bool:
+        """Let the body become so large; False if there is no room for it."""
+        more = max(0, size - FREE_BYTES) - self._held
+        if self._pool.held + more > self._pool.limit:
+            return False
+        self._pool.held += more
+        self._held += more
+        return True
+
+    def free(self) -> None:
+        """Nothing of the body is in memory any more."""
+        self._pool.held -= self._held
+        self._held = 0
 
 
 @dataclass(frozen=True)
@@ -24,12 +66,20 @@ class Guard:
         body_seconds: time to send it.
         api_key: clients must send it as `Authorization: Bearer KEY` to every path but `/health`; None lets
             everybody in.
+        hosts: what clients may call the server.
+        refusal: why no further request is taken now, or None; asked before a body is read.
     """
 
     app: ASGIApp
     max_body: int
     body_seconds: float
     api_key: str | None = None
+    hosts: AcceptedHosts = field(default_factory=AcceptedHosts)
+    refusal: Callable[[], ApiError | None] = lambda: None
+    pool: Pool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool", Pool(HELD_BODIES * self.max_body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection event as ASGI has it; nothing that goes wrong inside comes out."""
@@ -43,11 +93,14 @@ class Guard:
             started = True
             await send(message)
 
+        share = _Share(self.pool)
         try:
             try:
                 headers = dict(scope["headers"])
+                self._check_host(headers)
                 self._check_key(scope["path"], headers)
-                body = await self._body(headers, receive)
+                refusal = self.refusal() if scope["method"] == "POST" else None
+                body = await self._body(headers, receive, share, refusal)
             except ApiError as error:
                 await _refuse(watched, error)
                 return
@@ -57,6 +110,19 @@ class Guard:
             logging.getLogger("msquant.serve").exception("a request failed")
             if not started:
                 await _refuse(send, ApiError(500, "the server failed; its own log says more"))
+        finally:
+            share.free()
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        given = headers.get(b"host", b"")
+        if not self.hosts.accepts(given):
+            raise ApiError(
+                403,
+                f"this server does not answer to the name {given[:_SHOWN].decode('latin-1')!r}, only to "
+                f"{self.hosts.shown()}; start it with --allow-host NAME for another",
+                code="host_not_allowed",
+                headers=_CLOSE,
+            )
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.api_key is None or path == "/health":
@@ -70,15 +136,19 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer", **_CLOSE},
             )
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body; None if the client has gone away."""
+    async def _body(
+        self, headers: dict[bytes, bytes], receive: Receive, share: _Share, refusal: ApiError | None
+    ) -> bytes | None:
+        """The whole body; None if the client has gone away. With a refusal, nothing of it is kept."""
         too_large = ApiError(
             413, f"the body is larger than the server's limit of {self.max_body} bytes", headers=_CLOSE
         )
         # h11 has checked that the length is a number.
         declared = int(headers.get(b"content-length", b"0"))
-        if declared > self.max_body and (b"expect" in headers or declared > _DRAINED * self.max_body):
-            raise too_large
+        if declared > self.max_body:
+            refusal = too_large
+        if refusal and (b"expect" in headers or declared > _DRAINED * self.max_body):
+            raise refusal
         body = bytearray()
         size = 0
         try:
@@ -89,8 +159,15 @@ class Guard:
                         return None
                     chunk = message.get("body", b"")
                     size += len(chunk)
-                    if size <= self.max_body:
+                    if size > self.max_body:
+                        refusal = too_large
+                    elif refusal is None and not share.grow(size):
+                        refusal = busy("the server holds as many large requests as it may; try again later")
+                    if refusal is None:
                         body += chunk
+                    else:
+                        body.clear()
+                        share.free()
                     if size > _DRAINED * self.max_body:
                         raise too_large
                     if not message.get("more_body"):
@@ -99,8 +176,8 @@ class Guard:
             raise ApiError(
                 408, f"the body did not arrive within {self.body_seconds:g} seconds", headers=_CLOSE
             ) from error
-        if size > self.max_body:
-            raise too_large
+        if refusal is not None:
+            raise refusal
         return bytes(body)
 
 

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from msquant.errors import MsquantError
 from msquant.server.errors import ApiError
 from msquant.server.shapes import DONE, Shape, dumps, event, usage
-from msquant.server.steps import Piece, Started, Steps
+from msquant.server.steps import Encoded, Piece, Started, Steps
 from msquant.server.worker import Job, Worker
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -49,9 +49,10 @@ class Reply(Response):
         with closing(job):
             await _until_first(self._reply(job, send), _disconnected(receive))
 
-    async def _reply(self, job: Job[Started | Piece], send: Send) -> None:
+    async def _reply(self, job: Job[Encoded | Started | Piece], send: Send) -> None:
         try:
-            started = await anext(job)
+            while isinstance(started := await anext(job), Encoded):
+                pass
             assert isinstance(started, Started)
             if not self._stream:
                 body = await self._whole(job, started.prompt_tokens)
@@ -68,7 +69,7 @@ class Reply(Response):
             await _send_more(send, event(_as_api_error(error).document()))
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _whole(self, job: Job[Started | Piece], prompt_tokens: int) -> bytes:
+    async def _whole(self, job: Job[Encoded | Started | Piece], prompt_tokens: int) -> bytes:
         texts: list[list[str]] = []
         reasons: list[str] = []
         tokens = 0
@@ -83,7 +84,7 @@ class Reply(Response):
         joined = ["".join(pieces) for pieces in texts]
         return dumps(self._shape.whole(joined, reasons, usage(prompt_tokens, tokens)))
 
-    async def _events(self, job: Job[Started | Piece], prompt_tokens: int, send: Send) -> None:
+    async def _events(self, job: Job[Encoded | Started | Piece], prompt_tokens: int, send: Send) -> None:
         for document in self._shape.opening():
             await _send_more(send, event(document))
         tokens = 0

@@ -9,6 +9,7 @@ from msquant.inference.chat import Message
 from msquant.inference.engine import Sampling
 
 MAX_PROMPTS = 128
+MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 
@@ -196,7 +197,7 @@ class ChatMessage(_Strict):
 class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import uvicorn
 
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.server.address import cannot_listen
+from msquant.server.address import AcceptedHosts, cannot_listen
 from msquant.server.app import build_app
 from msquant.server.connection import Connection
 from msquant.server.guard import Guard
@@ -37,6 +37,7 @@ class ServerOptions:
         body_seconds: time for it to send the body.
         stall_seconds: a client that reads nothing for so long is disconnected.
         api_key: what clients must send, or None.
+        hosts: what clients may call the server.
     """
 
     max_requests: int = 64
@@ -46,6 +47,7 @@ class ServerOptions:
     body_seconds: float = 30.0
     stall_seconds: float = 30.0
     api_key: str | None = None
+    hosts: AcceptedHosts = field(default_factory=AcceptedHosts)
 
 
 class Server(uvicorn.Server):
@@ -78,6 +80,8 @@ class Server(uvicorn.Server):
             options.max_body,
             options.body_seconds,
             options.api_key,
+            options.hosts,
+            self.worker.refusal,
         )
         times = {"header_seconds": options.header_seconds, "stall_seconds": options.stall_seconds}
         super().__init__(

@@ -1,6 +1,6 @@
 """A request as steps of the engine: what the worker's thread does for it, one token at a time."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from msquant.errors import EngineError
@@ -9,6 +9,12 @@ from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import FinishReason
 from msquant.server.errors import ApiError
 from msquant.server.requests import ChatRequest, CompletionRequest
+
+PROMPT_BYTES = 8
+"""For each token that a prompt may have, so many bytes are taken: a text that is longer is not tokenized to
+find out how many it has. Texts have 3 to 5."""
+LEAST_PROMPT_BYTES = 65_536
+"""So many are taken in any case; they cost some hundredths of a second."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,11 @@ class Limits:
 
     prompt_tokens: int | None = None
     max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One of the prompts is tokenized; other requests have their turn."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,10 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
-Steps = Generator[Started | Piece, None, None]
+CheckBytes = Callable[[int], None]
+"""Refuses a prompt of so many bytes."""
+
+Steps = Generator[Encoded | Started | Piece, None, None]
 
 
 def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: Limits, seed: int) -> Steps:
@@ -51,8 +65,11 @@ def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: Limits,
         ApiError: 400 for what the model cannot take, 500 if the engine fails.
     """
 
-    def encode() -> list[list[int]]:
-        return [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+    def encode(check: CheckBytes) -> Iterator[list[int]]:
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                check(len(prompt.encode()))
+            yield engine.encode(prompt) if isinstance(prompt, str) else prompt
 
     return _generate(engine, encode, request, limits, seed)
 
@@ -60,37 +77,40 @@ def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: Limits,
 def chat(engine: EmbeddedEngine, request: ChatRequest, limits: Limits, seed: int) -> Steps:
     """Answer a chat; see `complete`."""
 
-    def encode() -> list[list[int]]:
-        return [chat_ids(engine.tokenizer, [message.turn() for message in request.messages])]
+    def encode(check: CheckBytes) -> Iterator[list[int]]:
+        turns = [message.turn() for message in request.messages]
+        check(sum(len(turn["content"].encode()) for turn in turns))
+        yield chat_ids(engine.tokenizer, turns)
 
     return _generate(engine, encode, request, limits, seed)
 
 
 def _generate(
     engine: EmbeddedEngine,
-    encode: Callable[[], list[list[int]]],
+    encode: Callable[[CheckBytes], Iterator[list[int]]],
     request: CompletionRequest | ChatRequest,
     limits: Limits,
     seed: int,
 ) -> Steps:
-    wanted = request.wanted_tokens
-    if limits.max_tokens is not None and (wanted or 0) > limits.max_tokens:
-        raise ApiError(
-            400, f"max_tokens is {wanted}, the server's limit is {limits.max_tokens}", param="max_tokens"
-        )
+    room = engine.config.max_position_embeddings
+    wanted, most = request.wanted_tokens, min(limits.max_tokens or room, room)
+    if wanted is not None and wanted > most:
+        raise ApiError(400, f"max_tokens is {wanted}, the server's limit is {most}", param="max_tokens")
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
+    most_tokens = min(limits.prompt_tokens or room, room)
+
+    def check_bytes(count: int) -> None:
+        if count > (allowed := max(LEAST_PROMPT_BYTES, PROMPT_BYTES * most_tokens)):
+            raise _too_long(f"{count} bytes", f"{allowed} bytes for {most_tokens} tokens", param)
+
     try:
-        prompts = encode()
-        for ids in prompts:
+        prompts = []
+        for ids in encode(check_bytes):
             if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
-                raise ApiError(
-                    400,
-                    f"a prompt has {len(ids)} tokens, the server's limit is {limits.prompt_tokens}",
-                    param=param,
-                    code="context_length_exceeded",
-                )
-        room = engine.config.max_position_embeddings
-        tokens = min(wanted or request.usual_tokens or room, limits.max_tokens or room, room)
+                raise _too_long(f"{len(ids)} tokens", str(limits.prompt_tokens), param)
+            prompts.append(ids)
+            yield Encoded()
+        tokens = min(wanted or request.usual_tokens or most, most)
         sampling = request.sampling(tokens, seed)
         answers = [engine.answer(ids, sampling, i) for i, ids in enumerate(prompts)]
     except EngineError as error:
@@ -103,6 +123,11 @@ def _generate(
         for text in answer:
             yield Piece(i, text, len(answer.token_ids) - seen, answer.finish_reason)
             seen = len(answer.token_ids)
+
+
+def _too_long(size: str, limit: str, param: str) -> ApiError:
+    message = f"a prompt has {size}, the server's limit is {limit}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _text(engine: EmbeddedEngine, prompt: str | list[int]) -> str:

@@ -6,11 +6,10 @@ import threading
 from collections.abc import Generator
 from typing import Any, Generic, TypeVar
 
-from msquant.server.errors import ApiError
+from msquant.server.errors import ApiError, busy
 
 # A client that reads slower than its text is made holds so many steps, and then waits for nobody but itself.
 QUEUED_STEPS = 32
-_RETRY_SECONDS = "1"
 
 _log = logging.getLogger("msquant.serve")
 Step = TypeVar("Step")
@@ -81,6 +80,15 @@ class Worker:
         """Whether requests are still worked on."""
         return self._thread.is_alive() and not self._stopping
 
+    def refusal(self) -> ApiError | None:
+        """Why no request is taken now: 429 or 503, as of `submit`; None if there is a place."""
+        with self._changed:
+            if not self.alive:
+                return _unavailable()
+            if len(self._jobs) >= self._limit:
+                return busy(f"the server works on {self._limit} requests already; try again later")
+            return None
+
     def submit(self, steps: Generator[Step, None, None]) -> Job[Step]:
         """Take a request; its steps run in the worker's thread. To be called in an event loop.
 
@@ -88,15 +96,9 @@ class Worker:
             ApiError: 429 if all places are taken, 503 if the server is stopping or its engine has died.
         """
         with self._changed:
-            if not self.alive:
-                raise _unavailable()
-            if len(self._jobs) >= self._limit:
-                raise ApiError(
-                    429,
-                    f"the server works on {self._limit} requests already; try again later",
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": _RETRY_SECONDS},
-                )
+            refusal = self.refusal()
+            if refusal is not None:
+                raise refusal
             job = Job(self, steps)
             self._jobs.append(job)
             self._changed.notify()

@@ -1,11 +1,15 @@
 """Questions of a task from files on this machine, in the format of the hub's data sets."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msquant.checkpoint.json_file import decode_json
+from msquant.checkpoint.regular_file import read_regular
 from msquant.errors import CalibrationError
+
+# The largest splits that tasks are scored on have some 50 MB.
+_MAX_BYTES = 2**29
 
 # A split by its other names.
 _ALIASES = {"validation": ("validation", "val"), "val": ("val", "validation")}
@@ -96,14 +100,14 @@ def read_records(path: Path) -> Records:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot be read ({error})", where=path) from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = decode_json(line.encode())
         except ValueError as error:
             raise _bad(path, number, f"is not JSON ({error})") from error
         if not isinstance(row, dict):

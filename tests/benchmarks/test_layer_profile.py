@@ -14,6 +14,7 @@ from benchmarks.profiler import Profiler
 from benchmarks.r1 import layer_bytes
 from benchmarks.r1_layers import Sizes, tensors, write_r1_layers
 from msquant.checkpoint.writer import shard_name
+from tests.fixtures.policies import rules
 
 
 class Work:
@@ -64,14 +65,15 @@ SIZES = Sizes(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "clipping"), [("osl", {"clip search", "golden-stick's clipper"}), ("osl-robust", set())]
+    ("algorithm", "clipping"),
+    [("osl-golden-stick", {"clip search", "golden-stick's clipper"}), ("osl", set())],
 )
 def test_the_parts_of_a_layer_add_up(tmp_path: Path, algorithm: str, clipping: set[str]) -> None:
     model = write_r1_layers(tmp_path / "model", sizes=SIZES)
     recipe = tmp_path / "recipe.yaml"
     quantization = {
-        **{"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
-        **{"algorithm": algorithm, "smooth_alpha": [0.5], "weight_clip_ratio": [1.0]},
+        "schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."]),
+        **{"algorithm": algorithm, "smooth_alpha": [0.5]},
     }
     calibration = {"samples": 2, "sequence_length": 32}
     recipe.write_text(

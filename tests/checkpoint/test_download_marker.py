@@ -38,7 +38,12 @@ def test_an_incomplete_folder_is_refused_with_the_command(marker: DownloadMarker
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"files": []}, {"files": {"a": {"size": 1}}}, {"more": 1}, {"complete": None}],
+    [{"version": 2}, {"files": []}, {"files": {"a": {"size": 1}}}, {"more": 1}, {"complete": None}]
+    + [
+        {key: {name: {"size": 1, "algorithm": "sha256", "digest": "0"}}}
+        for key in ("files", "obsolete")
+        for name in ("../../evil", "/etc/passwd", ".msquant/lock", "a\x9bb")
+    ],
 )
 def test_a_damaged_one_is_an_error(change: dict[str, object], marker: DownloadMarker, tmp_path: Path) -> None:
     marker.write(tmp_path)

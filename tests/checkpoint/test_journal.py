@@ -93,7 +93,7 @@ def test_a_file_that_is_no_journal_is_an_error_and_restart_replaces_it(
 def test_a_journal_of_another_version_is_an_error(tmp_path: Path) -> None:
     import hashlib
 
-    record = {"identity": IDENTITY, "version": 2}
+    record = {"identity": IDENTITY, "version": 1}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     line = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "record": record}
     (tmp_path / JOURNAL_NAME).write_text(json.dumps(line) + "\n")

@@ -1,14 +1,17 @@
 """A result folder appears whole or not at all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from msquant.checkpoint.journal import JOURNAL_NAME
 from msquant.checkpoint.output_folder import LOCK_NAME, OutputFolder
 from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
@@ -145,6 +148,91 @@ def test_a_result_is_replaced_only_on_demand_and_only_when_the_new_one_is_comple
     make_result(target, "new", overwrite=True)
     assert (target / "data").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+RENAMES = ("os.rename",)
+ALL_USES = (*RENAMES, "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir", "open")
+
+
+def killed_at(point: int, events: Sequence[str], folder: Path, work: Callable[[], None]) -> bool:
+    """Do the work in a process that kills itself before so many uses of a path in a folder.
+
+    Returns:
+        Whether it came to that.
+    """
+    if (child := os.fork()) == 0:
+        left = point
+
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in events and str(arguments[0]).startswith(str(folder)):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+def result_files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.txt")}
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+@pytest.mark.parametrize(
+    ("events", "least"), [(RENAMES, 5), pytest.param(ALL_USES, 20, marks=pytest.mark.slow)]
+)
+def test_a_kill_at_any_moment_of_overwrite_leaves_one_whole_result_after_the_next_run(
+    events: Sequence[str], least: int, resumable: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "result"
+    old = {"msquant.json.txt": "old", "a.txt": "old", "only-old.txt": "old"}
+    new = {"msquant.json.txt": "new", "a.txt": "new", "only-new.txt": "new"}
+
+    def write(content: dict[str, str]) -> None:
+        with OutputFolder(target, overwrite=True) as output:
+            if resumable:
+                (output.path / JOURNAL_NAME).write_text("")
+            for name, text in {**content, "msquant.json": "{}"}.items():
+                write_text(output.path / name, text)
+            output.finish()
+
+    kills = 0
+    while True:
+        write(old)
+        if not killed_at(kills, events, tmp_path, lambda: write(new)):
+            break
+        kills += 1
+        # The next run does what is left to do before it begins its own work, which it leaves undone.
+        with OutputFolder(target, overwrite=True) as output:
+            output.keep = False
+        assert [path.name for path in tmp_path.iterdir()] == ["result"], kills
+        assert result_files(target) in (old, new), kills
+        assert len(list(target.iterdir())) == 4, kills
+        write(new)
+        assert [path.name for path in tmp_path.iterdir()] == ["result"]
+        assert result_files(target) == new
+    assert kills >= least
+
+
+def test_a_result_that_was_made_anew_since_a_kill_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    make_result(target, "new")
+    shutil.copytree(target, tmp_path / "result.partial" / ".msquant.replaced")
+    for _ in range(2):
+        with (
+            pytest.raises(OutputError, match="made anew since then") as caught,
+            OutputFolder(target, overwrite=True),
+        ):
+            pass
+        assert caught.value.where == str(tmp_path / "result.partial" / ".msquant.replaced")
+    assert (tmp_path / "result.partial" / ".msquant.replaced" / "data").exists()
 
 
 def test_a_target_that_was_taken_meanwhile_is_not_touched(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import yaml
 
 from msquant.recipes import load_recipe
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 description: two layers
 model: {model}
@@ -116,12 +118,22 @@ def test_a_wrong_option_is_named(
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    # golden-stick's own search, to have the time to interrupt it.
-    text = RECIPE.format(model=tiny_llama).replace("smoothquant", "osl\n  search: reference")
+    # A search over many tokens, to have the time to interrupt it.
+    text = RECIPE.format(model=tiny_llama).replace("smoothquant", "osl-golden-stick")
     (tmp_path / "slow.yaml").write_text(text)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "msquant", "analyze", "slow.yaml", "--sequence-length", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "msquant",
+        "analyze",
+        "slow.yaml",
+        "--sequence-length",
+        "64",
+        "--samples",
+        "256",
+    ]
     command += ["--keep-float", "1", "--output", "mixed.yaml"]
     environment = os.environ | {"TMPDIR": str(scratch)}
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)

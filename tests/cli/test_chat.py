@@ -68,6 +68,7 @@ def terminal(*options: str) -> Iterator[Terminal]:
         opened.process.kill()
 
 
+@pytest.mark.e2e
 def test_a_chat(chat_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(chat_model, tmp_path / "long")
     config = json.loads((folder / "config.json").read_text())
@@ -92,6 +93,7 @@ def test_a_chat(chat_model: Path, tmp_path: Path) -> None:
         assert (code, shown.strip()) == (0, "")
 
 
+@pytest.mark.e2e
 def test_without_a_chat_template(tiny_llama: Path) -> None:
     with terminal("--model", str(tiny_llama)) as chat:
         code, shown = chat.end()

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.inference.packages import write_package
+
+pytestmark = pytest.mark.e2e
 
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:

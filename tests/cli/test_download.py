@@ -17,6 +17,8 @@ from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
 
+pytestmark = pytest.mark.e2e
+
 REPOSITORY = "MindSpore-Lab/Tiny-W8A8"
 WEIGHTS = os.urandom(40_000_000)
 FILES: dict[str, bytes | Path | Blob] = {

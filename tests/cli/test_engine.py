@@ -10,6 +10,8 @@ import pytest
 
 from tests.inference.stand_in_vllm import compressed_folder, install_stand_in
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", *map(str, arguments)]

@@ -10,6 +10,8 @@ import pytest
 from tests.inference.quantized_folder import write_quantized
 from tests.tasks.questions import sums, write_records
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", *map(str, arguments)]

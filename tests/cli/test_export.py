@@ -9,6 +9,8 @@ from tests.cli.test_quantize import msquant
 from tests.formats.expert_folders import write_experts
 from tests.test_export import MODELS
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

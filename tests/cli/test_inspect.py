@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.writer import write_json, write_shard
+from msquant.schemes import W8A8_DYNAMIC
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of, write_experts
 from tests.formats.folders import change_tensors, write_folder
+
+pytestmark = pytest.mark.e2e
 
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -145,7 +148,7 @@ def per_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {**DEEPSEEK, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32}
     config |= {"intermediate_size": 32, "moe_intermediate_size": 16, "num_nextn_predict_layers": 0}
     schemes = schemes_of(config)
-    query = {module: "dynamic" for module in schemes if "q_b_proj" in module}
+    query = {module: W8A8_DYNAMIC for module in schemes if "q_b_proj" in module}
     folder = tmp_path_factory.mktemp("inspect") / "per-token"
     write_experts(folder, config, schemes={**schemes, **query})
     return folder

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 model: {model}
 quantization:
   smooth_alpha: [0.4, 0.7]
-  weight_clip_ratio: [1.0, 0.9]
 calibration:
   samples: 2
   sequence_length: 32
@@ -75,16 +76,15 @@ def test_verbose_shows_golden_sticks_log(recipe: Path, tmp_path: Path) -> None:
     done = msquant("quantize", recipe, "-v", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "GoldenStick" in done.stderr
-    assert json.loads(done.stdout)["folder"] == str(tmp_path / "tiny-osl-robust")
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "tiny-osl")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["no-such-model"], ["no-such-model", "msquant recipes list"]),
-        (["smollm2-135m", "--algo", "gptq"], ["gptq", "osl"]),
+        (["smollm2-135m", "--algo", "ols"], ["--algo", "ols", "did you mean osl?"]),
         (["smollm2-135m", "--samples", "0"], ["calibration.samples"]),
-        (["smollm2-135m", "--search", "quick"], ["quick", "reference"]),
         (["tiny.yaml", "--calibration", "missing.txt"], ["missing.txt"]),
         (["tiny.yaml", "--samples", "1000000"], ["tokens"]),
         (["tiny.yaml", "--device", "tpu"], ["tpu", "cpu"]),

@@ -12,10 +12,12 @@ from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
 
+pytestmark = pytest.mark.e2e
+
 HUB_ID = "some-org/tiny"
 RECIPE = f"""
 model: {HUB_ID}
-quantization: {{smooth_alpha: [0.5], weight_clip_ratio: [1.0]}}
+quantization: {{smooth_alpha: [0.5]}}
 calibration: {{samples: 2, sequence_length: 32}}
 """
 

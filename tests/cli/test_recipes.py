@@ -9,6 +9,8 @@ import pytest
 
 from msquant.recipes import load_recipe, shipped_recipes
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", "recipes", *map(str, arguments)]
@@ -69,12 +71,12 @@ def test_copy_validate_and_change(tmp_path: Path) -> None:
     assert run.stdout == f"Valid: {file}, for Qwen/Qwen3-30B-A3B.\n"
     document = json.loads(msquant("validate", file, "--json").stdout)
     assert document["valid"] is True
-    assert document["recipe"]["quantization"]["dynamic"] == ["mlp."]
+    assert {"mlp.": "W8A8_DYNAMIC"} in document["recipe"]["quantization"]["schemes"]
 
-    file.write_text(file.read_text().replace("dynamic:", "dynamc:"))
+    file.write_text(file.read_text().replace("schemes:", "schems:"))
     run = msquant("validate", file)
     assert run.returncode == 1
-    assert "unknown key quantization.dynamc (did you mean dynamic?)" in run.stderr
+    assert "unknown key quantization.schems (did you mean schemes?)" in run.stderr
     assert str(file) in run.stderr
     run = msquant("validate", file, "--json")
     assert run.returncode == 1

@@ -9,6 +9,8 @@ import pytest
 
 from tests.formats.folders import write_folder
 
+pytestmark = pytest.mark.e2e
+
 
 def msquant(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "msquant", *map(str, arguments)]

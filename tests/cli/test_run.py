@@ -47,6 +47,7 @@ def test_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert completion["tokens_per_second"] > 0
 
 
+@pytest.mark.e2e
 def test_lines_of_the_guide_and_nothing_else(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_without_model(
     assert json.loads(capsys.readouterr().out)["model"] == str(model)
 
 
+@pytest.mark.e2e
 def test_text_grows_on_a_terminal(model: Path) -> None:
     """The growing text is drawn on stderr and wiped; stdout has the final line alone."""
     terminal, stderr = pty.openpty()
@@ -117,6 +119,7 @@ def test_stream_prints_the_text_alone(
     assert capsys.readouterr().out == f"{whole[: whole.index(stop)]}\n"
 
 
+@pytest.mark.e2e
 def test_prompts_from_a_file_come_after_those_of_the_command_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from msquant.cli.app import main
+from tests.formats.folders import write_folder
 from tests.inference.quantized_folder import write_quantized
 
 COMMAND = [sys.executable, "-m", "msquant", "serve"]
@@ -72,6 +73,7 @@ def end(process: subprocess.Popen[str], url: str, number: signal.Signals, key: s
     return rest, errors
 
 
+@pytest.mark.e2e
 def test_serves_scripts_until_ctrl_c(model: Path) -> None:
     with served(model, "--json", "--api-key-env", "THE_KEY", THE_KEY="s3cret") as (process, line):
         ready = json.loads(line)
@@ -81,6 +83,7 @@ def test_serves_scripts_until_ctrl_c(model: Path) -> None:
         assert (rest, errors, process.returncode) == ("", "interrupted\n", 130)
 
 
+@pytest.mark.e2e
 def test_serves_people_until_sigterm(model: Path) -> None:
     with served(model, "--host", "0.0.0.0") as (process, line):
         assert line.startswith("tiny (embedded) is served at http://0.0.0.0:")
@@ -115,6 +118,7 @@ def test_port_in_use(
         (["--max-body", "huge"], 1, "'huge' is not a size"),
         (["--max-requests", "0"], 2, "--max-requests"),
         (["--api-key-env", "NO_SUCH_KEY"], 1, "environment variable NO_SUCH_KEY is not set"),
+        (["--allow-host", "http://x", "--port", "0"], 1, "'http://x' is not a name"),
         (["--host", "no.such.host.invalid"], 1, "'no.such.host.invalid' is unknown"),
     ],
 )
@@ -159,10 +163,22 @@ def test_dry_run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "s3cret" not in json.dumps(document)
 
 
-def test_dry_run_of_every_node(
+def test_a_folder_that_the_server_would_refuse_is_named_before_anything_starts(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = ["--model", str(model), "--engine", "vllm-mindspore", "--recipe", "deepseek-r1", "--dry-run"]
+    assert run([*options, "--json"], monkeypatch) == 1
+    error = json.dumps(json.loads(capsys.readouterr().out))
+    assert "vllm-mindspore 0.5.1 (Native) with tensor_parallel_size 16 cannot serve this" in error
+    assert "num_attention_heads" in error
+    assert "choose a tensor_parallel_size that divides it" in error
+
+
+def test_dry_run_of_every_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ray's start on both nodes with the variables, its state, and the server on the first."""
+    model = write_folder(tmp_path / "m", num_attention_heads=16, num_key_value_heads=4, intermediate_size=32)
     options = ["--model", str(model), "--engine", "vllm-mindspore", "--recipe", "deepseek-r1", "--dry-run"]
     assert run([*options, "--json"], monkeypatch) == 1
     error = json.loads(capsys.readouterr().out)["error"]

@@ -11,10 +11,12 @@ import pytest
 
 from tests.fixtures.hub_server import Hub, serve
 
+pytestmark = pytest.mark.e2e
+
 REPOSITORY = "my-org/Tiny-W8A8"
 RECIPE = """
 model: {model}
-quantization: {{smooth_alpha: [0.5], weight_clip_ratio: [1.0]}}
+quantization: {{smooth_alpha: [0.5]}}
 calibration: {{samples: 2, sequence_length: 32}}
 """
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from msquant.pipeline import quantize
 from msquant.recipes import validate_recipe
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 POLICIES: dict[str, dict[str, object]] = {
     # Static, with one matrix left in floating point.
-    "llama": {"skip": ["lm_head", "model.layers.1.mlp.down_proj"]},
-    "qwen2": {"skip": ["lm_head"]},
+    "llama": {"schemes": rules(skip=["lm_head", "model.layers.1.mlp.down_proj"])},
+    "qwen2": {"schemes": rules()},
     # Static attention, experts by token.
-    "qwen3_moe": {"skip": ["lm_head"], "dynamic": ["mlp."]},
-    "deepseek_v3": {"skip": ["lm_head", "kv_b_proj"], "dynamic": ["mlp."]},
+    "qwen3_moe": {"schemes": rules(dynamic=["mlp."])},
+    "deepseek_v3": {"schemes": rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."])},
 }
 DEINTERLEAVED = {"deepseek_v3"}
 

@@ -8,13 +8,14 @@ import ml_dtypes
 import numpy as np
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import write_json
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.format import FormatName
 from msquant.formats.golden_stick_schemes import variant_of
 from msquant.formats.group_writer import GroupWriter
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 
 DEEPSEEK: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -77,14 +78,14 @@ def schemes_of(config: Mapping[str, Any]) -> dict[str, Scheme]:
     Static throughout where the backend knows nothing else.
     """
     schemes: dict[str, Scheme] = {}
-    feed_forward: Scheme = "dynamic" if variant_of(config) == "mindformers" else "static"
+    feed_forward: Scheme = W8A8_DYNAMIC if variant_of(config) == "mindformers" else W8A8
     for group in groups_of(config):
         for name, shape in group.items():
             module, _, part = name.rpartition(".")
             if part != "weight" or len(shape) != 2 or module.endswith(_FLOAT_SUFFIXES):
                 continue
             predicts = int(module.split(".")[2]) >= config["num_hidden_layers"]
-            schemes[module] = "float" if predicts else feed_forward if ".mlp." in module else "static"
+            schemes[module] = FLOAT if predicts else feed_forward if ".mlp." in module else W8A8
     return schemes
 
 
@@ -92,17 +93,17 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
     """A layer, the same for the same name; layers that read one input have one input scale."""
     rng = np.random.default_rng(sum(map(ord, module)))
     stored_bias = rng.normal(size=shape[0]).astype(np.float32) if bias else None
-    if scheme == "float":
+    if scheme == FLOAT:
         return FloatLinear(rng.normal(size=shape).astype(np.float32), stored_bias)
     weight = rng.integers(-128, 128, shape, dtype=np.int8)
     scales = rng.uniform(1e-4, 1e-2, shape[0]).astype(np.float32)
-    if scheme != "static":
+    if scheme != W8A8:
         # Servers keep these in the model's dtype.
         scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
-        return QuantizedLinear(weight, scales, stored_bias, weight_only=scheme == "weight_only")
+        return QuantizedLinear(weight, scales, scheme, stored_bias)
     own = module.endswith(("o_proj", "b_proj"))
     scale, offset = np.full(1, 0.03 if own else 0.07, np.float32), np.full(1, 5 if own else -3, np.int32)
-    return QuantizedLinear(weight, scales, stored_bias, scale, offset)
+    return QuantizedLinear(weight, scales, scheme, stored_bias, scale, offset)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:

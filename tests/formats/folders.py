@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
 from msquant.formats.golden_stick import DESCRIPTION_NAME, cast, describe, encode_linear
+from msquant.schemes import W8A8
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +38,7 @@ def random_quantized(rows: int, columns: int, seed: int, *, bias: bool = False) 
     return QuantizedLinear(
         weight=rng.integers(-128, 128, (rows, columns), dtype=np.int8),
         weight_scale=rng.uniform(1e-4, 1e-2, rows).astype(np.float32),
+        scheme=W8A8,
         bias=rng.normal(size=rows).astype(np.float32) if bias else None,
         input_scale=rng.uniform(0.01, 0.1, 1).astype(np.float32),
         input_offset=rng.integers(-128, 128, 1, dtype=np.int32),
@@ -46,7 +49,7 @@ def _layer(module: str, shape: tuple[int, ...], *, bias: bool) -> Linear:
     own = random_quantized(*shape, seed=sum(map(ord, module)), bias=bias)
     projection = module.rpartition(".")[2].removesuffix("_proj")
     group = random_quantized(1, 1, seed=_GROUP[projection])
-    return QuantizedLinear(own.weight, own.weight_scale, own.bias, group.input_scale, group.input_offset)
+    return replace(own, input_scale=group.input_scale, input_offset=group.input_offset)
 
 
 def write_folder(folder: Path, *, float_modules: tuple[str, ...] = (), **changes: Any) -> Path:

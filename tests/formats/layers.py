@@ -3,6 +3,7 @@
 import numpy as np
 
 from msquant.checkpoint.weights import QuantizedLinear
+from msquant.schemes import W8A8, W8A8_DYNAMIC
 
 
 def random_layer(
@@ -13,6 +14,7 @@ def random_layer(
     return QuantizedLinear(
         weight=rng.integers(-128, 128, (rows, columns), dtype=np.int8),
         weight_scale=rng.uniform(1e-4, 1e-2, rows).astype(np.float32),
+        scheme=W8A8_DYNAMIC if dynamic else W8A8,
         bias=rng.normal(size=rows).astype(np.float32) if bias else None,
         input_scale=None if dynamic else rng.uniform(0.01, 0.1, 1).astype(np.float32),
         input_offset=None if dynamic else rng.integers(-128, 128, 1, dtype=np.int32),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme, as_computed
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, as_computed
 from msquant.errors import CheckpointError
 from msquant.formats.ascend_layout import decode_linear, encode_linear, linear_specs
+from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.layers import ideal_output, random_layer
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -100,14 +101,14 @@ def test_the_bias_of_per_token_activations_is_added_as_it_is() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_vllm_ascend_computes_a_layer_with_int8_weights_alone(bias: bool) -> None:
     """As w8a16.py has it: `npu_weight_quant_batchmatmul` dequantizes to `(weight + offset) * scale`."""
-    linear = replace(random_layer(12, 40, 3, bias=bias, dynamic=True), weight_only=True)
+    linear = replace(random_layer(12, 40, 3, bias=bias, dynamic=True), scheme=W8A16)
     tensors = encode_linear(MODULE, linear, "bfloat16")
     parts = {name.removeprefix(f"{MODULE}."): torch.from_numpy(a).double() for name, a in tensors.items()}
     scale = parts["weight_scale"].bfloat16().double()
     x = np.random.default_rng(3).normal(size=(9, 40))
     y = torch.from_numpy(x) @ ((parts["weight"] + parts["weight_offset"]) * scale).T
-    back = decode_linear(MODULE, tensors, "bfloat16", weight_only=True)
-    assert back.scheme == "weight_only"
+    back = decode_linear(MODULE, tensors, "bfloat16", W8A16)
+    assert back.scheme == W8A16
     floats = as_computed(back)
     expected = x @ floats.weight.T.astype(np.float64)
     if bias:
@@ -115,12 +116,12 @@ def test_vllm_ascend_computes_a_layer_with_int8_weights_alone(bias: bool) -> Non
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["static", "dynamic", "weight_only"])
+@pytest.mark.parametrize("scheme", [W8A8, W8A8_DYNAMIC, W8A16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_specs_are_those_of_the_tensors(scheme: Scheme, bias: bool, dtype: str) -> None:
-    linear = random_layer(3, 5, 1, dynamic=scheme != "static", bias=bias)
-    tensors = encode_linear(MODULE, replace(linear, weight_only=scheme == "weight_only"), dtype)
+    linear = random_layer(3, 5, 1, dynamic=not scheme.is_static, bias=bias)
+    tensors = encode_linear(MODULE, replace(linear, scheme=scheme), dtype)
     specs = linear_specs(MODULE, (3, 5), scheme, dtype, bias)
     assert {spec.name: spec for spec in specs} == {n: TensorSpec.of(n, a) for n, a in tensors.items()}
 

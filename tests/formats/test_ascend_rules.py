@@ -10,12 +10,13 @@ import pytest
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
-from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend import AscendCheckpoint
 from msquant.formats.ascend_rules import validate
 from msquant.formats.ascend_schemes import DESCRIPTION_NAME, describe
 from msquant.formats.registry import folder_format, model_format
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_json, change_tensors
 
@@ -30,9 +31,9 @@ BIASED = {**CONFIG, "attention_bias": True}
 def mixed(config: dict[str, Any]) -> dict[str, Scheme]:
     """Static, but for down_proj per token, o_proj by its weights alone, and one that is not quantized."""
     schemes = schemes_of(config)
-    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
-    schemes.update({module: "weight_only" for module in schemes if module.endswith("o_proj")})
-    return {**schemes, "model.layers.1.mlp.down_proj": "float"}
+    schemes.update({module: W8A8_DYNAMIC for module in schemes if module.endswith("down_proj")})
+    schemes.update({module: W8A16 for module in schemes if module.endswith("o_proj")})
+    return {**schemes, "model.layers.1.mlp.down_proj": FLOAT}
 
 
 @pytest.fixture
@@ -80,12 +81,12 @@ def test_a_written_folder_keeps_the_rules_and_is_what_was_written(
         bias = linear.bias is not None
         assert bias == (bool(config.get("attention_bias")) and "self_attn" in module)
         expected = random_linear(module, linear.weight.shape, scheme, bias=bias)
-        assert isinstance(linear, FloatLinear) == (scheme == "float")
+        assert isinstance(linear, FloatLinear) == (scheme == FLOAT)
         if isinstance(linear, QuantizedLinear) and isinstance(expected, QuantizedLinear):
             np.testing.assert_array_equal(linear.weight, expected.weight)
             np.testing.assert_allclose(linear.weight_scale, expected.weight_scale, rtol=3e-7)
             assert linear.scheme == expected.scheme
-            assert (linear.input_reciprocal is not None) == (scheme == "static")
+            assert (linear.input_reciprocal is not None) == scheme.is_static
     assert form.stored_schemes(Checkpoint.open(tmp_path / "m"), schemes) == schemes
 
 
@@ -111,7 +112,7 @@ def test_scales_are_read_as_vllm_ascend_rounds_them(folder: Path) -> None:
 
 def test_the_description_has_what_vllm_ascend_and_msmodelslim_expect() -> None:
     names = [f"{Q}.weight", f"{Q}.deq_scale", f"{Q}.bias", f"{DOWN}.weight", "model.norm.weight"]
-    assert describe(names, {Q: "static", DOWN: "dynamic"}) == {
+    assert describe(names, {Q: W8A8, DOWN: W8A8_DYNAMIC}) == {
         "lm_head.weight": "FLOAT",
         f"{DOWN}.weight": "W8A8_DYNAMIC",
         f"{Q}.bias": "FLOAT",
@@ -123,8 +124,8 @@ def test_the_description_has_what_vllm_ascend_and_msmodelslim_expect() -> None:
         "metadata": {},
         "group_size": 0,
     }
-    assert describe([f"{DOWN}.weight"], {DOWN: "dynamic"})["model_quant_type"] == "W8A8_DYNAMIC"
-    alone = describe([f"{DOWN}.weight", f"{DOWN}.weight_scale"], {DOWN: "weight_only"})
+    assert describe([f"{DOWN}.weight"], {DOWN: W8A8_DYNAMIC})["model_quant_type"] == "W8A8_DYNAMIC"
+    alone = describe([f"{DOWN}.weight", f"{DOWN}.weight_scale"], {DOWN: W8A16})
     assert alone["model_quant_type"] == alone[f"{DOWN}.weight_scale"] == "W8A16"
 
 
@@ -261,18 +262,18 @@ def test_a_missing_description_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, unlike {Q} (static): they run as one layer"),
-        (CONFIG, {Q: "weight_only"}, f"{K}: is static, unlike {Q} (weight_only): they run as one layer"),
-        (CONFIG, {"lm_head": "dynamic"}, "vllm-ascend takes the output head in floating point only"),
-        (QWEN, {EXPERT: "float"}, "they run as one layer"),
-        (QWEN, {EXPERT: "static"}, "per-token activations (dynamic) only"),
+        (CONFIG, {K: W8A8_DYNAMIC}, f"{K}: is W8A8_DYNAMIC, unlike {Q} (W8A8): they run as one layer"),
+        (CONFIG, {Q: W8A16}, f"{K}: is W8A8, unlike {Q} (W8A16): they run as one layer"),
+        (CONFIG, {"lm_head": W8A8_DYNAMIC}, "vllm-ascend takes the output head in floating point only"),
+        (QWEN, {EXPERT: FLOAT}, "they run as one layer"),
+        (QWEN, {EXPERT: W8A8}, "per-token activations (W8A8_DYNAMIC) only"),
         (
             QWEN,
-            {EXPERT: "weight_only"},
-            "is weight_only: vllm-ascend runs routed experts in",
+            {EXPERT: W8A16},
+            "is W8A16: vllm-ascend runs routed experts with per-token",
         ),
-        (DEEPSEEK, {"model.layers.1.self_attn.kv_b_proj": "dynamic"}, "which it folds into the attention"),
-        (DEEPSEEK, {"model.layers.0.self_attn.q_a_proj": "float"}, "they run as one layer"),
+        (DEEPSEEK, {"model.layers.1.self_attn.kv_b_proj": W8A8_DYNAMIC}, "which it folds into the attention"),
+        (DEEPSEEK, {"model.layers.0.self_attn.q_a_proj": FLOAT}, "they run as one layer"),
     ],
 )
 def test_schemes_that_vllm_ascend_cannot_run_are_named(

@@ -9,6 +9,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_layout import decode_linear, encode_linear, exact_scale, linear_specs
+from msquant.schemes import W8A8, W8A8_DYNAMIC
 from tests.formats.layers import ideal_output, random_layer
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -73,7 +74,7 @@ def test_what_is_read_back_is_what_went_in(dtype: str, tolerance: float) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_specs_are_those_of_the_tensors(scheme: str, bias: bool, dtype: str) -> None:
     tensors = encode_linear(MODULE, random_layer(3, 5, 1, dynamic=scheme == "dynamic", bias=bias), dtype)
-    specs = linear_specs(MODULE, (3, 5), "dynamic" if scheme == "dynamic" else "static", dtype, bias)
+    specs = linear_specs(MODULE, (3, 5), W8A8_DYNAMIC if scheme == "dynamic" else W8A8, dtype, bias)
     assert {spec.name: spec for spec in specs} == {n: TensorSpec.of(n, a) for n, a in tensors.items()}
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.formats.compressed_tensors import CompressedTensorsCheckpoint
+from msquant.schemes import FLOAT, W8A8_DYNAMIC
 from tests.formats.expert_folders import schemes_of, write_experts
 from tests.formats.folders import CONFIG
 
@@ -24,9 +25,9 @@ SMALL = {**CONFIG, "attention_bias": True, "rms_norm_eps": 1e-5, "max_position_e
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Static attention, per-token down_proj but for one that is not quantized, one layer's q, k and v too."""
     schemes = schemes_of(SMALL)
-    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
-    schemes.update({f"model.layers.1.self_attn.{name}_proj": "dynamic" for name in "qkv"})
-    schemes["model.layers.1.mlp.down_proj"] = "float"
+    schemes.update({module: W8A8_DYNAMIC for module in schemes if module.endswith("down_proj")})
+    schemes.update({f"model.layers.1.self_attn.{name}_proj": W8A8_DYNAMIC for name in "qkv"})
+    schemes["model.layers.1.mlp.down_proj"] = FLOAT
     folder = tmp_path_factory.mktemp("package") / "m"
     write_experts(folder, SMALL, schemes=schemes, format_name="compressed-tensors")
     return folder

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.weights import FloatLinear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.errors import CheckpointError, RecipeError
 from msquant.formats.compressed_tensors import CompressedTensorsCheckpoint
 from msquant.formats.compressed_tensors_rules import notes, validate
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.registry import folder_format, model_format
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import (
     DEEPSEEK,
     QWEN,
@@ -33,8 +34,8 @@ EXPERT = "model.layers.1.mlp.experts.1.up_proj"
 def mixed(config: dict[str, Any]) -> dict[str, Scheme]:
     """Attention static, feed-forward per token, but for one layer that is not quantized."""
     schemes = schemes_of(config)
-    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
-    return {**schemes, "model.layers.1.mlp.down_proj": "float"}
+    schemes.update({module: W8A8_DYNAMIC for module in schemes if module.endswith("down_proj")})
+    return {**schemes, "model.layers.1.mlp.down_proj": FLOAT}
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_written_folder_keeps_the_rules_and_is_what_was_written(
     for module, scheme in schemes.items():
         linear = source.linear(module)
         expected = random_linear(module, linear.weight.shape, scheme)
-        assert isinstance(linear, FloatLinear) == (scheme == "float")
+        assert isinstance(linear, FloatLinear) == (scheme == FLOAT)
         if isinstance(linear, QuantizedLinear) and isinstance(expected, QuantizedLinear):
             np.testing.assert_array_equal(linear.weight, expected.weight)
             np.testing.assert_array_equal(linear.weight_scale, expected.weight_scale)
@@ -145,7 +146,7 @@ def test_a_fused_layer_that_the_targets_leave_to_another_group_is_found(folder: 
 
 def test_parts_of_a_fused_layer_in_two_schemes_are_found(folder: Path) -> None:
     change_json(folder / "config.json", lambda c: c["quantization_config"]["ignore"].append(K))
-    assert any("is float, unlike" in p for p in problems(folder))
+    assert any("is FLOAT, unlike" in p for p in problems(folder))
 
 
 def test_a_dtype_that_vllm_does_not_run_is_found(folder: Path) -> None:
@@ -172,13 +173,13 @@ def test_a_changed_file_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (CONFIG, {K: "dynamic"}, f"{K}: is dynamic, unlike {Q} (static): they run as one layer"),
-        (CONFIG, {Q: "weight_only"}, "in this format msquant writes float, static, dynamic for vLLM"),
-        (CONFIG, {"lm_head": "dynamic"}, "vLLM takes the output head in floating point only"),
-        (QWEN, {EXPERT: "float"}, "they run as one layer"),
-        (QWEN, {"model.layers.1.mlp.gate": "dynamic"}, "the router"),
-        (DEEPSEEK, {"model.layers.1.self_attn.kv_b_proj": "static"}, "it accepts dynamic and float"),
-        (DEEPSEEK, {"model.layers.0.self_attn.q_a_proj": "float"}, "they run as one layer"),
+        (CONFIG, {K: W8A8_DYNAMIC}, f"{K}: is W8A8_DYNAMIC, unlike {Q} (W8A8): they run as one layer"),
+        (CONFIG, {Q: W8A16}, "in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC for vLLM"),
+        (CONFIG, {"lm_head": W8A8_DYNAMIC}, "vLLM takes the output head in floating point only"),
+        (QWEN, {EXPERT: FLOAT}, "they run as one layer"),
+        (QWEN, {"model.layers.1.mlp.gate": W8A8_DYNAMIC}, "the router"),
+        (DEEPSEEK, {"model.layers.1.self_attn.kv_b_proj": W8A8}, "it accepts W8A8_DYNAMIC and FLOAT"),
+        (DEEPSEEK, {"model.layers.0.self_attn.q_a_proj": FLOAT}, "they run as one layer"),
     ],
 )
 def test_schemes_that_vllm_cannot_run_are_named(
@@ -191,22 +192,22 @@ def test_schemes_that_vllm_cannot_run_are_named(
 
 
 def test_static_experts_are_refused_before_any_work() -> None:
-    schemes = dict.fromkeys(schemes_of(QWEN), "static")
+    schemes = dict.fromkeys(schemes_of(QWEN), W8A8)
     found = list(model_format("compressed-tensors", QWEN).check(schemes, QWEN))
     experts = [module for module in schemes if ".experts." in module]
     assert [finding.where for finding in found] == experts
-    assert "per-token activations (dynamic) only" in found[0].problem
+    assert "per-token activations (W8A8_DYNAMIC) only" in found[0].problem
 
 
 def test_a_quantized_kv_b_proj_that_vllm_can_take_apart_is_accepted(tmp_path: Path) -> None:
     schemes: dict[str, Scheme] = {**schemes_of(DEEPSEEK)}
-    schemes.update({f"model.layers.{index}.self_attn.kv_b_proj": "dynamic" for index in range(2)})
+    schemes.update({f"model.layers.{index}.self_attn.kv_b_proj": W8A8_DYNAMIC for index in range(2)})
     write_experts(tmp_path / "m", DEEPSEEK, schemes=schemes, format_name="compressed-tensors")
     assert validate(tmp_path / "m") == []
 
 
 def test_a_plan_for_what_vllm_cannot_run_is_refused() -> None:
-    schemes: dict[str, Scheme] = {**schemes_of(CONFIG), K: "dynamic"}
+    schemes: dict[str, Scheme] = {**schemes_of(CONFIG), K: W8A8_DYNAMIC}
     with pytest.raises(RecipeError, match="vLLM cannot serve this"):
         plan_folder(groups_of(CONFIG), schemes, CONFIG, "bfloat16", format_name="compressed-tensors")
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.checkpoint.weights import Scheme
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors_section import make_section, read_section
 from msquant.formats.compressed_tensors_targets import patterns
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, groups_of, schemes_of
 from tests.formats.folders import CONFIG
 
@@ -45,7 +45,7 @@ def test_layers_that_are_all_alike_are_one_group() -> None:
 
 def test_a_kind_of_layer_is_one_pattern() -> None:
     schemes = schemes_of(CONFIG)
-    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
+    schemes.update({module: W8A8_DYNAMIC for module in schemes if module.endswith("down_proj")})
     section = section_of(CONFIG, schemes)
     assert targets(section) == [["Linear"], [r"re:.*\.mlp\.down_proj$"]]
     assert section["config_groups"]["group_1"]["input_activations"] == {
@@ -59,8 +59,8 @@ def test_a_kind_of_layer_is_one_pattern() -> None:
 
 def test_single_layers_are_named_with_the_layer_they_are_fused_into() -> None:
     schemes = schemes_of(CONFIG)
-    schemes.update({f"model.layers.1.mlp.{name}_proj": "dynamic" for name in ("gate", "up")})
-    schemes["model.layers.0.mlp.down_proj"] = "float"
+    schemes.update({f"model.layers.1.mlp.{name}_proj": W8A8_DYNAMIC for name in ("gate", "up")})
+    schemes["model.layers.0.mlp.down_proj"] = FLOAT
     section = section_of(CONFIG, schemes)
     names = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "gate_up", "up")]
     assert targets(section) == [["Linear"], names]
@@ -87,7 +87,7 @@ def test_single_layers_are_named_with_the_layer_they_are_fused_into() -> None:
 def test_experts_are_the_group_of_all_linear_layers(
     config: dict[str, Any], attention: str, ignored: list[str]
 ) -> None:
-    schemes = dict.fromkeys(schemes_of(config), "static") | schemes_of(config)
+    schemes = dict.fromkeys(schemes_of(config), W8A8) | schemes_of(config)
     section = section_of(config, schemes)
     assert targets(section) == [["Linear"], [rf"re:.*\.self_attn\.{attention}$"]]
     assert section["config_groups"]["group_0"]["input_activations"]["dynamic"]
@@ -97,7 +97,7 @@ def test_experts_are_the_group_of_all_linear_layers(
 @pytest.mark.parametrize("config", [CONFIG, QWEN, DEEPSEEK], ids=["llama", "qwen3-moe", "deepseek"])
 @pytest.mark.parametrize("seed", range(8))
 def test_every_layer_is_read_in_the_scheme_it_was_written_in(config: dict[str, Any], seed: int) -> None:
-    choices: list[Scheme] = ["float", "static", "dynamic"]
+    choices: list[Scheme] = [FLOAT, W8A8, W8A8_DYNAMIC]
     modules = schemes_of(config)
     # Experts of a layer are alike, and so are layers that run as one; all else is as it comes.
     key = [module.replace("k_proj", "q_proj").replace("v_proj", "q_proj") for module in modules]
@@ -109,7 +109,7 @@ def test_every_layer_is_read_in_the_scheme_it_was_written_in(config: dict[str, A
     read = read_section({"quantization_config": section_of(config, schemes)})
     for module, scheme in schemes.items():
         group = read.group(module)
-        assert (group.scheme if group else "float") == scheme, module
+        assert (group.scheme if group else FLOAT) == scheme, module
     assert read.group("lm_head") is None
 
 
@@ -210,7 +210,7 @@ def test_the_section_of_llm_compressor_is_read() -> None:
     }
     group = read_section({"quantization_config": section}).group("model.layers.0.mlp.up_proj")
     assert group is not None
-    assert group.scheme == "static"
+    assert group.scheme == W8A8
     assert not group.symmetric
 
 

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from msquant.checkpoint.decoder_layout import expected_shapes, extra_shapes
-from msquant.checkpoint.weights import QuantizedLinear, Scheme, as_computed
+from msquant.checkpoint.weights import QuantizedLinear, as_computed
 from msquant.formats.ascend_layout import decode_linear, encode_linear
 from msquant.formats.ascend_schemes import DESCRIBED, DESCRIPTION_NAME
 from msquant.formats.compressed_tensors_section import make_section
 from msquant.formats.fused_layers import experts_parent, fused_layers
 from msquant.inference.cpu.linear import linear_layer
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG
 from tests.formats.stand_ins import find_file, load_file
@@ -44,16 +45,16 @@ FUSED = {
 def mixed() -> dict[str, Scheme]:
     """Llama with per-token down_proj, one of them not quantized, and one layer's q, k and v per token too."""
     schemes = schemes_of(CONFIG)
-    schemes.update({module: "dynamic" for module in schemes if module.endswith("down_proj")})
-    schemes.update({f"model.layers.1.self_attn.{name}_proj": "dynamic" for name in "qkv"})
-    schemes["model.layers.1.mlp.down_proj"] = "float"
+    schemes.update({module: W8A8_DYNAMIC for module in schemes if module.endswith("down_proj")})
+    schemes.update({f"model.layers.1.self_attn.{name}_proj": W8A8_DYNAMIC for name in "qkv"})
+    schemes["model.layers.1.mlp.down_proj"] = FLOAT
     return schemes
 
 
 def weights_alone() -> dict[str, Scheme]:
     """Llama with int8 weights alone in o_proj and in one layer's q, k and v."""
     names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
-    return {**schemes_of(CONFIG), **dict.fromkeys(["model.layers.0.self_attn.o_proj", *names], "weight_only")}
+    return {**schemes_of(CONFIG), **dict.fromkeys(["model.layers.0.self_attn.o_proj", *names], W8A16)}
 
 
 CASES = [
@@ -75,8 +76,8 @@ def layers_of(config: dict[str, Any], schemes: dict[str, Scheme]) -> dict[str, S
     ]
     fused = fused_layers(module for module in modules if not experts_parent(module))
     parts = {part for members in fused.values() for part in members}
-    of = {module: schemes.get(module, "float") for module in modules if module not in parts}
-    return {**of, **{layer: schemes.get(members[0], "float") for layer, members in fused.items()}}
+    of = {module: schemes.get(module, FLOAT) for module in modules if module not in parts}
+    return {**of, **{layer: schemes.get(members[0], FLOAT) for layer, members in fused.items()}}
 
 
 @pytest.mark.slow
@@ -93,11 +94,11 @@ def test_vllm_matches_every_layer_to_its_group(config: dict[str, Any], schemes: 
 
     for layer, scheme in layers_of(config, schemes).items():
         if vllm.should_ignore_layer(layer, section["ignore"], FUSED):
-            assert scheme == "float", layer
+            assert scheme == FLOAT, layer
             continue
         target = vllm.find_matched_target(layer, RowParallelLinear(), targets, FUSED)
         found = targets[target]["input_activations"]
-        assert scheme == ("dynamic" if found["dynamic"] else "static"), layer
+        assert scheme == (W8A8_DYNAMIC if found["dynamic"] else W8A8), layer
 
 
 def load_mindspore() -> Any:
@@ -169,12 +170,12 @@ def test_vllm_ascend_finds_every_layers_scheme(
     fused = ascend.get_packed_modules_mapping(config["model_type"]) or FUSED
     layers = layers_of(config, schemes)
     experts = {experts_parent(layer): scheme for layer, scheme in layers.items() if experts_parent(layer)}
-    for layer, scheme in {**layers, **experts, "lm_head": "float", "model.embed_tokens": "float"}.items():
+    for layer, scheme in {**layers, **experts, "lm_head": FLOAT, "model.embed_tokens": FLOAT}.items():
         if layer is None or experts_parent(layer):
             continue
         word = ascend.get_quant_type_for_layer(found.quant_description, layer, "linear", fused)
         assert word == DESCRIBED[scheme], layer
-        assert found.is_layer_skipped_ascend(layer, fused) == (scheme == "float"), layer
+        assert found.is_layer_skipped_ascend(layer, fused) == (scheme == FLOAT), layer
     assert not found.enable_fa_quant
     assert not found.enable_c8_quant
 
@@ -190,7 +191,7 @@ def test_vllm_ascends_own_method_computes_int8_weights_alone(monkeypatch: pytest
         *(f"vllm_ascend.quantization.methods.{n}" for n in ("base", "registry")),
     )
     w8a16 = load_file(ASCEND.parent / "methods" / "w8a16.py", "vllm_ascend.quantization.methods.w8a16", names)
-    linear = random_linear("o_proj", (24, 16), "weight_only", bias=True)
+    linear = random_linear("o_proj", (24, 16), W8A16, bias=True)
     tensors = encode_linear("o_proj", linear, "bfloat16")
     method = w8a16.AscendW8A16LinearMethod()
     made = method.get_weight(16, 24) | method.get_perchannel_param(24, torch.bfloat16)
@@ -236,7 +237,7 @@ def test_vllm_ascends_own_method_computes_a_static_layer_as_our_engine_does(
     monkeypatch.setattr(torch.ops, "vllm", SimpleNamespace(quantize=quantize), raising=False)
     generator = np.random.default_rng(0)
     for scale in generator.uniform(0.01, 0.1, 40):
-        linear = random_linear("o_proj", (24, 64), "static")
+        linear = random_linear("o_proj", (24, 64), W8A8)
         assert isinstance(linear, QuantizedLinear)
         linear = replace(linear, input_scale=np.float32([scale]), input_offset=np.int32([-37]))
         tensors = encode_linear("o_proj", linear, dtype)

@@ -22,6 +22,7 @@ from msquant.formats.golden_stick import (
     validate,
 )
 from msquant.formats.summary import summarize
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from tests.formats.expert_folders import (
     DEEPSEEK,
     QWEN,
@@ -64,7 +65,7 @@ def test_layers_and_tensors_come_back(tmp_path: Path, config: dict[str, Any]) ->
             np.testing.assert_array_equal(found.weight, expected.weight)
             np.testing.assert_allclose(found.weight_scale, expected.weight_scale, rtol=2e-7)
             np.testing.assert_array_equal(found.input_offset, expected.input_offset)
-            assert found.is_static == (scheme == "static")
+            assert found.is_static == (scheme == W8A8)
         if bias:
             assert found.bias is not None
             np.testing.assert_allclose(found.bias, expected.bias, rtol=2**-8)
@@ -78,7 +79,7 @@ def test_rows_in_halves_are_stored_as_they_are_and_come_back_interleaved(tmp_pat
     name = f"{LATENT}.q_b_proj"
     write_experts(tmp_path / "m", {**DEEPSEEK, "rope_interleave": False})
     assert "rope_interleave" not in read_json(tmp_path / "m" / "config.json")
-    expected = random_linear(name, (20, 12), "static").weight
+    expected = random_linear(name, (20, 12), W8A8).weight
     np.testing.assert_array_equal(Checkpoint.open(tmp_path / "m").raw(f"{name}.weight"), expected)
     order = rope_rows(DEEPSEEK)["self_attn.q_b_proj"].interleaved()
     found = GoldenStickCheckpoint.open(tmp_path / "m").linear(name).weight
@@ -87,7 +88,7 @@ def test_rows_in_halves_are_stored_as_they_are_and_come_back_interleaved(tmp_pat
 
 def test_rows_come_back_in_their_order(tmp_path: Path) -> None:
     name = f"{LATENT}.q_b_proj"
-    write_experts(tmp_path / "m", DEEPSEEK, schemes=dict.fromkeys(schemes_of(DEEPSEEK), "float"))
+    write_experts(tmp_path / "m", DEEPSEEK, schemes=dict.fromkeys(schemes_of(DEEPSEEK), FLOAT))
     source = GoldenStickCheckpoint.open(tmp_path / "m")
     whole = source.tensor(f"{name}.weight")
     np.testing.assert_array_equal(source.rows(f"{name}.weight", np.array([19, 7, 8])), whole[[19, 7, 8]])
@@ -237,7 +238,7 @@ def test_a_prediction_layer_is_there_as_a_whole_or_not_at_all(folder: Path) -> N
 
 
 def test_a_layer_per_token_is_stored_exactly() -> None:
-    linear = random_linear("a.up_proj", (3, 4), "dynamic")
+    linear = random_linear("a.up_proj", (3, 4), W8A8_DYNAMIC)
     tensors = encode_linear("a.up_proj", linear, "bfloat16", "mindformers")
     assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == {
         "a.up_proj.weight": (np.int8, (3, 4)),
@@ -258,14 +259,14 @@ def test_a_layer_per_token_is_stored_exactly() -> None:
 
 
 def test_a_row_of_zeros_gets_a_scale() -> None:
-    linear = QuantizedLinear(np.zeros((2, 3), np.int8), np.zeros(2, np.float32))
+    linear = QuantizedLinear(np.zeros((2, 3), np.int8), np.zeros(2, np.float32), W8A8_DYNAMIC)
     tensors = encode_linear("a", linear, "bfloat16", "mindformers")
     assert (tensors["a.weight_scale"] == 1).all()
 
 
 @pytest.mark.parametrize("scale", [0, -1, np.inf, np.nan])
 def test_a_bad_weight_scale_is_refused(scale: float) -> None:
-    linear = QuantizedLinear(np.ones((2, 3), np.int8), np.full(2, scale, np.float32))
+    linear = QuantizedLinear(np.ones((2, 3), np.int8), np.full(2, scale, np.float32), W8A8_DYNAMIC)
     with pytest.raises(CheckpointError, match="not positive and finite"):
         encode_linear("a", linear, "bfloat16", "mindformers")
     tensors = {"a.weight": linear.weight, "a.weight_scale": linear.weight_scale}

@@ -10,6 +10,7 @@ from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.errors import CheckpointError, MsquantError, OutputError, RecipeError
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.golden_stick import DESCRIPTION_NAME
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16
 from tests.formats.expert_folders import DEEPSEEK, QWEN, groups_of, schemes_of, write_experts
 from tests.formats.folders import CONFIG as LLAMA
 
@@ -48,14 +49,14 @@ def test_the_tensors_of_each_scheme() -> None:
     shapes = {f"{Q}.weight": (4, 6), f"{Q}.bias": (4,)}
     plans = {
         scheme: plan_folder([shapes], {Q: scheme}, {**QWEN}, "bfloat16")
-        for scheme in ("static", "dynamic", "float")
+        for scheme in (W8A8, W8A8_DYNAMIC, FLOAT)
     }
     found = {
         scheme: {spec.name.removeprefix(f"{Q}."): str(spec) for shard in plan.shards for spec in shard.specs}
         for scheme, plan in plans.items()
     }
     assert found == {
-        "static": {
+        W8A8: {
             "weight": "I8 [4, 6]",
             "deq_scale": "F32 [4]",
             "quant_bias": "I32 [4]",
@@ -63,15 +64,15 @@ def test_the_tensors_of_each_scheme() -> None:
             "input_offset": "I8 [6]",
             "bias": "BF16 [4]",
         },
-        "dynamic": {
+        W8A8_DYNAMIC: {
             "weight": "I8 [4, 6]",
             "weight_scale": "F32 [4]",
             "weight_offset": "F32 [4]",
             "bias": "BF16 [4]",
         },
-        "float": {"weight": "BF16 [4, 6]", "bias": "BF16 [4]"},
+        FLOAT: {"weight": "BF16 [4, 6]", "bias": "BF16 [4]"},
     }
-    assert set(plans["dynamic"].documents[DESCRIPTION_NAME].values()) == {"W8A8_DYNAMIC"}
+    assert set(plans[W8A8_DYNAMIC].documents[DESCRIPTION_NAME].values()) == {"W8A8_DYNAMIC"}
 
 
 def test_scales_of_fp8_blocks_are_left_out_and_the_routers_bias_stays_exact() -> None:
@@ -86,35 +87,35 @@ def test_scales_of_fp8_blocks_are_left_out_and_the_routers_bias_stays_exact() ->
 @pytest.mark.parametrize(
     ("groups", "linears", "config", "kind", "message"),
     [
-        ([{}], {Q: "static"}, LLAMA, CheckpointError, "q_proj is to be quantized, but the source has no"),
-        ([{f"{Q}.weight": (4,)}], {Q: "static"}, LLAMA, CheckpointError, "a matrix"),
+        ([{}], {Q: W8A8}, LLAMA, CheckpointError, "q_proj is to be quantized, but the source has no"),
+        ([{f"{Q}.weight": (4,)}], {Q: W8A8}, LLAMA, CheckpointError, "a matrix"),
         (
             [{f"{Q}.weight": (4, 6), f"{Q}.bias": (6,)}],
-            {Q: "static"},
+            {Q: W8A8},
             LLAMA,
             CheckpointError,
             r"its bias \[6\]",
         ),
         (
             [{f"{Q}.weight": (4, 6), f"{Q}.scale": (6,)}],
-            {Q: "static"},
+            {Q: W8A8},
             LLAMA,
             CheckpointError,
             "no part 'scale'",
         ),
         ([{"a.b": (1,)}, {"a.b": (1,)}], {}, LLAMA, OutputError, "twice"),
-        ([{f"{Q}.weight": (4, 6)}], {Q: "dynamic"}, LLAMA, RecipeError, "knows only W8A8 and FLOAT"),
-        ([{f"{Q}.weight": (4, 6)}], {Q: "weight_only"}, LLAMA, RecipeError, "native .* only W8A8 and FLOAT"),
+        ([{f"{Q}.weight": (4, 6)}], {Q: W8A8_DYNAMIC}, LLAMA, RecipeError, "knows only W8A8 and FLOAT"),
+        ([{f"{Q}.weight": (4, 6)}], {Q: W8A16}, LLAMA, RecipeError, "native .* only W8A8 and FLOAT"),
         (
             [{f"{Q}.weight": (4, 6)}],
-            {Q: "weight_only"},
+            {Q: W8A16},
             DEEPSEEK,
             RecipeError,
             "mindformers .* only W8A8 and W8A8_DYNAMIC and FLOAT",
         ),
         (
             [{"lm_head.weight": (4, 6)}],
-            {"lm_head": "static"},
+            {"lm_head": W8A8},
             DEEPSEEK,
             RecipeError,
             "mindformers backend .* never quantizes the output head",

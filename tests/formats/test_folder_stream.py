@@ -16,6 +16,7 @@ from msquant.errors import CheckpointError, OutputError
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick import validate
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 from tests.formats.expert_folders import (
     DEEPSEEK,
     groups_of,
@@ -115,7 +116,7 @@ def test_what_cannot_be_taken_over(tmp_path: Path, stream: FolderStream, plan: F
 @pytest.mark.parametrize("step", [1, 3, 7, 20])
 def test_rows_in_pieces_give_the_same_tensor(tmp_path: Path, name: str, step: int) -> None:
     shape = {f"{name}.weight": (20, 12)}
-    plan = plan_folder([shape], {name: "float"}, DEEPSEEK, "bfloat16")
+    plan = plan_folder([shape], {name: FLOAT}, DEEPSEEK, "bfloat16")
     stream = FolderStream(tmp_path, plan)
     values = random_tensor(name, (20, 12))
     with stream.group(0) as writer:
@@ -140,7 +141,7 @@ def test_every_part_of_a_reordered_layer_has_the_order(tmp_path: Path) -> None:
         order = orders.of(module)
         assert order is not None
         bias = f"{module}.bias" in checkpoint
-        linear = random_linear(module, checkpoint.shape(f"{module}.weight"), "static", bias=bias)
+        linear = random_linear(module, checkpoint.shape(f"{module}.weight"), W8A8, bias=bias)
         rows = order.deinterleaved()
         stored = {
             part: checkpoint.raw(f"{module}.{part}")
@@ -182,8 +183,8 @@ def test_misuse_is_refused(stream: FolderStream, tmp_path: Path) -> None:
         (lambda w: w.tensor(NORM, np.ones(3)), r"shape \[3\], but planned as BF16 \[16\]"),
         (lambda w: w.tensor_rows(NORM, 15, np.ones(2)), r"shape \[2\], but planned as BF16 \[16\]"),
         (lambda w: w.tensor(f"{O}.weight", np.ones((16, 10))), "write its layer with linear"),
-        (lambda w: w.linear(O, random_linear(O, (16, 10), "dynamic")), "dynamic, static is planned"),
-        (lambda w: w.linear(O, random_linear(O, (16, 9), "static")), r"planned as I8 \[16, 10\]"),
+        (lambda w: w.linear(O, random_linear(O, (16, 10), W8A8_DYNAMIC)), "W8A8_DYNAMIC, W8A8 is planned"),
+        (lambda w: w.linear(O, random_linear(O, (16, 9), W8A8)), r"planned as I8 \[16, 10\]"),
         (lambda w: w.linear("model.layers.1.mlp.x", FloatLinear(np.ones((1, 1), np.float32))), "not planned"),
         (lambda w: (w.tensor(NORM, np.ones(16)), w.tensor(NORM, np.ones(16))), "twice"),
         (lambda w: w.tensor(NORM, np.ones(16)), "was not written|not complete"),
@@ -197,7 +198,7 @@ def test_misuse_is_refused(stream: FolderStream, tmp_path: Path) -> None:
     q = "model.layers.0.self_attn.q_b_proj"
     message = r"q_b_proj.weight is given with shape \[18, 12\]"
     with pytest.raises(OutputError, match=message), stream.group(0) as writer:
-        writer.linear(q, random_linear(q, (18, 12), "static"))
+        writer.linear(q, random_linear(q, (18, 12), W8A8))
     assert stream.files == {}
 
 
@@ -231,12 +232,12 @@ def test_one_tensor_at_a_time_is_held(tmp_path: Path) -> None:
     config = {**DEEPSEEK, "num_hidden_layers": 1}
     plan = plan_folder(
         [{f"{name}.weight": (256, 1024) for name in names}],
-        dict.fromkeys(names, "dynamic"),
+        dict.fromkeys(names, W8A8_DYNAMIC),
         config,
         "bfloat16",
     )
     stream = FolderStream(tmp_path, plan)
-    linear = random_linear(names[0], (256, 1024), "dynamic")
+    linear = random_linear(names[0], (256, 1024), W8A8_DYNAMIC)
     tracemalloc.start()
     try:
         with stream.group(0) as writer:

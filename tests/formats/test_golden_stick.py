@@ -1,5 +1,6 @@
 """Linear layers in the golden-stick layout: written, computed as the engine does, read back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from msquant.formats.golden_stick import (
     encode_linear,
     model_dtype,
 )
+from msquant.schemes import W8A8_DYNAMIC
 from tests.formats.folders import CONFIG, change_tensors, random_quantized, write_folder
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -57,7 +59,7 @@ def test_the_stored_tensors_compute_the_layer(dtype: str, bias: bool, seed: int)
     stored_bias = None if linear.bias is None else linear.bias.astype(rounded.dtype)
     if stored_bias is not None:
         stored_bias = stored_bias.astype(tensors[f"{MODULE}.bias"].dtype).astype(np.float32)
-    same = QuantizedLinear(linear.weight, linear.weight_scale, stored_bias, rounded, linear.input_offset)
+    same = replace(linear, bias=stored_bias, input_scale=rounded)
     np.testing.assert_allclose(engine_output(tensors, x), ideal_output(same, x), rtol=3e-7, atol=1e-7)
 
 
@@ -127,7 +129,7 @@ def replaced(**changes: object) -> QuantizedLinear:
 @pytest.mark.parametrize(
     ("linear", "message"),
     [
-        (replaced(input_scale=None, input_offset=None), "per token"),
+        (replaced(scheme=W8A8_DYNAMIC, input_scale=None, input_offset=None), "per token"),
         (replaced(input_scale=np.zeros(1, np.float32)), "not positive and finite"),
         (replaced(input_scale=np.full(1, -1, np.float32)), "not positive and finite"),
         (replaced(weight_scale=np.zeros(3, np.float32)), "not positive and finite"),

@@ -237,7 +237,8 @@ def test_a_file_of_another_size_or_none_is_found_without_hashing(folder: Path) -
 )
 def test_a_manifest_that_makes_no_sense_is_found(folder: Path, files: object) -> None:
     write_json(folder / "msquant.json", {"files": files})
-    assert [finding.where for finding in validate(folder, verify_hashes=True)] == ["msquant.json"]
+    # Files that it does not list any more are found, too.
+    assert "msquant.json" in [finding.where for finding in validate(folder, verify_hashes=True)]
 
 
 def test_a_folder_of_another_tool_needs_no_manifest(folder: Path) -> None:

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msquant.checkpoint.weights import QuantizedLinear, Scheme
+from msquant.checkpoint.weights import QuantizedLinear
 from msquant.formats.golden_stick import GoldenStickCheckpoint
+from msquant.schemes import FLOAT, W8A8, Scheme
 from tests.formats.expert_folders import DEEPSEEK, schemes_of, write_experts
 
 pytestmark = [
@@ -150,21 +151,21 @@ def test_the_rest_is_loaded_in_floating_point(folder: Path, parameters: dict[str
 
 def test_projections_in_floating_point_are_reordered_too(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_b_proj"
-    write_experts(tmp_path / "m", CONFIG, schemes={**schemes_of(CONFIG), name: "float"})
+    write_experts(tmp_path / "m", CONFIG, schemes={**schemes_of(CONFIG), name: FLOAT})
     weight = loaded(tmp_path / "m")["decoder.layers.0.self_attention.linear_q_up_proj.weight"]
     source = GoldenStickCheckpoint.open(tmp_path / "m").tensor(f"{name}.weight")
     np.testing.assert_array_equal(weight, halves(source, 2))
 
 
 @pytest.mark.parametrize(
-    ("part", "scheme"), [("mlp.experts", "float"), ("mlp.experts", "static"), ("kv_b_proj", "static")]
+    ("part", "scheme"), [("mlp.experts", FLOAT), ("mlp.experts", W8A8), ("kv_b_proj", W8A8)]
 )
 def test_what_the_rules_refuse_does_not_load(
     tmp_path: Path, part: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rules are no stricter than the loader."""
     monkeypatch.setattr("msquant.formats.folder_plan._check_runs", lambda *arguments: None)
-    schemes = {**schemes_of(CONFIG), "model.layers.0.self_attn.kv_b_proj": "float"}
+    schemes = {**schemes_of(CONFIG), "model.layers.0.self_attn.kv_b_proj": FLOAT}
     chosen = {name: scheme if part in name and ".2." not in name else old for name, old in schemes.items()}
     write_experts(tmp_path / "m", CONFIG, schemes=chosen)  # type: ignore[arg-type]
     assert run_loader(tmp_path / "m").returncode != 0

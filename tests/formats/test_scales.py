@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike
 
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.formats.scales import input_parameters, rounded_reciprocal, row_scales
+from msquant.schemes import W8A8
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +27,7 @@ def test_the_product_of_what_is_read_is_what_was_stored(dtype: DTypeLike) -> Non
 
 def layer(scale: float) -> QuantizedLinear:
     one = np.ones(1, np.float32)
-    return QuantizedLinear(np.ones((1, 1), np.int8), one, None, np.float32([scale]), np.int32([0]))
+    return QuantizedLinear(np.ones((1, 1), np.int8), one, W8A8, None, np.float32([scale]), np.int32([0]))
 
 
 def away(scales: np.ndarray, dtype: str) -> np.ndarray:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from msquant.checkpoint.weights import Scheme
 from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server
 from msquant.formats.serving_rules import RULES
 from msquant.formats.verdicts import best_refusal, refusals, servers_of, serving_table
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
 from tests.formats.folders import CONFIG
 
@@ -34,11 +34,11 @@ def deepseek(linears: dict[str, Scheme] | None = None, **changes: Any) -> Served
 
 
 def llama(**changes: Any) -> ServedModel:
-    return ServedModel("golden-stick", "native", CONFIG | changes, {"model.layers.0.mlp.up_proj": "static"})
+    return ServedModel("golden-stick", "native", CONFIG | changes, {"model.layers.0.mlp.up_proj": W8A8})
 
 
 def moe(scheme: Scheme, model_type: str = "qwen3_moe") -> ServedModel:
-    linears: dict[str, Scheme] = {"model.layers.0.self_attn.o_proj": "static"}
+    linears: dict[str, Scheme] = {"model.layers.0.self_attn.o_proj": W8A8}
     linears |= {"model.layers.0.mlp.experts.0.up_proj": scheme}
     return ServedModel("compressed-tensors", "", QWEN | {"model_type": model_type}, linears)
 
@@ -70,8 +70,8 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
         (MF17, deepseek(quantization_config=None), TP4, "config.json: quantization_config", "below TP16")
     ],
     "fused-attention": [
-        (MF17, deepseek({QUERY: "dynamic"}), TP4, QUERY, "is dynamic: below TP16"),
-        (MF17, deepseek({QUERY: "float"}), TP4, QUERY, "is float: below TP16"),
+        (MF17, deepseek({QUERY: W8A8_DYNAMIC}), TP4, QUERY, "is W8A8_DYNAMIC: below TP16"),
+        (MF17, deepseek({QUERY: FLOAT}), TP4, QUERY, "is FLOAT: below TP16"),
     ],
     "divisible": [
         (NATIVE, llama(), Parallelism(8), "config.json: num_attention_heads", "is 4"),
@@ -84,8 +84,8 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
         (NATIVE, llama(num_key_value_heads=6, num_attention_heads=12), TP4, "config.json: num_key", "is 6")
     ],
     "expert-kernels": [
-        (CPU, moe("dynamic", "deepseek_v3"), Parallelism(), "mlp.experts", "No Int8 MoE backend"),
-        (GPU, moe("float"), Parallelism(), "mlp.experts", "does not know in a quantized model"),
+        (CPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism(), "mlp.experts", "No Int8 MoE backend"),
+        (GPU, moe(FLOAT), Parallelism(), "mlp.experts", "does not know in a quantized model"),
     ],
 }
 
@@ -118,12 +118,12 @@ def test_what_a_server_refuses_is_named(
         (MF17, deepseek(rope_interleave=False), TP4),
         (MF18, deepseek(), Parallelism(4, 3, 3)),
         # One cache, from which on the attention is not fused.
-        (MF17, deepseek({QUERY: "dynamic"}, quantization_config=None), Parallelism(16)),
+        (MF17, deepseek({QUERY: W8A8_DYNAMIC}, quantization_config=None), Parallelism(16)),
         # Multi-token-prediction layers are built without quantization.
-        (MF17, deepseek({"model.layers.2.self_attn.q_a_proj": "float"}), TP4),
-        (CPU, moe("dynamic"), Parallelism()),
-        (CPU, moe("float", "deepseek_v3"), Parallelism()),
-        (GPU, moe("dynamic", "deepseek_v3"), Parallelism()),
+        (MF17, deepseek({"model.layers.2.self_attn.q_a_proj": FLOAT}), TP4),
+        (CPU, moe(W8A8_DYNAMIC), Parallelism()),
+        (CPU, moe(FLOAT, "deepseek_v3"), Parallelism()),
+        (GPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism()),
     ],
 )
 def test_what_a_server_serves(server: Server, model: ServedModel, split: Parallelism) -> None:
@@ -131,12 +131,12 @@ def test_what_a_server_serves(server: Server, model: ServedModel, split: Paralle
 
 
 def test_sizes_of_one_verdict_are_one_row() -> None:
-    rows = [row for row in serving_table(deepseek({QUERY: "float"})) if row.server == MF17]
+    rows = [row for row in serving_table(deepseek({QUERY: FLOAT})) if row.server == MF17]
     assert [(row.tensor_parallel, row.served) for row in rows] == [((1, 2, 4, 8), False), ((16,), True)]
 
 
 def test_the_best_refusal_is_of_the_backend_that_the_folder_is_for() -> None:
-    model = deepseek({QUERY: "float"})
+    model = deepseek({QUERY: FLOAT})
     found = best_refusal(servers_of(model, "vllm-mindspore"), model, TP4)
     assert found is not None
     assert (found[0], found[1].rule) == (MF17, "fused-attention")

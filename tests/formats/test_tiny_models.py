@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from msquant.checkpoint.reader import Checkpoint
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, Scheme
+from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.golden_stick import GoldenStickCheckpoint, validate
+from msquant.schemes import FLOAT, W8A8_DYNAMIC, Scheme
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.torch_simulation import load_simulation, relative_mse
 from tests.formats.expert_folders import groups_of, schemes_of
@@ -42,13 +43,15 @@ def input_ranges(model: Any) -> dict[str, float]:
 
 def rounded(weight: np.ndarray, scheme: Scheme, largest: float) -> Linear:
     """Round to nearest, weights and activations symmetric."""
-    if scheme == "float":
+    if scheme == FLOAT:
         return FloatLinear(weight)
     scale = (np.abs(weight).max(axis=1) / 127).astype(np.float32)
     int8 = np.round(weight / scale[:, None]).astype(np.int8)
-    if scheme == "dynamic":
-        return QuantizedLinear(int8, scale)
-    return QuantizedLinear(int8, scale, None, np.full(1, largest / 127, np.float32), np.zeros(1, np.int32))
+    if scheme == W8A8_DYNAMIC:
+        return QuantizedLinear(int8, scale, scheme)
+    return QuantizedLinear(
+        int8, scale, scheme, None, np.full(1, largest / 127, np.float32), np.zeros(1, np.int32)
+    )
 
 
 def convert(source: Path, folder: Path, schemes: Mapping[str, Scheme], ranges: Mapping[str, float]) -> Path:
@@ -86,7 +89,7 @@ def test_a_model_computes_what_it_did(tmp_path: Path, family: str) -> None:
     latent = family != "qwen3_moe"
 
     schemes = schemes_of(config)
-    plain = convert(source, tmp_path / "float", dict.fromkeys(schemes, "float"), {})
+    plain = convert(source, tmp_path / "float", dict.fromkeys(schemes, FLOAT), {})
     assert validate(plain, verify_hashes=True) == []
     assert relative_mse(load_simulation(plain, deinterleaved_rope=latent), model, TOKENS) < 1e-11
     if latent:

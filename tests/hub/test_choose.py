@@ -192,20 +192,6 @@ def test_a_wrong_token_is_in_no_error(
         assert SECRET not in repr(caught.value) + str(caught.value)
 
 
-def test_a_token_is_not_sent_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of this machine that is not one of loopback stands for a mirror without TLS."""
-    with serve(hub := Hub(), host="127.0.0.2") as address:
-        # The server listens on 127.0.0.1 only; what counts is what would be sent.
-        port = address.rsplit(":", 1)[1]
-        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", int(port)))])
-        hub.repository(ELSEWHERE).push({"a": b"x"})
-        monkeypatch.setenv("OPENMIND_HUB_ENDPOINT", f"http://mirror.example:{port}")
-        monkeypatch.setenv("MODELERS_TOKEN", SECRET)
-        monkeypatch.setenv("NO_PROXY", "*")
-        find(ELSEWHERE, "modelers")
-        assert sent(hub) == {None}
-
-
 def test_netrc_takes_no_part(modelers: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from msquant.checkpoint.download_marker import DownloadMarker, require_complete
+from msquant.checkpoint.weight_map import find_weights
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
 from msquant.hub.download import DownloadResult, download
 from msquant.hub.progress import HubProgress, TransferState
+from msquant.hub.target import TargetFolder
 from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
@@ -145,6 +147,83 @@ def test_a_new_commit_fetches_what_changed(fetch: Fetch, target: Path, server: H
     server.repository(REPOSITORY).push(FILES | {"config.json": b"new"})
     assert fetch().fetched == ["config.json"]
     assert contents(target) == FILES | {"config.json": b"new"}
+
+
+SINGLE: dict[str, bytes | Path | Blob] = {
+    "config.json": FILES["config.json"],
+    "model.safetensors": os.urandom(1_000_000),
+}
+
+
+def test_a_new_commit_removes_what_it_no_longer_lists(fetch: Fetch, target: Path, server: Hub) -> None:
+    fetch()
+    (target / "mine.txt").write_bytes(b"mine")
+    server.repository(REPOSITORY).push(SINGLE)
+    assert fetch().fetched == ["model.safetensors"]
+    assert contents(target) == SINGLE | {"mine.txt": b"mine"}
+    assert not (target / "tokenizer").exists()
+    marker = DownloadMarker.read(target)
+    assert marker is not None
+    assert marker.complete
+    assert (set(marker.files), marker.obsolete) == (set(SINGLE), {})
+    assert find_weights(target) == target / "model.safetensors"
+
+
+def test_nothing_is_removed_before_the_new_files_are_complete(
+    fetch: Fetch, target: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch()
+    server.repository(REPOSITORY).push(SINGLE)
+    server.faults.always("model.safetensors", Fault(status=403))
+    with pytest.raises(HubError):
+        fetch()
+    # Without config.json no engine takes the folder for a model.
+    assert contents(target) == {name: FILES[name] for name in FILES if name != "config.json"}
+    with pytest.raises(CheckpointError, match="not complete"):
+        require_complete(target)
+
+    server.faults.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(TargetFolder, "remove_obsolete", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch()
+    assert contents(target) == FILES | SINGLE
+    with pytest.raises(CheckpointError, match="not complete"):
+        require_complete(target)
+
+    assert fetch().fetched == []
+    assert contents(target) == SINGLE
+
+
+def test_what_is_no_part_of_the_download_is_named(fetch: Fetch, target: Path) -> None:
+    fetch()
+    (target / "model.safetensors").write_bytes(b"mine")
+    lines: list[str] = []
+    fetch(verify=True, progress=HubProgress(stage=lines.append))
+    assert lines[-1].startswith(f"{target / 'model.safetensors'} does not belong to this model")
+    assert (target / "model.safetensors").read_bytes() == b"mine"
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_commits_are_never_mixed(
+    protocol: str, endpoint: str, fetch: Fetch, target: Path, server: Hub
+) -> None:
+    fetch()
+    changed = FILES | {SHARD: b"another", "config.json": b"new"}
+    server.repository(REPOSITORY).push(changed)
+    snapshot = connect(protocol, endpoint, limits=QUICK).snapshot(REPOSITORY, "main")
+    wanted = [file for file in snapshot.files if file.path == "config.json"]
+    with pytest.raises(OutputError, match=f"holds {SHARD} of an earlier commit") as caught:
+        download(snapshot, wanted, target)
+    assert "--include" in (caught.value.remedy or "")
+    assert contents(target) == FILES
+    (target / SHARD).unlink()
+    assert download(snapshot, wanted, target).fetched == ["config.json"]
+    assert sorted(fetch().fetched) == [SHARD]
+    assert contents(target) == changed
 
 
 def test_a_flipped_bit_on_disk_is_found_and_mended(fetch: Fetch, target: Path) -> None:

@@ -1,9 +1,12 @@
 """What hubs and networks do wrong, and what is said and kept then."""
 
 import email.utils
+import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ from msquant.checkpoint.download_marker import require_complete
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
 from msquant.hub.download import DownloadResult, download
+from msquant.hub.job import Job
+from msquant.hub.listing import RemoteFile
+from msquant.hub.partial import PartialFile
+from msquant.hub.retry import Stopped
 from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
@@ -263,21 +270,69 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.parametrize("verified", [True, False])
 def test_a_disk_that_fills_on_the_way_leaves_what_came(
-    fetch: Fetch, small_disk: Path, server: Hub, protocol: str, endpoint: str
+    verified: bool,
+    small_disk: Path,
+    server: Hub,
+    protocol: str,
+    endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target, filler = small_disk / "tiny", small_disk / "filler"
+    target, filler, placed = small_disk / "tiny", small_disk / "filler", threading.Event()
     files: dict[str, bytes | Path | Blob] = {f"{number}.bin": os.urandom(60_000) for number in range(3)}
     server.repository(REPOSITORY).push(files)
     snapshot = connect(protocol, endpoint).snapshot(REPOSITORY, "main")
-    server.faults.once("1.bin", Fault(before=lambda: filler.write_bytes(bytes(small_disk_free(small_disk)))))
-    with pytest.raises(OutputError, match="disk is full") as caught:
-        download(snapshot, snapshot.files, target, workers=1)
+    publish = Job.publish
+
+    def publish_then(job: Job, stop: threading.Event) -> int:
+        """Come to the first file before the disk is full, or only after everything is stopped."""
+        if not verified:
+            placed.set()
+            stop.wait(60)
+        modified = publish(job, stop)
+        placed.set()
+        return modified
+
+    def fill() -> None:
+        placed.wait(60)
+        filler.write_bytes(bytes(small_disk_free(small_disk)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "publish", publish_then)
+        server.faults.once("1.bin", Fault(before=fill))
+        with pytest.raises(OutputError, match="disk is full") as caught:
+            download(snapshot, snapshot.files, target, workers=1)
     assert any("same command continues" in note for note in caught.value.__notes__)
+    assert (target / "0.bin").exists() == verified
     filler.unlink()
+    server.requests.clear()
     snapshot = connect(protocol, endpoint).snapshot(REPOSITORY, "main")
     assert "0.bin" not in download(snapshot, snapshot.files, target).fetched
+    assert "0.bin" not in server.fetched()
     assert {name: (target / name).read_bytes() for name in files} == files
+
+
+def test_a_thread_that_was_not_waited_for_gives_no_file_its_name(tmp_path: Path) -> None:
+    file = RemoteFile("a.bin", 4, "sha256", hashlib.sha256(b"abcd").hexdigest())
+    job = Job(file, PartialFile(tmp_path / "partial", file), tmp_path / "a.bin")
+    syncing, closed = threading.Event(), threading.Event()
+
+    def sync(stop: threading.Event) -> bool:
+        syncing.set()
+        return closed.wait(60)
+
+    assert job.missing_range(0, 0) == (0, 4)
+    job.write(0, 0, b"abcd")
+    job.partial.sync = sync  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        placing = pool.submit(job.publish, threading.Event())
+        syncing.wait(60)
+        job.close()
+        closed.set()
+        with pytest.raises(Stopped):
+            placing.result(60)
+    assert not (tmp_path / "a.bin").exists()
 
 
 def small_disk_free(disk: Path) -> int:

@@ -136,6 +136,12 @@ def test_a_file_whose_content_was_lost_is_noticed(send: Send, server: Hub, proto
         send()
 
 
+def test_a_file_that_is_shorter_than_sent_is_noticed(send: Send, server: Hub) -> None:
+    server.faults.always("a.safetensors", Fault(cut=len(FILES["a.safetensors"])))
+    with pytest.raises(HubError, match=r"a\.safetensors is not there as it was sent"):
+        send()
+
+
 def test_a_file_that_is_not_what_was_written_is_not_committed(send: Send, server: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"another than in msquant\.json") as caught:
         send(digests={"a.safetensors": "0" * 64})

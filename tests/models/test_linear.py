@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.models.linear import dense, linear_cell
+from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 
 SIZES = [64, 1024, 1500, 3000]
@@ -39,7 +40,7 @@ def test_an_input_is_multiplied_by_a_reciprocal_where_there_is_one(dtype: Any) -
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_with_int8_weights_alone_equals_the_reference(bias: bool, dtype: Any) -> None:
-    linear, x = replace(random_linear(64, static=False, bias=bias), weight_only=True), random_input(64)
+    linear, x = replace(random_linear(64, static=False, bias=bias), scheme=W8A16), random_input(64)
     expected = reference(linear, x)
     atol = 2e-7 * np.abs(expected).max()
     np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=1e-6, atol=atol)
@@ -53,6 +54,7 @@ def test_extreme_integers_are_summed_exactly(k: int, offset: int, dtype: Any) ->
     linear = QuantizedLinear(
         weight=weight,
         weight_scale=np.ones(4, np.float32),
+        scheme=W8A8,
         input_scale=np.ones(1, np.float32),
         input_offset=np.array([offset], np.int32),
     )
@@ -91,6 +93,7 @@ def test_the_quantizer_rounds_half_to_even_and_saturates(dtype: Any) -> None:
     linear = QuantizedLinear(
         weight=np.eye(len(values), dtype=np.int8),
         weight_scale=np.ones(len(values), np.float32),
+        scheme=W8A8,
         input_scale=np.ones(1, np.float32),
         input_offset=np.array([10], np.int32),
     )

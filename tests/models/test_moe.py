@@ -22,6 +22,7 @@ from msquant.models.config_json import parse_config, read_config
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE, Router
 from msquant.models.routing import choose, tokens_of
+from msquant.schemes import W8A8, W8A8_DYNAMIC
 from tests.fixtures.tiny_families import write_tiny
 from tests.models.folders import Replaced
 
@@ -209,7 +210,7 @@ class Int8Experts(Replaced):
         static: dict[str, Any] = {}
         if int(module.split(".")[5]) % 2 and not module.endswith("down_proj"):
             static = {"input_scale": np.float32([0.05]), "input_offset": np.int32([3])}
-        return QuantizedLinear(weight, scale.astype(np.float32), **static)
+        return QuantizedLinear(weight, scale.astype(np.float32), W8A8 if static else W8A8_DYNAMIC, **static)
 
 
 def test_experts_may_be_quantized(deepseek: Path, dtype: Any) -> None:

@@ -5,26 +5,30 @@ import shutil
 import subprocess
 import sys
 import time
+from math import prod
 from pathlib import Path
 
 import pytest
 
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
-from msquant.hub.published import published_bytes
+from msquant.hub.published import published_bytes, published_config
+from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
 from msquant.pipeline import quantize
+from msquant.planning.measure import SPREAD, Machine, Measured, Sample, Span
 from msquant.planning.plan import Plan, make_plan
-from msquant.planning.work import Rates
+from msquant.planning.sample import sample_config
+from msquant.progress import Part
 from msquant.recipes import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
-
-RATES = Rates(*(1e9,) * 9)
 
 
 def short_recipe(model: Path | str, **calibration: object) -> Recipe:
     """The recipe of a model with a coarse grid and few tokens."""
-    recipe = find_recipe(str(model)).replace("quantization", smooth_alpha=[0.5], weight_clip_ratio=[1.0, 0.9])
+    recipe = find_recipe(str(model)).replace("quantization", smooth_alpha=[0.5])
     return recipe.replace("calibration", **({"samples": 2, "sequence_length": 16} | calibration))
 
 
@@ -57,12 +61,12 @@ def test_the_planned_size_is_that_of_the_written_shards(model_type: str, tmp_pat
 
 def test_int8_weights_alone_are_planned(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "llama", dtype="bfloat16")
-    recipe = short_recipe(folder).replace("quantization", weight_only=["down_proj"])
+    recipe = short_recipe(folder).replace("quantization", schemes=rules(weight_only=["down_proj"]))
     recipe = recipe.model_copy(update={"format": "ascend"})
     plan = make_plan(recipe, tmp_path / "out")
     quantize(recipe, tmp_path / "out")
     assert plan.output_bytes == shard_sizes(tmp_path / "out")
-    assert plan.parts[0].linears == {"static": 6, "weight_only": 1}
+    assert plan.parts[0].linears == {"W8A8": 6, "W8A16": 1}
 
 
 def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
@@ -71,7 +75,7 @@ def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
     plan = check_against_the_result(folder, tmp_path)
     assert [part.kind for part in plan.parts] == ["dense", "experts", "prediction", "ends"]
     assert plan.stored == "FP8 in blocks of 32 x 32"
-    assert plan.parts[1].linears == {"static": 4, "float": 1, "dynamic": 3 * (8 + 1)}
+    assert plan.parts[1].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3 * (8 + 1)}
     assert plan.parts[2].linears == {}
 
 
@@ -83,8 +87,8 @@ def test_deepseek_r1_is_planned_from_its_published_config(tmp_path: Path) -> Non
     assert time.process_time() - started < 5
     kinds = [part.kind for part in plan.parts]
     assert kinds == ["dense"] * 3 + ["experts"] * 58 + ["prediction", "ends"]
-    assert plan.parts[3].linears == {"static": 4, "float": 1, "dynamic": 3 * 257}
-    assert plan.parts[0].linears == {"static": 4, "float": 1, "dynamic": 3}
+    assert plan.parts[3].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3 * 257}
+    assert plan.parts[0].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3}
     # 671 billion, as its makers publish them, and 14 in the prediction layer with copies of the two ends.
     prediction = plan.parts[61].parameters
     assert plan.parameters - prediction == pytest.approx(671e9, rel=1e-3)
@@ -146,42 +150,84 @@ def test_quantize_refuses_before_it_starts(
     assert quantize(recipe, tmp_path / "out").folder.is_dir()
 
 
-def test_time_follows_the_rates(tiny_llama: Path, tmp_path: Path) -> None:
-    asked = []
+def measured(recipe: Recipe, config: ModelConfig) -> Measured:
+    """A machine that takes 2 seconds for a sample's layer, half of them to wait, and reads 1 GB/s."""
+    once: dict[Part, Span] = {
+        "start": Span(5, 10),
+        "ends": Span(1, 2),
+        "head": Span(1, 2),
+        "export": Span(1, 2),
+    }
+    samples = [
+        Sample(
+            sample_config(config, recipe.quantization, small=small),
+            recipe,
+            [Span(seconds, 2 * seconds)] * 2,
+            [Span(seconds, 2 * seconds)] * 2,
+            [Span(seconds, 2 * seconds)] * 2,
+            once,
+        )
+        for small, seconds in ((True, 0.0), (False, 1.0))
+    ]
+    return Measured(recipe, config, samples, Machine(2, 1.0, 0.5), 1e9)
 
-    def probe(*of: object) -> Rates:
-        asked.append(of)
-        return RATES
 
-    plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=probe)
-    assert plan.seconds is not None
-    assert plan.seconds_by_work is not None
-    assert plan.seconds == pytest.approx(sum(plan.seconds_by_work.values()))
-    assert sum(part.seconds or 0 for part in plan.parts) < plan.seconds
-    assert plan.evaluation_seconds is not None
-    assert 0 < plan.evaluation_seconds < plan.seconds
-    assert isinstance(asked[0][1], Checkpoint)
-    longer = make_plan(short_recipe(tiny_llama, samples=64), tmp_path / "out", probe=probe)
-    assert longer.seconds is not None
-    assert longer.seconds > plan.seconds
-    assert longer.evaluation_seconds == plan.evaluation_seconds
-    without = short_recipe(tiny_llama).replace("evaluation", sequences=0)
-    assert make_plan(without, tmp_path / "out", probe=probe).evaluation_seconds == 0
-    assert make_plan(find_recipe("llama-3.1-8b"), tmp_path / "out", probe=probe).seconds
-    assert asked[-1][1] is None
+def test_time_covers_everything_to_the_end(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = short_recipe(tiny_llama).in_formats("golden-stick,compressed-tensors")
+    asked: list[Checkpoint | None] = []
+
+    def probe(config: ModelConfig, checkpoint: Checkpoint | None) -> Measured:
+        asked.append(checkpoint)
+        return measured(recipe, config)
+
+    plan = make_plan(recipe, tmp_path / "out", probe=probe)
+    assert plan.seconds_by_stage is not None
+    highs = {stage: time.high / SPREAD for stage, time in plan.seconds_by_stage.items()}
+    lows = {stage: time.low * SPREAD for stage, time in plan.seconds_by_stage.items()}
+    # Two layers like the sample's, its head and its ends, and what reading takes beside them.
+    expected = {"start": 10, "layers": 2 * 2, "ends": 2, "evaluation": 2 * 2 + 2}
+    # The sample has one of the two layers.
+    assert 2 < highs.pop("formats") < 4
+    assert 1 < lows.pop("formats") < 2
+    assert highs == pytest.approx(expected, rel=1e-2)
+    assert lows == pytest.approx({stage: time / 2 for stage, time in expected.items()}, rel=1e-2)
+    assert plan.seconds == sum(plan.seconds_by_stage.values(), Span(0, 0))
+    assert plan.parts[0].seconds is not None
+    assert plan.parts[0].seconds + plan.parts[1].seconds == plan.seconds_by_stage["layers"]
+    assert plan.machine == Machine(2, 1.0, 0.5)
+    assert isinstance(asked[0], Checkpoint)
+    without = recipe.replace("evaluation", sequences=0)
+    plan = make_plan(without, tmp_path / "out", probe=lambda config, _: measured(without, config))
+    assert plan.seconds_by_stage is not None
+    assert plan.seconds_by_stage["evaluation"] == Span(0, 0)
+
+
+def test_a_large_model_takes_longer_by_its_work(tmp_path: Path) -> None:
+    recipe = find_recipe("llama-3.1-8b")
+    plan = make_plan(recipe, tmp_path / "out", probe=lambda config, _: measured(recipe, config))
+    layer = plan.parts[0].seconds
+    assert layer is not None
+    cut = sample_config(parse_config(published_config("llama-3.1-8b") or {}), recipe.quantization)
+    weights, kept = (
+        sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+        for shapes in (
+            parse_config(published_config("llama-3.1-8b") or {}).layer_shapes(0),
+            cut.layer_shapes(0),
+        )
+    )
+    assert weights > 10 * kept
+    disk = plan.parts[0].source_bytes / 1e9
+    assert layer.low == pytest.approx(weights / kept / SPREAD + disk)
+    assert layer.high == pytest.approx(2 * weights / kept * SPREAD + 3 * disk)
 
 
 def test_where_no_time_can_be_estimated_the_plan_says_why(tiny_llama: Path, tmp_path: Path) -> None:
-    def full(*of: object) -> Rates:
+    def full(*of: object) -> Measured:
         raise OutputError("the disk is full")
 
     plan = make_plan(short_recipe(tiny_llama), tmp_path / "out", probe=full)
     assert plan.seconds is None
     assert "the disk is full" in plan.notes[0]
-    recipe = short_recipe(tiny_llama).replace("quantization", algorithm="osl", search="reference")
-    plan = make_plan(recipe, tmp_path / "out", probe=lambda *_: RATES)
-    assert plan.seconds is None
-    assert "golden-stick's own search" in plan.notes[0]
 
 
 def test_a_bad_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
@@ -201,5 +247,6 @@ def test_a_bad_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
         make_plan(recipe.model_copy(update={"model": "nobody/no-such-model"}), tmp_path / "out")
     with pytest.raises(RecipeError, match="cannot serve this"):
         make_plan(
-            find_recipe("deepseek-r1").replace("quantization", dynamic=["self_attn."]), tmp_path / "out"
+            find_recipe("deepseek-r1").replace("quantization", schemes=rules(dynamic=["self_attn."])),
+            tmp_path / "out",
         )

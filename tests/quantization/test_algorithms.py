@@ -2,10 +2,13 @@
 
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from msquant.checkpoint.weights import QuantizedLinear
+from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A16
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.quantization.test_osl import CASES, SAMPLES, run_pass
 
@@ -25,34 +28,42 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "schemes",
-    [{}, {"dynamic": ("proj",)}, {"weight_only": ("proj",)}],
+    "scheme",
+    [W8A8, W8A8_DYNAMIC, W8A16],
     ids=["static", "per token", "weights alone"],
 )
 @pytest.mark.parametrize("algorithm", ["smoothquant", "rtn"])
 @pytest.mark.parametrize("case", ["grouped queries", "one key per query, biases", "latent attention"])
-def test_fast_equals_golden_sticks_own(case, algorithm, schemes, tmp_path):
+def test_fast_equals_golden_sticks_own(case, algorithm, scheme, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, **schemes}
-    reference = run_pass(folder, 2, part, search="reference", **policy)
-    fast = run_pass(folder, 2, part, search="fast", **policy)
+    policy = {"algorithm": algorithm, "smoothquant_alpha": 0.5, "schemes": (("*", scheme),)}
+    reference = run_pass(folder, 2, part, reference=True, **policy)
+    fast = run_pass(folder, 2, part, **policy)
     same(fast, reference)
-    assert {linear.scheme for linear in fast.linears.values()} == {next(iter(schemes), "static")}
-    smoothed = algorithm == "smoothquant" and "weight_only" not in schemes
+    assert {linear.scheme for linear in fast.linears.values()} == {scheme}
+    smoothed = algorithm == "smoothquant" and not scheme.is_weight_only
     assert [group.alpha for group in fast.report.groups] == [0.5] * len(reference.report.groups)
     assert smoothed == bool(reference.report.groups)
 
 
-@pytest.mark.parametrize("algorithm", ["osl-robust", "osl", "smoothquant"])
+def test_scales_of_weights_are_numbers_of_the_models_dtype_where_servers_keep_them_in_it(tmp_path):
+    folder = write_tiny(tmp_path / "model", "llama", dtype="bfloat16")
+    schemes = rules(dynamic=["down_proj"], weight_only=["o_proj"])
+    for name, linear in run_pass(folder, 2, algorithm="rtn", schemes=schemes).linears.items():
+        held = linear.weight_scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert (held == linear.weight_scale).all() == (not linear.is_static), name
+
+
+@pytest.mark.parametrize("algorithm", ["osl", "osl-golden-stick", "smoothquant"])
 def test_int8_weights_alone_are_not_smoothed_while_others_are(algorithm, tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
     policy = {"algorithm": algorithm, "smooth_alpha": (0.5,), "range_floor": (0.0,)}
-    result = run_pass(folder, 2, **policy, weight_only=("down_proj",))
-    rtn = run_pass(folder, 2, algorithm="rtn", weight_only=("down_proj",))
+    result = run_pass(folder, 2, **policy, schemes=rules(weight_only=["down_proj"]))
+    rtn = run_pass(folder, 2, algorithm="rtn", schemes=rules(weight_only=["down_proj"]))
     name = "model.layers.1.mlp.down_proj"
     assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up"]
-    assert [linear for linear in result.linears if result.linears[linear].scheme == "weight_only"] == [name]
+    assert [linear for linear in result.linears if result.linears[linear].scheme == W8A16] == [name]
     np.testing.assert_array_equal(result.linears[name].weight, rtn.linears[name].weight)
     np.testing.assert_array_equal(result.linears[name].weight_scale, rtn.linears[name].weight_scale)
 
@@ -77,8 +88,8 @@ def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
 def test_robust_search_chooses_for_every_group(case, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    result = run_pass(folder, 2, part, algorithm="osl-robust", **FLOORS)
-    osl = run_pass(folder, 2, part, algorithm="osl", smooth_alpha=(0.5,))
+    result = run_pass(folder, 2, part, algorithm="osl", **FLOORS)
+    osl = run_pass(folder, 2, part, algorithm="osl-golden-stick", smooth_alpha=(0.5,))
     assert [group.name for group in result.report.groups] == [group.name for group in osl.report.groups]
     for group in result.report.groups:
         assert group.alpha in FLOORS["smooth_alpha"]
@@ -88,7 +99,7 @@ def test_robust_search_chooses_for_every_group(case, tmp_path):
 
 def test_robust_search_does_not_depend_on_the_batches(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
-    results = [run_pass(folder, batch, algorithm="osl-robust", **FLOORS) for batch in (1, 2, SAMPLES)]
+    results = [run_pass(folder, batch, algorithm="osl", **FLOORS) for batch in (1, 2, SAMPLES)]
     for one, other in pairwise(results):
         assert [(g.alpha, g.range_floor) for g in one.report.groups] == [
             (g.alpha, g.range_floor) for g in other.report.groups
@@ -99,10 +110,10 @@ def test_robust_search_does_not_depend_on_the_batches(tmp_path):
 
 def test_robust_search_smooths_linears_with_a_scale_per_token_too(tmp_path):
     folder = write_tiny(tmp_path / "model", "llama")
-    result = run_pass(folder, 2, algorithm="osl-robust", dynamic=("down_proj",), **FLOORS)
+    result = run_pass(folder, 2, algorithm="osl", schemes=rules(dynamic=["down_proj"]), **FLOORS)
     assert [group.name for group in result.report.groups] == ["qkv", "o", "gate_up", "down"]
     down = result.linears["model.layers.1.mlp.down_proj"]
     assert isinstance(down, QuantizedLinear)
     assert down.input_scale is None
-    rtn = run_pass(folder, 2, algorithm="rtn", dynamic=("down_proj",))
+    rtn = run_pass(folder, 2, algorithm="rtn", schemes=rules(dynamic=["down_proj"]))
     assert not np.array_equal(down.weight, rtn.linears["model.layers.1.mlp.down_proj"].weight)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from msquant.quantization.clip import best_clip_values, input_root
+from msquant.algorithms.clip import best_clip_values, input_root
 
 RATIOS = [1 - i / 20 for i in range(10)]
 

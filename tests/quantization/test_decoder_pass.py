@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from msquant.algorithms import make_algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
+from msquant.kernels import golden_stick
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
-from msquant.quantization import golden_stick
 from msquant.quantization.decoder_pass import DecoderPass
-from msquant.quantization.policy import QuantizationPolicy
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 LENGTH = 16
@@ -35,9 +36,7 @@ def run(
     """Outputs of layer 1, which has experts, and what was said to go on."""
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
-    policy = QuantizationPolicy(
-        smooth_alpha=(0.5,), weight_clip_ratio=(1.0,), skip=("kv_b_proj",), dynamic=("mlp.",)
-    )
+    policy = make_algorithm(smooth_alpha=(0.5,), schemes=rules(skip=["kv_b_proj"], dynamic=["mlp."]))
     steps: list[str] = []
     outputs: list[np.ndarray] = []
     config = read_config(folder)

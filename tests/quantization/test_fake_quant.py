@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import ops
 
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize, in_int8, weight_scale
 from msquant.models.device import use_device
-from msquant.quantization.fake_quant import activation_parameters, fake_quantize, in_int8, weight_scale
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,15 +7,17 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from msquant.algorithms import make_algorithm
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.kernels.report import relative_error
+from msquant.kernels.smoothing import power_of_two
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization.feed_forward import FeedForwardPass
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import relative_error
-from msquant.quantization.smoothing import power_of_two
+from msquant.schemes import W8A16
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
 DENSE, EXPERTS = 0, 1
@@ -67,7 +69,7 @@ class Block:
 
     def run(self, **policy: Any) -> tuple[FeedForwardPass, np.ndarray, np.ndarray, Collected]:
         """Both readings: the pass, its outputs in floating point and in int8, and the weights."""
-        settings = QuantizationPolicy(**{"dynamic": ("mlp.",), "min_expert_tokens": 1} | policy)
+        settings = make_algorithm(**{"schemes": rules(dynamic=["mlp."]), "min_expert_tokens": 1} | policy)
         block = FeedForwardPass(self.config, self.source, self.index, settings, self.dtype)
         forward = block.forward(self.before)
         sink = Collected(self.source)
@@ -103,7 +105,7 @@ def test_the_output_is_that_of_the_whole_layer(block: Block, alpha: float | None
 
 def test_smoothquant_smooths_with_its_own_alpha(block: Block) -> None:
     _, _, _, own = block.run(algorithm="smoothquant", smoothquant_alpha=0.3)
-    _, _, _, given = block.run(algorithm="osl", feed_forward_alpha=0.3)
+    _, _, _, given = block.run(algorithm="osl-golden-stick", feed_forward_alpha=0.3)
     _, _, _, other = block.run(algorithm="smoothquant", smoothquant_alpha=0.3, feed_forward_alpha=0.5)
     same = [np.array_equal(own.linears[name].weight, given.linears[name].weight) for name in own.linears]
     assert all(same)
@@ -113,14 +115,16 @@ def test_smoothquant_smooths_with_its_own_alpha(block: Block) -> None:
 def test_round_to_nearest_smooths_nothing(block: Block) -> None:
     done, _, _, sink = block.run(algorithm="rtn", feed_forward_alpha=0.5)
     assert done.groups() == []
-    _, _, _, plain = block.run(algorithm="osl")
+    _, _, _, plain = block.run(algorithm="osl-golden-stick")
     assert all(np.array_equal(sink.linears[n].weight, plain.linears[n].weight) for n in plain.linears)
 
 
 def test_shared_experts_can_have_int8_weights_alone(deepseek: Path) -> None:
     block = Block(deepseek, EXPERTS)
-    _, _, output, sink = block.run(algorithm="rtn", weight_only=("shared_experts.",))
-    assert {name for name, linear in sink.linears.items() if linear.scheme == "weight_only"} == {
+    _, _, output, sink = block.run(
+        algorithm="rtn", schemes=rules(weight_only=["shared_experts."], dynamic=["mlp."])
+    )
+    assert {name for name, linear in sink.linears.items() if linear.scheme == W8A16} == {
         f"model.layers.{EXPERTS}.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
     }
     found = block.output(sink, "whole")
@@ -129,7 +133,7 @@ def test_shared_experts_can_have_int8_weights_alone(deepseek: Path) -> None:
 
 def test_tokens_in_two_rounds_give_the_same(deepseek: Path) -> None:
     block = Block(deepseek, EXPERTS)
-    policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=0.5, min_expert_tokens=1)
+    policy = make_algorithm(schemes=rules(dynamic=["mlp."]), feed_forward_alpha=0.5, min_expert_tokens=1)
     at_once, _, _, whole = block.run(feed_forward_alpha=0.5)
     rounds = FeedForwardPass(block.config, block.source, EXPERTS, policy, block.dtype)
     outputs = [rounds.forward(part) for part in np.split(block.before, [7])]
@@ -143,7 +147,7 @@ def test_tokens_in_two_rounds_give_the_same(deepseek: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [0.3, 0.7])
 def test_smoothing_preserves_the_function(block: Block, alpha: float) -> None:
-    _, _, _, sink = block.run(feed_forward_alpha=alpha, dynamic=(), skip=("mlp.",))
+    _, _, _, sink = block.run(feed_forward_alpha=alpha, schemes=rules(skip=["mlp."]))
     assert all(isinstance(linear, FloatLinear) for linear in sink.linears.values())
     changed = [
         m for m, linear in sink.linears.items() if (linear.weight != block.source.linear(m).weight).any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from msquant.quantization.held_out import Choice, GroupInputs, HeldOutSearch, typical_magnitudes
+from msquant.algorithms.held_out import Choice, GroupInputs, HeldOutSearch, typical_magnitudes
 
 S, T, K, N = 4, 16, 24, 10
 

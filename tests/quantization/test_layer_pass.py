@@ -4,20 +4,21 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from msquant.algorithms import make_algorithm
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
+from msquant.kernels import golden_stick
+from msquant.kernels.report import relative_error
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
-from msquant.quantization import golden_stick
 from msquant.quantization.layer_pass import quantize_layer
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import relative_error
+from tests.fixtures.policies import rules
 
 NAME = "model.layers.0"
 LENGTH = 16
 # A short grid: these tests are about what is made of the choice.
-GRID = {"algorithm": "osl", "smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio": (1.0, 0.9)}
+GRID = {"algorithm": "osl-golden-stick", "smooth_alpha": (0.3, 0.5, 0.7), "weight_clip_ratio": (1.0, 0.9)}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_every_linear_is_int8_and_the_output_is_close(parts):
     config, layer, hidden, places, dtype = parts
     output = layer(hidden[0], places).asnumpy()
 
-    result = quantize_layer(config, 0, layer, hidden, places, QuantizationPolicy(**GRID))
+    result = quantize_layer(config, 0, layer, hidden, places, make_algorithm(**GRID))
 
     assert list(result.linears) == [f"{NAME}.{name}" for name in config.linears]
     for name, linear in result.linears.items():
@@ -64,7 +65,7 @@ def test_the_error_is_zero_for_the_layer_itself_and_one_for_no_layer(parts):
 def test_skipped_linears_stay_in_floating_point(parts):
     config, layer, hidden, places, dtype = parts
     output = layer(hidden[0], places).asnumpy()
-    policy = QuantizationPolicy(**GRID, skip=("lm_head", "down_proj"))
+    policy = make_algorithm(**GRID, schemes=rules(skip=["lm_head", "down_proj"]))
 
     result = quantize_layer(config, 0, layer, hidden, places, policy)
 
@@ -78,7 +79,7 @@ def test_skipped_linears_stay_in_floating_point(parts):
 def test_linears_with_a_scale_per_token_are_not_searched(parts):
     config, layer, hidden, places, dtype = parts
     output = layer(hidden[0], places).asnumpy()
-    policy = QuantizationPolicy(**GRID, dynamic=("down_proj",))
+    policy = make_algorithm(**GRID, schemes=rules(dynamic=["down_proj"]))
 
     result = quantize_layer(config, 0, layer, hidden, places, policy)
 

@@ -6,15 +6,15 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from msquant.algorithms.smoothers import least_loss
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CalibrationError
+from msquant.kernels import golden_stick
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
-from msquant.quantization import golden_stick
 from msquant.quantization.layer_pass import quantize_layer
-from msquant.quantization.osl import least_loss
-from msquant.quantization.policy import QuantizationPolicy
+from tests.fixtures.policies import policy_of
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
@@ -39,7 +39,7 @@ def run_pass(folder, batch, part="whole", **policy):
     hidden = hidden_states(config.hidden_size)
     batches = [hidden[start : start + batch] for start in range(0, SAMPLES, batch)]
     places = positions(config, LENGTH, dtype)
-    policy = QuantizationPolicy(**({"algorithm": "osl"} | policy))
+    policy = policy_of(**({"algorithm": "osl-golden-stick"} | policy))
     return quantize_layer(config, INDEX, layer, batches, places, policy)
 
 
@@ -60,8 +60,8 @@ CASES = {
 def test_fast_search_equals_golden_sticks_own(case, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    reference = run_pass(folder, 2, part, search="reference")
-    fast = run_pass(folder, 2, part, search="fast")
+    reference = run_pass(folder, 2, part, reference=True)
+    fast = run_pass(folder, 2, part)
 
     expected = {group.name: group.alpha for group in reference.report.groups}
     assert {group.name: group.alpha for group in fast.report.groups} == expected
@@ -92,16 +92,16 @@ def test_the_result_does_not_depend_on_the_batches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "search"), [("osl", "fast"), ("osl", "reference"), ("osl-robust", "fast")]
+    ("algorithm", "reference"), [("osl-golden-stick", False), ("osl-golden-stick", True), ("osl", False)]
 )
-def test_weights_without_a_finite_error_are_refused(tmp_path, algorithm, search):
+def test_weights_without_a_finite_error_are_refused(tmp_path, algorithm, reference):
     folder = write_tiny_llama(tmp_path / "model")
     dtype = use_device()
     config = read_config(folder)
     layer = DecoderLayer(config, Checkpoint.open(folder), NAME, dtype)
     layer.mlp.down_proj.weight.set_data(layer.mlp.down_proj.weight * 1e36)
     places = positions(config, LENGTH, dtype)
-    policy = QuantizationPolicy(algorithm=algorithm, search=search, smooth_alpha=(0.5,))
+    policy = policy_of(algorithm, reference=reference, smooth_alpha=(0.5,))
     with pytest.raises(CalibrationError, match="no alpha gives a finite error") as caught:
         quantize_layer(config, INDEX, layer, [hidden_states(config.hidden_size)], places, policy)
     assert NAME in str(caught.value)

@@ -5,24 +5,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from msquant.algorithms import make_algorithm
+from msquant.algorithms.smoothers import Batch
 from msquant.checkpoint.reader import Checkpoint
+from msquant.kernels.ranges import channel_ranges
+from msquant.kernels.report import ChannelRanges
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization.feed_forward import FeedForwardPass
-from msquant.quantization.osl import Batch
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.ranges import channel_ranges
-from msquant.quantization.report import ChannelRanges
+from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.quantization.test_osl import CASES, LENGTH, NAME, hidden_states, run_pass
 
 ALGORITHMS = [
-    ("grouped queries", "osl-robust", "fast"),
-    ("grouped queries", "osl", "fast"),
-    ("grouped queries", "osl", "reference"),
-    ("grouped queries", "smoothquant", "fast"),
-    ("latent attention", "smoothquant", "reference"),
+    ("grouped queries", "osl", False),
+    ("grouped queries", "osl-golden-stick", False),
+    ("grouped queries", "osl-golden-stick", True),
+    ("grouped queries", "smoothquant", False),
+    ("latent attention", "smoothquant", True),
 ]
 
 
@@ -35,12 +36,14 @@ def inputs(folder: Path, part: str) -> dict[str, np.ndarray]:
     return {name: batch.states[step][1].asnumpy() for name, step in layer.step_of.items()}
 
 
-@pytest.mark.parametrize(("case", "algorithm", "search"), ALGORITHMS)
-def test_ranges_are_those_of_the_inputs(case, algorithm, search, tmp_path):
+@pytest.mark.parametrize(("case", "algorithm", "reference"), ALGORITHMS)
+def test_ranges_are_those_of_the_inputs(case, algorithm, reference, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
     alphas = {"smooth_alpha": (0.5,), "smoothquant_alpha": 0.5}
-    result = run_pass(folder, 2, part, algorithm=algorithm, search=search, weight_clip_ratio=(1.0,), **alphas)
+    result = run_pass(
+        folder, 2, part, algorithm=algorithm, reference=reference, weight_clip_ratio=(1.0,), **alphas
+    )
     read = inputs(folder, part)
     assert len(result.report.groups) >= 4
     for group in result.report.groups:
@@ -70,7 +73,7 @@ def test_nothing_is_reported_of_what_is_not_smoothed(tmp_path):
 @pytest.mark.parametrize(("index", "alpha"), [(0, 0.5), (1, 0.5), (1, None)])
 def test_feed_forward_blocks_report_all_experts_as_one_group(index, alpha, tmp_path):
     folder = write_tiny(tmp_path / "model", "deepseek_v3")
-    policy = QuantizationPolicy(dynamic=("mlp.",), feed_forward_alpha=alpha, min_expert_tokens=5)
+    policy = make_algorithm(schemes=rules(dynamic=["mlp."]), feed_forward_alpha=alpha, min_expert_tokens=5)
     config = read_config(folder)
     block = FeedForwardPass(config, Checkpoint.open(folder), index, policy, use_device())
     hidden = np.random.default_rng(0).normal(size=(24, config.hidden_size)).astype(np.float32)

@@ -3,15 +3,16 @@
 import pytest
 
 from msquant.errors import RecipeError
-from msquant.quantization.report import GroupError
+from msquant.kernels.report import GroupError
 from msquant.quantization.selection import Budget, RankedGroup, select
+from msquant.schemes import W8A8
 
 
 def group(
     name: str, matrices: int, error: float, size: int | None = 100, dynamic: float | None = None
 ) -> RankedGroup:
     linears = tuple(f"{name}.{i}" for i in range(matrices))
-    return RankedGroup(GroupError(0, name, linears, "static", error, dynamic), 0.0, size)
+    return RankedGroup(GroupError(0, name, linears, W8A8, error, dynamic), 0.0, size)
 
 
 GROUPS = [

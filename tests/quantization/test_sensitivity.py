@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from msquant.algorithms import make_algorithm
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
+from msquant.kernels import golden_stick
+from msquant.kernels.report import GroupError
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
-from msquant.quantization import golden_stick
 from msquant.quantization.decoder_pass import DecoderPass
-from msquant.quantization.policy import QuantizationPolicy
-from msquant.quantization.report import GroupError
 from msquant.quantization.sensitivity import SensitivityPass, held_out_parameters, token_errors
+from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A16
+from tests.fixtures.policies import policy_of, rules
 from tests.fixtures.tiny_families import write_tiny
 
 LENGTH = 16
@@ -30,7 +33,7 @@ GROUPS = {
 
 
 def measure(
-    folder: Path, scratch: Path, policy: QuantizationPolicy, hidden: list[np.ndarray], index: int = 0
+    folder: Path, scratch: Path, policy: Algorithm, hidden: list[np.ndarray], index: int = 0
 ) -> tuple[dict[str, GroupError], list[np.ndarray]]:
     """The groups of one layer by name, and the layer's outputs."""
     dtype = use_device()
@@ -121,7 +124,7 @@ def torch_errors(folder: Path, hidden: np.ndarray, alpha: float | None, per_toke
 def test_every_groups_error_is_that_of_an_independent_computation(
     tiny_llama: Path, tmp_path: Path, algorithm: Any, alpha: float | None
 ) -> None:
-    policy = QuantizationPolicy(algorithm=algorithm, smoothquant_alpha=alpha or 0.5)
+    policy = policy_of(algorithm, smoothquant_alpha=alpha or 0.5)
     hidden = samples(6, batches=2)
     measured, outputs = measure(tiny_llama, tmp_path, policy, hidden)
     static = torch_errors(tiny_llama, np.concatenate(hidden), alpha, per_token=False)
@@ -132,7 +135,7 @@ def test_every_groups_error_is_that_of_an_independent_computation(
     for group, names in GROUPS.items():
         error = measured[group]
         assert error.linears == tuple(f"model.layers.0.{name}" for name in names)
-        assert (error.layer, error.scheme) == (0, "static")
+        assert (error.layer, error.scheme) == (0, W8A8)
         # A rounding on the edge of a step may fall either way.
         assert error.error == pytest.approx(static[group], rel=0.01)
         assert error.dynamic_error == pytest.approx(per_token[group], rel=0.01)
@@ -141,17 +144,20 @@ def test_every_groups_error_is_that_of_an_independent_computation(
 def test_int8_weights_alone_cost_less_than_activations_too(tiny_llama: Path, tmp_path: Path) -> None:
     hidden = samples(2)
     alone, _ = measure(
-        tiny_llama, tmp_path / "a", QuantizationPolicy(algorithm="rtn", weight_only=("proj",)), hidden
+        tiny_llama,
+        tmp_path / "a",
+        make_algorithm(algorithm="rtn", schemes=rules(weight_only=["proj"])),
+        hidden,
     )
-    both, _ = measure(tiny_llama, tmp_path / "b", QuantizationPolicy(algorithm="rtn"), hidden)
+    both, _ = measure(tiny_llama, tmp_path / "b", make_algorithm(algorithm="rtn"), hidden)
     assert list(alone) == list(GROUPS)
     for group, error in alone.items():
-        assert (error.scheme, error.dynamic_error) == ("weight_only", None)
+        assert (error.scheme, error.dynamic_error) == (W8A16, None)
         assert 0 < error.error < both[group].dynamic_error
 
 
 def test_osl_leaves_linears_with_a_scale_per_token_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
-    policy = QuantizationPolicy(algorithm="osl", smooth_alpha=(0.6,), weight_clip_ratio=(0.9,))
+    policy = make_algorithm(algorithm="osl-golden-stick", smooth_alpha=(0.6,), weight_clip_ratio=(0.9,))
     hidden = samples(2)
     measured, _ = measure(tiny_llama, tmp_path, policy, hidden)
     plain = torch_errors(tiny_llama, hidden[0], None, per_token=True)
@@ -163,7 +169,7 @@ def test_osl_leaves_linears_with_a_scale_per_token_as_they_are(tiny_llama: Path,
 
 
 def test_what_stays_in_floating_point_is_not_measured(tiny_llama: Path, tmp_path: Path) -> None:
-    policy = QuantizationPolicy(algorithm="rtn", skip=("layers.0.mlp.down_proj", "o_proj"))
+    policy = make_algorithm(algorithm="rtn", schemes=rules(skip=["layers.0.mlp.down_proj", "o_proj"]))
     measured, _ = measure(tiny_llama, tmp_path, policy, samples(2))
     assert list(measured) == ["qkv", "gate_up"]
 
@@ -199,20 +205,24 @@ def test_experts_are_one_group_with_the_error_of_the_layer_when_only_they_are_qu
     import mindspore as ms
 
     folder = write_tiny(tmp_path / "model", "deepseek_v3")
-    options: Mapping[str, Any] = {"algorithm": "smoothquant", "feed_forward_alpha": 0.5, "dynamic": ("mlp.",)}
+    options: Mapping[str, Any] = {"algorithm": "smoothquant", "feed_forward_alpha": 0.5}
     hidden = samples(4, batches=2)
     measured, outputs = measure(
-        folder, tmp_path / "a", QuantizationPolicy(**options, skip=("kv_b_proj",)), hidden, index=1
+        folder,
+        tmp_path / "a",
+        make_algorithm(**options, schemes=rules(skip=["kv_b_proj"], dynamic=["mlp."])),
+        hidden,
+        index=1,
     )
     assert list(measured) == ["q_kv_a", "q_b", "o", "feed_forward"]
     experts = measured["feed_forward"]
-    assert (experts.scheme, experts.dynamic_error) == ("dynamic", None)
+    assert (experts.scheme, experts.dynamic_error) == (W8A8_DYNAMIC, None)
     assert len(experts.linears) == 3 * (8 + 1)
     assert not any("mlp.gate." in name or name.endswith("mlp.gate") for name in experts.linears)
 
     config, source, dtype = read_config(folder), Checkpoint.open(folder), use_device()
     sink = Quantized(source)
-    policy = QuantizationPolicy(**options, skip=("self_attn",))
+    policy = make_algorithm(**options, schemes=rules(skip=["self_attn"], dynamic=["mlp."]))
     store = HiddenStateStore(tmp_path / "b", 1 << 30)
     DecoderPass(config, source, policy, LENGTH, dtype, store).run(1, hidden, lambda output: None, sink)
     layer = DecoderLayer(config, sink, 1, dtype)

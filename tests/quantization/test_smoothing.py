@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from msquant.quantization.smoothing import power_of_two, smooth_scale
+from msquant.kernels.smoothing import power_of_two, smooth_scale
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.85])

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from msquant.quantization.value_rows import ValueRows
+from msquant.kernels.value_rows import ValueRows
 
 HEADS, KEYS, VALUES, RANK = 3, 4, 2, 5
 

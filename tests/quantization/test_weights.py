@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from msquant.quantization import golden_stick, weights
-from msquant.quantization.weights import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
+from msquant.kernels import golden_stick, weights
+from msquant.kernels.weight_rounding import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -106,7 +106,7 @@ def poison(folder: Path) -> None:
         manifest["recipe"] = {
             "description": "\n".join(HOSTILE),
             "model": HOSTILE[0],
-            "quantization": {"skip": list(HOSTILE)},
+            "quantization": {"schemes": [{name: "FLOAT"} for name in HOSTILE]},
         }
         manifest["versions"] = dict.fromkeys(HOSTILE, HOSTILE[1])
         manifest["device"] = HOSTILE[2]

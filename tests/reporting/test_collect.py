@@ -149,7 +149,7 @@ def test_the_recipe_the_hashes_and_the_commands_are_there(own: Path) -> None:
     change_json(
         own / "msquant.json",
         lambda manifest: manifest.update(
-            recipe={"model": "smollm2-135m", "quantization": {"algorithm": "osl-robust"}},
+            recipe={"model": "smollm2-135m", "quantization": {"algorithm": "osl"}},
             versions={"mindspore-gs": "1.4.1"},
             source={"sha256": "5" * 64, "shards": {"model.safetensors": 10**6}},
             calibration={"shape": [16, 128], "sha256": "6" * 64},
@@ -158,7 +158,7 @@ def test_the_recipe_the_hashes_and_the_commands_are_there(own: Path) -> None:
     report = collect(own)
     assert report.size.source == 10**6
     for page in (html_page(report), markdown_page(report)):
-        for text in ("osl-robust", "1.4.1", "5" * 64, "6" * 64, "16 x 128", "1.0 MB"):
+        for text in ("osl", "1.4.1", "5" * 64, "6" * 64, "16 x 128", "1.0 MB"):
             assert text in page
         for file in report.files.values():
             assert file.sha256 in page

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from msquant.inference.embedded import EmbeddedEngine
+from msquant.server.address import accepted_hosts
 from msquant.server.steps import Limits
 from tests.server.running import MODEL, RunningServer, open_files, running, wait_for
 
@@ -73,7 +74,7 @@ def test_the_work_ends_when_the_client_goes_away(server: RunningServer, engine: 
     files = open_files()
     for stream in (True, False):
         body = httpx.Request("POST", server.url, json={**LONG, "extra_body": None, "stream": stream}).read()
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         body = body.replace(b'"extra_body":null,', b"")
         connection = raw(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         if stream:
@@ -101,6 +102,95 @@ def test_limits_of_tokens(engine: EmbeddedEngine) -> None:
         assert client.completions.create(model=MODEL, prompt="I am").usage.completion_tokens <= 4  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "prompt"),
+    [
+        ("completions", "max_tokens", {"prompt": "I am"}),
+        ("chat/completions", "max_completion_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_more_tokens_than_the_model_has_room_for(
+    server: RunningServer, path: str, name: str, prompt: dict[str, Any]
+) -> None:
+    room = 256
+    response = server.post(f"/v1/{path}", json=prompt | {name: 10**9})
+    assert response.status_code == 400
+    assert f"max_tokens is 1000000000, the server's limit is {room}" in response.json()["error"]["message"]
+    assert server.post(f"/v1/{path}", json=prompt | {name: room}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": ["I am", "x" * 70_000]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 7000}] * 10}),
+    ],
+)
+def test_a_long_prompt_is_refused_before_it_is_tokenized(
+    server: RunningServer,
+    engine: EmbeddedEngine,
+    path: str,
+    body: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts: list[str] = []
+    encode = engine.tokenizer.encode
+    monkeypatch.setattr(
+        engine.tokenizer, "encode", lambda text, **options: (texts.append(text), encode(text, **options))[1]
+    )
+    response = server.post(f"/v1/{path}", json=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert "a prompt has 70000 bytes, the server's limit is 65536 bytes for 256 tokens" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    assert texts == body.get("prompt", [])[:1]
+
+
+def unfinished(size: int) -> bytes:
+    """A request of which the last byte is missing."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1)
+
+
+def test_unfinished_bodies_are_bounded_in_sum(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of thirty bodies of 200 kB, which end nowhere, sixteen are kept; small ones pass all the while."""
+    monkeypatch.setattr("msquant.server.guard.FREE_BYTES", 1000)
+    size = 200_000
+    with running(engine, max_body=size, body_seconds=30) as server:
+        pool = server.server.config.app.pool  # type: ignore[union-attr]
+        connections = [raw(server, unfinished(size)) for _ in range(30)]
+        wait_for(lambda: pool.held > pool.limit - size)
+        assert server.post("/v1/completions", json=SHORT).status_code == 200
+        answers = []
+        for connection in connections:
+            connection.sendall(b"}")
+            answers.append(connection.recv(20).split()[1])
+            assert pool.held <= pool.limit == 16 * size
+        assert set(answers) == {b"400", b"429"}
+        assert answers.count(b"400") == 16
+        for connection in connections:
+            connection.close()
+        server.wait_until_idle()
+        assert pool.held == 0
+
+
+def test_nothing_of_a_body_is_kept_when_all_places_are_taken(engine: EmbeddedEngine) -> None:
+    with running(engine, max_requests=1, body_seconds=30) as server:
+        client = server.client()
+        stream = client.completions.create(stream=True, **LONG)
+        next(stream)
+        connection = raw(server, unfinished(1_000_000))
+        assert server.post("/v1/completions", json=SHORT).status_code == 429
+        assert server.server.config.app.pool.held == 0  # type: ignore[union-attr]
+        connection.sendall(b"}")
+        assert connection.recv(100).startswith(b"HTTP/1.1 429 ")
+        connection.close()
+        stream.close()
+        client.close()
+
+
 def test_body_too_large(engine: EmbeddedEngine) -> None:
     with running(engine, max_body=1000) as server:
         client = server.client()
@@ -108,13 +198,14 @@ def test_body_too_large(engine: EmbeddedEngine) -> None:
             with pytest.raises(openai.APIStatusError, match="limit of 1000 bytes") as caught:
                 client.completions.create(model=MODEL, prompt="x" * size)
             assert caught.value.status_code == 413
-        huge = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
+        huge = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n"
         start = time.monotonic()
         assert b" 413 " in read_all(raw(server, huge))
         assert time.monotonic() - start < 10
         chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
         endless = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 5
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + chunk * 5
         )
         assert b" 413 " in read_all(raw(server, endless))
         client.close()
@@ -135,16 +226,29 @@ def test_key(engine: EmbeddedEngine) -> None:
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_names_that_are_not_the_server_s(engine: EmbeddedEngine) -> None:
+    """What a page in a browser sends that lets its own name lead to this machine."""
+    with running(engine, hosts=accepted_hosts("127.0.0.1", "127.0.0.1", ["gpu-box"])) as server:
+        for name, status in (("evil.example", 403), (f"evil.example:{server.port}", 403), ("gpu-box:1", 200)):
+            response = server.post("/v1/completions", json=SHORT, headers={"Host": name})
+            assert response.status_code == status
+            assert (response.json().get("error") or {"code": ""})["code"] in ("", "host_not_allowed")
+        response = server.post("/v1/completions", json=SHORT, headers={"Host": "evil.example"})
+        message = response.json()["error"]["message"]
+        assert "does not answer to the name 'evil.example'" in message
+        assert "--allow-host" in message
+
+
 def test_slow_senders(engine: EmbeddedEngine) -> None:
     with running(engine, header_seconds=0.3, body_seconds=0.3) as server:
         for begun in (b"", b"GET /health HTTP/1.1\r\nHost:"):
             assert read_all(raw(server, begun)) == b""
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
         answer = read_all(raw(server, head + b'{"a'))
         assert b" 408 " in answer
         assert b'"type": "invalid_request_error"' in answer
         # After a first answer the time for headers counts again.
-        connection = raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200" in connection.recv(1000)
         connection.sendall(b"GET /health")
         assert read_all(connection).count(b"HTTP/1.1") <= 1
@@ -155,7 +259,7 @@ def test_a_client_that_does_not_read(engine: EmbeddedEngine, monkeypatch: pytest
     monkeypatch.setattr(engine, "answer", lambda *_: Scripted(*["x" * 1_000_000] * 60))
     with running(engine, stall_seconds=0.5) as server:
         body = b'{"prompt": "I am", "stream": true}'
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection = raw(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: server.server.worker.active == 1)
         server.wait_until_idle()
@@ -212,3 +316,22 @@ def test_requests_under_way_end_with_the_server(
         assert time.monotonic() - start < 8
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port), timeout=5)
+
+
+@pytest.mark.slow
+def test_a_hundred_and_fifty_unfinished_bodies_take_little_memory(engine: EmbeddedEngine) -> None:
+    import psutil
+
+    process = psutil.Process()
+    with running(engine, body_seconds=60) as server:
+        before = process.memory_info().rss
+        data = unfinished(3_900_000)
+        connections = []
+        for _ in range(150):
+            connections.append(raw(server, data))
+        time.sleep(1)
+        grown = process.memory_info().rss - before
+        assert grown < 150_000_000, grown
+        assert server.post("/v1/completions", json=SHORT).status_code == 200
+        for connection in connections:
+            connection.close()

@@ -11,7 +11,10 @@ import pytest
 from msquant.inference.embedded import EmbeddedEngine
 from tests.server.running import RunningServer, open_files, running
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\n"
+)
 CHAT = HEAD.replace(b"/v1/", b"/v1/chat/")
 MAX_BODY = 20_000
 RESET = struct.pack("ii", 1, 0)
@@ -74,14 +77,20 @@ MALFORMED: list[tuple[bytes, tuple[int, ...]]] = [
     (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} ", (400,)),
     (HEAD + b"Content-Length: two\r\n\r\n{}", (400,)),
     (b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", (400,)),
-    (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (400, 404)),
-    (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 300_000, (400,)),
-    (b"GET /%ff%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (404,)),
-    (b"GET /v1/models/../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (404,)),
-    (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (405,)),
-    (b"BREW /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", (405,)),
+    (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (400, 404)),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 300_000, (400,)),
+    (b"GET /%ff%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (404,)),
+    (b"GET /v1/models/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (404,)),
+    (b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (405,)),
+    (b"BREW /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (405,)),
     (b"GET / HTTP/1\r\n\r\n", (400,)),
-    (b"PRI * HTTP/2.0\r\nConnection: close\r\n\r\nSM\r\n\r\n", (404,)),
+    (b"GET /health HTTP/1.0\r\n\r\n", (403,)),
+    (b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", (403,)),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", (400,)),
+    (post(b"{}", HEAD.replace(b"localhost", b"localhost@evil.example")), (403,)),
+    (post(b'{"prompt": "x", "max_tokens": 1000000000}'), (400,)),
+    (post(b'{"messages": [' + b"0," * 5000 + b"0]}", CHAT), (400,)),
+    (b"PRI * HTTP/2.0\r\nConnection: close\r\n\r\nSM\r\n\r\n", (403,)),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", (400,)),
     (b"\r\n\r\n\r\n\r\n\x00", (400,)),
     (random.Random(0).randbytes(3000) + b"\n\n", (400,)),

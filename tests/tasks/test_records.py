@@ -13,6 +13,7 @@ from tests.tasks.questions import write_records
     ("text", "message"),
     [
         ('{"question": "a"}\n\n{"question": }\n', r"bad.jsonl:3: the record is not JSON"),
+        ("[" * 100_000, r"bad.jsonl:1: the record is not JSON .*nested more than 64 deep"),
         ('{"question": "a"}\n["a"]\n', "bad.jsonl:2: the record is not a JSON object"),
         ('{"question": "a"}\n{"answer": "b"}\n', "bad.jsonl:2: .*'answer', 'question'"),
         ("\n", "holds no record"),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.inference.cpu import onednn
 from msquant.inference.cpu.linear import linear_layer
+from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 
 SIZES = [64, 576, 1500, 3000]
@@ -46,6 +47,7 @@ def test_extreme_integers_are_summed_exactly(k: int, offset: int, rows: int) -> 
     linear = QuantizedLinear(
         weight=weight,
         weight_scale=np.ones(4, np.float32),
+        scheme=W8A8,
         input_scale=np.ones(1, np.float32),
         input_offset=np.array([offset], np.int32),
     )
@@ -76,7 +78,7 @@ def float_linear(k: int) -> FloatLinear:
 
 
 def weight_only(k: int) -> QuantizedLinear:
-    return dataclasses.replace(random_linear(k, static=False), weight_only=True)
+    return dataclasses.replace(random_linear(k, static=False), scheme=W8A16)
 
 
 def shifted(linear: QuantizedLinear) -> QuantizedLinear:
@@ -110,7 +112,7 @@ def test_channels_that_could_overflow_int32_take_the_other_product() -> None:
     k = onednn.LONGEST + 64
     weight = np.full((1, k), 127, np.int8)
     linear = QuantizedLinear(
-        weight, np.ones(1, np.float32), None, np.ones(1, np.float32), np.array([-128], np.int32)
+        weight, np.ones(1, np.float32), W8A8, None, np.ones(1, np.float32), np.array([-128], np.int32)
     )
     found = linear_layer(linear)(np.full((1, k), 255, np.float32))
     assert found.tolist() == [[np.float32(255 * 127 * k)]]

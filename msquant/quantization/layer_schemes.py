@@ -1,0 +1,41 @@
+"""How every linear of a model is computed by a policy."""
+
+from msquant.algorithms.base import Algorithm
+from msquant.models.config import ModelConfig
+from msquant.schemes import Scheme
+
+
+def layer_linears(config: ModelConfig, index: int) -> list[str]:
+    """The full names of the linears within a decoder layer that can be quantized: all but a router."""
+    router = f"{config.family.layer_name(index)}.mlp.gate.weight"
+    return [
+        tensor.removesuffix(".weight")
+        for tensor, shape in config.layer_shapes(index).items()
+        if len(shape) == 2 and tensor != router
+    ]
+
+
+def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[str, Scheme]:
+    """The scheme of every linear within a decoder layer, by full name."""
+    return {module: policy.scheme(module) for module in layer_linears(config, index)}
+
+
+def model_schemes(config: ModelConfig, policy: Algorithm) -> dict[str, Scheme]:
+    """As `layer_schemes`, of all decoder layers."""
+    return {
+        module: scheme
+        for index in range(config.num_hidden_layers)
+        for module, scheme in layer_schemes(config, policy, index).items()
+    }
+
+
+def in_two_blocks(config: ModelConfig, policy: Algorithm, index: int) -> bool:
+    """Whether a layer's attention and feed-forward blocks are quantized one after the other."""
+    name = config.family.layer_name(index)
+    linears = [linear for group in config.feed_forward_groups for linear in group.linears]
+    if config.has_experts(index):
+        return True
+    schemes = [policy.scheme(f"{name}.{linear}") for linear in linears]
+    return all(
+        scheme.is_float or (scheme.is_dynamic and not policy.searches_feed_forward) for scheme in schemes
+    )

@@ -1,0 +1,160 @@
+"""How a linear layer is computed, as one value: the integers of its weights, of its inputs and of its cache.
+
+The terms are those of compressed-tensors (`quantization/quant_args.py`, `quant_scheme.py`), the words those
+of msModelSlim and golden-stick: `W8A8`, `W8A8_DYNAMIC`, `W8A16`, `FLOAT`.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from msquant.errors import RecipeError
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+"""What shares one scale: the whole tensor, an output channel of a weight, some neighbouring columns of an
+output channel, or one token of an input."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How one tensor is quantized to integers.
+
+    Attributes:
+        bits: of an integer, 2 to 8.
+        granularity: what shares a scale.
+        group_size: columns in a group; None for every other granularity.
+        symmetric: whether the zero point is 0.
+        dynamic: whether the scale is found while the model runs, and not at calibration.
+    """
+
+    bits: int
+    granularity: Granularity
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+
+    @property
+    def low(self) -> int:
+        """The least integer."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """The greatest integer."""
+        return (1 << (self.bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear layer is computed.
+
+    Attributes:
+        weights: None in floating point.
+        inputs: None where the inputs stay in floating point.
+        cache: of the keys or values that the layer makes; None where they stay in floating point.
+    """
+
+    weights: Quant | None = None
+    inputs: Quant | None = None
+    cache: Quant | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the weights stay in floating point."""
+        return self.weights is None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the inputs are quantized with a scale fixed at calibration."""
+        return self.inputs is not None and not self.inputs.dynamic
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the inputs are quantized with a scale for every token."""
+        return self.inputs is not None and self.inputs.dynamic
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether the weights alone are quantized."""
+        return self.weights is not None and self.inputs is None
+
+    def __str__(self) -> str:
+        """The word that recipes have for it, which `parse_scheme` takes."""
+        for word, scheme in PRESETS.items():
+            if scheme == self:
+                return word
+        assert self.weights is not None
+        suffix = "_DYNAMIC" if self.is_dynamic else ""
+        word = f"W{self.weights.bits}A{16 if self.inputs is None else self.inputs.bits}{suffix}"
+        size = self.weights.group_size
+        preset = PRESETS.get(word)
+        if size is not None:
+            word += f"_G{size}"
+        elif preset is not None and preset.weights is not None and preset.weights.group_size is not None:
+            word += "_CHANNEL"
+        return word if self.weights.symmetric else f"{word}_ASYM"
+
+
+def _int(bits: int, group_size: int | None = None) -> Quant:
+    """Symmetric weights with one scale for each output channel, or for each group of it."""
+    return Quant(bits, "channel") if group_size is None else Quant(bits, "group", group_size)
+
+
+def _static(bits: int) -> Quant:
+    return Quant(bits, "tensor", symmetric=False)
+
+
+def _per_token(bits: int) -> Quant:
+    return Quant(bits, "token", dynamic=True)
+
+
+FLOAT = Scheme()
+"""Floating point."""
+
+W8A8 = Scheme(_int(8), _static(8))
+"""Int8 weights; int8 inputs with one scale and zero point, fixed at calibration."""
+
+W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
+"""Int8 weights; int8 inputs with a scale for every token."""
+
+W8A16 = Scheme(_int(8))
+"""Int8 weights; inputs in floating point."""
+
+PRESETS: dict[str, Scheme] = {
+    "FLOAT": FLOAT,
+    "W8A8": W8A8,
+    "W8A8_DYNAMIC": W8A8_DYNAMIC,
+    "W8A16": W8A16,
+}
+"""The schemes that have a word of their own."""
+
+_WORD = re.compile(r"W([2-8])A([2-8]|16)(_DYNAMIC)?(?:_(?:G([1-9]\d{0,4})|(CHANNEL)))?(_ASYM)?")
+
+
+def parse_scheme(word: str) -> Scheme:
+    """The scheme that a word stands for.
+
+    Beside `PRESETS`: `W<bits>A<bits>`, `W<bits>A<bits>_DYNAMIC` and `W<bits>A16`, followed by `_G<columns>`
+    for groups of so many columns or `_CHANNEL` for one scale an output channel, and by `_ASYM` for weights
+    with zero points; for example `W4A16_G64_ASYM`.
+
+    Raises:
+        RecipeError: it stands for none.
+    """
+    if word in PRESETS:
+        return PRESETS[word]
+    if match := _WORD.fullmatch(word):
+        weight_bits, input_bits, dynamic, size, channel, asymmetric = match.groups()
+        base = word[: match.end(3) if dynamic else match.end(2)]
+        if not (dynamic and input_bits == "16"):
+            inputs = None if input_bits == "16" else (_per_token if dynamic else _static)(int(input_bits))
+            scheme = PRESETS.get(base, Scheme(_int(int(weight_bits)), inputs))
+            weights = scheme.weights
+            if size or channel:
+                weights = _int(int(weight_bits), int(size) if size else None)
+            assert weights is not None
+            return replace(scheme, weights=replace(weights, symmetric=not asymmetric))
+    raise RecipeError(
+        f"{word!r} is not a scheme",
+        remedy=f"use one of {', '.join(PRESETS)}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC",
+    )

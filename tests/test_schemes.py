@@ -1,0 +1,46 @@
+"""Schemes as values, and the words for them."""
+
+import pytest
+
+from msquant.errors import RecipeError
+from msquant.schemes import FLOAT, PRESETS, W8A8, W8A8_DYNAMIC, W8A16, Quant, Scheme, parse_scheme
+
+
+@pytest.mark.parametrize("word", PRESETS)
+def test_a_preset_is_its_word(word: str) -> None:
+    assert str(PRESETS[word]) == word
+    assert parse_scheme(word) is PRESETS[word]
+
+
+@pytest.mark.parametrize(
+    ("word", "scheme"),
+    [
+        ("W6A16", Scheme(Quant(6, "channel"))),
+        ("W6A16_G64", Scheme(Quant(6, "group", 64))),
+        ("W8A16_G32_ASYM", Scheme(Quant(8, "group", 32, symmetric=False))),
+        ("W3A16_ASYM", Scheme(Quant(3, "channel", symmetric=False))),
+        ("W4A8_DYNAMIC", Scheme(Quant(4, "channel"), Quant(8, "token", dynamic=True))),
+        ("W4A4", Scheme(Quant(4, "channel"), Quant(4, "tensor", symmetric=False))),
+    ],
+)
+def test_other_words_say_bits_and_groups(word: str, scheme: Scheme) -> None:
+    assert parse_scheme(word) == scheme
+    assert str(scheme) == word
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["", "w8a8", "INT8", "W8", "W9A8", "W1A16", "W8A16_DYNAMIC", "W4A16_G0", "W4A16_G-1", "W8A8_STATIC"],
+)
+def test_another_word_is_refused_with_what_is_known(word: str) -> None:
+    with pytest.raises(RecipeError, match="is not a scheme") as caught:
+        parse_scheme(word)
+    assert "W8A8_DYNAMIC" in str(caught.value)
+
+
+def test_what_a_scheme_says_of_itself() -> None:
+    assert [scheme.is_float for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [True, False, False, False]
+    assert [scheme.is_static for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False, True, False, False]
+    assert [scheme.is_dynamic for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False, False, True, False]
+    assert [scheme.is_weight_only for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False] * 3 + [True]
+    assert (Quant(4, "channel").low, Quant(4, "channel").high) == (-8, 7)
