@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +135,26 @@ def server_environment(made: Environments, mindformers: str = "1.7.0", **variabl
 
 
 def run(argv: list[Any], env: dict[str, str], folder: Path) -> str:
-    """A process's standard output; what it said otherwise is the test's failure."""
-    process = subprocess.run(
-        list(map(str, argv)), capture_output=True, text=True, env=env, cwd=folder, timeout=SECONDS
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stdout
+    """A process's standard output; what it said otherwise is the test's failure.
+
+    No process that it has started outlives it: a server's workers would wait for work for ever.
+    """
+    with subprocess.Popen(
+        list(map(str, argv)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=folder,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, messages = process.communicate(timeout=SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, messages[-4000:]
+    return output
 
 
 def serve(made: Environments, cases: list[dict[str, Any]], folder: Path, **variables: str) -> list[Any]:

@@ -3,13 +3,22 @@
 Python imports this module when it starts. Nothing is imported before the server imports it itself.
 """
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """A server's worker waits for work for ever, whatever became of who started it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _operators() -> None:
@@ -55,4 +64,6 @@ class _After(importlib.abc.MetaPathFinder):
         return spec
 
 
+_die_with_parent()
+os.register_at_fork(after_in_child=_die_with_parent)
 sys.meta_path.insert(0, _After())
