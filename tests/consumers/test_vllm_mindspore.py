@@ -58,7 +58,8 @@ def test_native_decoding_is_the_embedded_engines(
     expected = [greedy(engine, prompt) for prompt in (PROMPT, OTHER_PROMPT)]
     assert found["alone"].tolist() == expected[0]
     assert found["together"].tolist() == expected
-    assert {"QuantV2", "quant_batch_matmul", "ReshapeAndCache", "PagedAttention"} <= set(found["calls"])
+    if size == 1:  # else the operators are called, and counted, in other processes
+        assert {"QuantV2", "quant_batch_matmul", "ReshapeAndCache", "PagedAttention"} <= set(found["calls"])
 
 
 def test_float16_is_served_as_float16(native: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -79,7 +80,7 @@ DEEPSEEK = [
 """Model, tensor parallelism; fused attention with split caches, or, as at TP16, one cache a layer."""
 
 # At TP2 each process has its own scale for its part of a token's inputs of down_proj.
-TOLERANCE = {1: 2e-4, 2: 5e-2}
+TOLERANCE = {1: 1e-6, 2: 5e-2}
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,8 @@ def test_mindformers_in_the_engine_computes_deepseek(
     where = f"{model}, {f'TP{size}' if fused else 'as TP16'}"
     table.add("MindFormers 1.7.0 in vllm_mindspore", "0.5.1", where, f"{difference:.1e}, {same}/{TOKENS}")
     assert difference < TOLERANCE[size]
-    assert ("mla" in found["calls"]) == fused
     if size == 1:
+        assert ("mla" in found["calls"]) == fused
         assert same == TOKENS
         assert found["together"].tolist() == [greedy(engine, prompt) for prompt in (PROMPT, OTHER_PROMPT)]
 
@@ -140,7 +141,7 @@ def test_every_mindformers_computes_deepseek(
             difference, same = compare(found, engine)
             result = f"{difference:.1e}, {same}/{TOKENS}"
             expected = [greedy(engine, prompt) for prompt in (PROMPT, OTHER_PROMPT)]
-            right = difference < 2e-4 and found["together"].tolist() == expected
+            right = difference < 1e-6 and found["together"].tolist() == expected
         table.add("MindFormers alone", version, where, result)
         if not right:
             wrong.append(f"{where}: {result} {str(found.get('error', ''))[-1500:]}")
