@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test test-e2e test-slow lint bench locks clean
+.PHONY: demo test test-e2e test-slow test-consumers lint bench locks clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -35,14 +35,19 @@ lint: $(VENV)/.test
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test: lint
-	$(PYTEST) -m 'not slow and not e2e'
+	$(PYTEST) -m 'not slow and not e2e and not consumers'
 
 # Each of these starts processes that import MindSpore anew, which is most of their time.
 test-e2e: $(VENV)/.test
-	$(PYTEST) -m 'e2e and not slow'
+	$(PYTEST) -m 'e2e and not slow and not consumers'
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# The servers' own code on folders of ours, in environments that are made first, in .consumers.
+test-consumers: $(VENV)/.test
+	$(BIN)/python -m tests.consumers.environments
+	$(BIN)/python -m pytest -m consumers tests/consumers
 
 $(VENV)/.bench: $(VENV)/.test
 	$(UV) --editable '.[bench]'

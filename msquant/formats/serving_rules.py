@@ -55,6 +55,8 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(\w+)$")
 # The attention whose caches are split, from which on there is one cache (`is_use_ringmla`).
 _ONE_CACHE = 16
 _VOCABULARY_PADDING = 64
+# What DeepSeek-V3 sums of each group's scores to choose its groups.
+_GROUP_BEST = 2
 
 
 def _is_mindformers(server: Server) -> bool:
@@ -171,6 +173,34 @@ def _is_latent(model: ServedModel) -> bool:
     return family is not None and family.attention == "latent"
 
 
+def _value_heads(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    value, key = model.config.get("v_head_dim"), model.config.get("qk_nope_head_dim")
+    if _is_mindformers(server) and parallelism.tensor >= _ONE_CACHE and value != key:
+        yield (
+            "config.json: v_head_dim",
+            f"is {value}, and the attention from TP16 on takes values as wide as qk_nope_head_dim, {key}",
+            "serve it below tensor_parallel_size 16",
+        )
+
+
+def _expert_groups(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    groups, chosen, experts = (
+        _whole(model.config.get(key)) for key in ("n_group", "topk_group", "num_experts_per_tok")
+    )
+    if not _is_mindformers(server) or not groups or not chosen or not experts:
+        return
+    problem = ""
+    if experts % chosen:
+        problem = f"is {experts}, which an assertion wants divided by topk_group, {chosen}"
+    elif chosen < groups and experts != _GROUP_BEST * chosen:
+        problem = (
+            f"is {experts}: it ranks groups by their {experts // chosen} best experts, num_experts_per_tok / "
+            f"topk_group, and the model by their {_GROUP_BEST} best"
+        )
+    if problem:
+        yield "config.json: num_experts_per_tok", problem, _OTHER_FORMATS
+
+
 def _whole(value: Any) -> int | None:
     return value if type(value) is int and value > 0 else None
 
@@ -249,6 +279,8 @@ RULES = (
     Rule("parameter-dtype", _parameter_dtype),
     Rule("fused-section", _fused_section),
     Rule("fused-attention", _fused_attention),
+    Rule("value-heads", _value_heads),
+    Rule("expert-groups", _expert_groups),
     Rule("divisible", _divisible),
     Rule("key-value-heads", _key_value_heads),
     Rule("expert-kernels", _expert_kernels),

@@ -22,6 +22,11 @@ PUBLISHED = {
     "vocab_size": 64,
     "intermediate_size": 32,
     "moe_intermediate_size": 32,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
 }
 LINEARS = schemes_of(DEEPSEEK)
 NATIVE, MF17, MF18, _, LATER, ASCEND, _, GPU, CPU = SERVERS
@@ -73,6 +78,13 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
         (MF17, deepseek({QUERY: W8A8_DYNAMIC}), TP4, QUERY, "is W8A8_DYNAMIC: below TP16"),
         (MF17, deepseek({QUERY: FLOAT}), TP4, QUERY, "is FLOAT: below TP16"),
     ],
+    "value-heads": [
+        (MF17, deepseek(v_head_dim=12), Parallelism(16), "config.json: v_head_dim", "as wide as qk_nope")
+    ],
+    "expert-groups": [
+        (MF17, deepseek(num_experts_per_tok=3), TP4, "config.json: num_experts_per_tok", "divided by topk"),
+        (MF18, deepseek(num_experts_per_tok=2), TP4, "config.json: num_experts_per_tok", "their 1 best"),
+    ],
     "divisible": [
         (NATIVE, llama(), Parallelism(8), "config.json: num_attention_heads", "is 4"),
         (NATIVE, llama(intermediate_size=30), TP4, "config.json: intermediate_size", "is 30"),
@@ -119,6 +131,9 @@ def test_what_a_server_refuses_is_named(
         (MF18, deepseek(), Parallelism(4, 3, 3)),
         # One cache, from which on the attention is not fused.
         (MF17, deepseek({QUERY: W8A8_DYNAMIC}, quantization_config=None), Parallelism(16)),
+        (MF17, deepseek(v_head_dim=12), TP4),
+        # All groups are chosen, however they are ranked.
+        (MF18, deepseek(num_experts_per_tok=4, n_group=1, topk_group=1), TP4),
         # Multi-token-prediction layers are built without quantization.
         (MF17, deepseek({"model.layers.2.self_attn.q_a_proj": FLOAT}), TP4),
         (CPU, moe(W8A8_DYNAMIC), Parallelism()),

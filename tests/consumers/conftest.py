@@ -1,0 +1,213 @@
+"""Folders that msquant writes, the servers' processes, and the table of what ran, for the tests here."""
+
+import json
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msquant.generation import load_embedded
+from msquant.inference.embedded import EmbeddedEngine
+from msquant.inference.engine import Sampling
+from msquant.pipeline import quantize
+from msquant.recipes import find_recipe
+from tests.consumers.environments import PROJECT, Environments, environments
+from tests.fixtures.tiny_families import write_tiny
+
+PROMPT = [3, 17, 44, 101, 5, 200, 311, 8, 9, 77, 410, 250]
+OTHER_PROMPT = [5, 9, 300]
+TOKENS = 12
+SECONDS = 900
+
+# There are more experts in the chosen groups than are wanted: of a negative score one would be chosen by the
+# servers' operators, which look at those groups alone, not by transformers, where the others' scores are 0.
+# MindFormers asks for as many experts from each chosen group, and its fused attention has DeepSeek's own
+# sizes of the latent and rotary parts. Values are as wide as the keys' part without positions.
+_DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 16,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-float16": {"model_type": "llama", "dtype": "float16"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3-moe": {"model_type": "qwen3_moe"},
+    "deepseek": _DEEPSEEK,
+    "deepseek-published": _DEEPSEEK,
+    "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
+}
+"""Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`."""
+_NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
+
+_TABLE = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is a test of consumers."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("consumers")
+
+
+@pytest.fixture(scope="session")
+def made() -> Environments:
+    """The servers' environments; a test is skipped where they are not made."""
+    found = environments()
+    if not found.made():
+        pytest.skip(f"the servers' environments are not in {found.root}: run make test-consumers")
+    return found
+
+
+class Folders:
+    """Tiny models, quantized in both formats when they are first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._engines: dict[str, EmbeddedEngine] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        """A golden-stick folder; with `-ascend` after it, the same model's `ascend` folder."""
+        model = name.removesuffix("-ascend")
+        folder = self._root / model
+        if not folder.exists():
+            _quantize(self._root, model)
+        return folder if name == model else folder.with_name(f"{model}-ascend")
+
+    def embedded(self, name: str) -> EmbeddedEngine:
+        """The embedded engine with a folder."""
+        if name not in self._engines:
+            self._engines[name] = load_embedded(self[name])
+        return self._engines[name]
+
+
+def _quantize(root: Path, name: str) -> None:
+    settings = {"dtype": "bfloat16", **MODELS[name]}
+    source = write_tiny(root / "models" / name, settings.pop("model_type"), **settings)
+    if name.endswith("-published"):
+        path = source / "config.json"
+        config = {k: v for k, v in json.loads(path.read_text()).items() if k not in _NOT_PUBLISHED}
+        config["torch_dtype"] = config.pop("dtype", config.get("torch_dtype"))
+        path.write_text(json.dumps(config))
+    recipe = find_recipe(str(source))
+    policy = recipe.quantization.model_copy(
+        update={"smooth_alpha": (0.4, 0.6), "weight_clip_ratio": (1.0, 0.9)}
+    )
+    changes = {
+        "quantization": policy,
+        "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
+    }
+    formats = "ascend" if name == "qwen3-moe" else "golden-stick,ascend"
+    recipe = recipe.model_copy(update=changes).in_formats(formats)
+    quantize(recipe, root / name)
+    if name == "qwen3-moe":
+        (root / name).rename(root / f"{name}-ascend")
+        (root / name).mkdir()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Quantized folders by name."""
+    return Folders(tmp_path_factory.mktemp("consumers"))
+
+
+def server_environment(made: Environments, mindformers: str = "1.7.0", **variables: str) -> dict[str, str]:
+    """The variables of a server's process."""
+    return {
+        **os.environ,
+        "PYTHONPATH": made.paths(mindformers),
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_PLUGINS": "",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+
+
+def run(argv: list[Any], env: dict[str, str], folder: Path) -> str:
+    """A process's standard output; what it said otherwise is the test's failure.
+
+    No process that it has started outlives it: a server's workers would wait for work for ever.
+    """
+    with subprocess.Popen(
+        list(map(str, argv)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=folder,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, messages = process.communicate(timeout=SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, messages[-4000:]
+    return output
+
+
+def serve(made: Environments, cases: list[dict[str, Any]], folder: Path, **variables: str) -> list[Any]:
+    """What `serve_prompts`, or another program, found for each case; what it raised as `error`."""
+    version = variables.pop("mindformers", "1.7.0")
+    program = PROJECT / "tests/consumers" / variables.pop("program", "serve_prompts.py")
+    for index, case in enumerate(cases):
+        case |= {"prompts": [PROMPT, OTHER_PROMPT], "tokens": TOKENS, "output": str(folder / f"{index}.npz")}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    env = server_environment(made, version, VLLM_ENABLE_V1_MULTIPROCESSING="0", **variables)
+    run([made.python, program, folder / "cases.json"], env, folder)
+    return [dict(np.load(case["output"])) for case in cases]
+
+
+def compare(found: dict[str, Any], engine: EmbeddedEngine) -> tuple[float, int]:
+    """Relative RMS difference of every step's logits, and how many have one argmax, of `TOKENS`."""
+    assert "error" not in found, str(found.get("error"))[-4000:]
+    ids = [*PROMPT, *found["alone"].tolist()][: len(PROMPT) + TOKENS - 1]
+    ours = np.concatenate([np.atleast_2d(rows) for rows in engine.logits(ids, TOKENS)]).astype(np.float64)
+    theirs = found["logits"].astype(np.float64)
+    assert theirs.shape == ours.shape
+    difference = np.sqrt(((ours - theirs) ** 2).mean() / (ours**2).mean())
+    return float(difference), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+
+
+def greedy(engine: EmbeddedEngine, prompt: list[int]) -> list[int]:
+    """The embedded engine's own continuation."""
+    return list(engine.tokens(prompt, Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)))
+
+
+class Table:
+    """What ran: code, version, architecture, result."""
+
+    def __init__(self, rows: list[str]) -> None:
+        self._rows = rows
+
+    def add(self, code: str, version: str, architecture: str, result: str) -> None:
+        """A row, printed when all tests are done."""
+        self._rows.append(f"| {code} | {version} | {architecture} | {result} |")
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> Table:
+    """The table that is printed at the end."""
+    return Table(request.config.stash.setdefault(_TABLE, []))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table."""
+    if rows := config.stash.get(_TABLE, []):
+        terminalreporter.section("the servers' own code")
+        for row in ["| code | version | architecture | result |", "|---|---|---|---|", *rows]:
+            terminalreporter.write_line(row)

@@ -1,0 +1,170 @@
+"""Torch on a CPU in the place of torch_npu and of vllm-ascend's own operators; sums are exact.
+
+Results stay float32 where an NPU would round them to the output's dtype.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def npu_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`(x @ weight + bias) * scale`; per token the bias is added at the end, in floating point."""
+    assert x.dtype == weight.dtype == torch.int8
+    if scale.dtype == torch.int64:  # the bits of a float32, in float16 models
+        scale = scale.to(torch.int32).view(torch.float32)
+    sums = x.double() @ weight.double()
+    if pertoken_scale is None:
+        assert bias is None or bias.dtype == torch.int32
+        return ((sums if bias is None else sums + bias) * scale.double()).float()
+    product = sums * scale.double() * pertoken_scale.double()[:, None]
+    return (product if bias is None else product + bias.double()).float()
+
+
+def npu_dynamic_quant(x: torch.Tensor, dst_type: Any = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row by its largest magnitude over 127."""
+    assert dst_type == torch.int8
+    scale = x.float().abs().amax(-1) / 127
+    quantized = torch.nan_to_num(torch.round(x.float() / scale[..., None]))
+    return torch.clamp(quantized, -128, 127).to(torch.int8), scale
+
+
+def quantize(x: torch.Tensor, scale: Any, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """npu_quantize with `div_mode=False`: `round(x * reciprocal + offset)`."""
+    return torch.clamp(torch.round(x.double() * reciprocal.double() + offset.double()), -128, 127).to(
+        torch.int8
+    )
+
+
+def npu_format_cast(x: torch.Tensor, form: Any) -> torch.Tensor:
+    """Another memory layout, of the same values."""
+    return x
+
+
+def npu_grouped_matmul(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    scale: list[torch.Tensor],
+    per_token_scale: list[torch.Tensor],
+    group_list: torch.Tensor,
+    group_list_type: int,
+    bias: Any = None,
+    **_: Any,
+) -> list[torch.Tensor]:
+    """Each expert's rows by its weight `[K, N]`; `group_list` counts the rows, or ends them (type 0)."""
+    assert bias is None
+    counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=torch.zeros(1))
+    rows = []
+    for expert, (part, tokens) in enumerate(_parts(x[0], per_token_scale[0], counts)):
+        assert part.dtype == weight[0].dtype == torch.int8
+        sums = part.double() @ weight[0][expert].double()
+        rows.append(sums * scale[0][expert].double() * tokens.double()[:, None])
+    return [torch.cat(rows).float()]
+
+
+def grouped_matmul_swiglu_quant_weight_nz(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    bias: Any = None,
+    swiglu_limit: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """The product of gate and up, `silu(gate) * up`, and that quantized per token; `group_list` ends the
+    rows."""
+    assert not swiglu_limit
+    assert weight_scale.dtype == torch.float32
+    (both,) = npu_grouped_matmul([x], [weight], [weight_scale], [x_scale], group_list, 0, bias)
+    gate, up = both.chunk(2, -1)
+    quantized, scale = npu_dynamic_quant(torch.nn.functional.silu(gate) * up)
+    return quantized, scale, None
+
+
+def npu_moe_init_routing(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    scale: Any = None,
+    expert_num: int = 0,
+    quant_mode: int = -1,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Each token once for each of its experts, in the order of experts; where each went, and the counts."""
+    flat = expert_idx.reshape(-1).long()
+    order = torch.argsort(flat, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(flat))
+    rows, counts = x[order // expert_idx.shape[1]], torch.bincount(flat, minlength=expert_num)
+    if quant_mode == -1:
+        return rows, places, counts, scale
+    assert quant_mode == 1
+    quantized, row_scale = npu_dynamic_quant(rows)
+    return quantized, places, counts, row_scale
+
+
+def npu_moe_token_unpermute(
+    permuted_tokens: torch.Tensor, sorted_indices: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    """The sum over each token's experts, weighted."""
+    rows = permuted_tokens[sorted_indices.abs().long()].reshape(*probs.shape, -1)
+    return (rows.double() * probs.double()[..., None]).sum(1).float()
+
+
+def moe_gating_top_k(
+    x: torch.Tensor,
+    k: int,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    renorm: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    bias_opt: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Softmax (`norm_type` 0) or sigmoid (1), groups by the sum of their two best, the best of the best
+    groups."""
+    scores = x.float().softmax(-1) if norm_type == 0 else x.float().sigmoid()
+    chosen = scores if bias_opt is None else scores + bias_opt.float()
+    if group_count > 1:
+        assert group_select_mode == 1
+        grouped = chosen.reshape(len(x), group_count, -1)
+        best = grouped.topk(2, -1).values.sum(-1).topk(k_group, -1).indices
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
+        chosen = grouped.masked_fill(~kept[..., None], float("-inf")).reshape(len(x), -1)
+    index = chosen.topk(k, -1).indices
+    weights = scores.gather(1, index)
+    if renorm or norm_type == 1:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    return weights * routed_scaling_factor, index, None
+
+
+def _parts(x: torch.Tensor, scale: torch.Tensor, counts: torch.Tensor) -> Any:
+    sizes = [int(count) for count in counts]
+    return zip(x.split(sizes), scale.split(sizes), strict=True)
+
+
+npu_moe_init_routing_v2 = npu_moe_init_routing
+
+
+class _Event:
+    def record_event(self) -> None:
+        """A CPU has done everything at once."""
+
+
+torch.npu = SimpleNamespace(current_stream=_Event, Event=_Event, empty_cache=lambda: None)
+torch.ops.vllm = SimpleNamespace(quantize=quantize)
+torch.ops._C_ascend = SimpleNamespace(
+    npu_moe_init_routing_custom=npu_moe_init_routing,
+    grouped_matmul_swiglu_quant_weight_nz=grouped_matmul_swiglu_quant_weight_nz,
+    moe_gating_top_k=moe_gating_top_k,
+)

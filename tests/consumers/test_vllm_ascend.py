@@ -1,0 +1,67 @@
+"""vllm-ascend's own configuration, schemes and mixture-of-experts code compute our `ascend` folders."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from tests.consumers.conftest import Folders, Table, run
+from tests.consumers.environments import PROJECT, VLLM_ASCEND, Environments
+
+MODELS = (
+    "llama-tied",
+    "llama-biased",
+    "llama-float16",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "deepseek",
+    "deepseek-mtp",
+)
+
+
+@pytest.fixture(scope="module", params=VLLM_ASCEND)
+def examined(
+    made: Environments, folders: Folders, request: pytest.FixtureRequest
+) -> tuple[str, dict[str, Any]]:
+    """The version, and what became of each model's layers."""
+    paths = [folders[f"{model}-ascend"] for model in MODELS]
+    env = {**os.environ, "PYTHONPATH": made.ascend_paths(request.param)}
+    found = json.loads(
+        run([sys.executable, "-m", "tests.consumers.vllm_ascend_layers", *paths], env, PROJECT)
+    )
+    return made.ascend_version(request.param), {
+        model: found[str(path)] for model, path in zip(MODELS, paths, strict=True)
+    }
+
+
+def test_every_layer_computes_what_the_folder_says(
+    examined: tuple[str, dict[str, Any]], table: Table
+) -> None:
+    """Static, per token, and whole mixtures of experts with their router, in the model's own dtype."""
+    version, models = examined
+    wrong = []
+    for model, found in models.items():
+        words = sorted(set(found["words"].values()))
+        worst = max(found["differences"].values())
+        result = f"{'/'.join(words)}: {worst:.1e}"
+        if found["experts"]:
+            result += f"; experts: {max(found['experts'].values()):.1e}"
+        table.add("vllm-ascend", version, model, result)
+        if max([worst, *found["experts"].values()]) >= 5e-4:
+            wrong.append(f"{model}: {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None:
+    _, models = examined
+    assert set(models["llama-tied"]["words"].values()) == {"W8A8"}
+    deepseek = models["deepseek"]
+    assert {word for layer, word in deepseek["words"].items() if "kv_b_proj" in layer} == {"FLOAT"}
+    assert {word for layer, word in deepseek["words"].items() if ".mlp." in layer} == {"W8A8_DYNAMIC"}
+    for model in ("deepseek", "qwen3-moe"):
+        assert list(models[model]["experts"]) == ["model.layers.1.mlp.experts"]
+    predicted = [word for layer, word in models["deepseek-mtp"]["words"].items() if ".layers.2." in layer]
+    assert set(predicted) == {"FLOAT"}
