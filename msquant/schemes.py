@@ -120,15 +120,11 @@ W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 W8A16 = Scheme(_int(8))
 """Int8 weights; inputs in floating point."""
 
-W4A16 = Scheme(_int(4, 128))
-"""Int4 weights with a scale for every 128 columns of an output channel; inputs in floating point."""
-
 PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
     "W8A16": W8A16,
-    "W4A16": W4A16,
 }
 """The schemes that have a word of their own."""
 

@@ -7,7 +7,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from msquant import __version__
@@ -85,6 +84,9 @@ def _shown(arguments: Sequence[str]) -> list[str]:
 
 
 def _version(package: str) -> str:
+    # Imported here because every start of the command line would pay for it.
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

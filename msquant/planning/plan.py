@@ -224,6 +224,7 @@ def make_plan(
     if measured is not None:
         stages["start"] = measured.once("start")
         stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
+    if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
     scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
     written_bytes = sum(folder.file_bytes for folder in folders)

@@ -144,8 +144,8 @@ def test_a_kill_at_any_step_of_finishing_leaves_a_result_or_what_leads_to_one(
             continue
         outcomes.append("resumable")
         if replacing:
-            kept = [path for path in target.parent.iterdir() if path != output.path]
-            assert [(path / "data").read_text() for path in kept] == ["old"]
+            # It may wait within the new one already.
+            assert "old" in [path.read_text() for path in target.parent.rglob("data")]
         with OutputFolder(target, overwrite=True) as output:
             assert len(Journal.open(output.path, IDENTITY).records) == 1
             output.finish(["scratch"])

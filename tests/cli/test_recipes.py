@@ -80,7 +80,7 @@ def test_copy_validate_and_change(tmp_path: Path) -> None:
     assert str(file) in run.stderr
     run = msquant("validate", file, "--json")
     assert run.returncode == 1
-    assert "did you mean dynamic?" in json.loads(run.stdout)["error"]["what"]
+    assert "did you mean schemes?" in json.loads(run.stdout)["error"]["what"]
 
 
 def test_copy_replaces_a_file_only_with_overwrite(tmp_path: Path) -> None:

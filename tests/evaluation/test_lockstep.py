@@ -34,8 +34,8 @@ def texts() -> list[Text]:
 
 
 # Where an activation lies halfway between two integers, another summation order rounds it the other way, and
-# in a random DeepSeek-V3 such a token may go to another expert. In these tokens there is none.
-SEEDS = {"deepseek_v3": 6}
+# in a random DeepSeek-V3 such a token may go to another expert. In the tokens of this seed there is none.
+SEED = 0
 
 
 def random_texts(seed: int) -> list[Text]:
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_torch_simulation(
     from transformers import AutoModelForCausalLM
 
     source, folder = write_both(tmp_path, family)
-    texts = random_texts(SEEDS.get(family, 0))
+    texts = random_texts(SEED)
     # So small that everything comes in parts: batches, the experts' tokens, the vocabulary, the head's rows.
     small = {"BATCH_TOKENS": 80, "EXPERT_BYTES": 80_000, "LOGIT_ROWS": 30, "LOGIT_BYTES": 8 * 30 * 100}
     for name, value in small.items():
@@ -118,8 +118,9 @@ def test_noise_of_layers_is_that_of_their_outputs_in_torch(
     assert quantized.worst_layers(1)[0].index in (0, 1)
     assert same.overall.kl == pytest.approx(0, abs=1e-12)
     assert same.overall.top1 == same.overall.top5 == 1
-    assert same.layers == (LayerScore(0, None, None), LayerScore(1, None, None))
-    assert same.worst_layers() == []
+    # A layer's own noise is computed on fewer rows, which some processors sum in another order.
+    assert [(layer.index, layer.snr) for layer in same.layers] == [(0, None), (1, None)]
+    assert all(layer.own_snr is None or layer.own_snr > 120 for layer in same.layers)
 
 
 @pytest.mark.parametrize("tied", [True, False])

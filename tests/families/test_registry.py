@@ -14,7 +14,7 @@ from msquant.checkpoint.writer import write_json
 from msquant.families import expected_shapes, find_family, model_types, register
 from msquant.families.base import Family, Names
 from msquant.formats.registry import model_format
-from msquant.formats.servers import TARGETS, Parallelism, ServedModel
+from msquant.formats.servers import Parallelism, ServedModel
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.published import HUB_IDS, published_config
 from msquant.inference.cpu.model import CpuModel
@@ -127,7 +127,7 @@ def test_some_server_serves_each_format_that_a_family_names(name: str) -> None:
     for form in (model_format(name, config) for name in ("golden-stick", "ascend", "compressed-tensors")):
         written = form.adapted(config) | form.config_entries(linears, [], config)
         model = ServedModel(form.name, form.variant, written, linears)
-        servers = servers_of(model, TARGETS[form.name])
+        servers = servers_of(model, form.server)
         served = best_refusal(servers, model, Parallelism(4)) is None
         assert served == (form.name in recipe.formats), form.name
         assert not served or list(form.check(linears, written)) == []

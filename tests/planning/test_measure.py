@@ -49,6 +49,8 @@ def timed_run(recipe: Recipe, output: Path) -> dict[Stage, Span]:
     return taken
 
 
+# The run must find the machine as busy as the measuring did, which other tests beside it do not leave it.
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_range_holds_a_real_run(cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Large enough for what depends on no size to be little.
@@ -85,7 +87,6 @@ def test_the_range_holds_a_real_run(cut: bool, tmp_path: Path, monkeypatch: pyte
     real = timed_run(recipe, tmp_path / "out")
     for stage, planned in plan.seconds_by_stage.items():
         if stage in real:
-            # However busy the machine is: time is never less than computing on both of its cores.
             assert planned.low <= real[stage].high
             assert real[stage].low <= planned.high
     assert plan.machine is not None

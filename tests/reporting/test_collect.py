@@ -282,7 +282,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a list": ("[]", "an object is expected"),
     "layers that are none": ('{"layers": 3}', "layers: Input should be a valid list"),
     "an error that is a word": ('{"layers": [{"index": 0, "error": "x"}]}', r"layers\.0\.error"),
-    "files that are none": ('{"files": FILES}', r"files\.config\.json"),
+    "files that are none": ('{"files": FILES}', r"files\.model"),
     "a recipe that is none": ('{"recipe": []}', "recipe: Input should be a valid dictionary"),
 }
 
