@@ -51,7 +51,7 @@ def test_a_person_sees_the_ranking_and_gets_a_recipe_that_quantize_takes(
     assert "Next: msquant quantize mixed.yaml" in done.stdout
     mixed = load_recipe(tmp_path / "mixed.yaml")
     assert mixed.description == "two layers"
-    kept = mixed.quantization.skip[1:]
+    kept = [name for name, _ in mixed.quantization.schemes[:-2]]
     assert 0 < len(kept) <= 2
     quantized = msquant("quantize", "mixed.yaml", "--output", "out", "--json", cwd=tmp_path)
     assert quantized.returncode == 0, quantized.stderr
