@@ -122,6 +122,11 @@ def test_an_incomplete_folder_is_refused(command: tuple[str, ...], tiny_llama: P
     assert "download is not complete: 1 of 2 files are missing" in done.stderr
     assert f"msquant download {HUB_ID} --hub modelers --output half" in done.stderr
     marker.complete = True
+    marker.files = {
+        path.name: MarkedFile(path.stat().st_size, "sha256", "")
+        for path in folder.iterdir()
+        if path.is_file()
+    }
     marker.write(folder)
     if command == ("inspect",):
         assert msquant(*command, "half", cwd=tmp_path).returncode == 0
