@@ -13,7 +13,8 @@ import msquant
 
 PACKAGE = Path(msquant.__file__).parent
 REPOSITORY = PACKAGE.parent
-START_SECONDS = 0.5
+# Of the processor; 0.43 were measured beside two other test processes, whose caches it shares.
+START_SECONDS = 0.6
 
 HEAVY = {
     "mindspore",
