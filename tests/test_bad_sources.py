@@ -280,7 +280,6 @@ import resource, sys
 from pathlib import Path
 from msquant.pipeline import Progress, quantize
 from tests.test_bad_sources import recipe_for
-from tests.fixtures.policies import rules
 
 def fill(record):
     # Stands for a full disk without the right to mount one: no file may grow beyond this from now on.
