@@ -13,7 +13,7 @@ Weights = NDArray[np.float32]
 def route(
     config: ModelConfig, sizes: ExpertSizes, logits: Weights, bias: Weights | None
 ) -> tuple[Ids, Weights]:
-    """Choose the experts of each token, as transformers 4.57.1 does for these families.
+    """Choose the experts of each token, as the servers do.
 
     Args:
         config: the model's shape; its family says how scores are made of logits.
@@ -35,8 +35,9 @@ def route(
 def choose(scores: Weights, sizes: ExpertSizes) -> NDArray[np.intp]:
     """The experts with the highest scores among those of the best groups, `[T, per_token]`, best first.
 
-    A group is worth the sum of its `group_score` best. Experts of other groups count as 0, so with negative
-    scores they may be chosen still, as in transformers. Of equal scores the lower number wins.
+    A group is worth the sum of its `group_score` best. Experts of other groups are never chosen, as in
+    DeepSeek's own code (`inference/model.py`) and in the servers'; transformers counts them as 0, and so
+    takes them before experts whose score is negative. Of equal scores the lower number wins.
 
     Args:
         scores: `[T, experts]`.
@@ -47,7 +48,7 @@ def choose(scores: Weights, sizes: ExpertSizes) -> NDArray[np.intp]:
         worth = np.sort(grouped, axis=2)[:, :, -sizes.group_score :].sum(axis=2)
         kept = np.zeros(worth.shape, dtype=bool)
         np.put_along_axis(kept, _top(worth, sizes.groups_per_token), True, axis=1)
-        scores = np.where(kept[:, :, None], grouped, np.float32(0)).reshape(scores.shape)
+        scores = np.where(kept[:, :, None], grouped, np.float32(-np.inf)).reshape(scores.shape)
     return _top(scores, sizes.per_token)
 
 

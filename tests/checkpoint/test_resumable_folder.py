@@ -139,8 +139,11 @@ def test_a_kill_at_any_step_of_finishing_leaves_a_result_or_what_leads_to_one(
         if not output.path.exists():
             outcomes.append("finished")
             assert is_result(target)
-            assert names(target) - {JOURNAL_NAME, LOCK_NAME} == RESULT
+            assert names(target) - {JOURNAL_NAME, LOCK_NAME, ".msquant.replaced"} == RESULT
             assert (target / "data").read_text() == "new"
+            with pytest.raises(OutputError, match="holds a result already"), OutputFolder(target):
+                pass
+            assert names(target) == RESULT
             continue
         outcomes.append("resumable")
         if replacing:

@@ -147,6 +147,7 @@ def per_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DeepSeek-V3 that MindFormers serves from TP16 on alone."""
     config = {**DEEPSEEK, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32}
     config |= {"intermediate_size": 32, "moe_intermediate_size": 16, "num_nextn_predict_layers": 0}
+    config |= {"v_head_dim": config["qk_nope_head_dim"]}
     schemes = schemes_of(config)
     query = {module: W8A8_DYNAMIC for module in schemes if "q_b_proj" in module}
     folder = tmp_path_factory.mktemp("inspect") / "per-token"
