@@ -12,6 +12,7 @@ from msquant.models.device import silence_libraries
 NAMES = (
     "quantize",
     "accuracy",
+    "scales",
     "perplexity",
     "generation",
     "decode",

@@ -177,7 +177,11 @@ def _quantize_inputs(linear: Any) -> Any:
     def static(module: Any, inputs: Any) -> Any:
         scale, offset = float(linear.input_scale[0]), int(linear.input_offset[0])
         module.input_scale = scale
-        return torch.clamp(torch.round(inputs[0] / scale) + offset, INT8_MIN, INT8_MAX) - offset
+        if linear.input_reciprocal is None:
+            quantized = torch.round(inputs[0] / scale) + offset
+        else:
+            quantized = torch.round(inputs[0] * float(linear.input_reciprocal[0]) + offset)
+        return torch.clamp(quantized, INT8_MIN, INT8_MAX) - offset
 
     def per_token(module: Any, inputs: Any) -> Any:
         quantized, module.input_scale = quantize_per_token(inputs[0])

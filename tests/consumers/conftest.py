@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from msquant.checkpoint.weights import Linear, QuantizedLinear
 from msquant.generation import load_embedded
+from msquant.inference.cpu.linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine import Sampling
 from msquant.pipeline import quantize
@@ -24,14 +28,11 @@ OTHER_PROMPT = [5, 9, 300]
 TOKENS = 12
 SECONDS = 900
 
-# There are more experts in the chosen groups than are wanted: of a negative score one would be chosen by the
-# servers' operators, which look at those groups alone, not by transformers, where the others' scores are 0.
-# MindFormers asks for as many experts from each chosen group, and its fused attention has DeepSeek's own
+# There are more experts in the chosen groups than are wanted. MindFormers' fused attention has DeepSeek's own
 # sizes of the latent and rotary parts. Values are as wide as the keys' part without positions.
 _DEEPSEEK = {
     "model_type": "deepseek_v3",
     "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
     "v_head_dim": 16,
@@ -74,7 +75,7 @@ class Folders:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._engines: dict[str, EmbeddedEngine] = {}
+        self._engines: dict[tuple[str, int], EmbeddedEngine] = {}
 
     def __getitem__(self, name: str) -> Path:
         """A golden-stick folder; with `-ascend` after it, the same model's `ascend` folder."""
@@ -84,11 +85,31 @@ class Folders:
             _quantize(self._root, model)
         return folder if name == model else folder.with_name(f"{model}-ascend")
 
-    def embedded(self, name: str) -> EmbeddedEngine:
-        """The embedded engine with a folder."""
-        if name not in self._engines:
-            self._engines[name] = load_embedded(self[name])
-        return self._engines[name]
+    def embedded(self, name: str, size: int = 1) -> EmbeddedEngine:
+        """The embedded engine with a folder; with the tokens' scales of so many tensor parallel processes."""
+        if (name, size) not in self._engines:
+            layers = "msquant.inference.cpu.feed_forward.linear_layer"
+            with patch(layers, lambda *linears: _shared_out(size, *linears)):
+                self._engines[name, size] = load_embedded(self[name])
+        return self._engines[name, size]
+
+
+def _shared_out(size: int, *linears: Linear) -> Layer:
+    """The layer of a feed-forward block, of which each process holds a part of the inner channels.
+
+    A down projection's process finds the scale of a token in its own channels alone.
+    """
+    first = linears[0]
+    if len(linears) > 1 or not isinstance(first, QuantizedLinear) or not first.scheme.is_dynamic:
+        return linear_layer(*linears)
+    parts = np.split(first.weight, size, axis=1)
+    layers = [linear_layer(replace(first, weight=np.ascontiguousarray(part))) for part in parts]
+
+    def layer(x: Array) -> Array:
+        columns = map(np.ascontiguousarray, np.split(x, size, axis=1))
+        return np.sum([part(inputs) for part, inputs in zip(layers, columns, strict=True)], axis=0)
+
+    return layer
 
 
 def _quantize(root: Path, name: str) -> None:

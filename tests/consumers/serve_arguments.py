@@ -1,8 +1,8 @@
 """The real `vllm-mindspore serve` parses msquant's commands.
 
-Run as `python serve_arguments.py COMMANDS.json` in the servers' environment. COMMANDS.json has `serve`, a
-list of arguments for each command, and `load`, the options of `vllm.LLM`. Prints a JSON object: what each
-command was parsed to, or null where it was refused, and the options that vLLM does not know.
+Run as `python serve_arguments.py COMMANDS.json FOUND.json` in the servers' environment. COMMANDS.json has
+`serve`, a list of arguments for each command, and `load`, the options of `vllm.LLM`. FOUND.json gets what
+each command was parsed to, or null where it was refused, and the options that vLLM does not know.
 """
 
 import json
@@ -33,7 +33,8 @@ def parsed(argv: list[str]) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     serve.ServeSubcommand.cmd = staticmethod(seen.append)
-    commands = json.loads(Path(sys.argv[1]).read_text())
+    given, output = map(Path, sys.argv[1:])
+    commands = json.loads(given.read_text())
     unknown = [set(options) - set(EngineArgs.__dataclass_fields__) for options in commands["load"]]
     found = {"serve": [parsed(argv) for argv in commands["serve"]], "unknown": sorted(set().union(*unknown))}
-    print(json.dumps(found, default=str))  # noqa: T201
+    output.write_text(json.dumps(found, default=str))

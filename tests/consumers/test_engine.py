@@ -12,7 +12,7 @@ import pytest
 
 from msquant.inference.engine import Sampling
 from tests.consumers.conftest import Folders, Table, run, server_environment
-from tests.consumers.environments import PROJECT, Environments
+from tests.consumers.environments import Environments
 
 
 @pytest.mark.parametrize(("model", "backend"), [("llama-tied", "Native"), ("deepseek", "MindFormers")])
@@ -28,10 +28,12 @@ def test_msquant_runs_a_prompt(
     )
     command = ["-m", "msquant", "run", "--engine", "vllm-mindspore", "--model", folders[model]]
     options = ["--prompt", "I am", "--max-tokens", "12", "--json"]
-    answer = json.loads(run([made.python, *command, *options], env, PROJECT))
+    answer = json.loads(run([made.python, *command, *options], env, tmp_path))
     engine = folders.embedded(model)
     (expected,) = engine.generate(["I am"], Sampling(max_tokens=12, temperature=0.0))
     (completion,) = answer["completions"]
     table.add("msquant run --engine vllm-mindspore", "0.5.1", f"{model}, {backend}", repr(completion["text"]))
-    assert completion["text"] == expected.text
+    assert completion["token_ids"] == list(expected.token_ids)
+    # vLLM says nothing yet of a character of which it has no more than the first bytes.
+    assert completion["text"] == expected.text.rstrip("\ufffd")
     assert answer["engine"] == "vllm-mindspore"

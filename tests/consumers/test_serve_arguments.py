@@ -33,7 +33,8 @@ def test_every_command_is_parsed(made: Environments, folders: Folders, tmp_path:
     path.write_text(json.dumps({"serve": commands, "load": loads}))
     env = server_environment(made, VLLM_MS_MODEL_BACKEND="Native")
     program = Path(__file__).with_name("serve_arguments.py")
-    found = json.loads(run([made.python, program, path], env, tmp_path).splitlines()[-1])
+    run([made.python, program, path, tmp_path / "found.json"], env, tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
     refused = [argv for argv, values in zip(commands, found["serve"], strict=True) if values is None]
     table.add("vllm-mindspore serve", "0.5.1", f"{len(commands)} commands", f"{len(refused)} refused")
     assert refused == []

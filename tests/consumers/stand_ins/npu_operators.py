@@ -539,6 +539,11 @@ class AllGather(_Collective):
         return Tensor(np.concatenate(self.parts(tensor)))
 
 
+def all_reduce(tensor: Any, *_: Any, group: str, **__: Any) -> tuple[Tensor, None]:
+    """As `AllReduce`; with the handle of one that does not wait."""
+    return AllReduce(group=group)(tensor), None
+
+
 def rank(*_: Any, **__: Any) -> int:
     """This process's number, as vLLM has started it."""
     return _torch_group("get_rank", 0)
@@ -562,6 +567,7 @@ COMMUNICATION = {
     "_is_initialized": lambda: True,
     "get_rank": rank,
     "get_group_size": group_size,
+    "all_reduce": all_reduce,
 }
 """MindSpore's functions between processes, which MindFormers calls."""
 
@@ -636,6 +642,7 @@ def install(*, custom_ops: bool = True) -> None:
             attention below a tensor parallelism of 16.
     """
     import mindspore.communication as communication
+    import mindspore.communication.comm_func as comm_func
     import mindspore.ops.auto_generate as generated
     import mindspore.ops.operations as operations
     import mindspore.ops.operations.nn_ops as nn_ops
@@ -674,7 +681,7 @@ def install(*, custom_ops: bool = True) -> None:
         for module in (generated, operations, nn_ops, ops):
             if hasattr(module, name):
                 setattr(module, name, stand_in)
-    for module in (communication, communication.management, communication._comm_helper):
+    for module in (communication, communication.management, communication._comm_helper, comm_func):
         for name, function in COMMUNICATION.items():
             if hasattr(module, name):
                 setattr(module, name, function)
