@@ -24,7 +24,7 @@ from msquant.kernels.weight_rounding import clipping_change
 SEARCH_TOKENS = 512
 
 
-class FastClipLinearCell(ClipLinearCell):
+class FastClipLinearCell(ClipLinearCell):  # type: ignore[misc]  # golden-stick has no types
     """golden-stick's cell with one matrix product a ratio; it keeps the ratios it chose."""
 
     clip_ratio: NDArray[np.float32]
@@ -44,7 +44,7 @@ class FastClipLinearCell(ClipLinearCell):
         self.layer.weight.set_data(Tensor.from_numpy(np.clip(weight, -limit, limit)))
 
 
-class FastClipper(LinearClipper):
+class FastClipper(LinearClipper):  # type: ignore[misc]
     """golden-stick's clipper with these cells, which also reports what they chose."""
 
     cell_type: type = FastClipLinearCell
@@ -84,7 +84,8 @@ def input_root(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         return inputs / np.float32(np.sqrt(tokens))
     gram = (inputs.T @ inputs).astype(np.float64) / tokens
     values, vectors = np.linalg.eigh(gram)
-    return (np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T).astype(np.float32)
+    root: NDArray[np.float32] = (np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T).astype(np.float32)
+    return root
 
 
 def best_clip_values(

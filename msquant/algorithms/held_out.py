@@ -64,7 +64,7 @@ class GroupInputs:
     low: Floats
     high: Floats
     x: Floats
-    sample: NDArray[np.integer]
+    sample: NDArray[np.intp]
     residual: Floats | None
     typical: Floats
     query_groups: tuple[int, int] | None = None
@@ -173,10 +173,11 @@ def typical_magnitudes(*weights: Floats) -> Floats:
     """
     magnitudes = [np.abs(w) if w.ndim == 1 else np.linalg.norm(w, axis=1) for w in weights]
     typical = np.prod(magnitudes, axis=0)
-    return np.maximum(typical, 1e-6 * typical.max(initial=1e-30)).astype(np.float32)
+    floor: Floats = np.maximum(typical, 1e-6 * typical.max(initial=1e-30)).astype(np.float32)
+    return floor
 
 
-def _folds(inputs: GroupInputs, parts: int) -> list[tuple[NDArray[np.integer], NDArray[np.integer]]]:
+def _folds(inputs: GroupInputs, parts: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Samples whose ranges are measured and rows that are quantized with them, once for each part."""
     samples = np.arange(len(inputs.low))
     if len(samples) == 1:
@@ -191,4 +192,5 @@ def _folds(inputs: GroupInputs, parts: int) -> list[tuple[NDArray[np.integer], N
 def _reciprocal(read: Floats) -> Floats:
     """1 over the square of every row, in float64: weights may be huge; 0 for a row of zeros."""
     squares = np.square(read, dtype=np.float64).sum(axis=1)
-    return np.divide(1, squares, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+    inverse: Floats = np.divide(1, squares, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+    return inverse

@@ -45,7 +45,7 @@ class GroupCells:
     smooth_scale: Any = None
 
 
-class SearchLinearCell(OSLSmoothQuantLinearCell):
+class SearchLinearCell(OSLSmoothQuantLinearCell):  # type: ignore[misc]  # golden-stick has no types
     """A linear whose weight can be replaced by a candidate for the time of a forward pass."""
 
     candidate: Tensor | None = None
@@ -82,7 +82,7 @@ class HostSmoother:
         weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
 
 
-class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
+class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):  # type: ignore[misc]
     """The same search, in a fraction of the time; its items are batches of samples of equal length."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -117,7 +117,7 @@ class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):
         return scales[alpha], alpha
 
 
-class OneAlphaSmoother(GroupReporter, HostSmoother, SmoothQuantSmoother):
+class OneAlphaSmoother(GroupReporter, HostSmoother, SmoothQuantSmoother):  # type: ignore[misc]
     """golden-stick's own, whose alpha is 0.5, with the recipe's alpha, and groups that are reported."""
 
     def __init__(self, net_config: Any, layer_policies: Any, *, report: LayerReport) -> None:
@@ -181,7 +181,7 @@ class _GroupLoss:
             for cell in self._group.curr_layer:
                 cell.candidate = None
         difference = output.asnumpy() - batch.output
-        return float(np.vdot(difference, difference)) / self._total
+        return float(np.vdot(difference, difference)) / float(self._total)
 
     def _weights(self, alpha: float) -> list[Tensor]:
         """The group's weights, smoothed, quantized and dequantized; kept until another alpha is asked for."""
