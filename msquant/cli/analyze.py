@@ -91,7 +91,9 @@ def analyze(
         sequence_length=sequence_length,
         seed=seed,
     )
-    with console.LayerProgress() as display:
+    from msquant.cli.layer_progress import LayerProgress
+
+    with LayerProgress() as display:
         analysis = analyze_model(
             recipe,
             budget=budget,

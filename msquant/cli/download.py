@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msquant.cli import console
-from msquant.cli.transfer_progress import TransferProgress
 
 if TYPE_CHECKING:
     from msquant.hub.download import DownloadResult
@@ -55,6 +54,7 @@ def download(
 
     Example: msquant download Qwen/Qwen3-8B --include '*.safetensors' --include '*.json' --output /data/Qwen3
     """
+    from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.choose import find_snapshot
     from msquant.hub.download import download as download_files
     from msquant.hub.names import select_files

@@ -45,7 +45,9 @@ def export(
     from msquant.formats.registry import names_of, parse_formats
 
     names = names_of(parse_formats(formats))
-    with console.LayerProgress("part") as display:
+    from msquant.cli.layer_progress import LayerProgress
+
+    with LayerProgress("part") as display:
         results = export_folder(
             folder,
             names,

@@ -82,9 +82,10 @@ def show_plan(
     from msquant.planning.plan import make_plan
 
     def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Measured":
+        from msquant.cli.layer_progress import LayerProgress
         from msquant.planning.measure import measure as measure_samples
 
-        console.LayerProgress().stage("measuring this machine with a piece of the model")
+        LayerProgress().stage("measuring this machine with a piece of the model")
         return measure_samples(recipe, config, output, checkpoint)
 
     made = make_plan(

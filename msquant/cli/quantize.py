@@ -9,6 +9,7 @@ import typer
 from msquant.cli import console, options, scores
 
 if TYPE_CHECKING:
+    from msquant.cli.layer_progress import LayerProgress
     from msquant.pipeline import QuantizeResult
     from msquant.recipes import Recipe
 
@@ -94,7 +95,9 @@ def quantize(
     def fetch(hub_id: str) -> Path:
         return _fetch(hub_id, recipe, target, source, display)
 
-    with console.LayerProgress() as display:
+    from msquant.cli.layer_progress import LayerProgress
+
+    with LayerProgress() as display:
         result = quantize_model(
             recipe,
             target,
@@ -113,9 +116,7 @@ def quantize(
         _print_result(result)
 
 
-def _fetch(
-    hub_id: str, recipe: "Recipe", target: Path, source: str | None, display: console.LayerProgress
-) -> Path:
+def _fetch(hub_id: str, recipe: "Recipe", target: Path, source: str | None, display: "LayerProgress") -> Path:
     from msquant.checkpoint.cache import cache_folder
     from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.fetch import fetch_model

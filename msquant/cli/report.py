@@ -3,12 +3,14 @@
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from msquant.cli import console
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _LINE_SECONDS = 10.0
 
@@ -82,6 +84,8 @@ class _Reading:
     """Progress over bytes of weights: a bar with ETA on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._progress = Progress(
             TextColumn("[bold]weights"),
             BarColumn(bar_width=24),

@@ -29,9 +29,10 @@ def run_comparison(models: list[str], *, verbose: bool, memory_budget: str, **se
 
     if not verbose:
         silence_libraries()
+    from msquant.cli.layer_progress import LayerProgress
     from msquant.comparison import compare
 
-    with console.LayerProgress() as display:
+    with LayerProgress() as display:
         return compare(
             models,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),

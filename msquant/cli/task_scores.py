@@ -28,10 +28,11 @@ def run(model: str, tasks: list[str], *, verbose: bool, **settings: Any) -> "Tas
 
     if not verbose:
         silence_libraries()
+    from msquant.cli.layer_progress import LayerProgress
     from msquant.progress import Progress
     from msquant.tasks.run import evaluate_tasks
 
-    with console.LayerProgress("answer", MOST_LINES) as display:
+    with LayerProgress("answer", MOST_LINES) as display:
         progress = Progress(
             stage=display.stage,
             layers=display.start,

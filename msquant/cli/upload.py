@@ -7,7 +7,6 @@ import typer
 
 from msquant.cli import console
 from msquant.cli.download import Repository, TokenFile
-from msquant.cli.transfer_progress import TransferProgress
 
 
 def upload(
@@ -56,6 +55,8 @@ def upload(
         if isinstance(card := found.files.get(CARD_NAME), bytes):
             console.print_document(f"\n{CARD_NAME}:\n\n{card.decode()}")
         return
+    from msquant.cli.transfer_progress import TransferProgress
+
     with TransferProgress() as display:
         result = publish(
             folder,

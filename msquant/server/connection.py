@@ -17,16 +17,22 @@ class Connection(H11Protocol):
     Attributes:
         header_seconds: time for a client to send the headers of a request.
         stall_seconds: a client that reads nothing for so long is disconnected.
+        read_bytes: so much is read of a connection at a time.
     """
 
     header_seconds = 10.0
     stall_seconds = 30.0
+    read_bytes = 32_768
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected; its first request must come soon."""
         super().connection_made(transport)
+        # What asyncio asks the system for at a time, 256 kB of its own accord. A turn of the loop reads from
+        # every connection before any of it is looked at, and each read is in memory three times then: as it
+        # comes, in h11, in uvicorn.
+        transport.max_size = self.read_bytes  # type: ignore[attr-defined]
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.cli import console
+from msquant.cli import console, layer_progress
 from msquant.cli.app import app, main
 from msquant.cli.plain_text import PlainConsole, plain, plain_line
 from msquant.errors import CheckpointError
@@ -153,7 +153,7 @@ def test_every_way_of_printing(terminal: str, capsys: pytest.CaptureFixture[str]
         console.print_traceback(raised)
     with console.Working(HOSTILE) as working:
         working.update(HOSTILE)
-    with console.LayerProgress() as progress:
+    with layer_progress.LayerProgress() as progress:
         progress.stage(HOSTILE)
         progress.start(1)
         progress.step(HOSTILE)
