@@ -78,6 +78,17 @@ class Scheme:
         """Whether the weights alone are quantized."""
         return self.weights is not None and self.inputs is None
 
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+        if self.weights is None:
+            return "floating point"
+        word = str(self)
+        if self.inputs is None:
+            return f"int{self.weights.bits} weights alone ({word})"
+        inputs = "activations per token" if self.inputs.dynamic else "static activations"
+        return f"{word.replace('_DYNAMIC', '')}, {inputs}"
+
     def __str__(self) -> str:
         """The word that recipes have for it, which `parse_scheme` takes."""
         for word, scheme in PRESETS.items():

@@ -37,7 +37,7 @@ class ModuleSummary:
         name: for example `model.layers.0.self_attn.q_proj`.
         kind: the name without the layer and the expert's number, for example `mlp.experts.*.up_proj`.
         layer: the decoder layer it is in; None outside of the decoder.
-        scheme: `W8A8`, `W8A8_DYNAMIC`, `W8A16` or `FLOAT`.
+        scheme: its word, for example `W8A8_DYNAMIC` or `FLOAT`.
         dtype: safetensors dtype of the weight.
         shape: of the weight.
         nbytes: of all its tensors on disk.
@@ -117,8 +117,14 @@ class Summary:
 
     @property
     def quantized_parameters(self) -> int:
-        """Elements of the weights in int8."""
+        """Elements of the weights that are integers."""
         return sum(_elements(module) for module in self.modules if module.scheme != str(FLOAT))
+
+    @property
+    def weight_bits(self) -> list[int]:
+        """The widths of the integers that weights are in, ascending; empty for a model in floating point."""
+        quants = (parse_scheme(scheme).weights for scheme in self.schemes())
+        return sorted({quant.bits for quant in quants if quant is not None})
 
     @property
     def experts(self) -> int:
