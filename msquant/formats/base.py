@@ -15,7 +15,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
 from msquant.families.row_orders import RopeRows
 from msquant.formats.dtypes import DTYPE_CODES, cast
-from msquant.formats.folder_rules import Finding, open_folder
+from msquant.formats.folder_rules import Finding, StoredTensor, open_folder
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.servers import ServerName
 from msquant.formats.stored import stored_scheme
@@ -209,6 +209,18 @@ class Format(ABC):
         """`config.json` of a model in the words that the consumer takes; `config_entries` come on top."""
         return dict(config)
 
+    def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
+        """What holds a tensor of the model in a folder, damaged or not; None where nothing does.
+
+        Args:
+            checkpoint: the opened folder.
+            name: as the model in floating point has it, for example `model.layers.0.mlp.up_proj.weight`.
+
+        Raises:
+            CheckpointError: what shape it has cannot be read.
+        """
+        return StoredTensor(name, checkpoint.shape(name)) if name in checkpoint else None
+
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         return {module: stored_scheme(checkpoint, module) for module in modules}
@@ -233,7 +245,7 @@ class Format(ABC):
         """
         folder = Path(folder)
         findings: list[Finding] = []
-        config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
+        config, checkpoint = open_folder(folder, findings, self.stored, verify_hashes=verify_hashes)
         return findings + self.own_findings(folder, config, checkpoint)
 
     def own_findings(

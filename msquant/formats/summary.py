@@ -18,7 +18,7 @@ from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.base import Format
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import Finding
+from msquant.formats.folder_rules import Finding, StoredTensor
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.formats.servers import ServedModel
 from msquant.formats.stored import stored_scales
@@ -240,21 +240,32 @@ def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSumm
         names[name.rpartition(".")[0] or name].append(name)
     schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, FLOAT)
     for module in sorted(names, key=_natural_order):
-        weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
+        found = _stored(checkpoint, form, f"{module}.weight")
+        weight = found or StoredTensor(names[module][0], checkpoint.shape(names[module][0]))
         layer, kind = _place(module)
-        scales = stored_scales(checkpoint, module)
+        scales = stored_scales(checkpoint, module, schemes[module])
         yield ModuleSummary(
             name=module,
             kind=kind,
             layer=layer,
             scheme=str(schemes[module]),
-            dtype=checkpoint.dtype(weight),
-            shape=checkpoint.shape(weight),
+            dtype=checkpoint.dtype(weight.name),
+            shape=weight.shape,
             nbytes=sum(checkpoint.nbytes(name) for name in names[module]),
             weight_scale=_range(scales.weight),
             input_scale=_range(scales.input),
             input_offset=scales.offset,
         )
+
+
+def _stored(checkpoint: Checkpoint, form: Format | None, name: str) -> StoredTensor | None:
+    """What holds a tensor; None where nothing does, or its shape cannot be read, which the rules report."""
+    if form is None:
+        return StoredTensor(name, checkpoint.shape(name)) if name in checkpoint else None
+    try:
+        return form.stored(checkpoint, name)
+    except CheckpointError:
+        return None
 
 
 def _range(values: NDArray[np.float64] | None) -> tuple[float, float] | None:
