@@ -89,6 +89,11 @@ class Scheme:
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
         return f"{word.replace('_DYNAMIC', '')}, {inputs}"
 
+    def in_groups(self, size: int) -> "Scheme":
+        """The same with weights in groups of so many columns. Its weights are integers."""
+        assert self.weights is not None
+        return replace(self, weights=replace(self.weights, granularity="group", group_size=size))
+
     def __str__(self) -> str:
         """The word that recipes have for it, which `parse_scheme` takes."""
         for word, scheme in PRESETS.items():
