@@ -136,11 +136,15 @@ W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 W8A16 = Scheme(_int(8))
 """Int8 weights; inputs in floating point."""
 
+W4A16 = Scheme(_int(4, 128))
+"""Int4 weights in groups of 128 columns; inputs in floating point."""
+
 PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
     "W8A16": W8A16,
+    "W4A16": W4A16,
 }
 """The schemes that have a word of their own."""
 
