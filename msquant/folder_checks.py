@@ -7,6 +7,7 @@ from msquant.checkpoint.memory import available_memory
 from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError, EngineError
 from msquant.formats.folder_rules import check_manifest
+from msquant.formats.registry import folder_format
 from msquant.models.config import ModelConfig
 
 HASHED_BYTES = 1_000_000_000
@@ -62,7 +63,8 @@ def require_memory(folder: Path, config: ModelConfig) -> None:
 def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     """Bytes that the weights take on a CPU, by the headers alone: one for an int8 value, else 4.
 
-    An embedding of its own is read by rows, and multi-token-prediction layers are not computed.
+    Weights that alone are quantized are computed in floating point. An embedding of its own is read by rows,
+    and multi-token-prediction layers are not computed.
     """
     from msquant.inference.cpu import onednn
 
@@ -72,8 +74,17 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     skipped = tuple(
         f"{config.family.layer_name(first_extra + i)}." for i in range(config.num_nextn_predict_layers)
     )
-    return sum(
-        prod(checkpoint.shape(name)) * (widened if checkpoint.dtype(name) == "I8" else 4)
+    names = [
+        name
         for name in checkpoint.names()
         if not name.startswith(skipped) and (name != table or config.tie_word_embeddings)
+    ]
+    form = folder_format(checkpoint.folder)
+    schemes = form.stored_schemes(checkpoint, {name.rpartition(".")[0] for name in names}) if form else {}
+    alone = {module for module, scheme in schemes.items() if scheme.is_weight_only}
+    held = [form.stored(checkpoint, f"{module}.weight") for module in alone] if form else []
+    return sum(4 * prod(weight.shape) for weight in held if weight is not None) + sum(
+        prod(checkpoint.shape(name)) * (widened if checkpoint.dtype(name) == "I8" else 4)
+        for name in names
+        if name.rpartition(".")[0] not in alone
     )

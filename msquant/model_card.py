@@ -5,9 +5,11 @@ from typing import Any
 
 import yaml
 
+from msquant.errors import RecipeError
 from msquant.formats.base import Format
 from msquant.formats.registry import DEFAULT_FORMAT, find_format, format_names
 from msquant.formats.servers import SERVERS
+from msquant.schemes import W8A8, parse_scheme
 
 _SHOWN_LAYERS = 8
 _BUNDLED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -35,15 +37,16 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
         front |= {"base_model": base, "base_model_relation": "quantized"}
     name = str(manifest.get("format") or DEFAULT_FORMAT)
     form = find_format(name if name in format_names() else DEFAULT_FORMAT)
-    front["tags"] = ["msquant", "w8a8", name, form.engine.lower()]
+    word, what = _quantized(recipe)
+    front["tags"] = ["msquant", word.lower().replace("_", "-"), name, form.engine.lower()]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {repository.split('/')[-1]}\n",
-        f"W8A8 (weights and activations in int8){f' of {base}' if base else ''}, made by msquant "
+        f"{word} ({what}){f' of {base}' if base else ''}, made by msquant "
         f"{manifest.get('msquant', '')} through MindSpore Golden Stick, for {form.engine}.\n",
         _serving(repository, str(manifest.get("variant", "")), form),
         _recipe(recipe),
-        _measured(manifest.get("evaluation")),
+        _measured(manifest.get("evaluation"), word),
         _accuracy(manifest.get("layers", [])),
     ]
     return "\n".join(part for part in parts if part)
@@ -76,7 +79,29 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     return f"## Recipe\n\n```yaml\n{text}```\n\nAll of it, with versions and hashes, is in `msquant.json`.\n"
 
 
-def _measured(evaluation: Any) -> str:
+def _quantized(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    """How most linears are computed, by the recipe's last rule: its word, and what that means."""
+    try:
+        rules = recipe["quantization"]["schemes"]
+        schemes = [parse_scheme(str(word)) for rule in reversed(rules) for word in rule.values()]
+    except (KeyError, TypeError, AttributeError, RecipeError):
+        # A manifest of an older version, or of another hand.
+        schemes = []
+    scheme = next((scheme for scheme in schemes if not scheme.is_float), W8A8)
+    assert scheme.weights is not None
+    weights = f"int{scheme.weights.bits}"
+    if scheme.inputs is None:
+        size = scheme.weights.group_size
+        return str(scheme), f"weights in {weights}" + (f", groups of {size}" if size else "")
+    inputs = f"int{scheme.inputs.bits}"
+    # The scale of the activations is a detail of W8A8 for whoever reads the card.
+    word = str(scheme).replace("_DYNAMIC", "")
+    if inputs == weights:
+        return word, f"weights and activations in {weights}"
+    return word, f"weights in {weights}, activations in {inputs}"
+
+
+def _measured(evaluation: Any, word: str) -> str:
     """The table of perplexity and divergence, if the result was evaluated against the float model."""
     scores = evaluation if isinstance(evaluation, dict) else {}
     rows = [*scores.get("texts", []), scores.get("overall")]
@@ -87,7 +112,7 @@ def _measured(evaluation: Any) -> str:
         "## Compared with the float model\n",
         "On held-out text: perplexity, KL divergence of the next-token distributions in nats, and after how "
         "many tokens both find the same next one most likely.\n",
-        "| text | tokens | float | W8A8 | KL | same token |",
+        f"| text | tokens | float | {word} | KL | same token |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -63,7 +63,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
         )
     config, checkpoint = read_config(folder), Checkpoint.open(folder)
     for name, shape in config.shapes.items():
-        checkpoint.expect(name, shape)
+        _expect(form, checkpoint, name, shape)
     modules = [m for index in range(config.num_hidden_layers) for m in layer_linears(config, index)]
     linears = form.stored_schemes(checkpoint, modules)
     extras = prediction_layers(config, checkpoint)
@@ -74,6 +74,19 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     known |= {name for name in checkpoint.names() if name.rpartition(".")[0] in linears}
     refuse_unknown_tensors(checkpoint, known)
     return QuantizedFolder(folder, form, config, checkpoint, form.open(folder), linears, extras)
+
+
+def _expect(form: Format, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """As `Checkpoint.expect`, also where another tensor holds the one of that name."""
+    found = form.stored(checkpoint, name)
+    if found is None or found.name == name:
+        checkpoint.expect(name, shape)
+    elif found.shape != tuple(shape):
+        raise CheckpointError(
+            f"{found.name} holds a weight of shape {list(found.shape)}, config.json says {list(shape)}",
+            where=checkpoint.shard_path(found.name),
+            remedy="use the config.json that belongs to these weights",
+        )
 
 
 def require_unchanged(folder: Path) -> None:

@@ -78,6 +78,22 @@ class Scheme:
         """Whether the weights alone are quantized."""
         return self.weights is not None and self.inputs is None
 
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+        if self.weights is None:
+            return "floating point"
+        word = str(self)
+        if self.inputs is None:
+            return f"int{self.weights.bits} weights alone ({word})"
+        inputs = "activations per token" if self.inputs.dynamic else "static activations"
+        return f"{word.replace('_DYNAMIC', '')}, {inputs}"
+
+    def in_groups(self, size: int) -> "Scheme":
+        """The same with weights in groups of so many columns. Its weights are integers."""
+        assert self.weights is not None
+        return replace(self, weights=replace(self.weights, granularity="group", group_size=size))
+
     def __str__(self) -> str:
         """The word that recipes have for it, which `parse_scheme` takes."""
         for word, scheme in PRESETS.items():
@@ -120,11 +136,15 @@ W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 W8A16 = Scheme(_int(8))
 """Int8 weights; inputs in floating point."""
 
+W4A16 = Scheme(_int(4, 128))
+"""Int4 weights in groups of 128 columns; inputs in floating point."""
+
 PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
     "W8A16": W8A16,
+    "W4A16": W4A16,
 }
 """The schemes that have a word of their own."""
 

@@ -1,6 +1,7 @@
 """A folder that was changed, and a model that does not fit."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from msquant.generation import generate
 from msquant.inference.cpu import onednn
 from msquant.inference.engine import Sampling
 from msquant.models.config_json import read_config
+from msquant.schemes import W8A16
 from tests.fixtures.tiny_families import write_tiny
+from tests.formats.expert_folders import schemes_of, write_experts
+from tests.formats.folders import CONFIG
 from tests.inference.quantized_folder import write_quantized
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -107,6 +111,24 @@ def test_the_bytes_of_weights(folder: Path, widened: bool, monkeypatch: pytest.M
     expected = sum(t.size * (1 if t.dtype == np.int8 and not widened else 4) for t in tensors)
     found = weight_bytes(Checkpoint.open(folder), read_config(folder))
     assert found == expected
+
+
+def test_weights_that_alone_are_quantized_are_computed_in_floating_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "load_int8", object)
+    alone = {module: W8A16 for module in schemes_of(CONFIG) if module.endswith("o_proj")}
+    folder = tmp_path / "model"
+    write_experts(folder, CONFIG, schemes=schemes_of(CONFIG) | alone, format_name="ascend")
+    checkpoint = Checkpoint.open(folder)
+    weights = [f"{module}.weight" for module in alone]
+    each = {
+        name: 4 if checkpoint.dtype(name) != "I8" or name in weights else 1 for name in checkpoint.names()
+    }
+    # The scales of weights that are dequantized are gone then.
+    computed = [name for name in each if name.rpartition(".")[0] not in alone or name in weights]
+    expected = sum(each[name] * math.prod(checkpoint.shape(name)) for name in computed)
+    assert weight_bytes(checkpoint, read_config(folder)) == expected
 
 
 def test_layers_that_are_not_computed_do_not_count(tmp_path: Path) -> None:

@@ -89,3 +89,18 @@ def test_what_was_measured_is_a_table() -> None:
     assert "| all | 256 |" in card
     alone = {"texts": [], "overall": {"text": "all", "perplexity": 7.6, "kl": None}}
     assert "float model" not in model_card(MANIFEST | {"evaluation": alone}, "a/b", "mit")
+
+
+@pytest.mark.parametrize(
+    ("word", "title", "tag"),
+    [
+        ("W8A8_DYNAMIC", "W8A8 (weights and activations in int8)", "w8a8"),
+        ("W4A8_DYNAMIC", "W4A8 (weights in int4, activations in int8)", "w4a8"),
+        ("W6A16_G64", "W6A16_G64 (weights in int6, groups of 64)", "w6a16-g64"),
+    ],
+)
+def test_it_says_how_most_linears_are_computed(word: str, title: str, tag: str) -> None:
+    quantization = {"algorithm": "rtn", "schemes": [{"lm_head": "FLOAT"}, {"*": word}]}
+    card = model_card(MANIFEST | {"recipe": {"quantization": quantization}}, "my-org/x", "mit")
+    assert title in card
+    assert tag in front(card)["tags"]

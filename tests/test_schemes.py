@@ -38,6 +38,23 @@ def test_another_word_is_refused_with_what_is_known(word: str) -> None:
     assert "W8A8_DYNAMIC" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("FLOAT", "floating point"),
+        ("W8A8", "W8A8, static activations"),
+        ("W8A8_DYNAMIC", "W8A8, activations per token"),
+        ("W6A16_G64", "int6 weights alone (W6A16_G64)"),
+    ],
+)
+def test_a_scheme_is_described_for_people(word: str, expected: str) -> None:
+    assert parse_scheme(word).description == expected
+
+
+def test_another_size_of_groups() -> None:
+    assert parse_scheme("W6A16_ASYM").in_groups(32) == parse_scheme("W6A16_G32_ASYM")
+
+
 def test_what_a_scheme_says_of_itself() -> None:
     assert [scheme.is_float for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [True, False, False, False]
     assert [scheme.is_static for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False, True, False, False]

@@ -8,18 +8,13 @@ import typer
 
 from msquant.cli import console, scores
 from msquant.errors import CheckpointError, EngineError
+from msquant.schemes import parse_scheme
 
 if TYPE_CHECKING:
     from msquant.formats.summary import LayerSummary, ModuleSummary, Summary
     from msquant.formats.verdicts import Verdict
 
 SHOWN_FINDINGS = 20
-SCHEME_NAMES = {
-    "W8A8": "W8A8, static activations",
-    "W8A8_DYNAMIC": "W8A8, activations per token",
-    "W8A16": "int8 weights alone (W8A16)",
-    "FLOAT": "floating point",
-}
 
 
 def inspect(
@@ -167,7 +162,8 @@ def _caption(summary: "Summary") -> str:
     size = f"{summary.nbytes / 1e6:,.1f} MB, {summary.parameters / 1e6:,.1f} M parameters"
     if not summary.quantization:
         return size
-    return f"{size}, {summary.quantized_parameters / max(1, summary.parameters):.1%} of them in int8"
+    integers = " and ".join(f"int{bits}" for bits in summary.weight_bits) or "integers"
+    return f"{size}, {summary.quantized_parameters / max(1, summary.parameters):.1%} of them in {integers}"
 
 
 def _row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
@@ -183,7 +179,7 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
     offsets = [module.input_offset for module in modules if module.input_offset is not None]
     weight_range = f"{min(weights):.1e} to {max(weights):.1e}"
     if not inputs:
-        alone = all(module.scheme == "W8A16" for module in modules)
+        alone = all(parse_scheme(module.scheme).is_weight_only for module in modules)
         return [kind, weight_range, "floating point" if alone else "by token", ""]
     zero_points = f"{min(offsets)} to {max(offsets)}" if offsets else "by column"
     return [kind, weight_range, f"{min(inputs):.1e} to {max(inputs):.1e}", zero_points]
@@ -191,7 +187,7 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
 
 def _render_schemes(summary: "Summary") -> None:
     rows = [
-        [SCHEME_NAMES.get(scheme, scheme), modules, round(parameters / 1e6, 2)]
+        [parse_scheme(scheme).description, modules, round(parameters / 1e6, 2)]
         for scheme, (modules, parameters) in summary.schemes().items()
     ]
     experts = f"{summary.experts:,} routed experts" if summary.experts else None

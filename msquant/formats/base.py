@@ -15,7 +15,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
 from msquant.families.row_orders import RopeRows
 from msquant.formats.dtypes import DTYPE_CODES, cast
-from msquant.formats.folder_rules import Finding, open_folder
+from msquant.formats.folder_rules import Finding, StoredTensor, open_folder
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.servers import ServerName
 from msquant.formats.stored import stored_scheme
@@ -40,6 +40,7 @@ class Format(ABC):
             rounded to that in any case.
         folded: what is said of a linear, `{}`, that the engine folds into the attention, and so takes in
             floating point only; empty where it does not.
+        expert_schemes: what is said of the schemes that `takes_experts` takes.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
@@ -51,6 +52,7 @@ class Format(ABC):
     dtypes: ClassVar[tuple[str, ...]]
     bias_in_float32: ClassVar[bool] = False
     folded: ClassVar[str] = ""
+    expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
 
     variant: str = ""
 
@@ -89,6 +91,18 @@ class Format(ABC):
     def words(self) -> Mapping[Scheme, str]:
         """The schemes that a linear layer can have, with the consumer's words for them."""
 
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether a linear layer can have a scheme: one of `words`, where a format says nothing else."""
+        return scheme in self.words
+
+    def takes_experts(self, scheme: Scheme) -> bool:
+        """Whether the routed experts can have a scheme that other linear layers can have."""
+        return scheme.is_float or scheme.is_dynamic
+
+    def made_for(self, linears: Mapping[str, Scheme]) -> "Format":
+        """The format with the variant that a folder with linear layers in these schemes is of."""
+        return self
+
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that the consumer can run the layers of a model in the given schemes together.
 
@@ -97,17 +111,15 @@ class Format(ABC):
             config: the content of the model's `config.json`.
         """
         for module, scheme in linears.items():
-            if scheme not in self.words:
+            if not self.takes(scheme):
                 known = ", ".join(map(str, self.words))
                 yield Finding(
                     module, f"is {scheme}: in this format msquant writes {known} for {self.consumer}"
                 )
             elif not scheme.is_float and (what := self.stays_float(module)):
                 yield Finding(module, f"is {scheme}: {self.consumer} takes {what} in floating point only")
-            if not (scheme.is_float or scheme.is_dynamic) and experts_parent(module):
-                problem = (
-                    f"{self.consumer} runs routed experts with per-token activations (W8A8_DYNAMIC) only"
-                )
+            if experts_parent(module) and not self.takes_experts(scheme):
+                problem = f"{self.consumer} runs routed experts with {self.expert_schemes} only"
                 yield Finding(module, f"is {scheme}: {problem}")
         yield from check_fused_schemes({module: str(scheme) for module, scheme in linears.items()})
 
@@ -209,6 +221,18 @@ class Format(ABC):
         """`config.json` of a model in the words that the consumer takes; `config_entries` come on top."""
         return dict(config)
 
+    def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
+        """What holds a tensor of the model in a folder, damaged or not; None where nothing does.
+
+        Args:
+            checkpoint: the opened folder.
+            name: as the model in floating point has it, for example `model.layers.0.mlp.up_proj.weight`.
+
+        Raises:
+            CheckpointError: what shape it has cannot be read.
+        """
+        return StoredTensor(name, checkpoint.shape(name)) if name in checkpoint else None
+
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         return {module: stored_scheme(checkpoint, module) for module in modules}
@@ -233,7 +257,7 @@ class Format(ABC):
         """
         folder = Path(folder)
         findings: list[Finding] = []
-        config, checkpoint = open_folder(folder, findings, verify_hashes=verify_hashes)
+        config, checkpoint = open_folder(folder, findings, self.stored, verify_hashes=verify_hashes)
         return findings + self.own_findings(folder, config, checkpoint)
 
     def own_findings(

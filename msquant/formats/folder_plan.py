@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES, PlannedShard, plan_shards, weight_map
@@ -12,7 +13,7 @@ from msquant.errors import CheckpointError, RecipeError
 from msquant.families.row_orders import RopeRows
 from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
-from msquant.formats.registry import DEFAULT_FORMAT, FormatName, model_format
+from msquant.formats.registry import DEFAULT_FORMAT, FormatName, format_names, model_format
 from msquant.formats.servers import ServedModel
 from msquant.schemes import FLOAT, Scheme
 
@@ -119,10 +120,11 @@ def plan_folder(
 
     Raises:
         CheckpointError: a linear layer has no matrix in the source, or its bias does not fit.
-        RecipeError: the consumer cannot run the layers in these schemes; names it and what it accepts.
+        RecipeError: the consumer cannot run the layers in these schemes, or groups do not divide a layer's
+            inputs; names it and what it accepts.
         OutputError: a tensor is in two groups.
     """
-    form = model_format(format_name, config)
+    form = model_format(format_name, config).made_for(linears)
     stored = dtype if dtype in form.dtypes else FALLBACK_DTYPE
     _check_runs(form, linears, config)
     missing = dict.fromkeys(linears)
@@ -137,7 +139,7 @@ def plan_folder(
             has_bias = f"{module}.bias" in shapes
             if module in linears and part == "weight":
                 missing.pop(module, None)
-                _check_linear(name, shape, shapes.get(f"{module}.bias"))
+                _check_linear(name, shape, shapes.get(f"{module}.bias"), scheme)
             if scheme.is_float:
                 specs[-1].append(TensorSpec(name, DTYPE_CODES[stored_dtype(name, stored)], tuple(shape)))
             elif part == "weight":
@@ -156,17 +158,33 @@ def plan_folder(
     )
 
 
-def _check_linear(name: str, shape: Shape, bias: Shape | None) -> None:
+def _check_linear(name: str, shape: Shape, bias: Shape | None, scheme: Scheme) -> None:
     if len(shape) != 2:
         raise CheckpointError(f"has shape {list(shape)}, a matrix [N, K] is expected", where=name)
     if bias is not None and tuple(bias) != tuple(shape[:1]):
         raise CheckpointError(f"has shape {list(shape)}, but its bias {list(bias)}", where=name)
+    size = scheme.weights.group_size if scheme.weights is not None else None
+    if size is not None and shape[1] % size:
+        module, fits = name.removesuffix(".weight"), gcd(shape[1], size)
+        smaller = f"give it groups that do, as in {scheme.in_groups(fits)}, or " if fits > 1 else ""
+        raise RecipeError(
+            f"is {scheme}, but groups of {size} do not divide its {shape[1]} inputs",
+            where=module,
+            remedy=f"{smaller}keep it in floating point: put {{{module}: FLOAT}} at the head of the recipe's "
+            "schemes",
+        )
 
 
 def _check_runs(form: Format, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> None:
     for finding in form.check(linears, config):
+        others = [
+            name
+            for name in format_names()
+            if name != form.name and not any(model_format(name, config).check(linears, config))
+        ]
+        instead = f", or write another format: {', '.join(others)}" if others else ""
         raise RecipeError(
             f"{form.consumer} cannot serve this: {finding.problem}",
             where=finding.where,
-            remedy="change the schemes in the recipe's quantization section",
+            remedy=f"change the schemes in the recipe's quantization section{instead}",
         )

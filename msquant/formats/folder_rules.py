@@ -46,6 +46,23 @@ class Finding:
         return f"{self.where}: {self.problem}"
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """What holds a tensor of the model.
+
+    Attributes:
+        name: of the tensor that is stored.
+        shape: of the model's, which differs from the stored one's where one number holds several.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
+Stored = Callable[[Checkpoint, str], StoredTensor | None]
+"""Finds what holds a tensor of the model in a folder; None where nothing does."""
+
+
 def attempt(findings: list[Finding], action: Callable[[], _T]) -> _T | None:
     """What an action returns; None if it raises CheckpointError, which is added to the findings."""
     try:
@@ -56,13 +73,14 @@ def attempt(findings: list[Finding], action: Callable[[], _T]) -> _T | None:
 
 
 def open_folder(
-    folder: Path, findings: list[Finding], *, verify_hashes: bool
+    folder: Path, findings: list[Finding], stored: Stored, *, verify_hashes: bool
 ) -> tuple[dict[str, Any] | None, Checkpoint | None]:
     """Open a folder to check it, and check what is the same in every format.
 
     Args:
         folder: the checkpoint.
         findings: takes the broken rules.
+        stored: finds what holds a tensor of the model.
         verify_hashes: also compare every file's sha256 with the manifest, which reads everything.
 
     Returns:
@@ -74,11 +92,11 @@ def open_folder(
     if checkpoint is not None:
         findings.extend(_check_index(checkpoint))
         if config is not None:
-            findings.extend(_check_shapes(checkpoint, config))
+            findings.extend(_check_shapes(checkpoint, config, stored))
     return config, checkpoint
 
 
-def _check_shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Finding]:
+def _check_shapes(checkpoint: Checkpoint, config: dict[str, Any], stored: Stored) -> Iterator[Finding]:
     """Check that every tensor that `config.json` implies is there with its shape.
 
     Multi-token-prediction layers are there as a whole or not at all. A model of an unknown type has no rules.
@@ -91,10 +109,15 @@ def _check_shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[Fi
         yield _finding(error)
         return
     for name, shape in expected.items():
-        if name not in checkpoint:
+        try:
+            found = stored(checkpoint, name)
+        except CheckpointError as error:
+            yield _finding(error)
+            continue
+        if found is None:
             yield Finding(name, "missing: config.json says the model has it")
-        elif checkpoint.shape(name) != shape:
-            yield Finding(name, f"has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}")
+        elif found.shape != shape:
+            yield Finding(found.name, f"has shape {list(found.shape)}, config.json says {list(shape)}")
 
 
 def _check_index(checkpoint: Checkpoint) -> Iterator[Finding]:

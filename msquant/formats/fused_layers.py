@@ -64,7 +64,7 @@ def check_fused_inputs(checkpoint: Checkpoint, parts: tuple[str, ...]) -> Iterat
         checkpoint: the opened folder.
         parts: the tensors that describe the input, such as `input_scale`.
     """
-    modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(".weight")]
+    modules = {name.rpartition(".")[0] for name in checkpoint.names()}
     for members in fused_layers(modules).values():
         first = members[0]
         for other in members[1:]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msquant.families import find_family
+from msquant.formats.compressed_tensors.packed_kernels import kernel_problems
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.fused_layers import experts_parent
 from msquant.formats.golden_stick.layout import SECTION
@@ -250,6 +251,19 @@ def _key_value_heads(server: Server, model: ServedModel, parallelism: Parallelis
         )
 
 
+def _packed_weights(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    if server.name != "vllm":
+        return
+    found = kernel_problems(server.version, model.linears, model.config, parallelism.tensor)
+    for module, problem in found:
+        yield (
+            module,
+            f"is {model.linears[module]}: {problem}",
+            "choose other groups or a smaller tensor_parallel_size, or keep the layer in floating point",
+        )
+        return
+
+
 def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
     if server.name != "vllm":
         return
@@ -257,7 +271,7 @@ def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism
     if server.version == "0.32.0" and _is_latent(model) and experts - {FLOAT}:
         yield (
             "mlp.experts",
-            "its CPU build has no INT8 kernel for these experts (No Int8 MoE backend)",
+            "its CPU build has no kernel for these experts (No Int8 MoE backend)",
             "serve it on GPUs, or keep the experts in floating point: skip: [mlp.experts]",
         )
     quantized = any(not scheme.is_float for scheme in model.linears.values())
@@ -284,5 +298,6 @@ RULES = (
     Rule("divisible", _divisible),
     Rule("key-value-heads", _key_value_heads),
     Rule("expert-kernels", _expert_kernels),
+    Rule("packed-weights", _packed_weights),
 )
 """All of them, those that decide first."""

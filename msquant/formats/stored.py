@@ -39,13 +39,12 @@ def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
     return W8A8 if f"{module}.input_scale" in checkpoint else W8A8_DYNAMIC
 
 
-def stored_scales(checkpoint: Checkpoint, module: str) -> StoredScales:
-    """The scales of a layer, damaged or not; its weight is not read."""
-    scheme = stored_scheme(checkpoint, module)
+def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> StoredScales:
+    """The scales of a layer in a scheme, damaged or not; its weight is not read."""
     if scheme.is_float:
         return StoredScales()
     weight = _numbers(checkpoint, f"{module}.weight_scale")
-    if scheme.is_dynamic:
+    if not scheme.is_static:
         return StoredScales(weight)
     scale = _numbers(checkpoint, f"{module}.input_scale")
     if weight is None and scale is not None and (scale > 0).all():

@@ -18,7 +18,7 @@ from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.base import Format
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import Finding
+from msquant.formats.folder_rules import Finding, StoredTensor
 from msquant.formats.registry import folder_format, refuse_other_formats
 from msquant.formats.servers import ServedModel
 from msquant.formats.stored import stored_scales
@@ -37,7 +37,7 @@ class ModuleSummary:
         name: for example `model.layers.0.self_attn.q_proj`.
         kind: the name without the layer and the expert's number, for example `mlp.experts.*.up_proj`.
         layer: the decoder layer it is in; None outside of the decoder.
-        scheme: `W8A8`, `W8A8_DYNAMIC`, `W8A16` or `FLOAT`.
+        scheme: its word, for example `W8A8_DYNAMIC` or `FLOAT`.
         dtype: safetensors dtype of the weight.
         shape: of the weight.
         nbytes: of all its tensors on disk.
@@ -117,8 +117,14 @@ class Summary:
 
     @property
     def quantized_parameters(self) -> int:
-        """Elements of the weights in int8."""
+        """Elements of the weights that are integers."""
         return sum(_elements(module) for module in self.modules if module.scheme != str(FLOAT))
+
+    @property
+    def weight_bits(self) -> list[int]:
+        """The widths of the integers that weights are in, ascending; empty for a model in floating point."""
+        quants = (parse_scheme(scheme).weights for scheme in self.schemes())
+        return sorted({quant.bits for quant in quants if quant is not None})
 
     @property
     def experts(self) -> int:
@@ -234,21 +240,32 @@ def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSumm
         names[name.rpartition(".")[0] or name].append(name)
     schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, FLOAT)
     for module in sorted(names, key=_natural_order):
-        weight = f"{module}.weight" if f"{module}.weight" in checkpoint else names[module][0]
+        found = _stored(checkpoint, form, f"{module}.weight")
+        weight = found or StoredTensor(names[module][0], checkpoint.shape(names[module][0]))
         layer, kind = _place(module)
-        scales = stored_scales(checkpoint, module)
+        scales = stored_scales(checkpoint, module, schemes[module])
         yield ModuleSummary(
             name=module,
             kind=kind,
             layer=layer,
             scheme=str(schemes[module]),
-            dtype=checkpoint.dtype(weight),
-            shape=checkpoint.shape(weight),
+            dtype=checkpoint.dtype(weight.name),
+            shape=weight.shape,
             nbytes=sum(checkpoint.nbytes(name) for name in names[module]),
             weight_scale=_range(scales.weight),
             input_scale=_range(scales.input),
             input_offset=scales.offset,
         )
+
+
+def _stored(checkpoint: Checkpoint, form: Format | None, name: str) -> StoredTensor | None:
+    """What holds a tensor; None where nothing does, or its shape cannot be read, which the rules report."""
+    if form is None:
+        return StoredTensor(name, checkpoint.shape(name)) if name in checkpoint else None
+    try:
+        return form.stored(checkpoint, name)
+    except CheckpointError:
+        return None
 
 
 def _range(values: NDArray[np.float64] | None) -> tuple[float, float] | None:

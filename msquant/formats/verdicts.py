@@ -116,6 +116,6 @@ def served_model(folder: Path) -> ServedModel | None:
     if form is None:
         return None
     checkpoint = Checkpoint.open(folder)
-    modules = {name.rpartition(".")[0] for name in checkpoint.names() if name.endswith(".weight")}
+    modules = {name.rpartition(".")[0] for name in checkpoint.names()}
     linears = form.stored_schemes(checkpoint, sorted(modules))
     return ServedModel(form.name, form.variant, read_json(folder / "config.json"), linears)

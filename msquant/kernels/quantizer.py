@@ -16,15 +16,17 @@ class FastWeightCell(WeightQuantLinearCell):
     """Rounds a weight as its parent does, without that one's five arrays of the weight's size."""
 
     def quant(self) -> None:
-        """Replace the floating-point weight by `weight`, `weight_scale` and, if there is one, `bias`."""
+        """Replace the floating-point weight by `weight`, `weight_scale` and, if there are any, `bias` and
+        `weight_offset`."""
         # golden-stick's own words know int8 and int4 alone.
         quant = parse_scheme(self.cfg.algo_args["scheme"]).weights
         assert quant is not None
         dtype = self.cfg.algo_args["weight_scale_dtype"]
-        weight, scale = quantize_weight(self.layer.weight.asnumpy(), dtype, quant)
+        weight, scale, offset = quantize_weight(self.layer.weight.asnumpy(), dtype, quant)
         self.layer.weight = None
         self.weight = Parameter(Tensor.from_numpy(weight))
         self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))
+        self.weight_offset = None if offset is None else Parameter(Tensor.from_numpy(offset))
         self.has_bias = self.layer.has_bias
         if self.has_bias:
             self.bias = self.layer.bias

@@ -1,9 +1,10 @@
-"""Weights to int8, in cache-sized blocks of rows on all cores: golden-stick's arithmetic at memory speed."""
+"""Weights to integers, in cache-sized blocks of rows on all cores, with golden-stick's arithmetic."""
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -23,30 +24,47 @@ BLOCK_BYTES = 1 << 20
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
+class RoundedWeight(NamedTuple):
+    """A weight as integers.
+
+    Attributes:
+        weight: int8 `[N, K]`, one integer in each.
+        scale: float32 `[N]`, or `[N, K / group_size]`.
+        offset: int32 in the shape of `scale`, the zero points; None for symmetric integers.
+    """
+
+    weight: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    offset: NDArray[np.int32] | None = None
+
+
 def quantize_weight(
     weight: NDArray[np.float32], scale_dtype: str = "float32", quant: Quant = INT8
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round a weight to integers, symmetric per output channel or per group of its columns.
+) -> RoundedWeight:
+    """Round a weight to integers, per output channel or per group of its columns.
 
     The arithmetic is golden-stick 1.4.1's (`ptq/basic_functions/basic_quant_func.py`, `quant_tensor`): scale
     `2 max|w| / (2^bits - 1)` in float64 rounded to float32, then `clamp(round(w / scale))`, half to even.
+    With zero points it is compressed-tensors' (`calculate_qparams`), see `group_parameters`, and then
+    `clamp(round(w / scale + zero point))`.
 
     Args:
         weight: `[N, K]`; K is a multiple of the group's size.
         scale_dtype: `bfloat16`, `float16` or `float32`: the scale is rounded up to one that it can hold, so
             that an engine which keeps scales in that dtype multiplies by what the weight was divided by.
-        quant: the integers, symmetric.
-
-    Returns:
-        int8 `[N, K]`, and float32 `[N]` or `[N, K / group_size]`.
+        quant: the integers.
     """
     groups = in_groups(weight, quant)
     rounded = np.empty(groups.shape, np.int8)
     scales = np.empty(len(groups), np.float32)
+    offsets = None if quant.symmetric else np.empty(len(groups), np.int32)
 
     def block(rows: slice) -> None:
-        scale = rounded_up(weight_scale(groups[rows], quant.high - quant.low), scale_dtype)
+        scale, offset = group_parameters(groups[rows], scale_dtype, quant)
         values = groups[rows] / scale
+        if offsets is not None and offset is not None:
+            values += offset
+            offsets[rows] = offset[:, 0]
         np.rint(values, out=values)
         np.clip(values, quant.low, quant.high, out=values)
         rounded[rows] = values
@@ -54,7 +72,35 @@ def quantize_weight(
 
     for_blocks(groups, block)
     shape = (len(weight),) if quant.group_size is None else (len(weight), -1)
-    return rounded.reshape(weight.shape), scales.reshape(shape)
+    offset = None if offsets is None else offsets.reshape(shape)
+    return RoundedWeight(rounded.reshape(weight.shape), scales.reshape(shape), offset)
+
+
+def group_parameters(
+    groups: NDArray[np.float32], scale_dtype: str, quant: Quant
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """The scale and the zero point of every row of what `in_groups` returns, `[G, size]`.
+
+    With zero points, the range from `min(w, 0)` to `max(w, 0)` takes all integers: scale `(high - low) /
+    (2^bits - 1)`, zero point `clamp(round(least integer - low / scale))`; scale 1 for zeros.
+
+    Args:
+        groups: `[G, size]`.
+        scale_dtype: as for `quantize_weight`.
+        quant: the integers.
+
+    Returns:
+        float32 `[G, 1]` both; no zero points for symmetric integers.
+    """
+    steps = quant.high - quant.low
+    if quant.symmetric:
+        return rounded_up(weight_scale(groups, steps), scale_dtype), None
+    low = np.minimum(groups.min(axis=1, keepdims=True), 0).astype(np.float64)
+    high = np.maximum(groups.max(axis=1, keepdims=True), 0).astype(np.float64)
+    exact = np.where(high == low, 1.0, (high - low) / steps).astype(np.float32)
+    scale = rounded_up(exact, scale_dtype)
+    offset = np.clip(np.rint(quant.low - low / scale), quant.low, quant.high)
+    return scale, offset.astype(np.float32)
 
 
 def in_groups(weight: NDArray[np.float32], quant: Quant) -> NDArray[np.float32]:
@@ -84,7 +130,7 @@ def smoothed_and_rounded(
         weight: `[N, K]`.
         smooth_scale: `[K]`.
         clip_ratio: of each row's greatest magnitude, `[N]`: what is beyond is clipped.
-        quant: the integers, symmetric.
+        quant: the integers.
 
     Returns:
         float32 `[N, K]`.
@@ -98,8 +144,9 @@ def smoothed_and_rounded(
             limit = (row_maxima(smoothed) * clip_ratio[rows])[:, None]
             np.clip(smoothed, -limit, limit, out=smoothed)
         groups = in_groups(smoothed, quant)
-        scale = weight_scale(groups, quant.high - quant.low)
-        fake_quantize(groups, scale, out=groups, low=quant.low, high=quant.high)
+        scale, offset = group_parameters(groups, "float32", quant)
+        zero = 0.0 if offset is None else offset
+        fake_quantize(groups, scale, zero, out=groups, low=quant.low, high=quant.high)
 
     for_blocks(weight, block)
     return result

@@ -224,8 +224,8 @@ class FeedForwardPass:
         linear: Linear = FloatLinear(weight, bias)
         scheme = self._policy.scheme(module)
         if scheme.weights is not None:
-            rounded = quantize_weight(weight, self._config.dtype, scheme.weights)
-            linear = QuantizedLinear(*rounded, scheme, bias)
+            rounded, scale, offset = quantize_weight(weight, self._config.dtype, scheme.weights)
+            linear = QuantizedLinear(rounded, scale, scheme, bias, weight_offset=offset)
         sink.linear(module, linear)
         return linear
 

@@ -263,6 +263,7 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
     if scheme.weights.group_size is None:
         weight_scale = weight_scale.reshape(-1)
     if not scheme.is_static:
-        return QuantizedLinear(weight, weight_scale, scheme, bias)
-    scale, offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
-    return QuantizedLinear(weight, weight_scale, scheme, bias, scale, offset)
+        offset = None if scheme.weights.symmetric else cell.weight_offset.asnumpy()
+        return QuantizedLinear(weight, weight_scale, scheme, bias, weight_offset=offset)
+    input_scale, input_offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
+    return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)

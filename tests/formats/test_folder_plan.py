@@ -129,6 +129,14 @@ def test_what_cannot_be_written_is_refused(
         plan_folder(groups, linears, config, "bfloat16")
 
 
+def test_a_refusal_names_the_formats_that_hold_the_schemes() -> None:
+    module = "model.layers.0.self_attn.o_proj"
+    with pytest.raises(RecipeError) as caught:
+        plan_folder(groups_of(QWEN), {module: W8A16}, QWEN, "bfloat16", format_name="golden-stick")
+    assert "or write another format: " in str(caught.value.remedy)
+    assert "ascend" in str(caught.value.remedy).partition("another format: ")[2].split(", ")
+
+
 def test_the_plan_of_a_model_of_deepseeks_size_is_made_from_shapes_alone() -> None:
     config = {
         **DEEPSEEK,

@@ -8,7 +8,7 @@ import pytest
 from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server
 from msquant.formats.serving_rules import RULES
 from msquant.formats.verdicts import best_refusal, refusals, servers_of, serving_table
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
 from tests.formats.folders import CONFIG
 
@@ -46,6 +46,14 @@ def moe(scheme: Scheme, model_type: str = "qwen3_moe") -> ServedModel:
     linears: dict[str, Scheme] = {"model.layers.0.self_attn.o_proj": W8A8}
     linears |= {"model.layers.0.mlp.experts.0.up_proj": scheme}
     return ServedModel("compressed-tensors", "", QWEN | {"model_type": model_type}, linears)
+
+
+PACKED, PACKED_EXPERT = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts.0.up_proj"
+
+
+def packed(word: str, hidden: int = 16) -> ServedModel:
+    changes = {"hidden_size": hidden, "head_dim": 4}
+    return ServedModel("compressed-tensors", "", CONFIG | changes, {PACKED: parse_scheme(word)})
 
 
 CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
@@ -98,6 +106,15 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
     "expert-kernels": [
         (CPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism(), "mlp.experts", "No Int8 MoE backend"),
         (GPU, moe(FLOAT), Parallelism(), "mlp.experts", "does not know in a quantized model"),
+    ],
+    "packed-weights": [
+        (CPU, packed("W8A16"), Parallelism(), PACKED, "is W8A16: its kernels for weights alone take 4 bits"),
+        (GPU, packed("W2A16"), Parallelism(), PACKED, "take 4 and 8 bits"),
+        (CPU, packed("W4A16_G8"), Parallelism(), PACKED, "multiples of 32, not 16 rows and 16 columns"),
+        (GPU, packed("W4A16_G8"), TP4, PACKED, "groups of 8 do not divide the 4 inputs of each processor"),
+        (GPU, packed("W4A16_G8_ASYM", 12), Parallelism(), PACKED, "of its 12 rows do not fill whole numbers"),
+        (GPU, moe(parse_scheme("W4A16_G8_ASYM")), Parallelism(), PACKED_EXPERT, "no zero points"),
+        (CPU, moe(parse_scheme("W4A16_CHANNEL")), Parallelism(), PACKED_EXPERT, "on a CPU have groups"),
     ],
 }
 

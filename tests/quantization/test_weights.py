@@ -28,7 +28,7 @@ def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pyt
     theirs_scale, _, theirs = quant_tensor(
         ms.Tensor(weight), ms.ops.min, ms.ops.max, False, True, False, 0, ms.int8, 0
     )
-    ours, scale = quantize_weight(weight)
+    ours, scale, _ = quantize_weight(weight)
     assert ours.dtype == np.int8
     assert scale.dtype == np.float32
     np.testing.assert_array_equal(ours, theirs.asnumpy())
@@ -38,7 +38,7 @@ def test_every_bit_equals_golden_sticks(shape: tuple[int, int], monkeypatch: pyt
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_scales_are_rounded_up_to_what_an_engine_holds_before_the_weights_are_rounded(dtype: str) -> None:
     weight = random_weight(300, 64)
-    rounded, scale = quantize_weight(weight, dtype)
+    rounded, scale, _ = quantize_weight(weight, dtype)
     exact = quantize_weight(weight)[1]
     held = torch.from_numpy(scale).to(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(held, scale)
@@ -56,7 +56,7 @@ def test_rows_are_clipped_before_they_are_rounded() -> None:
     weight, scale = random_weight(5, 32), np.exp(np.random.default_rng(1).normal(size=32)).astype(np.float32)
     ratio = np.float32([1, 0.9, 0.8, 0.5, 0.3])
     limit = np.abs(weight * scale).max(axis=1) * ratio
-    rounded, step = quantize_weight(np.clip(weight * scale, -limit[:, None], limit[:, None]))
+    rounded, step, _ = quantize_weight(np.clip(weight * scale, -limit[:, None], limit[:, None]))
     expected = rounded * step[:, None]
     np.testing.assert_allclose(smoothed_and_rounded(weight, scale, ratio), expected, rtol=1e-6)
     assert (np.abs(expected).max(axis=1) <= limit * 1.01).all()
@@ -65,7 +65,7 @@ def test_rows_are_clipped_before_they_are_rounded() -> None:
 def test_a_row_of_zeros_stays_zero() -> None:
     weight = random_weight(4, 16)
     weight[2] = 0
-    rounded, scale = quantize_weight(weight)
+    rounded, scale, _ = quantize_weight(weight)
     assert not rounded[2].any()
     assert scale[2] == 1
 
@@ -85,7 +85,10 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("group_size", [8, 32, None])
-def test_groups_of_any_bits_equal_compressed_tensors(bits: int, group_size: int | None) -> None:
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+def test_groups_of_any_bits_equal_compressed_tensors(
+    bits: int, group_size: int | None, symmetric: bool
+) -> None:
     """The package's own scales (`calculate_qparams`) and rounding, of vLLM's and llm-compressor's format."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
@@ -96,21 +99,35 @@ def test_groups_of_any_bits_equal_compressed_tensors(bits: int, group_size: int 
     arguments = QuantizationArgs(
         num_bits=bits,
         type="int",
-        symmetric=True,
+        symmetric=symmetric,
         strategy="group" if group_size else "channel",
         group_size=group_size,
     )
     groups = torch.from_numpy(weight).reshape(300, -1, group_size or 64)
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
     theirs = quantize(torch.from_numpy(weight), scale, zero_point, arguments).numpy()
-    quant = Quant(bits, "group" if group_size else "channel", group_size)
-    ours, scales = quantize_weight(weight, quant=quant)
+    quant = Quant(bits, "group" if group_size else "channel", group_size, symmetric)
+    ours, scales, offset = quantize_weight(weight, quant=quant)
     assert scales.shape == ((300, 64 // group_size) if group_size else (300,))
     filled = groups.abs().amax(-1).reshape(scales.shape).numpy() > 0
     np.testing.assert_allclose(scales[filled], scale.numpy().reshape(scales.shape)[filled], rtol=2e-7)
     # A quotient that lies on a tie may be rounded either way.
-    assert np.count_nonzero(ours != theirs) <= 2
-    assert not ours[5, :32].any()
-    linear = QuantizedLinear(ours, scales, Scheme(quant))
+    if symmetric:
+        assert offset is None
+        assert np.count_nonzero(ours != theirs) <= 2
+    else:
+        assert offset is not None
+        assert offset.dtype == np.int32
+        assert np.count_nonzero(offset[filled] != zero_point.numpy().reshape(scales.shape)[filled]) <= 2
+        # The package divides by a scale of 0 where all is 0.
+        unlike = (ours != theirs) & np.repeat(filled.reshape(300, -1), group_size or 64, axis=1)
+        assert np.count_nonzero(unlike) <= 2 * (group_size or 64)
+    linear = QuantizedLinear(ours, scales, Scheme(quant), weight_offset=offset)
+    assert not linear.float_weight[5, :32].any()
     kept = smoothed_and_rounded(weight, np.ones(64, np.float32), quant=quant)
     np.testing.assert_array_equal(linear.float_weight, kept)
+    # By half a step, and by another half where the zero point is rounded.
+    steps = scales.reshape(300, -1, 1) * (0.501 if symmetric else 1.001)
+    assert (
+        np.abs(linear.float_weight - weight).reshape(300, scales.reshape(300, -1).shape[1], -1) <= steps
+    ).all()

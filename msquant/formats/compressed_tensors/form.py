@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import folded_linears
 from msquant.formats.base import Format
+from msquant.formats.compressed_tensors import packed
 from msquant.formats.compressed_tensors.layout import SERVED_DTYPES, exact_scale
 from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
 from msquant.formats.compressed_tensors.rules import check_fused_targets, check_tensors, section_schemes
@@ -25,33 +27,56 @@ from msquant.formats.compressed_tensors.section import (
     FORMAT,
     QUANT_METHOD,
     find_section,
+    format_of,
     make_section,
     read_section,
 )
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.folder_rules import Finding, StoredTensor, attempt
 from msquant.formats.scales import input_parameters, weight_scales
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from msquant.schemes import FLOAT, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 
-_WORDS: Mapping[Scheme, str] = {FLOAT: "FLOAT", W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC"}
+# Beside these, weights alone in other groups and widths, see `packed.is_packed`.
+_WORDS: Mapping[Scheme, str] = {scheme: str(scheme) for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16, W4A16)}
 
 
 @dataclass(frozen=True)
 class CompressedTensorsFormat(Format):
-    """The tensors of `layout`; everything beside the shards is in `config.json`."""
+    """The tensors of `layout` and of `packed`; everything beside the shards is in `config.json`.
+
+    The variant is what `format` in `config.json` says of all layers.
+    """
 
     name = QUANT_METHOD
     engine = "vLLM"
     server = "vllm"
     dtypes = SERVED_DTYPES
     words = _WORDS
+    expert_schemes = "weights alone quantized, or per-token activations (W8A8_DYNAMIC)"
 
     variant: str = FORMAT
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> "CompressedTensorsFormat":
+        """The format as `config.json` says it."""
+        return cls(str((find_section(config) or {}).get("format", FORMAT)))
 
     @classmethod
     def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
         """Whether `config.json` has the section."""
         return find_section(config) is not None
+
+    def takes(self, scheme: Scheme) -> bool:
+        """One of `words`, or weights alone in any width that the packed layout holds."""
+        return super().takes(scheme) or packed.is_packed(scheme)
+
+    def takes_experts(self, scheme: Scheme) -> bool:
+        """Per-token activations, or weights alone."""
+        return super().takes_experts(scheme) or packed.is_packed(scheme)
+
+    def made_for(self, linears: Mapping[str, Scheme]) -> "CompressedTensorsFormat":
+        """The variant is the layout of these layers, or `mixed-precision` for both layouts."""
+        return CompressedTensorsFormat(format_of(linears.values()))
 
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vLLM can run the layers of a model in the given schemes together."""
@@ -69,6 +94,8 @@ class CompressedTensorsFormat(Format):
         self, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
+        if packed.is_packed(scheme) and scheme.weights is not None:
+            return packed.part_specs(scheme.weights, shape, dtype)
         parts = {"weight": ("I8", shape), "weight_scale": ("F32", (*shape[:1], 1))}
         if scheme.is_static:
             parts |= {"input_scale": ("F32", (1,)), "input_zero_point": ("I8", (1,))}
@@ -77,7 +104,7 @@ class CompressedTensorsFormat(Format):
     def encode_parts(
         self, module: str, linear: QuantizedLinear, dtype: str, bias: NDArray[Any] | None
     ) -> dict[str, NDArray[Any]]:
-        """The parts of a layer with static or per-token activations.
+        """The parts of a layer with static or per-token activations, or as `packed.encode_parts` makes them.
 
         Static activations are always stored with their zero point, be it 0: vLLM's kernel for a CPU with AMX
         takes symmetric static activations for dynamic ones.
@@ -89,6 +116,8 @@ class CompressedTensorsFormat(Format):
         Raises:
             CheckpointError: a scale is not positive and finite; the zero point is no int8.
         """
+        if packed.is_packed(linear.scheme):
+            return packed.encode_parts(module, linear, dtype)
         parts: dict[str, NDArray[Any]] = {
             "weight": linear.weight,
             "weight_scale": weight_scales(module, linear).reshape(-1, 1),
@@ -104,6 +133,25 @@ class CompressedTensorsFormat(Format):
     ) -> dict[str, Any]:
         """The section."""
         return {"quantization_config": make_section(linears, names)}
+
+    def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
+        """What holds a tensor of the model, also where several integers of a weight are one number."""
+        tensor = f"{name.removesuffix('.weight')}.weight_packed"
+        if name in checkpoint or not name.endswith(".weight") or tensor not in checkpoint:
+            return super().stored(checkpoint, name)
+        return StoredTensor(tensor, packed.stored_shape(checkpoint, name.removesuffix(".weight")))
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """The schemes of some modules; of packed ones as `config.json` says, which knows their width."""
+        modules = list(modules)
+        schemes = super().stored_schemes(checkpoint, modules)
+        hidden = [module for module in modules if f"{module}.weight_packed" in checkpoint]
+        section = attempt([], lambda: read_section(read_json(checkpoint.folder / "config.json")))
+        for module in hidden:
+            group = section.group(module) if section is not None else None
+            if group is not None and packed.is_packed(group.scheme):
+                schemes[module] = group.scheme
+        return schemes
 
     def open(self, folder: Path) -> CompressedTensorsCheckpoint:
         """Raises CheckpointError as `CompressedTensorsCheckpoint.open`."""

@@ -6,6 +6,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
+from msquant.formats.compressed_tensors import packed
 from msquant.formats.compressed_tensors.layout import decode_linear
 from msquant.formats.compressed_tensors.rules import check_layout, parts_of
 from msquant.formats.compressed_tensors.section import Section, read_section
@@ -41,13 +42,15 @@ class CompressedTensorsCheckpoint(FolderSource):
         """Return the layer `module`.
 
         Raises:
-            CheckpointError: a part is missing, or of a dtype or shape that does not fit; weights are
-                asymmetric.
+            CheckpointError: a part is missing, or of a dtype or shape that does not fit; the weights of a
+                layer with int8 inputs are asymmetric.
         """
         group = self.section.group(module)
         if group is None:
             return self.checkpoint.linear(module)
         parts = self.parts(module, parts_of(group), check_layout(self.checkpoint, module, group))
+        if packed.is_packed(group.scheme):
+            return packed.decode_linear(module, parts, group.scheme)
         # Tools that store it at all store zeros.
         if (zero_point := f"{module}.weight_zero_point") in self and self.checkpoint.raw(zero_point).any():
             raise CheckpointError(

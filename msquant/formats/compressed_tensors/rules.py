@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from msquant.checkpoint.reader import Checkpoint
+from msquant.formats.compressed_tensors import packed
 from msquant.formats.compressed_tensors.layout import DYNAMIC_PARTS, STATIC_PARTS
 from msquant.formats.compressed_tensors.section import ConfigGroup, Section
 from msquant.formats.folder_rules import (
@@ -34,8 +35,8 @@ def section_schemes(checkpoint: Checkpoint, section: Section) -> dict[str, Schem
     """The scheme of every stored linear layer by module, as `config.json` says it."""
     schemes: dict[str, Scheme] = {}
     for name in checkpoint.names():
-        module = name.removesuffix(".weight")
-        if module != name and is_linear(checkpoint, module):
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed" or (part == "weight" and is_linear(checkpoint, module)):
             group = section.group(module)
             schemes[module] = group.scheme if group else FLOAT
     return schemes
@@ -59,19 +60,23 @@ def check_fused_targets(section: Section, schemes: Mapping[str, Scheme]) -> Iter
 
 def parts_of(group: ConfigGroup) -> tuple[str, ...]:
     """The tensors of a layer of a group; the layer's own `bias` is the only other one."""
+    if packed.is_packed(group.scheme) and group.scheme.weights is not None:
+        return tuple(packed.part_shapes(group.scheme.weights, (1, 1)))
     if group.scheme.is_dynamic:
         return DYNAMIC_PARTS
     return tuple(part for part in STATIC_PARTS if part != "input_zero_point" or not group.symmetric)
 
 
 def check_layout(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> list[Finding]:
-    """Check the names, dtypes and shapes of a quantized layer's tensors, from the headers alone.
+    """Check the names, dtypes and shapes of a quantized layer's tensors; no weight is read.
 
     Args:
         checkpoint: the opened folder.
         module: the layer, for example `model.layers.0.mlp.up_proj`.
         group: the one it is in.
     """
+    if packed.is_packed(group.scheme):
+        return packed.check_layout(checkpoint, module, group.scheme)
     shape = layer_shape(checkpoint, module, parts_of(group))
     if isinstance(shape, list):
         return shape
@@ -97,11 +102,12 @@ def check_tensors(checkpoint: Checkpoint, section: Section) -> Iterator[Finding]
     quantized: dict[str, ConfigGroup] = {}
     for name in checkpoint.names():
         module, _, part = name.rpartition(".")
-        if part == "weight" and checkpoint.dtype(name) == "I8":
+        if part == "weight_packed" or (part == "weight" and checkpoint.dtype(name) == "I8"):
             if group := section.group(module):
                 quantized[module] = group
             else:
-                yield Finding(name, "stored as I8, but config.json does not quantize the layer")
+                stored = checkpoint.dtype(name)
+                yield Finding(name, f"stored as {stored}, but config.json does not quantize the layer")
         elif part == "weight" and is_linear(checkpoint, module) and (group := section.group(module)):
             yield Finding(
                 name,
@@ -129,5 +135,7 @@ def _check_values(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> It
     if f"{module}.bias" in checkpoint:
         yield from check_float(checkpoint, f"{module}.bias")
     zero_point = f"{module}.weight_zero_point"
+    if packed.is_packed(group.scheme):
+        return
     if zero_point in checkpoint and np.any(checkpoint.raw(zero_point)):
         yield Finding(zero_point, "is not zero: vLLM takes weights as symmetric")

@@ -12,16 +12,20 @@ from typing import Any, Final
 
 from msquant.errors import CheckpointError
 from msquant.families import fused_linears
+from msquant.formats.compressed_tensors import packed
 from msquant.formats.fused_layers import experts_parent, fused_layers
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Quant, Scheme
 
 QUANT_METHOD: Final = "compressed-tensors"
 """What `quant_method` is in `config.json`."""
 
 FORMAT = "int-quantized"
+MIXED = "mixed-precision"
+"""The format of a folder whose groups are in several, each of which names its own."""
 
-# `naive-quantized`, its older name, stores the same tensors; groups may differ where the whole is mixed.
-_FORMATS = (FORMAT, "naive-quantized", "mixed-precision")
+# `naive-quantized`, its older name, stores the same tensors.
+_INT8_FORMATS = (FORMAT, "naive-quantized")
+_FORMATS = (*_INT8_FORMATS, packed.FORMAT, MIXED)
 
 _CLASS = "Linear"
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
@@ -41,7 +45,7 @@ class ConfigGroup:
     Attributes:
         name: its key in `config_groups`.
         targets: names, patterns or classes of layers.
-        scheme: `W8A8` or `W8A8_DYNAMIC`.
+        scheme: `W8A8` or `W8A8_DYNAMIC`, or one with weights alone that is packed.
         symmetric: whether activations have no zero point.
         per_channel: whether a weight has one scale a row, or one for all.
     """
@@ -97,26 +101,44 @@ def make_section(linears: Mapping[str, Scheme], names: Iterable[str]) -> dict[st
     schemes.update(linears)
     counts = Counter(scheme for scheme in schemes.values() if not scheme.is_float)
     of_experts = {scheme for module, scheme in schemes.items() if experts_parent(module)}
-    groups = {}
+    whole = format_of(counts)
+    groups: dict[str, dict[str, Any]] = {}
     for number, scheme in enumerate(sorted(counts, key=lambda one: (one not in of_experts, -counts[one]))):
         mine = [module for module, its in schemes.items() if its == scheme]
         # What is ignored is looked for first: targets need not spare it.
         others = [module for module, its in schemes.items() if its not in (scheme, FLOAT)]
         groups[f"group_{number}"] = {
             "targets": patterns(mine, others, fused=True) if number else [_CLASS],
-            "weights": {**_INT8, "symmetric": True, "strategy": "channel", "dynamic": False},
-            "input_activations": dict(_INPUTS[scheme]),
+            "weights": _weights(scheme),
+            "input_activations": dict(_INPUTS[scheme]) if scheme in _INPUTS else None,
             "output_activations": None,
         }
+        # Without it, the format of the whole is a group's own.
+        if whole != FORMAT:
+            groups[f"group_{number}"]["format"] = format_of([scheme])
     ignored = [module for module, scheme in schemes.items() if scheme.is_float]
     others = [module for module, scheme in schemes.items() if not scheme.is_float]
     return {
         "quant_method": QUANT_METHOD,
-        "format": FORMAT,
+        "format": whole,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": patterns(ignored, others, fused=False),
     }
+
+
+def format_of(schemes: Iterable[Scheme]) -> str:
+    """The value of `format` for layers in these schemes together."""
+    found = {packed.FORMAT if packed.is_packed(s) else FORMAT for s in schemes if not s.is_float}
+    return MIXED if len(found) > 1 else next(iter(found), FORMAT)
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    quant = scheme.weights
+    assert quant is not None
+    size = {} if quant.group_size is None else {"group_size": quant.group_size}
+    strategy = {"strategy": quant.granularity, **size, "dynamic": False}
+    return {"num_bits": quant.bits, "type": "int", "symmetric": quant.symmetric, **strategy}
 
 
 def find_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -132,14 +154,15 @@ def read_section(config: Mapping[str, Any]) -> Section:
     """What a `config.json` says, of msquant or of another tool.
 
     Raises:
-        CheckpointError: there is no such section, or it names something that msquant cannot compute: other
-            widths and types than int8, groups of columns, a quantized cache, sparsity, rotations.
+        CheckpointError: there is no such section, or it names something that msquant cannot compute: floats
+            of 8 bits, inputs in other widths than int8, a quantized cache, sparsity, rotations.
     """
     section = find_section(config)
     if section is None:
         raise _refused(f"quantization_config of {QUANT_METHOD} is missing")
     if section.get("format") not in _FORMATS:
-        raise _refused(f"its format is {section.get('format')!r}, only {FORMAT} is read")
+        only = f"only {FORMAT} and {packed.FORMAT} are read"
+        raise _refused(f"its format is {section.get('format')!r}, {only}")
     if section.get("quantization_status", "compressed") != "compressed":
         raise _refused(f"its quantization_status is {section['quantization_status']!r}: it is not compressed")
     for key, what in (("kv_cache_scheme", "a quantized cache"), ("transform_config", "rotated weights")):
@@ -150,7 +173,8 @@ def read_section(config: Mapping[str, Any]) -> Section:
     groups, ignore = section.get("config_groups"), section.get("ignore") or []
     if not isinstance(groups, dict) or not groups:
         raise _refused("config_groups is missing or empty")
-    read = Section(tuple(_group(name, value) for name, value in groups.items()), _strings("ignore", ignore))
+    found = tuple(_group(name, value, section["format"]) for name, value in groups.items())
+    read = Section(found, _strings("ignore", ignore))
     for target in (*read.ignore, *(target for group in read.groups for target in group.targets)):
         if target.startswith("re:"):
             try:
@@ -160,16 +184,21 @@ def read_section(config: Mapping[str, Any]) -> Section:
     return read
 
 
-def _group(name: str, value: Any) -> ConfigGroup:
+def _group(name: str, value: Any, whole: str) -> ConfigGroup:
     if not isinstance(value, dict):
         raise _refused(f"{name} is not a group")
-    if value.get("format") not in (None, *_FORMATS):
-        raise _refused(f"the format of {name} is {value['format']!r}, only {FORMAT} is read")
+    own = value.get("format") or (FORMAT if whole == MIXED else whole)
+    if own not in (*_INT8_FORMATS, packed.FORMAT):
+        raise _refused(f"the format of {name} is {own!r}, only {FORMAT} and {packed.FORMAT} are read")
     if value.get("output_activations"):
         raise _refused(f"{name} quantizes outputs, which is not computed")
     weights, inputs = value.get("weights"), value.get("input_activations")
+    if own == packed.FORMAT:
+        return _packed_group(name, value, weights, inputs)
     if not isinstance(weights, dict) or not isinstance(inputs, dict):
-        raise _refused(f"{name} quantizes weights or inputs alone: only both in int8 (W8A8) are read")
+        raise _refused(
+            f"{name} quantizes weights or inputs alone: only both in int8 (W8A8) are read in {own}"
+        )
     _expect(name, "weights", weights, symmetric=(True,), strategy=("channel", "tensor"), dynamic=(False,))
     dynamic = bool(inputs.get("dynamic"))
     _expect(
@@ -189,9 +218,39 @@ def _group(name: str, value: Any) -> ConfigGroup:
     )
 
 
+def _packed_group(name: str, value: Mapping[str, Any], weights: Any, inputs: Any) -> ConfigGroup:
+    if not isinstance(weights, dict) or inputs:
+        raise _refused(f"{name} is {packed.FORMAT}, which is read with weights alone that are quantized")
+    _expect(
+        name,
+        "weights",
+        weights,
+        num_bits=(2, 4, 8),
+        symmetric=(True, False),
+        strategy=("channel", "group"),
+        dynamic=(False,),
+        group_size=(weights.get("group_size"),),
+        # Other orders come with a tensor that says which column is in which group.
+        actorder=(None, "weight", "static"),
+    )
+    size, symmetric = weights.get("group_size"), _value(weights, "symmetric")
+    grouped = _value(weights, "strategy") == "group"
+    if grouped and (type(size) is not int or size < 1):
+        raise _refused(f"group_size of the weights of {name} is {size!r}, a number of columns is expected")
+    bits = _value(weights, "num_bits")
+    quant = Quant(bits, "group", size, symmetric) if grouped else Quant(bits, "channel", None, symmetric)
+    return ConfigGroup(
+        name=name,
+        targets=_strings(f"targets of {name}", value.get("targets")),
+        scheme=Scheme(quant),
+        symmetric=True,
+        per_channel=not grouped,
+    )
+
+
 def _expect(group: str, part: str, values: Mapping[str, Any], **accepted: tuple[Any, ...]) -> None:
-    wanted = {"num_bits": (8,), "type": ("int",), **accepted}
-    wanted.update(dict.fromkeys(("group_size", "actorder", "block_structure"), (None,)))
+    left_out = dict.fromkeys(("group_size", "actorder", "block_structure"), (None,))
+    wanted: dict[str, tuple[Any, ...]] = {"num_bits": (8,), "type": ("int",), **left_out, **accepted}
     for key, allowed in wanted.items():
         if _value(values, key) not in allowed:
             text = " or ".join(repr(one) for one in allowed)
@@ -223,7 +282,8 @@ def _refused(what: str) -> CheckpointError:
     return CheckpointError(
         what,
         where="config.json",
-        remedy="msquant reads W8A8 with int8 weights and static or per-token int8 activations",
+        remedy="msquant reads W8A8 with int8 weights and static or per-token int8 activations, and packed "
+        "weights with inputs in floating point",
     )
 
 

@@ -14,7 +14,7 @@ from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
 from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.registry import folder_format, model_format
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
+from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
 from tests.formats.expert_folders import (
     DEEPSEEK,
     QWEN,
@@ -176,7 +176,11 @@ def test_a_changed_file_is_found(folder: Path) -> None:
     ("config", "change", "message"),
     [
         (CONFIG, {K: W8A8_DYNAMIC}, f"{K}: is W8A8_DYNAMIC, unlike {Q} (W8A8): they run as one layer"),
-        (CONFIG, {Q: W8A16}, "in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC for vLLM"),
+        (
+            CONFIG,
+            {Q: parse_scheme("W6A16")},
+            "in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC, W8A16, W4A16 for vLLM",
+        ),
         (CONFIG, {"lm_head": W8A8_DYNAMIC}, "vLLM takes the output head in floating point only"),
         (QWEN, {EXPERT: FLOAT}, "they run as one layer"),
         (QWEN, {"model.layers.1.mlp.gate": W8A8_DYNAMIC}, "the router"),

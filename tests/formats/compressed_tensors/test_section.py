@@ -136,7 +136,8 @@ GROUP = "config_groups/group_0"
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format", "pack-quantized", "its format is 'pack-quantized', only int-quantized is read"),
+        ("format", "pack-quantized", "group_0 is pack-quantized, which is read with weights alone"),
+        ("format", "marlin-24", "its format is 'marlin-24', only int-quantized and pack-quantized are read"),
         ("format", "float-quantized", "float-quantized"),
         ("quantization_status", "frozen", "it is not compressed"),
         ("kv_cache_scheme", {"num_bits": 8, "type": "float"}, "kv_cache_scheme is there: a quantized cache"),
@@ -149,7 +150,8 @@ GROUP = "config_groups/group_0"
         (f"{GROUP}/weights", None, "quantizes weights or inputs alone"),
         (f"{GROUP}/input_activations", None, "quantizes weights or inputs alone"),
         (f"{GROUP}/output_activations", {"num_bits": 8}, "quantizes outputs"),
-        (f"{GROUP}/format", "pack-quantized", "the format of group_0"),
+        (f"{GROUP}/format", "pack-quantized", "group_0 is pack-quantized, which is read with weights alone"),
+        (f"{GROUP}/format", "float-quantized", "the format of group_0 is 'float-quantized'"),
         (f"{GROUP}/weights/num_bits", 4, "num_bits of the weights of group_0 is 4, only 8 is read"),
         (f"{GROUP}/weights/type", "float", "type of the weights of group_0 is 'float'"),
         (f"{GROUP}/weights/symmetric", False, "symmetric of the weights"),
