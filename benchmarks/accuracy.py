@@ -16,7 +16,7 @@ from benchmarks.rows import row
 from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
 from benchmarks.texts import SEQUENCES, domains
 from msquant.checkpoint.weights import as_computed
-from msquant.recipes import Recipe
+from msquant.recipe.recipe import Recipe
 from tests.fixtures.policies import rules
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
@@ -113,8 +113,8 @@ def measure() -> list[dict[str, Any]]:
 
 def spared(folder: Path) -> dict[str, Any]:
     """The policy that `msquant analyze --keep-float 6` makes: six matrices stay in floating point."""
+    from msquant.flows.analysis import analyze
     from msquant.quantization.selection import Budget
-    from msquant.sensitivity import analyze
 
     recipe = Recipe(model=str(folder)).replace("calibration", **CALIBRATION)
     mixed = analyze(recipe, budget=Budget("keep_float", 6)).recipe
@@ -124,12 +124,12 @@ def spared(folder: Path) -> dict[str, Any]:
 def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
+    from msquant.flows.pipeline import MEMORY_BUDGET, calibration_tokens
+    from msquant.flows.source import batch_samples, open_source
     from msquant.kernels import golden_stick
     from msquant.models.device import use_device
     from msquant.models.network import Embedding
-    from msquant.pipeline import MEMORY_BUDGET, calibration_tokens
     from msquant.quantization.decoder_pass import DecoderPass
-    from msquant.source import batch_samples, open_source
 
     raw = {"model": str(folder), "quantization": policy}
     recipe = Recipe.model_validate(raw).replace("calibration", **CALIBRATION)

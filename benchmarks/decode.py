@@ -54,7 +54,7 @@ def _load_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _rate_rows(folder: Path) -> list[dict[str, Any]]:
-    from msquant.generation import load_engine
+    from msquant.flows.generation import load_engine
     from msquant.inference.embedded import EmbeddedEngine
 
     embedded = load_engine(folder, "embedded")
@@ -107,7 +107,7 @@ def _start_vllm(folder: Path, target: Path, engines: dict[str, Any]) -> str | No
 
 def _decode(engine: Any) -> tuple[float, tuple[int, ...]]:
     """Tokens a second after the first, and the tokens."""
-    from msquant.inference.engine import Sampling
+    from msquant.inference.engine_protocol import Sampling
 
     times: list[float] = []
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
@@ -117,7 +117,7 @@ def _decode(engine: Any) -> tuple[float, tuple[int, ...]]:
 
 
 def _decode_together(engine: Any, ids: list[int]) -> float:
-    from msquant.inference.engine import Sampling
+    from msquant.inference.engine_protocol import Sampling
 
     sampling = Sampling(max_tokens=TOGETHER_TOKENS, ignore_eos=True)
     sequences = [engine.tokens(ids, sampling, i) for i in range(TOGETHER)]

@@ -11,9 +11,9 @@ def main() -> None:
     import psutil
 
     from msquant.checkpoint.transformers_import import leave_torch_out
-    from msquant.generation import load_engine
+    from msquant.flows.generation import load_engine
     from msquant.inference.embedded import EmbeddedEngine
-    from msquant.inference.engine import Sampling
+    from msquant.inference.engine_protocol import Sampling
 
     process = psutil.Process()
     leave_torch_out()

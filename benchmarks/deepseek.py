@@ -77,8 +77,8 @@ def measure() -> list[dict[str, Any]]:
 
 
 def _quantize(folder: Path, output: Path, alpha: float | None, seed: int) -> Path:
-    from msquant.pipeline import quantize
-    from msquant.recipes import validate_recipe
+    from msquant.flows.pipeline import quantize
+    from msquant.recipe.recipe import validate_recipe
 
     recipe = {
         "model": str(folder),

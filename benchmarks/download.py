@@ -55,7 +55,7 @@ _OURS = _CALL.format(
     imports="""
 from pathlib import Path
 from msquant.hub.choose import find_snapshot
-from msquant.hub.download import download
+from msquant.hub.folder_download import download
 """,
     call="""
 snapshot = find_snapshot(sys.argv[1], hub="huggingface")

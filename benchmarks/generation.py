@@ -24,8 +24,8 @@ LEVEL = 0.5  # logits
 def measure() -> list[dict[str, Any]]:
     """Generate greedily with both, then compare their choices on held-out text."""
     from msquant.checkpoint.tokenizer import load_tokenizer
-    from msquant.generation import load_engine
-    from msquant.inference.engine import Sampling
+    from msquant.flows.generation import load_engine
+    from msquant.inference.engine_protocol import Sampling
     from tests.fixtures import torch_simulation
 
     folder = Path(quantized()["folder"])

@@ -18,7 +18,7 @@ READING = "reading"
 GOLDEN_STICK = "golden-stick, all else"
 REST = "all else"
 
-_FEED_FORWARD = "msquant.quantization.feed_forward"
+_FEED_FORWARD = "msquant.quantization.feed_forward_pass"
 
 
 def _search(around: str, smoother: Any, name: str, layer: Any, group: Any, *_: Any) -> str:
@@ -36,7 +36,7 @@ FUNCTIONS: dict[str, Label] = {
     f"{_FEED_FORWARD}:column_maxima": "ranges for smoothing",
     "gc:collect": "collecting garbage",
     "msquant.algorithms.smoothers:FastOSLSmoother._search_best_ratio": _search,
-    "msquant.algorithms.held_out_smoother:HeldOutSmoother._search_best_ratio": _search,
+    "msquant.algorithms.held_out:HeldOutSmoother._search_best_ratio": _search,
     "msquant.algorithms.smoothers:Batch.__init__": "search, what its groups share",
     "msquant.algorithms.clip:FastClipLinearCell._search_best_clip": "clip search",
     # golden-stick computes the block only to capture what goes into its linears.
@@ -75,8 +75,8 @@ def profile_last_layer(recipe: Path, output: Path) -> LayerProfile:
         recipe: a recipe file of a local model of two layers or more.
         output: the folder to make.
     """
-    from msquant.pipeline import Progress, quantize
-    from msquant.recipes import load_recipe
+    from msquant.flows.pipeline import Progress, quantize
+    from msquant.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe).replace("evaluation", sequences=0)
     model = Path(settings.model)
@@ -126,7 +126,7 @@ def read_plainly(folder: Path, prefix: str) -> tuple[int, float]:
     Returns:
         Their bytes, and the seconds it took.
     """
-    from msquant.checkpoint.reader import Checkpoint
+    from msquant.checkpoint.checkpoint_reader import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
     buffer = memoryview(bytearray(READ_BYTES))

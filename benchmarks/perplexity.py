@@ -19,8 +19,8 @@ def measure() -> list[dict[str, Any]]:
     """Evaluate the float and the written folder with msquant and, independently, with torch."""
     from msquant.calibration.tokens import evaluation_tokens
     from msquant.checkpoint.tokenizer import load_tokenizer
-    from msquant.comparison import score_folders
     from msquant.evaluation.inputs import Text
+    from msquant.flows.comparison import score_folders
     from tests.fixtures import torch_simulation
 
     source, folder = float_folder(), Path(quantized()["folder"])

@@ -58,7 +58,7 @@ def _measure(model: Path, work: Path) -> list[dict[str, Any]]:
 
 def _recipe(path: Path, model: str) -> Path:
     """What msquant does to DeepSeek-R1, with fewer tokens."""
-    from msquant.recipes import find_recipe
+    from msquant.recipe.recipe import find_recipe
 
     recipe = {
         "model": model,

@@ -15,7 +15,7 @@ def measure() -> list[dict[str, Any]]:
     """Quantize the layer both ways, on the same inputs."""
     from msquant.calibration.sources import load_texts
     from msquant.calibration.tokens import calibration_batches
-    from msquant.checkpoint.reader import Checkpoint
+    from msquant.checkpoint.checkpoint_reader import Checkpoint
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.kernels import golden_stick
     from msquant.models.config_json import read_config

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.command import msquant
 from msquant.checkpoint.cache import cache_folder
-from msquant.hub.bundled import smollm2_folder
+from msquant.zoo.bundled import smollm2_folder
 
 SAMPLES, SEQUENCE_LENGTH = 16, 128
 

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError
+from msquant.flows.pipeline import Progress, quantize
 from msquant.formats.golden_stick.form import GoldenStickFormat
-from msquant.pipeline import Progress, quantize
-from msquant.recipes import Recipe, validate_recipe
+from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures.fp8 import dequantize_blocks, to_fp8
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
@@ -278,7 +278,7 @@ def test_nan_in_the_last_layer_keeps_the_others_and_can_be_repaired(
 RUN = """
 import resource, sys
 from pathlib import Path
-from msquant.pipeline import Progress, quantize
+from msquant.flows.pipeline import Progress, quantize
 from tests.test_bad_sources import recipe_for
 
 def fill(record):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.comparison import builtin_texts, compare
 from msquant.errors import CalibrationError, MsquantError
+from msquant.flows.comparison import builtin_texts, compare
 from msquant.progress import Progress
 from tests.fixtures import torch_simulation
 from tests.fixtures.tiny_model import write_tiny_llama

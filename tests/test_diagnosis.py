@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.diagnosis import (
+from msquant.flows.diagnosis import (
     disk_check,
     hub_check,
     memory_check,

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 import msquant
 from msquant.algorithms import algorithm_names, find_algorithm, make_algorithm
 from msquant.algorithms.base import Algorithm
-from msquant.recipes import CalibrationSettings, Recipe, load_recipe, shipped_recipes
+from msquant.recipe.recipe import CalibrationSettings, Recipe, load_recipe, shipped_recipes
 
 DOCS = Path(msquant.__file__).parents[1] / "docs" / "recipes.md"
 

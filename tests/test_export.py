@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError
-from msquant.export import ExportProgress, export
+from msquant.flows.conversion import ExportProgress, export, open_quantized
+from msquant.flows.engines import open_weights
 from msquant.formats.registry import FormatName, folder_format, format_names
-from msquant.generation import open_weights
-from msquant.quantized_folder import open_quantized
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16
 from tests.formats.expert_folders import DEEPSEEK, groups_of, write_experts
 from tests.formats.folders import CONFIG, change_json

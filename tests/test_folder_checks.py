@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from msquant import folder_checks
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, EngineError
-from msquant.folder_checks import require_intact, require_memory, weight_bytes
-from msquant.generation import generate
+from msquant.flows import folder_checks
+from msquant.flows.folder_checks import require_intact, require_memory, weight_bytes
+from msquant.flows.generation import generate
 from msquant.inference.cpu import onednn
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from msquant.models.config_json import read_config
 from msquant.schemes import W8A16
 from tests.fixtures.tiny_families import write_tiny

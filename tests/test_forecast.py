@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from msquant import forecast
-from msquant.forecast import MODELS, Forecast
+from msquant.flows import forecast
+from msquant.flows.forecast import MODELS, Forecast
+from msquant.flows.pipeline import quantize
 from msquant.hub.published import published_config
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
-from msquant.pipeline import quantize
 from msquant.progress import Part, Progress
-from msquant.recipes import find_recipe
+from msquant.recipe.recipe import find_recipe
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from msquant.checkpoint.results import remember_result
 from msquant.errors import CheckpointError, EngineError, ModelError
-from msquant.generation import find_model, generate
-from msquant.inference.engine import Sampling
+from msquant.flows.generation import find_model, generate
+from msquant.inference.engine_protocol import Sampling
 from tests.inference.quantized_folder import write_quantized
 
 

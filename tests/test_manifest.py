@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
-from msquant.kernels.report import GroupReport, LayerReport
-from msquant.manifest import build_manifest, job_identity, layer_record
-from msquant.recipes import find_recipe
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.flows.manifest import build_manifest, job_identity, layer_record
+from msquant.kernels.layer_report import GroupReport, LayerReport
+from msquant.recipe.recipe import find_recipe
 from tests.fixtures.tiny_model import write_tiny_llama
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from msquant.model_card import model_card
+from msquant.flows.publishing import model_card
 
 MANIFEST: dict[str, Any] = {
     "msquant": "0.1.0",

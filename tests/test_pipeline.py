@@ -14,18 +14,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant.calibration.tokens import evaluation_tokens
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.checkpoint.writer import file_sha256
-from msquant.comparison import score_folders
 from msquant.errors import MsquantError
 from msquant.evaluation.inputs import Text
+from msquant.flows.comparison import score_folders
+from msquant.flows.generation import generate
+from msquant.flows.pipeline import Progress, quantize
 from msquant.formats.golden_stick.form import GoldenStickFormat
-from msquant.generation import generate
-from msquant.inference.engine import Sampling
-from msquant.pipeline import Progress, quantize
-from msquant.recipes import Recipe, validate_recipe
+from msquant.inference.engine_protocol import Sampling
+from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
 from tests.fixtures.tiny_model import write_tiny_llama
 
@@ -262,7 +262,7 @@ def test_what_is_finished_survives_an_error_in_a_later_layer(
 
 RUN = """
 import resource, signal, sys
-from msquant.pipeline import Progress, quantize
+from msquant.flows.pipeline import Progress, quantize
 from tests.test_pipeline import short_recipe
 if sys.argv[3] == "full":
     # Stands for a full disk without the right to mount one: no file may grow beyond this.

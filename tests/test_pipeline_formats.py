@@ -8,14 +8,13 @@ import pytest
 
 from msquant.checkpoint.results import newest_result
 from msquant.errors import MsquantError
-from msquant.export import export
+from msquant.flows.conversion import export, open_quantized
+from msquant.flows.generation import generate
+from msquant.flows.pipeline import Progress, quantize
 from msquant.formats.registry import folder_format, format_names
 from msquant.formats.summary import summarize
-from msquant.generation import generate
-from msquant.inference.engine import Sampling
-from msquant.pipeline import Progress, quantize
-from msquant.quantized_folder import open_quantized
-from msquant.recipes import Recipe, validate_recipe
+from msquant.inference.engine_protocol import Sampling
+from msquant.recipe.recipe import Recipe, validate_recipe
 from msquant.schemes import W8A16
 from tests.fixtures.policies import rules
 from tests.fixtures.torch_simulation import greedy

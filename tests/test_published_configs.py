@@ -12,7 +12,7 @@ import pytest
 from msquant.families import expected_shapes, extra_shapes
 from msquant.hub.published import HUB_IDS, configs_folder, published_bytes, published_config, published_name
 from msquant.models.config_json import parse_config
-from msquant.recipes import find_recipe, shipped_recipes
+from msquant.recipe.recipe import find_recipe, shipped_recipes
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
 
 Shapes = dict[str, tuple[int, ...]]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import CheckpointError
-from msquant.publishing import prepare
+from msquant.flows.publishing import prepare
 from tests.formats.folders import write_folder
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from msquant.errors import RecipeError
 from msquant.hub.published import configs_folder
-from msquant.recipe_yaml import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_NODES, read_yaml
-from msquant.recipes import load_recipe
+from msquant.recipe.recipe import load_recipe
+from msquant.recipe.recipe_yaml import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_NODES, read_yaml
 from tests.fixtures.fuzzing import TEXTS, VALUES, changed, fuzz, within_limits
 
 RECIPE = yaml.safe_load((configs_folder() / "deepseek-r1.yaml").read_text())

@@ -7,7 +7,7 @@ import pytest
 
 from msquant.calibration.sources import load_texts
 from msquant.errors import OutputError, RecipeError
-from msquant.recipes import (
+from msquant.recipe.recipe import (
     Recipe,
     copy_recipe,
     find_recipe,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError, StartOverError
-from msquant.pipeline import Progress, quantize
-from msquant.recipes import Recipe, validate_recipe
+from msquant.flows.pipeline import Progress, quantize
+from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures.tiny_model import write_tiny_llama
 
 READ = "model.layers.0.mlp.up_proj.weight"

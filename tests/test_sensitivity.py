@@ -8,14 +8,14 @@ import pytest
 
 from msquant.algorithms import find_algorithm, make_algorithm
 from msquant.errors import CalibrationError, ModelError, MsquantError, RecipeError
+from msquant.flows.analysis import Analysis, analyze
+from msquant.flows.pipeline import Progress, quantize
+from msquant.flows.source import folder_plan, open_source
 from msquant.formats.golden_stick.form import GoldenStickFormat
-from msquant.pipeline import Progress, quantize
 from msquant.quantization.layer_schemes import model_schemes
 from msquant.quantization.selection import Budget
-from msquant.recipes import Recipe, default_recipe, validate_recipe
+from msquant.recipe.recipe import Recipe, default_recipe, validate_recipe
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC
-from msquant.sensitivity import Analysis, analyze
-from msquant.source import folder_plan, open_source
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama

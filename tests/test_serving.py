@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from msquant.errors import CheckpointError, RecipeError
-from msquant.inference.serving import ServingSettings
-from msquant.recipes import find_recipe
-from msquant.serving import serving_settings
+from msquant.flows.serving_checks import serving_settings
+from msquant.inference.serving_settings import ServingSettings
+from msquant.recipe.recipe import find_recipe
 
 
 def folder_with(path: Path, manifest: Any) -> Path:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from msquant.comparison import compare
 from msquant.errors import MsquantError
-from msquant.pipeline import Progress, quantize
-from msquant.recipes import Recipe
+from msquant.flows.comparison import compare
+from msquant.flows.pipeline import Progress, quantize
+from msquant.recipe.recipe import Recipe
 from tests.fixtures import torch_simulation
 from tests.fixtures.tiny_model import write_tiny_llama
 from tests.test_pipeline import files, short_recipe
@@ -43,7 +43,7 @@ def test_the_manifest_says_how_far_the_result_is_from_the_float_model(source: Pa
     import torch
     from transformers import AutoModelForCausalLM
 
-    from msquant.comparison import builtin_texts
+    from msquant.flows.comparison import builtin_texts
 
     record = manifest(result)["evaluation"]
     assert (record["sequences"], record["sequence_length"]) == (1, 64)
@@ -76,7 +76,7 @@ def test_without_it_the_tensors_are_the_same(recipe: Recipe, result: Path, tmp_p
 
 @pytest.mark.parametrize("limit", ["max_kl", "max_perplexity_increase"])
 def test_a_broken_limit_is_recorded(recipe: Recipe, tmp_path: Path, limit: str) -> None:
-    from msquant.evaluation.scores import ModelScore, TextScore
+    from msquant.evaluation.domain_scores import ModelScore, TextScore
 
     score = ModelScore((), TextScore("all", 9, 1.3, baseline_perplexity=1.0, kl=0.2, top1=1, top5=1))
     settings = recipe.replace("evaluation", max_kl=1, max_perplexity_increase=1).evaluation

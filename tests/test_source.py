@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
+from msquant.flows.source import Source, open_source
 from msquant.hub.published import published_config
-from msquant.source import Source, open_source
 from tests.fixtures.fp8 import QUANTIZED, to_fp8
 from tests.fixtures.tiny_families import write_tiny
 from tests.test_published_configs import R1_TENSORS

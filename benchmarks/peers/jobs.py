@@ -134,9 +134,9 @@ def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
 
 def _compared(folder: Path, output: Path, reference: Any) -> dict[str, float]:
     """KL by text in msquant's own arithmetic; says on stderr why there is none."""
-    from msquant.comparison import score_folders
     from msquant.errors import MsquantError
     from msquant.evaluation.inputs import Text
+    from msquant.flows.comparison import score_folders
 
     texts = [Text(name, tokens) for name, tokens in reference.tokens.items()]
     try:
@@ -149,7 +149,7 @@ def _compared(folder: Path, output: Path, reference: Any) -> dict[str, float]:
 
 def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
     """`msquant quantize` of a recipe file, without the accuracy that it measures at the end."""
-    from msquant.recipes import find_recipe, write_recipe
+    from msquant.recipe.recipe import find_recipe, write_recipe
 
     recipe = find_recipe(str(folder)).replace("calibration", samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
     policy = {"algorithm": OURS[job.peer], "schemes": rules(dynamic=DYNAMIC[job.scheme])}
@@ -159,8 +159,8 @@ def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
 
 
 def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Path]:
-    from msquant.pipeline import calibration_tokens
-    from msquant.recipes import Recipe
+    from msquant.flows.pipeline import calibration_tokens
+    from msquant.recipe.recipe import Recipe
 
     settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)

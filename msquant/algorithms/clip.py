@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from msquant.interrupts import check_interrupt
 from msquant.kernels.fake_quant import row_maxima
-from msquant.kernels.report import LayerReport
+from msquant.kernels.layer_report import LayerReport
 from msquant.kernels.weight_rounding import clipping_change
 
 # golden-stick's `n_sample_tokens`.

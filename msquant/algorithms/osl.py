@@ -63,6 +63,6 @@ class Osl(Algorithm):
 
     def modules(self) -> Sequence[Any]:
         """See `Algorithm`."""
-        from msquant.algorithms.held_out_smoother import HeldOutSmoother
+        from msquant.algorithms.held_out import HeldOutSmoother
 
         return (HeldOutSmoother,)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from msquant.errors import CalibrationError
 from msquant.interrupts import check_interrupt
 from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+from msquant.kernels.layer_report import GroupReport, LayerReport
 from msquant.kernels.ranges import GroupReporter
-from msquant.kernels.report import GroupReport, LayerReport
 from msquant.kernels.weight_rounding import column_maxima, smoothed_and_rounded
 from msquant.models.layers import DecoderLayer
 

@@ -17,10 +17,26 @@ without importing them, so it is the same on every machine. The standard library
 
 import importlib.metadata
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
-from msquant.calibration.domains import Domain
 from msquant.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Texts of one kind.
+
+    Attributes:
+        name: of the kind, for messages and the manifest.
+        weight: its share of the samples, relative to the other domains' weights.
+        texts: the documents, in a fixed order.
+    """
+
+    name: str
+    weight: float
+    texts: list[str]
+
 
 CODE_MODULES = (
     "argparse",

@@ -12,8 +12,7 @@ MindSpore is a dependency with a pinned version, and its files are read without 
 
 import ast
 
-from msquant.calibration.builtin import evaluation_texts, installed_file, module_source
-from msquant.calibration.domains import Domain
+from msquant.calibration.builtin import Domain, evaluation_texts, installed_file, module_source
 
 CODE_MODULES = ("calendar", "configparser", "shutil", "zipfile")
 FUNCTIONS = "mindspore/ops/function/math_func.py"

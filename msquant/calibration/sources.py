@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from msquant.calibration.builtin import calibration_domains
-from msquant.calibration.domains import Domain
+from msquant.calibration.builtin import Domain, calibration_domains
 from msquant.checkpoint.json_file import decode_json
 from msquant.errors import CalibrationError
 

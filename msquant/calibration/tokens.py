@@ -6,8 +6,7 @@ from itertools import pairwise, zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.calibration.builtin import evaluation_texts
-from msquant.calibration.domains import Domain
+from msquant.calibration.builtin import Domain, evaluation_texts
 from msquant.checkpoint.tokenizer import Tokenizer, leading_tokens
 from msquant.errors import CalibrationError
 

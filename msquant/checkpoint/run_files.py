@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.journal import Journal
-from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import StartOverError
 
 _PIECE = 4 << 20

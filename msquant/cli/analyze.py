@@ -11,8 +11,8 @@ from msquant.cli import console, options
 from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
+    from msquant.flows.analysis import Analysis
     from msquant.quantization.selection import Budget, BudgetKind, RankedGroup
-    from msquant.sensitivity import Analysis
 
 SHOWN = 20
 """Rows of the table for people; --json has all."""
@@ -66,7 +66,7 @@ def analyze(
     """
     budget = _budget(keep_float, keep_dynamic, max_error, max_size)
     if output is not None:
-        from msquant.recipes import check_target
+        from msquant.recipe.recipe import check_target
 
         if budget is None:
             raise RecipeError(
@@ -79,8 +79,8 @@ def analyze(
 
     if not verbose:
         silence_libraries()
-    from msquant.recipes import find_recipe, write_recipe
-    from msquant.sensitivity import analyze as analyze_model
+    from msquant.flows.analysis import analyze as analyze_model
+    from msquant.recipe.recipe import find_recipe, write_recipe
 
     recipe = find_recipe(model).replace("quantization", algorithm=algo)
     recipe = recipe.replace(
@@ -183,7 +183,7 @@ def _print(analysis: "Analysis", output: Path | None, source: str | None) -> Non
         command = ["msquant", "quantize", str(output), *(["--source", source] if source else [])]
         console.print_line(f"Wrote {output}. Next: {shlex.join(command)}")
     elif analysis.recipe is not None:
-        from msquant.recipes import recipe_text
+        from msquant.recipe.recipe import recipe_text
 
         console.print_document(recipe_text(analysis.recipe).rstrip("\n"))
 

@@ -8,7 +8,7 @@ from msquant.cli import console, options, scores
 from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
-    from msquant.comparison import Comparison
+    from msquant.flows.comparison import Comparison
 
 
 def compare(

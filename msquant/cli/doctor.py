@@ -8,7 +8,7 @@ import typer
 from msquant.cli import console
 
 if TYPE_CHECKING:
-    from msquant.inference.check import Check
+    from msquant.deploy.ascend_checks import Check
 
 _MARKS = {
     "ok": "[green]ok[/green]",
@@ -49,12 +49,12 @@ def doctor(
     """
     with console.Working("looking around"):
         if folder is None:
-            from msquant.diagnosis import diagnose
+            from msquant.flows.diagnosis import diagnose
 
             checks = diagnose()
         else:
-            from msquant.inference.preflight import preflight
-            from msquant.serving import serving_settings
+            from msquant.deploy.preflight import preflight
+            from msquant.flows.serving_checks import serving_settings
 
             site = {"head_address": head_address, "network_interface": network_interface}
             settings = serving_settings(folder, recipe, site)
@@ -64,7 +64,7 @@ def doctor(
 
 def report(checks: "list[Check]", as_json: bool) -> None:
     """Print checks, and exit with 1 if one of them is an error."""
-    from msquant.inference.check import failed
+    from msquant.deploy.ascend_checks import failed
 
     errors = failed(checks)
     if as_json:

@@ -9,7 +9,7 @@ import typer
 from msquant.cli import console
 
 if TYPE_CHECKING:
-    from msquant.hub.download import DownloadResult
+    from msquant.hub.folder_download import DownloadResult
     from msquant.hub.listing import RemoteFile, Snapshot
 
 Repository = Annotated[
@@ -56,9 +56,9 @@ def download(
     """
     from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.choose import find_snapshot
-    from msquant.hub.download import download as download_files
+    from msquant.hub.folder_download import download as download_files
     from msquant.hub.names import select_files
-    from msquant.hub.progress import HubProgress
+    from msquant.hub.transfer_events import HubProgress
 
     with TransferProgress() as display:
         snapshot = find_snapshot(repository, revision, hub, token_file=token_file, note=display.stage)

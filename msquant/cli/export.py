@@ -40,8 +40,8 @@ def export(
     from msquant.models.device import silence_libraries
 
     silence_libraries()
-    from msquant.export import ExportProgress
-    from msquant.export import export as export_folder
+    from msquant.flows.conversion import ExportProgress
+    from msquant.flows.conversion import export as export_folder
     from msquant.formats.registry import names_of, parse_formats
 
     names = names_of(parse_formats(formats))

@@ -56,8 +56,8 @@ def inspect(
     named = next((name for name in SERVER_NAMES if name == server), None)
     if server is not None and named is None:
         raise typer.BadParameter(f"one of {', '.join(SERVER_NAMES)} is expected", param_hint="--for")
+    from msquant.flows.serving_checks import require_server
     from msquant.formats.summary import summarize
-    from msquant.serving import require_server
 
     summary = summarize(folder, verify_hashes=verify)
     evaluation = _evaluation(folder)
@@ -103,7 +103,7 @@ def _as_document(summary: "Summary") -> dict[str, Any]:
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
     """What `quantize` measured, if the manifest has it whole; a damaged manifest is among the findings."""
-    from msquant.reporting.manifest import read_manifest
+    from msquant.reporting.manifest_data import read_manifest
 
     try:
         found = read_manifest(folder).evaluation

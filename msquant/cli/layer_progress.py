@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from msquant.cli import console
-from msquant.cli.plain_text import plain_line
+from msquant.cli.console import plain_line
 from msquant.progress import Progress as FlowProgress
 
 

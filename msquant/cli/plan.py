@@ -11,11 +11,11 @@ from msquant.cli import console, options
 from msquant.errors import OutputError
 
 if TYPE_CHECKING:
-    from msquant.checkpoint.reader import Checkpoint
+    from msquant.checkpoint.checkpoint_reader import Checkpoint
     from msquant.models.config import ModelConfig
     from msquant.planning.measure import Measured, Span
-    from msquant.planning.plan import PartPlan, Plan, Stage
-    from msquant.recipes import Recipe
+    from msquant.planning.quantization_plan import PartPlan, Plan, Stage
+    from msquant.recipe.recipe import Recipe
 
 _CAPTION = (
     "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
@@ -55,7 +55,7 @@ def plan(
     Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
     """
     from msquant.models.device import silence_libraries
-    from msquant.recipes import find_recipe
+    from msquant.recipe.recipe import find_recipe
 
     silence_libraries()
     recipe = find_recipe(model)
@@ -79,7 +79,7 @@ def show_plan(
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
     """
-    from msquant.planning.plan import make_plan
+    from msquant.planning.quantization_plan import make_plan
 
     def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Measured":
         from msquant.cli.layer_progress import LayerProgress

@@ -10,8 +10,8 @@ from msquant.cli import console, options, scores
 
 if TYPE_CHECKING:
     from msquant.cli.layer_progress import LayerProgress
-    from msquant.pipeline import QuantizeResult
-    from msquant.recipes import Recipe
+    from msquant.flows.pipeline import QuantizeResult
+    from msquant.recipe.recipe import Recipe
 
 
 def quantize(
@@ -68,9 +68,9 @@ def quantize(
 
     if not verbose:
         silence_libraries()
+    from msquant.flows.pipeline import quantize as quantize_model
     from msquant.hub.choose import is_offline
-    from msquant.pipeline import quantize as quantize_model
-    from msquant.recipes import find_recipe
+    from msquant.recipe.recipe import find_recipe
 
     recipe = find_recipe(model)
     recipe = recipe.replace("quantization", algorithm=algo)
@@ -120,8 +120,8 @@ def _fetch(hub_id: str, recipe: "Recipe", target: Path, source: str | None, disp
     from msquant.checkpoint.cache import cache_folder
     from msquant.cli.transfer_progress import TransferProgress
     from msquant.hub.fetch import fetch_model
-    from msquant.hub.progress import HubProgress
-    from msquant.planning.room import require_room
+    from msquant.hub.transfer_events import HubProgress
+    from msquant.planning.quantization_plan import require_room
 
     require_room(recipe, target, source, cache_folder())
     with display.paused(), TransferProgress() as transfer:

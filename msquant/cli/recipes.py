@@ -8,7 +8,7 @@ import typer
 from msquant.cli import console
 
 if TYPE_CHECKING:
-    from msquant.recipes import Recipe
+    from msquant.recipe.recipe import Recipe
 
 recipes = typer.Typer(
     name="recipes",
@@ -36,7 +36,7 @@ def list_recipes(
 
     Example: msquant recipes list 'deepseek-r1-distill-*'
     """
-    from msquant.recipes import load_recipe, matching_recipes
+    from msquant.recipe.recipe import load_recipe, matching_recipes
 
     found = {name: load_recipe(path) for name, path in matching_recipes(pattern).items()}
     if as_json:
@@ -58,7 +58,7 @@ def show_recipe(name: Name, as_json: AsJson = False) -> None:
 
     Example: msquant recipes show deepseek-r1
     """
-    from msquant.recipes import find_shipped_recipe, load_recipe
+    from msquant.recipe.recipe import find_shipped_recipe, load_recipe
 
     path = find_shipped_recipe(name)
     recipe = load_recipe(path)
@@ -78,7 +78,7 @@ def copy(
 
     Example: msquant recipes copy deepseek-r1 mine.yaml
     """
-    from msquant.recipes import copy_recipe
+    from msquant.recipe.recipe import copy_recipe
 
     copy_recipe(name, file, overwrite=overwrite)
     console.print_line(f"Wrote {file}. Next: change it, then msquant recipes validate {file}")
@@ -93,7 +93,7 @@ def validate(
 
     Example: msquant recipes validate mine.yaml
     """
-    from msquant.recipes import load_recipe
+    from msquant.recipe.recipe import load_recipe
 
     recipe = load_recipe(file)
     if as_json:

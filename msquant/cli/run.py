@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msquant.cli import console
+from msquant.errors import EngineError
 
 if TYPE_CHECKING:
-    from msquant.inference.engine import Sampling
+    from msquant.inference.engine_protocol import Sampling
 
 _LIVE_CHARACTERS = 1000
 _TOKENS = 16
@@ -80,8 +81,8 @@ def run(
 
     Example: msquant run --prompt "I am" --prompt "Today is" --max-tokens 32
     """
-    from msquant.generation import generate
-    from msquant.inference.engine import Sampling
+    from msquant.flows.generation import generate
+    from msquant.inference.engine_protocol import Sampling
     from msquant.inference.prompt_file import read_prompts
     from msquant.models.device import silence_libraries
 
@@ -135,9 +136,9 @@ def run(
 
 def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
     from msquant.checkpoint.tokenizer import load_tokenizer
-    from msquant.cli.chat import chat
-    from msquant.generation import find_model, load_engine
-    from msquant.inference.chat import chat_prompt
+    from msquant.cli.run import chat
+    from msquant.flows.generation import find_model, load_engine
+    from msquant.inference.chat_template import chat_prompt
 
     folder = find_model(model)
     with console.Working("loading the model"):
@@ -163,7 +164,7 @@ def _check_usage(prompts: list[str], conversation: bool, stream: bool, as_json: 
 
 
 def _print_dry_run(model: Path | None, engine: str, dtype: str, recipe: str | None, as_json: bool) -> None:
-    from msquant import generation
+    from msquant.flows import generation
 
     launch = generation.dry_run(model, engine=engine, dtype=dtype, recipe=recipe)
     if as_json:
@@ -203,3 +204,65 @@ def _document(result: Any) -> dict[str, Any]:
             for completion in result.completions
         ],
     }
+
+
+if TYPE_CHECKING:
+    from msquant.inference.chat_template import Message
+    from msquant.inference.engine_protocol import Engine, Sampling
+
+_HELP = "/reset begins anew, Ctrl-C stops an answer, Ctrl-D ends"
+
+
+def chat(engine: "Engine", tokenizer: Any, sampling: "Sampling") -> None:
+    """Answer what is typed, with all that was said before, until Ctrl-D or /quit.
+
+    Raises:
+        EngineError: the first message of a chat has no answer.
+    """
+    from msquant.inference.chat_template import chat_prompt
+
+    console.print_note(_HELP)
+    messages: list[Message] = []
+    while (line := console.ask("> ")) is not None:
+        text = line.strip()
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = []
+        elif text.startswith("/"):
+            console.print_note(f"there is no command {text}; {_HELP}, /quit likewise")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                answer = _answer(engine, chat_prompt(tokenizer, messages), sampling)
+            except EngineError as error:
+                if len(messages) == 1:
+                    raise
+                console.print_error(error)
+                console.print_note("the chat begins anew")
+                messages = []
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(engine: "Engine", prompt: str, sampling: "Sampling") -> str:
+    """Show an answer as it comes; Ctrl-C ends it, and what was said so far counts."""
+    from msquant.interrupts import check_interrupt, deferred_interrupts
+
+    pieces: list[str] = []
+
+    def show(_: int, piece: str) -> None:
+        pieces.append(piece)
+        console.print_text(piece)
+        check_interrupt()
+
+    try:
+        with deferred_interrupts():
+            (completion,) = engine.generate([prompt], sampling, show)
+    except KeyboardInterrupt:
+        console.print_text("\n")
+        console.print_note("stopped")
+    else:
+        console.print_text("\n")
+        console.print_speed(len(completion.token_ids), completion.seconds)
+    return "".join(pieces)

@@ -8,8 +8,8 @@ import typer
 from msquant.cli import console
 
 if TYPE_CHECKING:
-    from msquant.comparison import ComparedModel, Comparison
-    from msquant.evaluation.scores import LayerScore
+    from msquant.evaluation.domain_scores import LayerScore
+    from msquant.flows.comparison import ComparedModel, Comparison
 
 Text = Annotated[
     list[str] | None,
@@ -24,13 +24,13 @@ SequenceLength = Annotated[
 
 
 def run_comparison(models: list[str], *, verbose: bool, memory_budget: str, **settings: Any) -> "Comparison":
-    """Compare models with progress on the terminal; see `msquant.comparison.compare`."""
+    """Compare models with progress on the terminal; see `msquant.flows.comparison.compare`."""
     from msquant.models.device import silence_libraries
 
     if not verbose:
         silence_libraries()
     from msquant.cli.layer_progress import LayerProgress
-    from msquant.comparison import compare
+    from msquant.flows.comparison import compare
 
     with LayerProgress() as display:
         return compare(

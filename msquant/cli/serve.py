@@ -12,9 +12,9 @@ from msquant.cli import console
 from msquant.errors import EngineError
 
 if TYPE_CHECKING:
+    from msquant.flows.engines import EngineKind, EngineOptions
     from msquant.inference.launch import Launch
-    from msquant.server.commands import Node
-    from msquant.server.serve import ServerOptions
+    from msquant.server.http_server import ServerOptions
 
 
 def serve(
@@ -75,26 +75,33 @@ def serve(
 
     Example: msquant serve --port 8000 --max-requests 16
     """
-    from msquant.folder_checks import require_intact
-    from msquant.generation import EMBEDDED, check_options, choose_engine, find_model
+    from msquant.flows.engines import KEY_VARIABLE, EngineOptions, Node, check_options, find_engine
+    from msquant.flows.folder_checks import require_intact
+    from msquant.flows.generation import find_model
     from msquant.models.device import silence_libraries
-    from msquant.server.commands import Node
-    from msquant.server.serve import ServerOptions
-    from msquant.server.steps import Limits
+    from msquant.server.http_server import ServerOptions
+    from msquant.server.steps import RequestLimits
 
     if not verbose:
         silence_libraries()
     folder = find_model(model)
-    place = _Place(folder, choose_engine(engine), host, port, as_json)
-    check_options(place.engine, dtype, recipe)
+    kind = find_engine(engine)
+    place = _Place(folder, kind.name, host, port, as_json)
+    chosen = EngineOptions(device, dtype, recipe, Node(node, head_address, network_interface))
+    check_options(kind, chosen)
     if not dry_run:
         require_intact(folder, verify)
     key = _api_key(api_key_env)
     body = console.parse_bytes(max_body, "--max-body")
-    limits = Limits(max_prompt_tokens, max_tokens)
-    if place.engine != EMBEDDED:
-        here = Node(node, recipe, head_address, network_interface)
-        _other_server(place, dtype, here, key, api_key_env, dry_run)
+    limits = RequestLimits(max_prompt_tokens, max_tokens)
+    kind.require_served(folder, chosen)
+    every = kind.serve_commands(folder, chosen, host, port)
+    if every and dry_run:
+        _print_commands(every, as_json, f'export {KEY_VARIABLE}="${api_key_env}"' if key else None)
+    elif every:
+        _other_server(place, kind, chosen, every, key)
+    elif not kind.in_process:
+        raise EngineError(f"{kind.name} has no server", where="--engine", remedy="use --engine embedded")
     elif dry_run:
         _print_commands([], as_json, "# the embedded engine serves in this process; nothing is started")
     else:
@@ -134,9 +141,9 @@ class _Place:
 
 
 def _embedded(place: _Place, device: str, options: "ServerOptions", allowed: list[str]) -> None:
-    from msquant.generation import load_embedded
+    from msquant.flows.engines import load_embedded
     from msquant.server.address import accepted_hosts, bind
-    from msquant.server.serve import serve_engine
+    from msquant.server.http_server import serve_engine
 
     listener = bind(place.host, place.port)
     options = replace(options, hosts=accepted_hosts(place.host, listener.getsockname()[0], allowed))
@@ -148,21 +155,18 @@ def _embedded(place: _Place, device: str, options: "ServerOptions", allowed: lis
 
 
 def _other_server(
-    place: _Place, dtype: str, node: "Node", key: str | None, variable: str | None, dry_run: bool
+    place: _Place, kind: "EngineKind", chosen: "EngineOptions", every: "list[Launch]", key: str | None
 ) -> None:
+    from msquant.flows.engines import KEY_VARIABLE
     from msquant.server.address import base_url, bind, reachable
-    from msquant.server.commands import KEY_VARIABLE, commands, require_machine
     from msquant.server.supervise import supervise
 
-    every = commands(place.folder, place.engine, place.host, place.port, dtype, node)
-    if dry_run:
-        _print_commands(every, place.as_json, f'export {KEY_VARIABLE}="${variable}"' if key else None)
-        return
+    node = chosen.node
     if place.port == 0:
         raise EngineError(
             f"the server of {place.engine} needs a port", where="--port", remedy="use --port 8000"
         )
-    require_machine(place.folder, place.engine, place.host, place.port, node)
+    kind.require_machine(place.folder, chosen, place.host, place.port)
     if node.index == 0:
         bind(place.host, place.port).close()
         place.warn_of_strangers(key)

@@ -7,7 +7,7 @@ from msquant.cli import console
 from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
-    from msquant.tasks.run import TaskResult, TaskScore
+    from msquant.tasks.task_run import TaskResult, TaskScore
 
 # Of progress where there is no bar.
 MOST_LINES = 20
@@ -23,14 +23,14 @@ def refuse(options: Mapping[str, Any], remedy: str) -> None:
 
 
 def run(model: str, tasks: list[str], *, verbose: bool, **settings: Any) -> "TaskResult":
-    """Ask questions with progress on the terminal; see `msquant.tasks.run.evaluate_tasks`."""
+    """Ask questions with progress on the terminal; see `msquant.tasks.task_run.evaluate_tasks`."""
     from msquant.models.device import silence_libraries
 
     if not verbose:
         silence_libraries()
     from msquant.cli.layer_progress import LayerProgress
     from msquant.progress import Progress
-    from msquant.tasks.run import evaluate_tasks
+    from msquant.tasks.task_run import evaluate_tasks
 
     with LayerProgress("answer", MOST_LINES) as display:
         progress = Progress(

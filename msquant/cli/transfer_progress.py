@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from msquant.cli import console
 
 if TYPE_CHECKING:
-    from msquant.hub.progress import TransferState
+    from msquant.hub.transfer_events import TransferState
 
 _LINE_SECONDS = 10.0
 

@@ -34,8 +34,8 @@ def upload(
 
     Example: msquant upload DeepSeek-R1-W8A8 my-org/DeepSeek-R1-W8A8 --create --private --license mit
     """
-    from msquant.hub.progress import HubProgress
-    from msquant.publishing import CARD_NAME, prepare, publish
+    from msquant.flows.publishing import CARD_NAME, prepare, publish
+    from msquant.hub.transfer_events import HubProgress
 
     if dry_run:
         found = prepare(folder, repository, license_name)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.errors import MsquantError
 from msquant.evaluation.distributions import Distributions, Divergence
+from msquant.evaluation.domain_scores import LayerScore, ModelScore, Noise, text_score
 from msquant.evaluation.inputs import Model, Text, check_alike, check_tokens
-from msquant.evaluation.scores import LayerScore, ModelScore, Noise, text_score
 from msquant.interrupts import check_interrupt
 from msquant.models.layers import DecoderLayer, Positions, State, positions
 from msquant.models.network import Embedding, Head

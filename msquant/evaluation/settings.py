@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from msquant.evaluation.scores import ModelScore
+from msquant.evaluation.domain_scores import ModelScore
 
 
 class EvaluationSettings(BaseModel):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant import families
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
 from msquant.families.row_orders import RopeRows

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.file_names import is_file_name
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME
 from msquant.checkpoint.disk import writing
-from msquant.checkpoint.reader import INDEX_NAME
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream

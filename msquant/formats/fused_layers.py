@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.families import fused_linears
 from msquant.formats.folder_rules import Finding
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.formats.folder_rules import Finding
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError
 from msquant.formats.base import Format

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.formats.registry import folder_format
 from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server, ServerName
 from msquant.formats.serving_rules import RULES

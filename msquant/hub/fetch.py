@@ -7,9 +7,9 @@ from rich.filesize import decimal
 from msquant.checkpoint.cache import cache_folder
 from msquant.errors import HubError, OutputError
 from msquant.hub.choose import find_snapshot
-from msquant.hub.download import download
+from msquant.hub.folder_download import download
 from msquant.hub.listing import RemoteFile
-from msquant.hub.progress import HubProgress
+from msquant.hub.transfer_events import HubProgress
 
 _SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 

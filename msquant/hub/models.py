@@ -8,10 +8,10 @@ from msquant.checkpoint.cache import cache_folder
 from msquant.checkpoint.download_marker import require_complete
 from msquant.checkpoint.folder_files import require_own_files
 from msquant.errors import CheckpointError, ModelError
-from msquant.hub.bundled import SMOLLM2_NAME, smollm2_folder
 from msquant.hub.names import is_hub_id
 from msquant.hub.published import HUB_IDS, published_bytes, published_name
 from msquant.hub.retry import UnreachableError
+from msquant.zoo.bundled import SMOLLM2_NAME, smollm2_folder
 
 BUNDLED_MODELS = {SMOLLM2_NAME: smollm2_folder}
 

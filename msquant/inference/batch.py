@@ -39,7 +39,7 @@ class BatchModel(Protocol):
         ...
 
 
-class Batch:
+class DecodeBatch:
     """Continues sequences as their iterators are advanced, in one thread.
 
     When one needs a token, one is computed for every other that has none in store either. So iterators that

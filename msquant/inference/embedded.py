@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import EngineError
 from msquant.inference.answer import Answer
-from msquant.inference.batch import Batch, BatchModel
-from msquant.inference.engine import Completion, OnText, Sampling, check_prompts
+from msquant.inference.batch import BatchModel, DecodeBatch
+from msquant.inference.engine_protocol import Completion, OnText, Sampling, check_prompts
 from msquant.inference.sampling import Sampler
 from msquant.models.config import ModelConfig
 
@@ -46,14 +46,14 @@ class EmbeddedEngine:
         self.config = config
         self.tokenizer = tokenizer
         if device == "cpu":
-            from msquant.inference.cpu.model import CpuModel
+            from msquant.inference.cpu.cpu_model import CpuModel
 
             model: BatchModel = CpuModel(config, source)
         else:
             from msquant.inference.mindspore_model import MindSporeModel
 
             model = MindSporeModel(config, source, device)
-        self._batch = Batch(model)
+        self._batch = DecodeBatch(model)
 
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None

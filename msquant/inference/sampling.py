@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.errors import EngineError
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 
 
 class Sampler:

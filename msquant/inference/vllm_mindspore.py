@@ -15,7 +15,7 @@ from msquant.formats.registry import format_names, marked_formats
 from msquant.inference.ascend_host import DEVICE_NODES, device_nodes
 from msquant.inference.environments import SITE
 from msquant.inference.launch import Launch
-from msquant.inference.serving import ServingSettings
+from msquant.inference.serving_settings import ServingSettings
 from msquant.inference.worker_engine import LOAD_SECONDS, WorkerEngine
 
 NAME = "vllm-mindspore"

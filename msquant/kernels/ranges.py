@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.kernels.report import ChannelRanges, GroupReport, LayerReport
+from msquant.kernels.layer_report import ChannelRanges, GroupReport, LayerReport
 
 
 def channel_ranges(maxima: NDArray[np.float32]) -> ChannelRanges:

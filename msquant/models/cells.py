@@ -1,16 +1,119 @@
 """The small cells that every block is made of, read from a source and checked against `config.json`."""
 
+from itertools import pairwise
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.nn.utils import no_init_parameters
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import WeightSource
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    INT8_MIN,
+    FloatLinear,
+    Linear,
+    QuantizedLinear,
+    WeightSource,
+    as_computed,
+)
 from msquant.models.config import ModelConfig
-from msquant.models.linear import linear_cell
+from msquant.models.exact import exact_parts
 from msquant.models.reading import read_linear, read_tensor
+
+
+def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
+    """Build the cell that computes `linear` on inputs `[T, K]`, in `dtype` outside the integer product."""
+    linear = as_computed(linear)
+    if isinstance(linear, FloatLinear):
+        return dense(linear, dtype)
+    return Int8Linear(linear, dtype)
+
+
+def dense(linear: FloatLinear, dtype: Any) -> nn.Dense:
+    """Build the `nn.Dense` that golden-stick's registries know; in float32 it shares the array's memory."""
+    n, k = linear.weight.shape
+    bias = None if linear.bias is None else Tensor(linear.bias, dtype)
+    weight = Tensor.from_numpy(np.ascontiguousarray(linear.weight))
+    # Given to the constructor, the weight would be copied twice.
+    with no_init_parameters():
+        cell = nn.Dense(k, n, has_bias=bias is not None, dtype=dtype)
+    cell.weight.set_data(weight if dtype == ms.float32 else weight.astype(dtype))
+    if bias is not None:
+        cell.bias.set_data(bias)
+    for parameter in cell.get_parameters():
+        # Otherwise a clone of it would be initialized at random.
+        parameter.init_mode = None
+        # Through this it refers to itself, and its memory would wait for the garbage collector.
+        parameter.param_info.obj = None
+    return cell
+
+
+class Int8Linear(nn.Cell):
+    """`y = weight_scale * s_x * sum_k W_q (x_q - z) + bias` with `x_q = clamp(round(x / s_x) + z)`.
+
+    Static per tensor when the layer carries `input_scale`, with `x_q = clamp(round(x r + z))` where it has a
+    reciprocal r too; otherwise `s_x = max|x| / 127` per token and `z = 0`, see `token_scales`. The sum is
+    exact: it is added in float32 over as many channels as stay within float32's exact integers with these
+    weights, and such parts in int32.
+    """
+
+    def __init__(self, linear: QuantizedLinear, dtype: Any) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.input_scale = self.input_reciprocal = None
+        offset = 0
+        if linear.input_scale is not None and linear.input_offset is not None:
+            self.input_scale = float(linear.input_scale[0])
+            offset = int(linear.input_offset[0])
+            if linear.input_reciprocal is not None:
+                self.input_reciprocal = float(linear.input_reciprocal[0])
+        self.offset = float(offset)
+        # The offset is taken off before the product: x_q - z lies between these.
+        self.lowest, self.highest = float(INT8_MIN - offset), float(INT8_MAX - offset)
+        bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
+        self.parts = list(pairwise(bounds))
+        self.weights = [
+            Tensor.from_numpy(np.asarray(linear.weight[:, start:stop], dtype=np.float32, order="C"))
+            for start, stop in self.parts
+        ]
+        self.weight_scale = Tensor(linear.weight_scale, ms.float32)
+        if self.input_scale is not None:
+            self.output_scale = self.weight_scale * self.input_scale
+        self.bias = None if linear.bias is None else Tensor(linear.bias, ms.float32)
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """`[T, K]` to `[T, N]`."""
+        x = x.astype(ms.float32)
+        if self.input_scale is None:
+            scale = ops.amax(ops.abs(x), axis=-1, keepdims=True) / INT8_MAX
+            # A token of zeros has no scale; any will do.
+            scale = ops.where(scale == 0, ops.ones_like(scale), scale)
+            output_scale = self.weight_scale * scale
+        else:
+            scale, output_scale = self.input_scale, self.output_scale
+        if self.input_reciprocal is None:
+            rounded = ops.round(x / scale)
+        else:
+            # The zero point is added before: it decides where ties go.
+            rounded = ops.round(x * self.input_reciprocal + self.offset) - self.offset
+        # Limits as floats: with integers clamp is 20 times slower.
+        quantized = ops.clamp(rounded, self.lowest, self.highest)
+        y = self._integer_product(quantized) * output_scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.astype(self.dtype)
+
+    def _integer_product(self, quantized: Tensor) -> Tensor:
+        """Integers held in float32, `[T, K]`, to their exact products rounded to float32, `[T, N]`."""
+        if len(self.parts) == 1:
+            return self.matmul(quantized, self.weights[0])
+        total: Any = 0
+        for (start, stop), weight in zip(self.parts, self.weights, strict=True):
+            total = total + self.matmul(quantized[:, start:stop], weight).astype(ms.int32)
+        return total.astype(ms.float32)
 
 
 class RMSNorm(nn.Cell):

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import writing
-from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import MsquantError
+from msquant.flows.pipeline import quantize
+from msquant.flows.source import shapes_plans
 from msquant.formats.folder_plan import FolderPlan
 from msquant.models.config import ModelConfig
-from msquant.pipeline import quantize
 from msquant.planning.blocks import LayerBlocks
 from msquant.planning.sample import layer_kinds, sample_config, write_sample
 from msquant.planning.work import Work, layer_work
 from msquant.progress import Part, Progress
-from msquant.recipes import Recipe
-from msquant.source import shapes_plans
+from msquant.recipe.recipe import Recipe
 
 MOST_TOKENS = 2048
 """Calibration tokens of a sample, if that is a sequence at least."""

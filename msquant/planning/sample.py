@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
+from msquant.checkpoint.checkpoint_reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
-from msquant.checkpoint.reader import SINGLE_NAME, Checkpoint
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.formats.dtypes import MODEL_DTYPES, stored_dtype
 from msquant.hub.published import stored_bytes

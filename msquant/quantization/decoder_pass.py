@@ -18,10 +18,10 @@ from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
 from msquant.errors import CheckpointError
-from msquant.kernels.report import LayerReport, relative_error
+from msquant.kernels.layer_report import LayerReport, relative_error
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
-from msquant.quantization.feed_forward import FeedForwardPass
+from msquant.quantization.feed_forward_pass import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
 from msquant.quantization.layer_schemes import in_two_blocks
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore_gs.ptq.quant_cells.quant_cell import QuantCell
 from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
@@ -18,7 +19,7 @@ from msquant.families.base import SmoothGroup
 from msquant.interrupts import check_interrupt
 from msquant.kernels import golden_stick
 from msquant.kernels.fake_quant import in_int8
-from msquant.kernels.report import LayerReport
+from msquant.kernels.layer_report import LayerReport
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.schemes import Scheme
@@ -222,7 +223,7 @@ class _OneLayerModel:
         return self._smoothed
 
     def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
-        from msquant.kernels.value_rows import ValueRows
+        from msquant.quantization.layer_pass import ValueRows
 
         cell = find_cell(layer, group.previous)
         sizes, names = self._config.latent, self._config.family.names
@@ -267,3 +268,39 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
         return QuantizedLinear(weight, weight_scale, scheme, bias, weight_offset=offset)
     input_scale, input_offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
     return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)
+
+
+class ValueRows:
+    """Those rows of `kv_b_proj` that make the values which `o_proj` reads.
+
+    The weight is `[heads * (key_rows + value_rows), rank]`, keys before values in every head (transformers
+    4.57.1, `models/deepseek_v3/modeling_deepseek_v3.py`). To golden-stick this is a linear with the values'
+    rows alone; it is its own `weight`, because `weight` is read and replaced as a whole.
+
+    Args:
+        cell: `kv_b_proj`, as it is or wrapped for quantization.
+        heads: attention heads.
+        key_rows: rows of keys in a head.
+        value_rows: rows of values in a head.
+    """
+
+    bias = None
+
+    def __init__(self, cell: Any, heads: int, key_rows: int, value_rows: int) -> None:
+        self._linear = cell.layer if isinstance(cell, QuantCell) else cell
+        per_head = np.arange(heads)[:, None] * (key_rows + value_rows)
+        self._rows: NDArray[np.integer] = (per_head + key_rows + np.arange(value_rows)).reshape(-1)
+
+    @property
+    def weight(self) -> "ValueRows":
+        return self
+
+    def clone(self) -> Tensor:
+        """The rows, `[heads * value_rows, rank]`."""
+        return Tensor(self._linear.weight.asnumpy()[self._rows])
+
+    def set_data(self, rows: Tensor) -> None:
+        """Replace the rows."""
+        weight = self._linear.weight.asnumpy().copy()
+        weight[self._rows] = rows.asnumpy()
+        self._linear.weight.set_data(Tensor(weight, self._linear.weight.dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from msquant.errors import RecipeError
-from msquant.kernels.report import GroupError
+from msquant.kernels.layer_report import GroupError
 
 BudgetKind = Literal["keep_float", "keep_dynamic", "max_error", "max_size"]
 

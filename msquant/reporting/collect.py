@@ -1,7 +1,9 @@
 """A folder read into a `Report`: its summary, its manifest, its int8 weights and, if given, an analysis."""
 
 import math
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +11,16 @@ import yaml
 from pydantic import BaseModel, Field
 
 from msquant.checkpoint.json_file import read_json
-from msquant.errors import CheckpointError
+from msquant.deploy.vllm_mindspore_server import PROGRAM, cluster_commands
+from msquant.errors import CheckpointError, MsquantError
 from msquant.families import find_family
+from msquant.flows.serving_checks import serving_settings
+from msquant.formats.registry import find_format
 from msquant.formats.summary import ModuleSummary, Summary, summarize
-from msquant.reporting.data import ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
+from msquant.inference import vllm_mindspore
+from msquant.reporting.data import Command, ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
-from msquant.reporting.manifest import Count, Manifest, Name, Number, parse, printable, read_manifest
-from msquant.reporting.serve_commands import commands
+from msquant.reporting.manifest_data import Count, Manifest, Name, Number, parse, printable, read_manifest
 from msquant.reporting.verdict import judge
 
 _STEPS = 255
@@ -227,3 +232,44 @@ def _yaml(recipe: dict[str, Any]) -> str:
     return printable(
         yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
     )
+
+
+_HOST, _PORT = "0.0.0.0", 8000
+_HEAD_serve_commands = "ADDRESS-OF-NODE-0"
+
+
+def commands(folder: Path, summary: Summary) -> list[Command]:
+    """What to run, on an NPU and without one.
+
+    A folder's own serving section counts; one that is not valid is left out, as `msquant run` reports it.
+
+    Args:
+        folder: as it is to be called in the commands.
+        summary: of it.
+    """
+    name = shlex.quote(str(folder))
+    form = None if summary.quantization is None else find_format(summary.quantization)
+    if form is None or form.server == vllm_mindspore.NAME:
+        found = _vllm_mindspore(folder)
+    else:
+        found = [Command(f"Serve it with {form.engine}", (form.serve_command(name),))]
+    prompt = f"msquant run --model {name} --prompt 'I am'"
+    found.append(Command("Continue a prompt without an NPU", (prompt,)))
+    return [Command(command.what, tuple(map(printable, command.lines))) for command in found]
+
+
+def _vllm_mindspore(folder: Path) -> list[Command]:
+    try:
+        settings = serving_settings(folder)
+        if settings.nodes > 1 and settings.head_address is None:
+            settings = settings.changed({"head_address": _HEAD_serve_commands})
+        launches = cluster_commands(folder, settings, _HOST, _PORT, environment={})
+    except MsquantError:
+        return []
+    lines: list[str] = []
+    for launch in launches:
+        # The program as it is called elsewhere, not where it lies on this machine.
+        program, *arguments = launch.argv
+        name = PROGRAM if Path(program).name == PROGRAM else program
+        lines += replace(launch, argv=(name, *arguments)).shell().splitlines()
+    return [Command("Serve it with vLLM-MindSpore", tuple(lines))]

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from msquant.reporting.histograms import Histogram
-from msquant.reporting.manifest import Evaluation, File, Layer
+from msquant.reporting.manifest_data import Evaluation, File, Layer
 
 Level = Literal["good", "check", "bad"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReportVerdict:
     """Whether to serve the folder.
 
     Attributes:
@@ -183,7 +183,7 @@ class Report:
     checked: bool
     findings: tuple[str, ...]
     notes: tuple[str, ...]
-    verdict: Verdict
+    verdict: ReportVerdict
     size: Size
     reads: Reads | None
     evaluation: Evaluation | None

@@ -1,8 +1,8 @@
 """The verdict on a folder: what a person reads first."""
 
 from msquant.formats.summary import Summary
-from msquant.reporting.data import Level, Verdict
-from msquant.reporting.manifest import Manifest, TextScore
+from msquant.reporting.data import Level, ReportVerdict
+from msquant.reporting.manifest_data import Manifest, RecordedTextScore
 
 _OUTLIER = 10
 """A layer whose error is so many times the median stands out."""
@@ -13,7 +13,7 @@ _MEASURES = {
 }
 
 
-def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
+def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> ReportVerdict:
     """Judge a folder by its format's contract, and by its accuracy where that was measured.
 
     Args:
@@ -35,10 +35,10 @@ def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> Verdict:
     problems += _few_tokens(manifest)
     remarks = [*_noisy(manifest), *_outliers(manifest)]
     if not problems:
-        return Verdict("good", _praise(manifest), tuple(remarks))
+        return ReportVerdict("good", _praise(manifest), tuple(remarks))
     level: Level = "bad" if any(level == "bad" for level, _ in problems) else "check"
     reasons = sorted(problems, key=lambda problem: problem[0] != level)
-    return Verdict(level, reasons[0][1], (*(reason for _, reason in reasons[1:]), *remarks))
+    return ReportVerdict(level, reasons[0][1], (*(reason for _, reason in reasons[1:]), *remarks))
 
 
 def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
@@ -59,7 +59,7 @@ def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
     return broken
 
 
-def _measured(score: TextScore) -> str:
+def _measured(score: RecordedTextScore) -> str:
     text = f"Its KL divergence from the float model is {score.kl:.3g}"
     if score.perplexity and score.baseline_perplexity:
         text += f", its perplexity {score.perplexity / score.baseline_perplexity - 1:+.1%}"

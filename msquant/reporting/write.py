@@ -1,13 +1,104 @@
 """The flow of `msquant report`: a folder in, one document out."""
 
-from collections.abc import Callable
+import html
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rich.filesize import decimal
+
+from msquant import __version__
 from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
+from msquant.reporting.charts import Charts, charts
 from msquant.reporting.collect import collect
-from msquant.reporting.data import Report
+from msquant.reporting.data import Report, quantile
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_RANKED = 20
+"""Rows of the ranking in a document; the JSON has all."""
+_MARKS = {"good": "✓", "check": "!", "bad": "✕"}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+
+
+def html_page(report: Report) -> str:
+    """One self-contained page; everything that came from the folder is escaped."""
+    drawn = charts(report)
+    return _environment(autoescape=True).get_template("report.html.j2").render(_content(report, drawn))
+
+
+def markdown_page(report: Report) -> str:
+    """The same numbers in tables."""
+    environment = _environment(autoescape=False)
+    environment.filters["cell"] = _cell
+    environment.filters["indented"] = _indented
+    return environment.get_template("report.md.j2").render(_content(report, None))
+
+
+def _environment(*, autoescape: bool) -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("msquant.reporting", "templates"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "size": lambda count: decimal(count, precision=1),
+        "percent": lambda part: "" if part is None else f"{part:.1%}",
+        "fine_percent": lambda part: f"{part:.2%}",
+        "small": lambda value: "" if value is None else f"{value:.2e}",
+        "digits": lambda value: "" if value is None else f"{value:.4g}",
+        "plain": lambda value: "" if value is None else f"{value:g}",
+        "shape": lambda shape: " x ".join(map(str, shape)) or "scalar",
+    }
+    return environment
+
+
+def _content(report: Report, drawn: Charts | None) -> dict[str, Any]:
+    errors = report.errors
+    return {
+        "report": report,
+        "charts": drawn,
+        "version": __version__,
+        "mark": _MARKS[report.verdict.level],
+        "median_error": quantile(errors, 0.5),
+        "largest_error": errors[-1] if errors else None,
+        "linears": _linears(report),
+        "noise": {layer.index: layer for layer in report.evaluation.layers} if report.evaluation else {},
+        "ranked": report.ranking.rows[:_RANKED] if report.ranking else (),
+        "sampled": sum(found.read for found in report.histograms),
+        "weights": sum(found.weights for found in report.histograms),
+        "ranged": any(group.before for layer in report.layers for group in layer.groups),
+        "spread": [(row, *_spread(row.tokens)) for row in report.experts if row.tokens],
+    }
+
+
+def _linears(report: Report) -> list[str]:
+    """Names of the linears that a clip ratio is recorded for."""
+    return list(dict.fromkeys(name for layer in report.layers for name in layer.mean_clip_ratio))
+
+
+def _spread(tokens: Sequence[int]) -> tuple[int, int, int]:
+    ordered = sorted(tokens)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
+def _cell(value: Any) -> str:
+    """A text in a Markdown table, where nothing of it is taken for Markdown or HTML."""
+    return _MARKDOWN.sub(r"\\\1", html.escape(str(value), quote=False)).replace("\n", " ")
+
+
+def _indented(text: str) -> str:
+    """A code block that no fence within it can end."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
 
 ReportFormat = Literal["html", "markdown"]
 FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
@@ -66,7 +157,7 @@ def write_report(
     _check_target(target, overwrite=overwrite)
     report = collect(folder, sensitivity=sensitivity, check=check, stage=stage, progress=progress)
     stage("drawing charts" if format == "html" else "writing tables")
-    from msquant.reporting.render import html_page, markdown_page
+    from msquant.reporting.write import html_page, markdown_page
 
     write_text(target, html_page(report) if format == "html" else markdown_page(report))
     return target, report

@@ -6,7 +6,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from msquant.server.errors import ApiError
+from msquant.server.api_errors import ApiError
 
 
 class Connection(H11Protocol):

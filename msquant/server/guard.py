@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from msquant.server.address import AcceptedHosts
-from msquant.server.errors import ApiError, busy
+from msquant.server.api_errors import ApiError, busy
 
 HELD_BODIES = 16
 """So many of the largest bodies may be in memory at once; of what comes beyond, nothing is kept."""

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from msquant.errors import MsquantError
-from msquant.server.errors import ApiError
+from msquant.server.api_errors import ApiError
 from msquant.server.shapes import DONE, Shape, dumps, event, usage
 from msquant.server.steps import Encoded, Piece, Started, Steps
-from msquant.server.worker import Job, Worker
+from msquant.server.worker import AnswerJob, AnswerWorker
 
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -32,7 +32,7 @@ class Reply(Response):
     """
 
     def __init__(
-        self, worker: Worker, steps: Steps, shape: Shape, *, stream: bool, include_usage: bool
+        self, worker: AnswerWorker, steps: Steps, shape: Shape, *, stream: bool, include_usage: bool
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -49,7 +49,7 @@ class Reply(Response):
         with closing(job):
             await _until_first(self._reply(job, send), _disconnected(receive))
 
-    async def _reply(self, job: Job[Encoded | Started | Piece], send: Send) -> None:
+    async def _reply(self, job: AnswerJob[Encoded | Started | Piece], send: Send) -> None:
         try:
             while isinstance(started := await anext(job), Encoded):
                 pass
@@ -69,7 +69,7 @@ class Reply(Response):
             await _send_more(send, event(_as_api_error(error).document()))
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _whole(self, job: Job[Encoded | Started | Piece], prompt_tokens: int) -> bytes:
+    async def _whole(self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int) -> bytes:
         texts: list[list[str]] = []
         reasons: list[str] = []
         tokens = 0
@@ -84,7 +84,9 @@ class Reply(Response):
         joined = ["".join(pieces) for pieces in texts]
         return dumps(self._shape.whole(joined, reasons, usage(prompt_tokens, tokens)))
 
-    async def _events(self, job: Job[Encoded | Started | Piece], prompt_tokens: int, send: Send) -> None:
+    async def _events(
+        self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int, send: Send
+    ) -> None:
         for document in self._shape.opening():
             await _send_more(send, event(document))
         tokens = 0

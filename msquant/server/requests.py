@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from msquant.inference.chat import Message
-from msquant.inference.engine import Sampling
+from msquant.inference.chat_template import Message
+from msquant.inference.engine_protocol import Sampling
 
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096

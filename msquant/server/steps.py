@@ -4,10 +4,10 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from msquant.errors import EngineError
-from msquant.inference.chat import chat_ids
+from msquant.inference.chat_template import chat_ids
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.inference.engine import FinishReason
-from msquant.server.errors import ApiError
+from msquant.inference.engine_protocol import FinishReason
+from msquant.server.api_errors import ApiError
 from msquant.server.requests import ChatRequest, CompletionRequest
 
 PROMPT_BYTES = 8
@@ -18,7 +18,7 @@ LEAST_PROMPT_BYTES = 65_536
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for; None is whatever the model takes.
 
     Attributes:
@@ -58,7 +58,7 @@ CheckBytes = Callable[[int], None]
 Steps = Generator[Encoded | Started | Piece, None, None]
 
 
-def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: Limits, seed: int) -> Steps:
+def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: RequestLimits, seed: int) -> Steps:
     """Continue the prompts of a request, one after the other.
 
     Raises:
@@ -74,7 +74,7 @@ def complete(engine: EmbeddedEngine, request: CompletionRequest, limits: Limits,
     return _generate(engine, encode, request, limits, seed)
 
 
-def chat(engine: EmbeddedEngine, request: ChatRequest, limits: Limits, seed: int) -> Steps:
+def chat(engine: EmbeddedEngine, request: ChatRequest, limits: RequestLimits, seed: int) -> Steps:
     """Answer a chat; see `complete`."""
 
     def encode(check: CheckBytes) -> Iterator[list[int]]:
@@ -89,7 +89,7 @@ def _generate(
     engine: EmbeddedEngine,
     encode: Callable[[CheckBytes], Iterator[list[int]]],
     request: CompletionRequest | ChatRequest,
-    limits: Limits,
+    limits: RequestLimits,
     seed: int,
 ) -> Steps:
     room = engine.config.max_position_embeddings

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 from typing import Any, Generic, TypeVar
 
-from msquant.server.errors import ApiError, busy
+from msquant.server.api_errors import ApiError, busy
 
 # A client that reads slower than its text is made holds so many steps, and then waits for nobody but itself.
 QUEUED_STEPS = 32
@@ -15,13 +15,13 @@ _log = logging.getLogger("msquant.serve")
 Step = TypeVar("Step")
 
 
-class Job(Generic[Step]):
+class AnswerJob(Generic[Step]):
     """One request's steps as an asynchronous iterator; it raises what a step raised.
 
     It takes one of the worker's places until `close`, which also ends the work on it.
     """
 
-    def __init__(self, worker: "Worker", steps: Generator[Step, None, None]) -> None:
+    def __init__(self, worker: "AnswerWorker", steps: Generator[Step, None, None]) -> None:
         self.steps = steps
         self.unread = 0
         self.finished = False
@@ -29,7 +29,7 @@ class Job(Generic[Step]):
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Step | Exception | None] = asyncio.Queue()
 
-    def __aiter__(self) -> "Job[Step]":
+    def __aiter__(self) -> "AnswerJob[Step]":
         return self
 
     async def __anext__(self) -> Step:
@@ -53,7 +53,7 @@ class Job(Generic[Step]):
         self._worker.drop(self)
 
 
-class Worker:
+class AnswerWorker:
     """Runs at most `limit` jobs, one step of each after the other, in a thread of its own.
 
     Args:
@@ -62,8 +62,8 @@ class Worker:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._jobs: list[Job] = []
-        self._dropped: list[Job] = []
+        self._jobs: list[AnswerJob] = []
+        self._dropped: list[AnswerJob] = []
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -89,7 +89,7 @@ class Worker:
                 return busy(f"the server works on {self._limit} requests already; try again later")
             return None
 
-    def submit(self, steps: Generator[Step, None, None]) -> Job[Step]:
+    def submit(self, steps: Generator[Step, None, None]) -> AnswerJob[Step]:
         """Take a request; its steps run in the worker's thread. To be called in an event loop.
 
         Raises:
@@ -99,18 +99,18 @@ class Worker:
             refusal = self.refusal()
             if refusal is not None:
                 raise refusal
-            job = Job(self, steps)
+            job = AnswerJob(self, steps)
             self._jobs.append(job)
             self._changed.notify()
         return job
 
-    def taken(self, job: Job) -> None:
+    def taken(self, job: AnswerJob) -> None:
         """A step of a job was read."""
         with self._changed:
             job.unread -= 1
             self._changed.notify()
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: AnswerJob) -> None:
         """Forget a job, whether or not it is finished."""
         with self._changed:
             if job in self._jobs:
@@ -140,10 +140,10 @@ class Worker:
             for job in left:
                 job.put(_unavailable())
 
-    def _next_round(self) -> tuple[list[Job], list[Job]]:
+    def _next_round(self) -> tuple[list[AnswerJob], list[AnswerJob]]:
         """Wait for something to do: the jobs to close, and those to advance."""
 
-        def ready() -> list[Job]:
+        def ready() -> list[AnswerJob]:
             return [job for job in self._jobs if not job.finished and job.unread < QUEUED_STEPS]
 
         with self._changed:
@@ -151,7 +151,7 @@ class Worker:
             dropped, self._dropped = self._dropped, []
             return dropped, ready()
 
-    def _advance(self, job: Job) -> None:
+    def _advance(self, job: AnswerJob) -> None:
         item: Any
         try:
             item = next(job.steps)

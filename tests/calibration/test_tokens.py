@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.calibration.domains import Domain
+from msquant.calibration.builtin import Domain
 from msquant.calibration.sources import load_texts
 from msquant.calibration.tokens import calibration_batches, evaluation_tokens
 from msquant.checkpoint.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import write_shard
 from msquant.errors import CheckpointError
 from tests.checkpoint.folders import write_folder

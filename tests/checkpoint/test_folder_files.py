@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
 from msquant.checkpoint.folder_files import listed_files, require_own_files
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.checkpoint.weight_map import find_weights
 from msquant.errors import CheckpointError

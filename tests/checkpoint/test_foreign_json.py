@@ -15,7 +15,7 @@ from msquant.checkpoint.json_file import MAX_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_M
 from msquant.checkpoint.shard import Shard
 from msquant.checkpoint.weight_map import read_weight_map
 from msquant.errors import CheckpointError
-from msquant.reporting.manifest import read_manifest
+from msquant.reporting.manifest_data import read_manifest
 from tests.fixtures.fuzzing import INTEGERS, TEXTS, changed, documents, fuzz, within_limits
 
 MARKER = {

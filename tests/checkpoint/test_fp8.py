@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from tests.checkpoint.folders import write_folder
 from tests.fixtures.fp8 import dequantize_blocks, to_fp8
@@ -84,7 +84,7 @@ FLUSHED = """
 import sys
 import numpy as np
 import torch
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 
 assert torch.set_flush_denormal(True)
 assert np.float32(1e-40) * np.float32(1e10) == 0
@@ -199,7 +199,7 @@ def test_scales_left_beside_a_tensor_in_floating_point_are_not_applied(tmp_path:
 
 MEASURE = """
 import sys
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.errors import CheckpointError
 
 BF16 = ml_dtypes.bfloat16
@@ -267,7 +267,7 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

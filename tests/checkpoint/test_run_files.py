@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint import run_files
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.journal import Journal
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.shard import Shard
 from msquant.checkpoint.writer import file_sha256, write_shard

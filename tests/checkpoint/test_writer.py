@@ -14,8 +14,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.disk import require_free_space
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.writer import (
     shard_name,
     write_index,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from msquant.recipes import load_recipe
+from msquant.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.e2e
 

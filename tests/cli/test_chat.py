@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.cli import chat as chat_module
 from msquant.cli import console
+from msquant.cli import run as chat_module
 from msquant.errors import EngineError
-from msquant.inference.engine import Completion, OnText, Sampling
+from msquant.inference.engine_protocol import Completion, OnText, Sampling
 
 
 class Terminal:

@@ -9,7 +9,7 @@ import pytest
 
 from msquant.cli import console, layer_progress
 from msquant.cli.app import app, main
-from msquant.cli.plain_text import PlainConsole, plain, plain_line
+from msquant.cli.console import PlainConsole, plain, plain_line
 from msquant.errors import CheckpointError
 
 # Title, clearing the screen, a colour in one character, the line's begin, direction, and a line of its own.

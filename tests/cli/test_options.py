@@ -2,8 +2,8 @@
 
 import pytest
 
-from msquant import pipeline
 from msquant.cli import console, options
+from msquant.flows import pipeline
 
 
 def test_the_memory_budget_is_the_librarys_own() -> None:

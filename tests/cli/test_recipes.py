@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.recipes import load_recipe, shipped_recipes
+from msquant.recipe.recipe import load_recipe, shipped_recipes
 
 pytestmark = pytest.mark.e2e
 

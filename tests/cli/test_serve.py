@@ -98,7 +98,8 @@ def test_serves_people_until_sigterm(model: Path) -> None:
 def test_port_in_use(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("msquant.generation.load_embedded", lambda *_: pytest.fail("the model was loaded"))
+    loaded = "msquant.flows.engines.load_embedded"
+    monkeypatch.setattr(loaded, lambda *_: pytest.fail("the model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert run(["--model", str(model), "--port", port, "--json"], monkeypatch) == 1

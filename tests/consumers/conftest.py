@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.weights import Linear, QuantizedLinear
-from msquant.generation import load_embedded
-from msquant.inference.cpu.linear import Array, Layer, linear_layer
+from msquant.flows.engines import load_embedded
+from msquant.flows.pipeline import quantize
+from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.inference.engine import Sampling
-from msquant.pipeline import quantize
-from msquant.recipes import find_recipe
+from msquant.inference.engine_protocol import Sampling
+from msquant.recipe.recipe import find_recipe
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -88,7 +88,7 @@ class Folders:
     def embedded(self, name: str, size: int = 1) -> EmbeddedEngine:
         """The embedded engine with a folder; with the tokens' scales of so many tensor parallel processes."""
         if (name, size) not in self._engines:
-            layers = "msquant.inference.cpu.feed_forward.linear_layer"
+            layers = "msquant.inference.cpu.cpu_model.linear_layer"
             with patch(layers, lambda *linears: _shared_out(size, *linears)):
                 self._engines[name, size] = load_embedded(self[name])
         return self._engines[name, size]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from tests.consumers.conftest import Folders, Table, run, server_environment
 from tests.consumers.environments import Environments
 

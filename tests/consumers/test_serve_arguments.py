@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from msquant.inference.serving import ServingSettings
+from msquant.deploy.vllm_mindspore_server import PROGRAM, cluster_commands
+from msquant.inference.serving_settings import ServingSettings
 from msquant.inference.vllm_mindspore import worker_launch
-from msquant.inference.vllm_mindspore_server import PROGRAM, cluster_commands
-from msquant.recipes import find_recipe, shipped_recipes
+from msquant.recipe.recipe import find_recipe, shipped_recipes
 from tests.consumers.conftest import Folders, Table, run, server_environment
 from tests.consumers.environments import Environments
 

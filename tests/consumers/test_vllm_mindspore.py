@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from msquant.inference.serving import ServingSettings
+from msquant.inference.serving_settings import ServingSettings
 from msquant.inference.vllm_mindspore import worker_launch
 from tests.consumers.conftest import OTHER_PROMPT, PROMPT, TOKENS, Folders, Table, compare, greedy, serve
 from tests.consumers.environments import MINDFORMERS, Environments

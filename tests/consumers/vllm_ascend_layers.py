@@ -20,8 +20,8 @@ from vllm_ascend.quantization.methods import w8a8_dynamic, w8a8_static
 from vllm_ascend.quantization.methods.registry import get_scheme_class
 
 from msquant.checkpoint.weights import QuantizedLinear, WeightSource
+from msquant.flows.engines import open_weights
 from msquant.formats.fused_layers import experts_parent
-from msquant.generation import open_weights
 
 assert w8a8_dynamic, w8a8_static
 TOKENS = 16

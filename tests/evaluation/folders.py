@@ -3,8 +3,8 @@
 from pathlib import Path
 from unittest.mock import patch
 
-from msquant.pipeline import quantize
-from msquant.recipes import validate_recipe
+from msquant.flows.pipeline import quantize
+from msquant.recipe.recipe import validate_recipe
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 
@@ -31,5 +31,5 @@ def write_both(folder: Path, family: str) -> tuple[Path, Path]:
         "test",
     )
     # No server runs a Qwen3-MoE of this format, and the simulation reads no other.
-    with patch("msquant.source.require_target"):
+    with patch("msquant.flows.source.require_target"):
         return source, quantize(recipe, folder / "quantized").folder

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.hidden_states import HiddenStateStore
-from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CalibrationError, ModelError, MsquantError
 from msquant.evaluation import lockstep
+from msquant.evaluation.domain_scores import LayerScore, ModelScore
 from msquant.evaluation.inputs import Model, Text
 from msquant.evaluation.lockstep import evaluate
-from msquant.evaluation.scores import LayerScore, ModelScore
-from msquant.generation import open_weights
+from msquant.flows.engines import open_weights
 from msquant.models.config_json import parse_config, read_config
 from msquant.models.device import use_device
 from tests.evaluation.folders import DEINTERLEAVED, POLICIES, write_both

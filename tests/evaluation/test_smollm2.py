@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.command import msquant
 from benchmarks.smollm2 import float_folder, quantized
-from msquant.comparison import SEQUENCE_LENGTH, builtin_texts, score_folders
+from msquant.flows.comparison import SEQUENCE_LENGTH, builtin_texts, score_folders
 from tests.fixtures import torch_simulation
 
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant import families
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.writer import write_json
 from msquant.families import expected_shapes, find_family, model_types, register
 from msquant.families.base import Family, Names
@@ -17,11 +17,11 @@ from msquant.formats.registry import model_format
 from msquant.formats.servers import Parallelism, ServedModel
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.published import HUB_IDS, published_config
-from msquant.inference.cpu.model import CpuModel
+from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.network import CausalLM
-from msquant.recipes import default_recipe, find_recipe
+from msquant.recipe.recipe import default_recipe, find_recipe
 
 TOY_NAMES = Names(
     embedding="tok_embeddings",

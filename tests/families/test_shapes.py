@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes, model_types
 from tests.fixtures.tiny_families import SETTINGS, write_tiny

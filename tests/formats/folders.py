@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
 from msquant.families import expected_shapes

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.errors import CheckpointError

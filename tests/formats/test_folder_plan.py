@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.errors import CheckpointError, MsquantError, OutputError, RecipeError
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME

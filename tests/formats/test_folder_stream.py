@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, OutputError

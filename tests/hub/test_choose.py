@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import HubError, ModelError
-from msquant.hub.choose import find_snapshot, make_hub
+from msquant.hub.choose import find_snapshot, make_hub, token_from_file
 from msquant.hub.retry import UnreachableError
-from msquant.hub.tokens import token_from_file
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
 from tests.hub.conftest import QUICK

@@ -12,9 +12,9 @@ from msquant.checkpoint.download_marker import DownloadMarker, require_complete
 from msquant.checkpoint.weight_map import find_weights
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
-from msquant.hub.download import DownloadResult, download
-from msquant.hub.progress import HubProgress, TransferState
+from msquant.hub.folder_download import DownloadResult, download
 from msquant.hub.target import TargetFolder
+from msquant.hub.transfer_events import HubProgress, TransferState
 from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve

@@ -15,7 +15,7 @@ import pytest
 from msquant.checkpoint.download_marker import require_complete
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
-from msquant.hub.download import DownloadResult, download
+from msquant.hub.folder_download import DownloadResult, download
 from msquant.hub.job import Job
 from msquant.hub.listing import RemoteFile
 from msquant.hub.partial import PartialFile

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from msquant.errors import ModelError
-from msquant.hub.bundled import smollm2_folder
-from msquant.hub.gguf import MAX_SHARD_BYTES, convert_gguf
+from msquant.zoo.bundled import smollm2_folder
+from msquant.zoo.gguf_model import MAX_SHARD_BYTES, convert_gguf
 from tests.fixtures.tiny_gguf import write_tiny_gguf
 
 

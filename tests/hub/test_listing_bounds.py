@@ -9,7 +9,7 @@ import pytest
 
 from msquant.errors import HubError, OutputError
 from msquant.hub import bounds
-from msquant.hub.download import download
+from msquant.hub.folder_download import download
 from msquant.hub.huggingface import HuggingFaceHub
 from msquant.hub.listing import Hub as Client
 from msquant.hub.listing import RemoteFile, Snapshot

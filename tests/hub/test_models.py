@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import ModelError
-from msquant.hub.bundled import smollm2_folder
 from msquant.hub.models import is_hub_id, resolve_model
+from msquant.zoo.bundled import smollm2_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import HubError
-from msquant.hub.download import download
+from msquant.hub.folder_download import download
 from msquant.hub.listing import RemoteFile
 from msquant.hub.names import check_names, select_files
 from tests.fixtures.hub_content import Blob

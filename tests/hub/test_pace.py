@@ -8,8 +8,8 @@ import pytest
 
 from msquant.errors import HubError
 from msquant.hub.choose import make_hub
-from msquant.hub.download import download
-from msquant.hub.pace import Pace
+from msquant.hub.folder_download import download
+from msquant.hub.http import Pace
 from msquant.hub.retry import Limits, Transient
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub

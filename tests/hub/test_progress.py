@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from msquant.cli.transfer_progress import describe
-from msquant.hub.progress import Meter, TransferState
+from msquant.hub.transfer_events import Meter, TransferState
 
 
 class Clock:

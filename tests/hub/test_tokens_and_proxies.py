@@ -7,10 +7,10 @@ import pytest
 
 from msquant.errors import HubError
 from msquant.hub.choose import make_hub
+from msquant.hub.folder_upload import upload
 from msquant.hub.huggingface import HuggingFaceHub
 from msquant.hub.modelers import ModelersHub
 from msquant.hub.reach import ask_hub
-from msquant.hub.upload import upload
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve
 from tests.hub.conftest import QUICK, REPOSITORY

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import CheckpointError, HubError
+from msquant.hub.folder_upload import UploadResult, upload
 from msquant.hub.listing import Hub as Client
-from msquant.hub.upload import UploadResult, upload
 from tests.fixtures.hub_content import Blob
 from tests.fixtures.hub_faults import Fault
 from tests.fixtures.hub_server import Hub, serve

@@ -6,9 +6,8 @@ from pathlib import Path
 import packaging.specifiers
 import pytest
 
-from msquant.inference.ascend_checks import PACKAGES, ascend_checks, package_checks
+from msquant.deploy.ascend_checks import PACKAGES, Check, ascend_checks, package_checks
 from msquant.inference.ascend_host import AscendHost
-from msquant.inference.check import Check
 from tests.inference.ascend_host import a2_table, write_ascend, write_nodes, write_tool
 from tests.inference.packages import write_package
 

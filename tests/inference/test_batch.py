@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from msquant.errors import EngineError
 from msquant.inference import batch
-from msquant.inference.batch import Batch
-from msquant.inference.engine import Sampling
+from msquant.inference.batch import DecodeBatch
+from msquant.inference.engine_protocol import Sampling
 from msquant.inference.sampling import Sampler
 
 VOCABULARY = 50
@@ -52,15 +52,15 @@ def model() -> Counter:
 
 
 @pytest.fixture
-def together(model: Counter) -> Batch:
-    return Batch(model)
+def together(model: Counter) -> DecodeBatch:
+    return DecodeBatch(model)
 
 
-def begin(together: Batch, ids: list[int], room: int = 4, ends: tuple[int, ...] = ()) -> Iterator[int]:
+def begin(together: DecodeBatch, ids: list[int], room: int = 4, ends: tuple[int, ...] = ()) -> Iterator[int]:
     return together.tokens(ids, Sampler(Sampling()), room, ends)
 
 
-def test_iterators_advanced_in_turn_share_steps(together: Batch, model: Counter) -> None:
+def test_iterators_advanced_in_turn_share_steps(together: DecodeBatch, model: Counter) -> None:
     sequences = [begin(together, [1]), begin(together, [10, 20]), begin(together, [30])]
     made = list(zip(*sequences, strict=True))
     assert made == [(2, 21, 31), (3, 22, 32), (4, 23, 33), (5, 24, 34)]
@@ -68,7 +68,7 @@ def test_iterators_advanced_in_turn_share_steps(together: Batch, model: Counter)
     assert model.steps == [[1], [1, 2], [1, 1], [1, 1, 1], [1, 1, 1], [1]]
 
 
-def test_none_is_more_than_a_token_ahead(together: Batch, model: Counter) -> None:
+def test_none_is_more_than_a_token_ahead(together: DecodeBatch, model: Counter) -> None:
     fast, slow = begin(together, [1], room=9), begin(together, [20])
     assert next(slow) == 21
     assert list(fast) == list(range(2, 11))
@@ -76,14 +76,14 @@ def test_none_is_more_than_a_token_ahead(together: Batch, model: Counter) -> Non
     assert list(slow) == [22, 23, 24]
 
 
-def test_ends_after_an_end_token_or_without_room(together: Batch) -> None:
+def test_ends_after_an_end_token_or_without_room(together: DecodeBatch) -> None:
     assert list(begin(together, [5], ends=(7, 8))) == [6, 7]
     assert list(begin(together, [5], ends=(9,))) == [6, 7, 8, 9]
     assert list(begin(together, [5], room=1)) == [6]
 
 
 def test_a_long_prompt_is_computed_in_pieces_beside_the_others(
-    together: Batch, model: Counter, monkeypatch: pytest.MonkeyPatch
+    together: DecodeBatch, model: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "PREFILL_TOKENS", 8)
     short = begin(together, [1], room=9)
@@ -93,7 +93,7 @@ def test_a_long_prompt_is_computed_in_pieces_beside_the_others(
     assert next(short) == 3
 
 
-def test_closed_and_dropped_iterators_free_their_caches(together: Batch, model: Counter) -> None:
+def test_closed_and_dropped_iterators_free_their_caches(together: DecodeBatch, model: Counter) -> None:
     kept, closed, dropped = (begin(together, [1]) for _ in range(3))
     assert not model.caches, "nothing is taken before it is needed"
     assert [next(kept), next(closed), next(dropped)] == [2, 2, 2]
@@ -106,7 +106,7 @@ def test_closed_and_dropped_iterators_free_their_caches(together: Batch, model: 
     assert all(len(step) == 1 for step in model.steps)
 
 
-def test_a_sequence_that_fails_leaves_the_others(together: Batch) -> None:
+def test_a_sequence_that_fails_leaves_the_others(together: DecodeBatch) -> None:
     good, bad = begin(together, [1]), begin(together, [11])
     assert (next(good), next(bad)) == (2, 12)
     assert (next(good), next(bad)) == (3, 13)

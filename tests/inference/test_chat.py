@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from msquant.errors import EngineError
-from msquant.inference.chat import chat_ids, chat_prompt, chat_text
+from msquant.inference.chat_template import chat_ids, chat_prompt, chat_text
 from tests.fixtures.tiny_model import BOS, EOS
 
 MESSAGES = [

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, EngineError
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.inference import batch
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from msquant.models.config_json import read_config
 from tests.inference.reference import ReferenceLlama
 

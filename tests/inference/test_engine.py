@@ -3,7 +3,7 @@
 import pytest
 
 from msquant.errors import EngineError
-from msquant.inference.engine import Completion, Sampling, check_prompts
+from msquant.inference.engine_protocol import Completion, Sampling, check_prompts
 
 
 def test_defaults_are_those_of_vllm() -> None:

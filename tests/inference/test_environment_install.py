@@ -16,10 +16,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from msquant.checkpoint.lock import acquire_lock
+from msquant.deploy import engine_install
+from msquant.deploy.engine_check import check
+from msquant.deploy.engine_install import install, remove
 from msquant.errors import EngineError
-from msquant.inference import environment_install
-from msquant.inference.environment_check import check
-from msquant.inference.environment_install import install, remove
 from msquant.inference.environments import (
     BEGUN_NAME,
     MARKER_NAME,
@@ -171,7 +171,7 @@ def test_torch_from_its_own_index_and_an_engine_in_another_folder(
     (tmp_path / "empty").mkdir()
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
-    monkeypatch.setattr(environment_install, "TORCH_INDEX", (tmp_path / "index").as_uri())
+    monkeypatch.setattr(engine_install, "TORCH_INDEX", (tmp_path / "index").as_uri())
     elsewhere = tmp_path / "big disk" / "tiny"
     assert install(replace(spec, torch="tiny-torch==2.0+cpu"), elsewhere).path == elsewhere
     assert (elsewhere / "lib/python3.11/site-packages/tiny_torch.py").is_file()
@@ -196,7 +196,7 @@ def test_ctrl_c_leaves_nothing(spec: EngineSpec) -> None:
 def test_a_killed_installation_is_made_again(spec: EngineSpec) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom msquant.inference.environments import EngineSpec\n"
-        "from msquant.inference.environment_install import install\nfiles = [Path(a) for a in sys.argv[1:]]\n"
+        "from msquant.deploy.engine_install import install\nfiles = [Path(a) for a in sys.argv[1:]]\n"
         "spec = EngineSpec('tiny', '1.0', files[0], None, files[1], 1000, 10_000_000)\n"
         "install(spec, on_step=lambda *step: (print(*step, flush=True), sys.stdin.read()))"
     )

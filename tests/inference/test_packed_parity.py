@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from msquant.generation import load_engine
-from msquant.inference.engine import Sampling
+from msquant.flows.generation import load_engine
+from msquant.flows.pipeline import quantize
+from msquant.inference.engine_protocol import Sampling
 from msquant.inference.environments import VLLM_CPU, environment
 from msquant.inference.vllm_cpu import child_environment
 from msquant.inference.vllm_site import msquant_vllm_workarounds as workarounds
-from msquant.pipeline import quantize
 from tests.fixtures.tiny_families import write_tiny
 from tests.inference import test_vllm_cpu_parity
 from tests.test_pipeline_formats import recipe_of

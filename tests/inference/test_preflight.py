@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from msquant.errors import EngineError
-from msquant.inference.ascend_host import AscendHost, parse_npu_smi
-from msquant.inference.check import Check
-from msquant.inference.preflight import (
+from msquant.deploy.ascend_checks import Check
+from msquant.deploy.preflight import (
     device_checks,
     environment_checks,
     model_check,
@@ -22,7 +20,9 @@ from msquant.inference.preflight import (
     require_ready,
     shared_memory_check,
 )
-from msquant.inference.serving import ServingSettings
+from msquant.errors import EngineError
+from msquant.inference.ascend_host import AscendHost, parse_npu_smi
+from msquant.inference.serving_settings import ServingSettings
 from tests.fixtures.tiny_model import write_tiny_llama
 from tests.inference.ascend_host import a2_table, write_ascend, write_hccn_tool, write_nodes, write_tool
 

@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import pytest
 
-from msquant.inference.ascend_host import AscendHost, Npu
-from msquant.inference.check import Check
-from msquant.inference.preflight_cluster import (
+from msquant.deploy.ascend_checks import Check
+from msquant.deploy.preflight_cluster import (
     ask_cluster,
     chip_network_check,
     head_check,
     interface_check,
     ray_checks,
 )
-from msquant.inference.serving import ServingSettings
+from msquant.inference.ascend_host import AscendHost, Npu
+from msquant.inference.serving_settings import ServingSettings
 from tests.inference.ascend_host import write_hccn_tool, write_tool
 
 TP16 = ServingSettings(

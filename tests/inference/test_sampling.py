@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msquant.errors import EngineError
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from msquant.inference.sampling import Sampler, top_p_probabilities
 
 

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from msquant.errors import RecipeError
-from msquant.inference.serving import ServingSettings
-from msquant.recipes import find_recipe, validate_recipe
+from msquant.inference.serving_settings import ServingSettings
+from msquant.recipe.recipe import find_recipe, validate_recipe
 
 GUIDE = {
     "max_num_seqs": 256,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from msquant.inference.stop_strings import StopStrings
+from msquant.inference.answer import StopStrings
 
 
 def passed(text: str, stop: list[str], cuts: list[int]) -> tuple[list[str], bool]:

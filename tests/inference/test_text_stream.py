@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from msquant.inference.text_stream import TextStream
+from msquant.inference.answer import TextStream
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve — done."
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import EngineError, ModelError
-from msquant.generation import generate
-from msquant.inference.engine import Sampling
+from msquant.flows.generation import generate
+from msquant.inference.engine_protocol import Sampling
 from msquant.inference.vllm_cpu import VllmEngine, child_environment
 from tests.inference.stand_in_vllm import compressed_folder, install_stand_in, spoken
 
@@ -171,7 +171,7 @@ def test_the_worker_ends_with_the_engine(installed: Path, model: Path) -> None:
 def test_the_worker_ends_with_msquant(installed: Path, model: Path, number: signal.Signals) -> None:
     """Also while it generates, and also when msquant has no time to end it."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom msquant.inference.engine import Sampling\n"
+        "import sys\nfrom pathlib import Path\nfrom msquant.inference.engine_protocol import Sampling\n"
         "from msquant.inference.vllm_cpu import VllmEngine\nengine = VllmEngine(Path(sys.argv[1]))\n"
         "show = lambda index, text: print(engine.pid, flush=True)\n"
         "engine.generate(['slow'], Sampling(max_tokens=10000), show)"

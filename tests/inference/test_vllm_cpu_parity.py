@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from msquant.checkpoint.tokenizer import load_tokenizer
-from msquant.export import export
-from msquant.generation import load_engine
-from msquant.inference.engine import Sampling
+from msquant.flows.conversion import export
+from msquant.flows.generation import load_engine
+from msquant.inference.engine_protocol import Sampling
 from msquant.inference.environments import VLLM_CPU, environment
 from msquant.inference.vllm_cpu import VllmEngine
 from tests.fixtures.tiny_model import write_tiny_llama

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from msquant.deploy.vllm_mindspore_server import server_command
 from msquant.errors import EngineError
-from msquant.inference.engine import Sampling
-from msquant.inference.serving import ServingSettings
+from msquant.inference.engine_protocol import Sampling
+from msquant.inference.serving_settings import ServingSettings
 from msquant.inference.vllm_mindspore import (
     VllmMindSporeEngine,
     available,
@@ -22,8 +23,7 @@ from msquant.inference.vllm_mindspore import (
     quantization_method,
     worker_launch,
 )
-from msquant.inference.vllm_mindspore_server import server_command
-from msquant.recipes import find_recipe
+from msquant.recipe.recipe import find_recipe
 
 VLLM_MINDSPORE = """
 import json, os, sys

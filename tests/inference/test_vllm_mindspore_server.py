@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from msquant.deploy.vllm_mindspore_server import cluster_commands, program, server_command
 from msquant.errors import CheckpointError, EngineError
-from msquant.inference.serving import ServingSettings
+from msquant.inference.serving_settings import ServingSettings
 from msquant.inference.vllm_mindspore import worker_launch
-from msquant.inference.vllm_mindspore_server import cluster_commands, program, server_command
-from msquant.recipes import find_recipe
+from msquant.recipe.recipe import find_recipe
 
 GUIDE_VARIABLES = {
     "MS_ENABLE_LCCL": "off",

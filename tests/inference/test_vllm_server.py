@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from msquant.deploy.vllm_server import server_command
 from msquant.errors import EngineError
 from msquant.inference.environments import SITE
-from msquant.inference.vllm_server import server_command
 from tests.inference.stand_in_vllm import compressed_folder, install_stand_in
 
 PLUGINS = """

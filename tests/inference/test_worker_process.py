@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import EngineError
-from msquant.inference import worker_process
-from msquant.inference.worker_process import WorkerProcess, last_lines
+from msquant.inference import worker_engine
+from msquant.inference.worker_engine import WorkerProcess, last_lines
 
 ECHO = """
 import json, sys, time
@@ -67,7 +67,7 @@ def test_a_child_that_is_gone_before_it_is_asked(tmp_path: Path) -> None:
 def test_a_child_that_does_not_hear_that_it_is_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(worker_engine, "CANCEL_SECONDS", 0.2)
     child = start(ECHO, tmp_path)
     answers = child.ask("done", "talking", {"op": "deaf"}, cancel=True)
     assert next(answers)["event"] == "part"

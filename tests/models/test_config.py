@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, MsquantError
 from msquant.families import find_family, model_types
 from msquant.models.config import ModelConfig

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError
 from msquant.families import model_types
 from msquant.models.config_json import parse_config, read_config

@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor, nn
 from safetensors.numpy import load_file, save_file
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.models.config_json import read_config
 from msquant.models.layers import DecoderLayer, Part, positions

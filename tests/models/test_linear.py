@@ -9,7 +9,7 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
-from msquant.models.linear import dense, linear_cell
+from msquant.models.cells import dense, linear_cell
 from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.hub.bundled import smollm2_folder
 from msquant.models.config_json import read_config
 from msquant.models.network import CausalLM, Embedding
+from msquant.zoo.bundled import smollm2_folder
 from tests.fixtures import tiny_model
 from tests.fixtures.tiny_model import VOCABULARY_SIZE, write_tiny_llama
 from tests.models.folders import Replaced, with_config

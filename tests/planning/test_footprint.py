@@ -11,9 +11,8 @@ from msquant.checkpoint.memory import available_memory
 from msquant.hub.published import published_config
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens
-from msquant.planning.footprint import BASE_BYTES, layer_bytes
-from msquant.planning.plan import make_plan
-from msquant.recipes import find_recipe, load_recipe
+from msquant.planning.quantization_plan import BASE_BYTES, layer_bytes, make_plan
+from msquant.recipe.recipe import find_recipe, load_recipe
 from tests.fixtures.tiny_model import write_tiny_llama
 
 TOLERANCE = 0.3

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from msquant.algorithms import make_algorithm
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import OutputError
+from msquant.flows.pipeline import quantize
+from msquant.flows.source import open_source
 from msquant.hub.published import HUB_IDS, published_config
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
-from msquant.pipeline import quantize
 from msquant.planning import measure, sample
 from msquant.planning.blocks import LayerBlocks, weights_of
 from msquant.planning.measure import Measured, Span
-from msquant.planning.plan import Stage, make_plan
+from msquant.planning.quantization_plan import Stage, make_plan
 from msquant.planning.sample import sample_config, write_sample
 from msquant.planning.work import Work
 from msquant.progress import Part, Progress
-from msquant.recipes import Recipe, find_recipe
-from msquant.source import open_source
+from msquant.recipe.recipe import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
 from tests.fixtures.tiny_families import write_tiny
 

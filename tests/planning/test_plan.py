@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
+from msquant.flows.pipeline import quantize
 from msquant.hub.published import published_bytes, published_config
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
-from msquant.pipeline import quantize
 from msquant.planning.measure import SPREAD, Machine, Measured, Sample, Span
-from msquant.planning.plan import Plan, make_plan
+from msquant.planning.quantization_plan import Plan, make_plan
 from msquant.planning.sample import sample_config
 from msquant.progress import Part
-from msquant.recipes import Recipe, find_recipe
+from msquant.recipe.recipe import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
@@ -109,8 +109,8 @@ def test_published_models_are_planned_without_weights(name: str, tmp_path: Path)
 
 def test_planning_does_not_load_mindspore(tiny_llama: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from msquant.planning.plan import make_plan; "
-        "from msquant.recipes import find_recipe; "
+        "import sys; from pathlib import Path; from msquant.planning.quantization_plan import make_plan; "
+        "from msquant.recipe.recipe import find_recipe; "
         "make_plan(find_recipe(sys.argv[1]), Path(sys.argv[2])); print('mindspore' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tiny_llama), str(tmp_path / "out")]
@@ -125,15 +125,15 @@ def test_what_does_not_fit_is_told_with_both_numbers(
     recipe = short_recipe(tiny_llama)
     fitting = make_plan(recipe, tmp_path / "out")
     assert fitting.problems == ()
-    monkeypatch.setattr("msquant.planning.plan.free_bytes", lambda path: fitting.disk_bytes - 1)
-    monkeypatch.setattr("msquant.planning.plan.available_memory", lambda: 1_000)
+    monkeypatch.setattr("msquant.planning.quantization_plan.free_bytes", lambda path: fitting.disk_bytes - 1)
+    monkeypatch.setattr("msquant.planning.quantization_plan.available_memory", lambda: 1_000)
     disk, memory = make_plan(recipe, tmp_path / "out").problems
     for word in ("disk", f"{fitting.disk_bytes:,}", f"{fitting.disk_bytes - 1:,}", "--output"):
         assert word in disk
     for word in ("memory", f"{fitting.peak_memory:,}", "1,000", "--samples"):
         assert word in memory
-    monkeypatch.setattr("msquant.planning.plan.free_bytes", lambda path: fitting.disk_bytes)
-    monkeypatch.setattr("msquant.planning.plan.available_memory", lambda: None)
+    monkeypatch.setattr("msquant.planning.quantization_plan.free_bytes", lambda path: fitting.disk_bytes)
+    monkeypatch.setattr("msquant.planning.quantization_plan.available_memory", lambda: None)
     assert make_plan(recipe, tmp_path / "out").problems == ()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from msquant.errors import OutputError
-from msquant.planning.room import require_room
-from msquant.recipes import Recipe
+from msquant.planning.quantization_plan import require_room
+from msquant.recipe.recipe import Recipe
 
 
 def test_a_disk_without_room_for_the_result_is_refused(small_disk: Path, tmp_path: Path) -> None:

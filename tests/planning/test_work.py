@@ -4,7 +4,7 @@ from msquant.hub.published import published_config
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens
 from msquant.planning.work import Work, feed_forward_rounds, layer_work
-from msquant.recipes import find_recipe
+from msquant.recipe.recipe import find_recipe
 
 
 def blocks(name: str, index: int) -> LayerBlocks:

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant.algorithms import make_algorithm
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.hidden_states import HiddenStateStore
-from msquant.checkpoint.reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.kernels import golden_stick
 from msquant.models.config_json import read_config

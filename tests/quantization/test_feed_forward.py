@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from msquant.algorithms import make_algorithm
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
-from msquant.kernels.report import relative_error
+from msquant.kernels.layer_report import relative_error
 from msquant.kernels.smoothing import power_of_two
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
-from msquant.quantization.feed_forward import FeedForwardPass
+from msquant.quantization.feed_forward_pass import FeedForwardPass
 from msquant.schemes import W8A16
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny

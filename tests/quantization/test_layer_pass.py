@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from msquant.algorithms import make_algorithm
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.kernels import golden_stick
-from msquant.kernels.report import relative_error
+from msquant.kernels.layer_report import relative_error
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions

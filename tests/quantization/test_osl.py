@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msquant.algorithms.smoothers import least_loss
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CalibrationError
 from msquant.kernels import golden_stick
 from msquant.models.config_json import read_config

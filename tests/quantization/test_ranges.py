@@ -7,13 +7,13 @@ import pytest
 
 from msquant.algorithms import make_algorithm
 from msquant.algorithms.smoothers import Batch
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.kernels.layer_report import ChannelRanges
 from msquant.kernels.ranges import channel_ranges
-from msquant.kernels.report import ChannelRanges
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
-from msquant.quantization.feed_forward import FeedForwardPass
+from msquant.quantization.feed_forward_pass import FeedForwardPass
 from tests.fixtures.policies import rules
 from tests.fixtures.tiny_families import write_tiny
 from tests.quantization.test_osl import CASES, LENGTH, NAME, hidden_states, run_pass

@@ -3,7 +3,7 @@
 import pytest
 
 from msquant.errors import RecipeError
-from msquant.kernels.report import GroupError
+from msquant.kernels.layer_report import GroupError
 from msquant.quantization.selection import Budget, RankedGroup, select
 from msquant.schemes import W8A8
 

@@ -9,16 +9,16 @@ import pytest
 
 from msquant.algorithms import make_algorithm
 from msquant.algorithms.base import Algorithm
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.hidden_states import HiddenStateStore
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.kernels import golden_stick
-from msquant.kernels.report import GroupError
+from msquant.kernels.layer_report import GroupError
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer, positions
 from msquant.quantization.decoder_pass import DecoderPass
-from msquant.quantization.sensitivity import SensitivityPass, held_out_parameters, token_errors
+from msquant.quantization.group_errors import SensitivityPass, held_out_parameters, token_errors
 from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A16
 from tests.fixtures.policies import policy_of, rules
 from tests.fixtures.tiny_families import write_tiny

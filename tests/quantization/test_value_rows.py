@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from msquant.kernels.value_rows import ValueRows
+from msquant.quantization.layer_pass import ValueRows
 
 HEADS, KEYS, VALUES, RANK = 3, 4, 2, 5
 

@@ -35,7 +35,7 @@ def ranges(rng: np.random.Generator) -> dict[str, dict[str, float]]:
 
 
 def layer(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A decoder layer's record as `msquant.manifest.layer_record` makes it."""
+    """A decoder layer's record as `msquant.flows.manifest.layer_record` makes it."""
     groups = [
         {"name": name, "alpha": float(rng.integers(8, 19)) / 20, "loss": 1e-4, **ranges(rng)}
         for name in ATTENTION

@@ -11,12 +11,11 @@ import pytest
 
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CheckpointError, OutputError
-from msquant.export import export
+from msquant.flows.conversion import export
 from msquant.reporting.charts import charts
 from msquant.reporting.collect import collect
-from msquant.reporting.data import Verdict, as_plain
-from msquant.reporting.render import html_page, markdown_page
-from msquant.reporting.write import default_output, write_report
+from msquant.reporting.data import ReportVerdict, as_plain
+from msquant.reporting.write import default_output, html_page, markdown_page, write_report
 from tests.formats.folders import change_json, change_tensors, write_folder
 from tests.reporting.folders import DENSE, EXPERTS, HOSTILE, LAYERS, evaluation, poison, write_large
 
@@ -207,7 +206,7 @@ def test_what_was_measured_is_shown(own: Path) -> None:
         assert text in page
 
 
-def measured(own: Path, **changes: Any) -> Verdict:
+def measured(own: Path, **changes: Any) -> ReportVerdict:
     change_json(
         own / "msquant.json", lambda manifest: manifest.update(evaluation={**evaluation(), **changes})
     )

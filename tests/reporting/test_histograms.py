@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.formats.summary import summarize
 from msquant.reporting.histograms import LEVELS, Histogram, histograms

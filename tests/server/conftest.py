@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from msquant.generation import load_embedded
+from msquant.flows.engines import load_embedded
 from msquant.inference.embedded import EmbeddedEngine
 from tests.server.running import RunningServer, running
 

@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.address import bind
-from msquant.server.serve import Server, ServerOptions
+from msquant.server.http_server import HttpServer, ServerOptions
 
 MODEL = "tiny"
 # The server's own task, and the one of the function that counts.
@@ -25,7 +25,7 @@ IDLE_TASKS = 2
 class RunningServer:
     """A server that clients can connect to."""
 
-    server: Server
+    server: HttpServer
     port: int
     loop: asyncio.AbstractEventLoop
 
@@ -87,7 +87,7 @@ def running(engine: EmbeddedEngine, **options: Any) -> Iterator[RunningServer]:
         ready.set()
 
     with closing(listener):
-        server = Server(engine, MODEL, ServerOptions(**options), on_ready)
+        server = HttpServer(engine, MODEL, ServerOptions(**options), on_ready)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         assert ready.wait(20)

@@ -5,9 +5,9 @@ from typing import Any
 import openai
 import pytest
 
-from msquant.inference.chat import chat_ids
+from msquant.inference.chat_template import chat_ids
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from tests.server.running import MODEL, RunningServer
 
 QUESTION = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from msquant.inference.embedded import EmbeddedEngine
-from msquant.inference.engine import Sampling
+from msquant.inference.engine_protocol import Sampling
 from tests.server.running import MODEL, RunningServer
 
 PROMPT = "The with statement"

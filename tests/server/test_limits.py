@@ -11,7 +11,7 @@ import pytest
 
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.address import accepted_hosts
-from msquant.server.steps import Limits
+from msquant.server.steps import RequestLimits
 from tests.server.running import MODEL, RunningServer, open_files, running, wait_for
 
 LONG: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_the_work_ends_when_the_client_goes_away(server: RunningServer, engine: 
 
 
 def test_limits_of_tokens(engine: EmbeddedEngine) -> None:
-    with running(engine, limits=Limits(prompt_tokens=8, max_tokens=4)) as server:
+    with running(engine, limits=RequestLimits(prompt_tokens=8, max_tokens=4)) as server:
         client = server.client()
         with pytest.raises(openai.BadRequestError, match="max_tokens is 5, the server's limit is 4"):
             client.completions.create(model=MODEL, prompt="I am", max_tokens=5)
@@ -305,7 +305,7 @@ def test_the_engine_dies(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 def test_requests_under_way_end_with_the_server(
     engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msquant.server.serve.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("msquant.server.http_server.GRACE_SECONDS", 0.5)
     with running(engine) as server:
         stream = server.client().completions.create(stream=True, **LONG)
         next(stream)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from msquant.inference.serving import ServingSettings
-from msquant.inference.vllm_mindspore_server import server_command
+from msquant.deploy.vllm_mindspore_server import server_command
+from msquant.inference.serving_settings import ServingSettings
 from msquant.server.supervise import supervise
 
 SCRIPTS = """

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant.errors import EngineError
-from msquant.generation import load_embedded
+from msquant.flows.engines import load_embedded
 from msquant.inference import batch
 from msquant.progress import Progress
 

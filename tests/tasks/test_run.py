@@ -10,7 +10,7 @@ import pytest
 
 from msquant.errors import CalibrationError, EngineError, RecipeError
 from msquant.progress import Progress
-from msquant.tasks.run import evaluate_tasks
+from msquant.tasks.task_run import evaluate_tasks
 from tests.inference.quantized_folder import write_quantized
 from tests.server.running import RunningServer, running
 from tests.tasks.questions import mmlu_questions, sums, write_records
@@ -27,7 +27,7 @@ def quantized(roomy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def server(quantized: Path) -> Iterator[RunningServer]:
-    from msquant.generation import load_embedded
+    from msquant.flows.engines import load_embedded
 
     with running(load_embedded(quantized)) as server:
         yield server

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,

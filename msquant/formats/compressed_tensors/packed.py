@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
 from msquant.formats.compressed_tensors import packed

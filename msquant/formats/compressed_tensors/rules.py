@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.formats.compressed_tensors import packed
 from msquant.formats.compressed_tensors.layout import DYNAMIC_PARTS, STATIC_PARTS
 from msquant.formats.compressed_tensors.section import ConfigGroup, Section

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import Checkpoint
 from msquant.checkpoint.weights import Linear
 from msquant.families import row_orders
 from msquant.families.row_orders import RopeRows, RowOrder

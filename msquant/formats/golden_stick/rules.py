@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.formats.dtypes import DTYPE_CODES, model_dtype
 from msquant.formats.folder_rules import (
     FLOAT_CODES,

@@ -5,12 +5,12 @@ from typing import Self
 import numpy as np
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.inference.cpu.linear import Array
+from msquant.inference.cpu.cpu_linear import Array
 from msquant.models.config import ModelConfig
 from msquant.models.reading import read_tensor
 
 
-class RMSNorm:
+class CpuRMSNorm:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (arXiv 1910.07467)."""
 
     def __init__(self, weight: Array, eps: float) -> None:

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend.form import AscendFormat

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError, RecipeError
-from msquant.export import export
+from msquant.flows.conversion import export, open_quantized
+from msquant.flows.pipeline import quantize
 from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
 from msquant.formats.compressed_tensors.packed import decode_linear, encode_parts, pack, unpack
 from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
@@ -26,8 +27,6 @@ from msquant.formats.compressed_tensors.section import make_section, read_sectio
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.summary import summarize
 from msquant.kernels.weight_rounding import quantize_weight
-from msquant.pipeline import quantize
-from msquant.quantized_folder import open_quantized
 from msquant.schemes import FLOAT, W4A16, W8A8_DYNAMIC, Scheme, parse_scheme
 from tests.fixtures.tiny_families import write_tiny
 from tests.formats.expert_folders import groups_of, schemes_of

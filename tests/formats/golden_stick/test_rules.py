@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.inference.cpu import onednn
-from msquant.inference.cpu.linear import linear_layer
+from msquant.inference.cpu.cpu_linear import linear_layer
 from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
 

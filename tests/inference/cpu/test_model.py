@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from msquant.checkpoint.reader import Checkpoint
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.inference.batch import BatchModel
-from msquant.inference.cpu.model import CpuModel
+from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.inference.mindspore_model import MindSporeModel
 from msquant.models.config_json import read_config
 from tests.fixtures import tiny_families, tiny_model

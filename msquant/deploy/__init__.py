@@ -1,0 +1,1 @@
+"""Engines installed, machines checked and servers launched, before anything is served."""

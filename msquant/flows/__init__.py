@@ -1,0 +1,1 @@
+"""What each command does, from its first check to its last file."""

@@ -1,0 +1,254 @@
+"""The flow of `msquant evaluate` and `msquant compare`: models beside their float model, on the same texts.
+
+The float model and the others go layer by layer in lockstep, see `evaluation/lockstep.py`; nothing is written
+but hidden states, into a temporary folder.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msquant.calibration.builtin import Domain
+from msquant.calibration.evaluation import evaluation_domains
+from msquant.calibration.sources import load_texts
+from msquant.calibration.tokens import spread_windows
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.memory import peak_memory
+from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.checkpoint.tokenizer import has_tokenizer, load_tokenizer
+from msquant.errors import CalibrationError, ModelError, MsquantError
+from msquant.evaluation.domain_scores import LayerScore, ModelScore
+from msquant.evaluation.inputs import Text
+from msquant.flows.engines import open_weights
+from msquant.flows.generation import find_named_model
+from msquant.hub.models import resolve_model
+from msquant.interrupts import deferred_interrupts
+from msquant.models.config_json import read_config
+from msquant.progress import Progress
+
+SEQUENCES, SEQUENCE_LENGTH = 4, 512
+
+# Of each text, from its beginning: more is not looked at.
+MAX_CHARACTERS = 1_000_000
+
+# On the average of a text, by any tokenizer.
+MOST_CHARACTERS_A_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model and its scores.
+
+    Attributes:
+        folder: the model's.
+        nbytes: of its safetensors files.
+        score: what was measured.
+    """
+
+    folder: Path
+    nbytes: int
+    score: ModelScore
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured.
+
+    Attributes:
+        baseline: the float model; None if there is none, and perplexity alone was measured.
+        models: the others, in the order in which they were given.
+        texts: shape `[sequences, tokens]` of each text by its name.
+        notes: what the reader should know about the baseline and the tokenizers.
+        seconds: wall time.
+        peak_memory: greatest resident set of this process so far, in bytes.
+    """
+
+    baseline: ComparedModel | None
+    models: list[ComparedModel]
+    texts: dict[str, tuple[int, int]]
+    notes: list[str]
+    seconds: float
+    peak_memory: int
+
+
+def compare(
+    models: Sequence[str],
+    *,
+    baseline: str | None = None,
+    texts: Sequence[str] = (),
+    builtin: bool = True,
+    text_field: str | None = None,
+    sequences: int = SEQUENCES,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Score models on texts, against their float model if there is one.
+
+    Args:
+        models: at least one: folders, quantized or not; recipes or names of float models, as `resolve_model`
+            takes them.
+        baseline: the float model, as `resolve_model` takes it, or a recipe's name. If None, the one that the
+            first of the models was made from by its `msquant.json`, if it is on this machine.
+        texts: files of the user's own, as `load_texts` takes them.
+        builtin: evaluate on the builtin texts too.
+        text_field: the field of the text in .jsonl and .parquet.
+        sequences: windows of each text, evenly spread; fewer of a text that is too short.
+        sequence_length: tokens in each; if None 512, or as many as the model takes.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        progress: callbacks; a layer's record holds its `index` and, as `layers`, a `LayerScore` a model.
+
+    Raises:
+        MsquantError: a model is missing, incomplete, damaged or of another architecture or tokenizer than the
+            float model; a text is missing or too short; a model computes NaN; several models are to be
+            compared and there is no float model.
+    """
+    started = time.monotonic()
+    progress = progress or Progress()
+    folders = [find_named_model(model) for model in models]
+    notes: list[str] = []
+    float_folder = find_named_model(baseline) if baseline is not None else _made_from(folders, notes)
+    if float_folder is None and folders[1:]:
+        raise ModelError(
+            f"there is no float model to compare with: {notes[-1]}", remedy="name it with --baseline"
+        )
+    all_folders = [*([float_folder] if float_folder else []), *folders]
+    progress.stage("reading texts")
+    config = read_config(all_folders[0])
+    length = sequence_length or min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    domains = _domains(texts, builtin, text_field)
+    tokens = _tokens(all_folders, domains, sequences, length, notes)
+    progress.stage("loading MindSpore")
+    with deferred_interrupts():
+        scores = score_folders(all_folders, tokens, device, memory_budget, progress)
+    compared = [
+        ComparedModel(folder, _file_bytes(folder), score)
+        for folder, score in zip(all_folders, scores, strict=True)
+    ]
+    return Comparison(
+        baseline=compared[0] if float_folder else None,
+        models=compared[1:] if float_folder else compared,
+        texts={text.name: (text.tokens.shape[0], text.tokens.shape[1]) for text in tokens},
+        notes=notes,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def score_folders(
+    folders: Sequence[Path],
+    texts: Sequence[Text],
+    device: str,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> list[ModelScore]:
+    """Score model folders; the first is the baseline of the others. Raises as `lockstep.evaluate`."""
+    from msquant.evaluation.inputs import Model
+    from msquant.evaluation.lockstep import evaluate
+    from msquant.models.device import use_device
+
+    progress = progress or Progress()
+    dtype = use_device(device)
+    opened = [Model(str(f), read_config(f), open_weights(f)) for f in folders]
+    progress.layers(opened[0].config.num_hidden_layers, 0)
+
+    def on_layer(index: int, layers: list[LayerScore]) -> None:
+        progress.layer({"index": index, "layers": layers})
+
+    with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
+        store = HiddenStateStore(Path(scratch), memory_budget)
+        return evaluate(opened, texts, dtype, store, on_layer, progress.stage)
+
+
+def builtin_texts(folder: Path, sequences: int, sequence_length: int) -> list[Text]:
+    """Windows of the beginnings of the builtin texts, by a model's own tokenizer. Raises CalibrationError."""
+    characters = MOST_CHARACTERS_A_TOKEN * sequences * sequence_length
+    domains = [_shortened(domain, characters) for domain in evaluation_domains()]
+    return _windows(domains, load_tokenizer(folder), sequences, sequence_length)
+
+
+def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: int) -> list[Text]:
+    return [
+        Text(
+            domain.name,
+            spread_windows(domain, tokenizer, sequences=sequences, sequence_length=length, fewer=True),
+        )
+        for domain in domains
+    ]
+
+
+def _made_from(folders: Sequence[Path], notes: list[str]) -> Path | None:
+    """The float model that one of the folders says it was made from; notes what is to be said of it."""
+    for folder in folders:
+        manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+        name = (manifest.get("recipe") or {}).get("model")
+        if not isinstance(name, str):
+            continue
+        try:
+            found = resolve_model(name)
+        except MsquantError as error:
+            notes.append(f"{folder} was made from {name}, which cannot be taken ({error.what})")
+            continue
+        if Checkpoint.open(found).fingerprint()["sha256"] != (manifest.get("source") or {}).get("sha256"):
+            notes.append(f"{found} is not the very checkpoint that {folder} was made from")
+        return found
+    if not notes:
+        notes.append(
+            f"no {MANIFEST_NAME} says which float model {' or '.join(map(str, folders))} was made from"
+        )
+    return None
+
+
+def _domains(texts: Sequence[str], builtin: bool, text_field: str | None) -> list[Domain]:
+    domains = evaluation_domains() if builtin else []
+    for text in texts:
+        domains += load_texts(text, text_field=text_field)
+    if not domains:
+        raise CalibrationError("there is no text to evaluate on", remedy="give one with --text")
+    return [_shortened(domain, MAX_CHARACTERS) for domain in domains]
+
+
+def _shortened(domain: Domain, characters: int) -> Domain:
+    """A domain's first so many characters."""
+    kept: list[str] = []
+    for text in domain.texts:
+        if characters <= 0:
+            break
+        kept.append(text[:characters])
+        characters -= len(text)
+    return replace(domain, texts=kept)
+
+
+def _tokens(
+    folders: Sequence[Path], domains: Sequence[Domain], sequences: int, length: int, notes: list[str]
+) -> list[Text]:
+    """The texts by the first folder's tokenizer, which those of the others have to agree with."""
+    texts = _windows(domains, load_tokenizer(folders[0]), sequences, length)
+    for folder in folders[1:]:
+        if not has_tokenizer(folder):
+            notes.append(f"{folder} has no tokenizer: the float model's was taken")
+            continue
+        for text, own in zip(
+            texts, _windows(domains, load_tokenizer(folder), sequences, length), strict=True
+        ):
+            if not np.array_equal(text.tokens, own.tokens):
+                raise ModelError(
+                    f"its tokenizer makes other tokens of the text {text.name} than that of {folders[0]}",
+                    where=folder,
+                    remedy="name the float model that it was quantized from with --baseline, or copy that "
+                    "model's tokenizer.json and tokenizer_config.json into the folder",
+                )
+    return texts
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))

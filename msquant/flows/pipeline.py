@@ -1,0 +1,309 @@
+"""The flow of `msquant quantize`: a recipe and a source checkpoint in, a verified folder out for each format.
+
+One decoder layer is in memory at a time. The next layer's inputs are the unquantized layer's outputs, as in
+golden-stick; they are kept on disk beside a journal of the finished layers, so a run that was killed
+continues with the layer it was in and ends with the same bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.calibration.sources import load_texts
+from msquant.calibration.tokens import calibration_batches
+from msquant.checkpoint.disk import require_free_space
+from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
+from msquant.checkpoint.journal import Journal
+from msquant.checkpoint.memory import peak_memory
+from msquant.checkpoint.output_folder import OutputFolder
+from msquant.checkpoint.results import remember_result
+from msquant.checkpoint.run_files import RunFiles
+from msquant.checkpoint.tokenizer import load_tokenizer
+from msquant.errors import MsquantError, StartOverError
+from msquant.evaluation.inputs import Model, Text
+from msquant.flows.conversion import other_folders, output_folders, write_export
+from msquant.flows.forecast import Forecast
+from msquant.flows.manifest import build_manifest, job_identity, layer_record
+from msquant.flows.short_evaluation import evaluate_result, short_texts
+from msquant.flows.source import Source, batch_samples, folder_plans, open_source, scratch_bytes
+from msquant.formats.folder_plan import FolderPlan
+from msquant.formats.folder_stream import FolderStream
+from msquant.formats.registry import FormatName
+from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.progress import Progress
+from msquant.recipe.recipe import Recipe
+
+# Of a tensor that is carried through in floating point.
+BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """A finished quantization.
+
+    Attributes:
+        folder: the written folder.
+        folders: the folder of each format, that one first.
+        layers: the manifest's record of every decoder layer.
+        evaluation: the manifest's record of the short evaluation; None if the recipe wants none.
+        layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
+        source_bytes: bytes of all tensors of the source.
+        output_bytes: bytes of all tensors in `folder`.
+        seconds: wall time of this run.
+        peak_memory: greatest resident set of this process so far, in bytes.
+    """
+
+    folder: Path
+    folders: dict[FormatName, Path]
+    layers: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    layer_seconds: list[float]
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def quantize(
+    recipe: Recipe,
+    output: Path,
+    *,
+    source: str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    verbose: bool = False,
+    fetch: Callable[[str], Path] | None = None,
+    progress: Progress | None = None,
+    remember: bool = True,
+) -> QuantizeResult:
+    """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
+
+    Args:
+        recipe: everything that affects the result.
+        output: the folder to make; it appears only when it is complete. Further formats of the recipe are
+            exported from it, into the folders that `export.output_folders` names.
+        source: folder of the weights, in place of the recipe's model.
+        overwrite: replace an earlier result of msquant there.
+        restart: forget what an interrupted call has finished.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        verbose: show golden-stick's own log.
+        fetch: downloads the weights of a hub id that are not here; without it that is an error.
+        progress: callbacks.
+        remember: note the folder as the newest result, which `msquant run` takes.
+
+    Raises:
+        MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
+            finished layers are kept in `<output>.partial`, and the same call continues with them.
+    """
+    started = time.monotonic()
+    progress = progress or Progress()
+    with OutputFolder(output, overwrite=overwrite) as target:
+        progress.stage(f"reading {source or recipe.model}")
+        model = open_source(source or recipe.model, fetch)
+        plans = folder_plans(recipe, model)
+        plan = plans[0]
+        progress.stage(f"calibration from {recipe.calibration.source}")
+        tokens = calibration_tokens(recipe, model.folder)
+        texts = short_texts(recipe.evaluation, model.folder, model.config)
+        if restart:
+            target.clear()
+        identity = job_identity(recipe, model.checkpoint, tokens, device)
+        journal = Journal.open(target.path, identity)
+        with (
+            other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
+            _resumable(target, journal, model.config.num_hidden_layers),
+            deferred_interrupts(),
+            RunFiles(journal, model.checkpoint) as files,
+        ):
+            needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
+            require_free_space(target.path, needed + scratch_bytes(model.config, tokens))
+            writer = FolderStream(target.path, plan)
+            for record in journal.records:
+                writer.restore(record["group"], record["files"])
+            finished = len(_finished_layers(journal))
+            progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
+            progress.lap("start")
+            # First, because what is wrong with them should not be found out hours later.
+            progress.stage("writing embeddings and output head")
+            _write_rest(model, journal, writer, files)
+            progress.lap("ends")
+            store = HiddenStateStore(target.path / SCRATCH, memory_budget)
+            run = recipe, model, tokens, texts, journal, writer, files
+            seconds = _write_layers(*run, store, device, verbose, progress)
+            if files.unverified:
+                progress.stage("verifying what an earlier run has finished")
+            files.finish()
+            progress.stage("writing tokenizer and manifest")
+            layers = _finished_layers(journal)
+            writer.finish(model.folder, build_manifest(recipe, identity, layers))
+            progress.lap("start")
+            evaluation = evaluate_result(
+                recipe.evaluation,
+                texts,
+                model.folder,
+                target.path,
+                device=device,
+                memory_budget=memory_budget,
+                progress=progress,
+            )
+            for other, folder in others:
+                progress.stage(f"writing {other.format.name}")
+                write_export(plan.format.open(target.path), target.path, other, folder.path)
+                folder.finish()
+                progress.lap("export")
+        result = target.finish(scratch=[SCRATCH])
+    if remember:
+        remember_result(result)
+    return QuantizeResult(
+        folder=result,
+        folders=dict(zip(recipe.formats, output_folders(result, recipe.formats), strict=True)),
+        layers=layers,
+        evaluation=evaluation,
+        layer_seconds=seconds,
+        source_bytes=model.nbytes,
+        output_bytes=plan.tensor_bytes,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+SCRATCH = "scratch"
+
+
+def calibration_tokens(recipe: Recipe, source: Path) -> NDArray[np.int32]:
+    """The recipe's calibration batches, `[samples, sequence_length]`, by the source's tokenizer.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable or too short.
+    """
+    settings = recipe.calibration
+    return calibration_batches(
+        load_texts(settings.source, text_field=settings.text_field),
+        load_tokenizer(source),
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+    )
+
+
+def embed(source: Source, tokens: NDArray[np.int32], store: HiddenStateStore, dtype: Any) -> None:
+    """Put the inputs of the first decoder layer into the store, in batches of samples.
+
+    Args:
+        source: the model.
+        tokens: `[samples, sequence_length]`.
+        store: takes them at boundary 0.
+        dtype: compute dtype.
+    """
+    from msquant.models.network import Embedding
+
+    step = batch_samples(source.config, tokens.shape[1])
+    embedding = Embedding(source.config, source.checkpoint, dtype)
+    with store.write(0) as hidden:
+        for start in range(0, len(tokens), step):
+            hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+
+
+def _write_layers(
+    recipe: Recipe,
+    source: Source,
+    tokens: NDArray[np.int32],
+    texts: Sequence[Text],
+    journal: Journal,
+    writer: FolderStream,
+    files: RunFiles,
+    store: HiddenStateStore,
+    device: str,
+    verbose: bool,
+    progress: Progress,
+) -> list[float]:
+    """Quantize, write and journal the decoder layers that are not finished; returns each one's seconds."""
+    config, checkpoint = source.config, source.checkpoint
+    count, done = config.num_hidden_layers, len(_finished_layers(journal))
+    if done >= count:
+        return []
+    progress.stage("loading MindSpore and golden-stick")
+    from msquant.evaluation.lockstep import first_layer
+    from msquant.kernels import golden_stick
+    from msquant.models.device import use_device
+    from msquant.quantization.decoder_pass import DecoderPass
+
+    dtype = use_device(device)
+    golden_stick.set_log_level(verbose)
+    progress.layers(count, done)
+    policy, length = recipe.quantization, tokens.shape[1]
+    decoder = DecoderPass(
+        config, checkpoint, policy, length, dtype, store, progress.step, lambda: progress.lap("attention")
+    )
+    if not done:
+        embed(source, tokens, store, dtype)
+    progress.lap("start")
+    if texts:
+        # What is wrong with the layer, the pass over it says better.
+        with suppress(MsquantError):
+            states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
+            first_layer(Model(str(source.folder), config, checkpoint), texts, dtype, states)
+            progress.lap("evaluation sample")
+    seconds: list[float] = []
+    for index in range(done, count):
+        started = time.monotonic()
+        source_read = files.reading(config.layer_shapes(index))
+        with writer.group(index) as shards, store.write(index + 1) as outputs:
+            report = decoder.run(index, store.open(index), outputs.append, shards)
+        record = layer_record(index, report, policy)
+        journal.append({"group": index, "layer": record, "files": shards.files, "source": source_read()})
+        store.discard(index)
+        seconds.append(time.monotonic() - started)
+        progress.lap("layer")
+        progress.layer(record)
+        files.check()
+        check_interrupt()
+    return seconds
+
+
+def _write_rest(source: Source, journal: Journal, writer: FolderStream, files: RunFiles) -> None:
+    """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
+    groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
+    finished = {record["group"] for record in journal.records}
+    for group, names in enumerate(groups, start=source.config.num_hidden_layers):
+        if group in finished:
+            continue
+        source_read = files.reading(names)
+        with writer.group(group) as shards:
+            for name in names:
+                check_interrupt()
+                for start, block in source.checkpoint.row_blocks(name, BLOCK_BYTES):
+                    shards.tensor_rows(name, start, block)
+        journal.append({"group": group, "files": shards.files, "source": source_read()})
+
+
+def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
+    return [record["layer"] for record in journal.records if "layer" in record]
+
+
+def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:
+    written = sum(entry["size"] for record in journal.records for entry in record["files"].values())
+    return max(0, plan.file_bytes - written)
+
+
+@contextmanager
+def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[None]:
+    """Keep what is finished when the work is interrupted, and say so."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if done := len(_finished_layers(journal)):
+            target.keep = True
+            # Such an error says itself whether the same command can continue.
+            then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
+            error.add_note(f"{done} of {count} decoder layers are finished in {target.path}; {then}")
+        raise

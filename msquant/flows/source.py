@@ -1,0 +1,183 @@
+"""A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.errors import CheckpointError, RecipeError
+from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
+from msquant.formats.registry import model_format
+from msquant.formats.servers import Parallelism
+from msquant.formats.verdicts import best_refusal, servers_of
+from msquant.hub.models import resolve_model
+from msquant.models.config import ModelConfig
+from msquant.models.config_json import read_config
+from msquant.quantization.layer_schemes import model_schemes
+from msquant.recipe.recipe import Recipe
+
+# Samples are computed in batches of about this many tokens: enough for efficient matrix products, few enough
+# for the search to give up a losing candidate early. Wide layers are efficient with fewer.
+BATCH_TOKENS, WIDE_BATCH_TOKENS, WIDE = 512, 128, 2048
+
+# Old checkpoints store what follows from the config.
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to quantize, checked from its headers alone.
+
+    Attributes:
+        folder: where it lies.
+        config: its shape.
+        checkpoint: its tensors.
+        extras: the tensors of each multi-token-prediction layer it holds.
+    """
+
+    folder: Path
+    config: ModelConfig
+    checkpoint: Checkpoint
+    extras: list[dict[str, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names())
+
+
+def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Source:
+    """Find a model and check from the headers alone that it is whole and that its config describes it.
+
+    Args:
+        model: as `resolve_model` takes it.
+        fetch: downloads the weights of a hub id that are not here; without it that is an error.
+
+    Raises:
+        MsquantError: there is no such model; or a file, tensor, dtype or shape is wrong, those of the scales
+            of FP8 included.
+    """
+    folder = resolve_model(model, fetch=fetch)
+    config = read_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    for name, shape in config.shapes.items():
+        checkpoint.expect_weight(name, shape)
+    extras = prediction_layers(config, checkpoint)
+    for shapes in extras:
+        for name, shape in shapes.items():
+            checkpoint.expect_weight(name, shape)
+    refuse_unknown_tensors(checkpoint, config.shapes.keys() | {name for shapes in extras for name in shapes})
+    return Source(folder, config, checkpoint, extras)
+
+
+def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors of each multi-token-prediction layer that a checkpoint holds at least in part.
+
+    Many conversions leave these layers out, but none leaves out a part of one.
+    """
+    return [shapes for shapes in config.extra_layers if any(name in checkpoint for name in shapes)]
+
+
+def refuse_unknown_tensors(checkpoint: Checkpoint, known: Collection[str]) -> None:
+    """Raise CheckpointError for a tensor that is not among the known ones and no scale of one."""
+    unknown = [name for name in checkpoint.parameters() if name not in known and not name.endswith(_COMPUTED)]
+    if unknown:
+        others = f" and {len(unknown) - 1} other tensors are" if unknown[1:] else " is"
+        raise CheckpointError(
+            f"{unknown[0]}{others} here, which config.json does not ask for",
+            where=checkpoint.shard_path(unknown[0]),
+            remedy="use the config.json that belongs to these weights",
+        )
+
+
+def folder_plans(recipe: Recipe, source: Source) -> list[FolderPlan]:
+    """Every tensor and shard that the recipe will make of a source, for each of its formats in order.
+
+    Raises:
+        RecipeError: the policy contradicts itself, or a format cannot express it.
+    """
+    return shapes_plans(recipe, source.config, source.extras)
+
+
+def folder_plan(recipe: Recipe, source: Source) -> FolderPlan:
+    """The plan of the recipe's first format. Raises as `folder_plans`."""
+    return folder_plans(recipe, source)[0]
+
+
+def shapes_plans(
+    recipe: Recipe, config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
+) -> list[FolderPlan]:
+    """As `folder_plans`, of a model that is known by its config alone.
+
+    Args:
+        recipe: what is done to it.
+        config: its shape.
+        extras: the tensors of each multi-token-prediction layer that comes with it.
+
+    Raises:
+        RecipeError: the policy contradicts itself, the format cannot express it, or no version of the
+            format's server would serve it by the recipe's serving section.
+    """
+    groups = model_groups(config, extras)
+    schemes = model_schemes(config, recipe.quantization)
+    formats = [model_format(name, config.raw) for name in recipe.formats]
+    # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
+    common = all(config.dtype in form.dtypes for form in formats)
+    dtype = config.dtype if common else FALLBACK_DTYPE
+    plans = [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
+    require_target(recipe, plans)
+    return plans
+
+
+def require_target(recipe: Recipe, plans: Sequence[FolderPlan]) -> None:
+    """Check that for every format a version of the server that it is for would serve the folder.
+
+    Args:
+        recipe: its serving section says how the model is split.
+        plans: of its formats.
+
+    Raises:
+        RecipeError: none would; names the server and the key or layer that stands against it.
+    """
+    serving = recipe.serving
+    split = Parallelism(
+        serving.tensor_parallel_size, serving.data_parallel_size, serving.expert_parallel_size
+    )
+    for plan in plans:
+        model = plan.served_model
+        found = best_refusal(servers_of(model, plan.format.server), model, split)
+        if found is not None:
+            server, refusal = found
+            raise RecipeError(
+                f"{server} with tensor_parallel_size {split.tensor} cannot serve this as {model.format}: "
+                f"{refusal.problem}",
+                where=refusal.where,
+                remedy=refusal.remedy,
+            )
+
+
+def model_groups(
+    config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
+) -> list[Mapping[str, tuple[int, ...]]]:
+    """Shapes of a model's tensors as they are written together: each layer's, then those of the ends."""
+    layers = [config.layer_shapes(index) for index in range(config.num_hidden_layers)]
+    return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
+
+
+def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:
+    """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them."""
+    return hidden_bytes(config, tokens.size)
+
+
+def hidden_bytes(config: ModelConfig, tokens: int) -> int:
+    """As `scratch_bytes`, of so many calibration tokens."""
+    return 3 * tokens * config.hidden_size * 4
+
+
+def batch_samples(config: ModelConfig, length: int) -> int:
+    """How many samples of so many tokens are computed together."""
+    tokens = WIDE_BATCH_TOKENS if config.hidden_size >= WIDE else BATCH_TOKENS
+    return max(1, tokens // length)

@@ -1,0 +1,180 @@
+"""Linear layers in NumPy, with the arithmetic of `msquant.models.cells`."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    INT8_MIN,
+    FloatLinear,
+    Linear,
+    QuantizedLinear,
+    as_computed,
+    token_scales,
+)
+from msquant.inference.cpu import onednn
+from msquant.models.exact import exact_parts
+
+Array = NDArray[np.float32]
+Weight = TypeVar("Weight", np.int8, np.float32)
+Layer = Callable[[Array], Array]
+"""`[T, K]` to `[T, N]`."""
+
+# Up to so many, reading the weights takes the time, and NumPy's threads are of no use.
+_FEW_ROWS = 8
+
+
+def linear_layer(*linears: Linear) -> Layer:
+    """Build the layer that computes several linears of the same input, their outputs side by side.
+
+    They are one product where they quantize the input alike, as they mostly do.
+    """
+    linears = tuple(map(as_computed, linears))
+    first = linears[0]
+    if isinstance(first, FloatLinear):
+        floats = [linear for linear in linears if isinstance(linear, FloatLinear)]
+        if len(floats) == len(linears):
+            return _FloatLayer(floats)
+    else:
+        alike = [
+            linear for linear in linears if isinstance(linear, QuantizedLinear) and _alike(linear, first)
+        ]
+        if len(alike) == len(linears):
+            return _Int8Layer(alike)
+    layers = [linear_layer(linear) for linear in linears]
+    return lambda x: np.concatenate([layer(x) for layer in layers], axis=1)
+
+
+def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    return (
+        a.input_scale == b.input_scale
+        and a.input_offset == b.input_offset
+        and a.input_reciprocal == b.input_reciprocal
+    )
+
+
+class _FloatLayer:
+    """`x W^T + b`."""
+
+    def __init__(self, linears: Sequence[FloatLinear]) -> None:
+        self._weight = _stack([linear.weight for linear in linears])
+        self._bias = _biases(linears)
+        self._product = onednn.load_float()
+
+    def __call__(self, x: Array) -> Array:
+        if self._product is not None and len(x) <= _FEW_ROWS:
+            y = self._product(np.ascontiguousarray(x), self._weight)
+        else:
+            y = x @ self._weight.T
+        if self._bias is not None:
+            y += self._bias
+        return y
+
+
+class _Int8Layer:
+    """W8A8; see `msquant.models.cells.Int8Linear` for the formula."""
+
+    def __init__(self, linears: Sequence[QuantizedLinear]) -> None:
+        first = linears[0]
+        self._input_scale: np.float32 | None = None
+        self._input_reciprocal: np.float32 | None = None
+        offset = 0
+        if first.input_scale is not None and first.input_offset is not None:
+            self._input_scale, offset = np.float32(first.input_scale[0]), int(first.input_offset[0])
+            if first.input_reciprocal is not None:
+                self._input_reciprocal = np.float32(first.input_reciprocal[0])
+        self._offset = np.float32(offset)
+        # The offset is taken off before the product: x_q - z lies between these.
+        self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
+        weight = _stack([linear.weight for linear in linears])
+        gemm = onednn.load_int8() if weight.shape[1] < onednn.LONGEST else None
+        if gemm is None:
+            self._product: Layer = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
+        else:
+            self._product = _Int8Product(gemm, weight, -int(self._lowest))
+        self._output_scale = np.concatenate([linear.weight_scale for linear in linears])
+        if self._input_scale is not None:
+            self._output_scale = self._output_scale * self._input_scale
+        self._bias = _biases(linears)
+
+    def __call__(self, x: Array) -> Array:
+        if self._input_scale is None:
+            scale = token_scales(x)
+            quantized = np.rint(x / scale)
+        elif self._input_reciprocal is None:
+            quantized = np.rint(x / self._input_scale)
+        else:
+            # The zero point is added before: it decides where ties go.
+            quantized = np.rint(x * self._input_reciprocal + self._offset)
+            quantized -= self._offset
+        np.maximum(quantized, self._lowest, out=quantized)
+        np.minimum(quantized, self._highest, out=quantized)
+        y = self._product(quantized)
+        y *= self._output_scale
+        if self._input_scale is None:
+            y *= scale
+        if self._bias is not None:
+            y += self._bias
+        return y
+
+
+class _Int8Product:
+    """Integers held in float32 to their exact products with int8 weights, rounded to float32.
+
+    Args:
+        gemm: of the library.
+        weight: int8 `[N, K]`.
+        shift: added to the integers it makes them 0 to 255.
+    """
+
+    def __init__(self, gemm: onednn.Int8Product, weight: NDArray[np.int8], shift: int) -> None:
+        self._gemm, self._weight = gemm, weight
+        self._shift = np.float32(shift)
+        self._shifted = weight.sum(axis=1, dtype=np.int32) * np.int32(shift)
+
+    def __call__(self, quantized: Array) -> Array:
+        quantized += self._shift
+        total = self._gemm(quantized.astype(np.uint8), self._weight)
+        total -= self._shifted
+        return total.astype(np.float32)
+
+
+class _WidenedProduct:
+    """The same, for processors without an exact int8 kernel: 4 bytes a weight.
+
+    Args:
+        weight: int8 `[N, K]`.
+        largest: magnitude of the integers.
+    """
+
+    def __init__(self, weight: NDArray[np.int8], largest: float) -> None:
+        self._parts = list(pairwise(exact_parts(weight, largest)))
+        self._weights = [
+            np.asarray(weight[:, start:stop], dtype=np.float32, order="C").T for start, stop in self._parts
+        ]
+
+    def __call__(self, quantized: Array) -> Array:
+        if len(self._parts) == 1:
+            return quantized @ self._weights[0]
+        total = np.zeros((len(quantized), self._weights[0].shape[1]), np.int32)
+        for (start, stop), weight in zip(self._parts, self._weights, strict=True):
+            total += (quantized[:, start:stop] @ weight).astype(np.int32)
+        return total.astype(np.float32)
+
+
+def _stack(weights: Sequence[NDArray[Weight]]) -> NDArray[Weight]:
+    """One matrix with all rows; a single one is not copied."""
+    return np.ascontiguousarray(weights[0]) if len(weights) == 1 else np.concatenate(weights)
+
+
+def _biases(linears: Sequence[Linear]) -> Array | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    absent = np.float32(0)
+    return np.concatenate(
+        [np.full(len(linear.weight), absent) if linear.bias is None else linear.bias for linear in linears]
+    )

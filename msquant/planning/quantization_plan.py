@@ -1,0 +1,386 @@
+"""What `msquant quantize` would do to a model, from `config.json` and the shards' headers alone."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Literal, get_args
+
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.disk import free_bytes
+from msquant.checkpoint.fp8 import SCALE_SUFFIX
+from msquant.checkpoint.memory import available_memory
+from msquant.errors import ModelError, MsquantError, OutputError
+from msquant.flows.conversion import output_folders
+from msquant.flows.pipeline import MEMORY_BUDGET
+from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
+from msquant.formats.registry import FormatName
+from msquant.hub.published import published_config, stored_bytes
+from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
+from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
+from msquant.planning.measure import NOTHING, Machine, Measured, Span
+from msquant.planning.work import feed_forward_rounds
+from msquant.recipe.recipe import Recipe
+from msquant.schemes import Scheme
+
+BASE_BYTES = 800_000_000
+"""Of a process that has loaded MindSpore and golden-stick."""
+
+# What allocators keep of what was freed.
+SLACK = 1.1
+
+_FLOAT = 4
+
+
+def layer_bytes(blocks: LayerBlocks, tokens: Tokens, memory_budget: int) -> int:
+    """Peak of one decoder layer's weights and activations, without `BASE_BYTES`.
+
+    The two blocks of a layer are never in memory together, so the larger one counts.
+
+    Args:
+        blocks: the layer.
+        tokens: the calibration tokens.
+        memory_budget: bytes of hidden states held in memory.
+    """
+    hidden = _FLOAT * tokens.count * blocks.config.hidden_size
+    attention = _golden_stick(blocks, tokens) + 2 * hidden
+    rounds = feed_forward_rounds(blocks.config, tokens, memory_budget)
+    feed_forward = _feed_forward(blocks, ceil(tokens.batches / rounds) * tokens.first) if blocks.inner else 0
+    return int(SLACK * (max(attention, feed_forward) + min(3 * hidden, memory_budget)))
+
+
+def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:
+    """Without the inputs, of which golden-stick makes two copies."""
+    config = blocks.config
+    groups = [group for group in blocks.groups if group[0].scheme.is_static]
+    # Beside the weights: a candidate of a whole group, or what clipping makes of one linear.
+    candidate = max((weights_of(group) for group in groups), default=0)
+    clipped = max((2 * linear.size for group in groups for linear in group), default=0)
+    # Inputs that golden-stick records, and what our search keeps before each of the layer's steps.
+    recorded = sum(linear.columns for group in groups for linear in group)
+    states = sum(group[0].columns + config.hidden_size for group in blocks.groups)
+    if config.latent is not None:
+        states += config.num_attention_heads * config.latent.qk_head_dim
+    scores = 4 * tokens.first * tokens.length * config.num_attention_heads
+    weights = weights_of(blocks.searched)
+    return _FLOAT * (weights + max(candidate, clipped) + tokens.count * (recorded + states) + scores)
+
+
+def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
+    largest = max(weights_of(block) for block in blocks.inner.values())
+    widest = max(linear.size for linear in blocks.streamed)
+    # A block that gets all tokens, as a dense one and a shared expert do.
+    inner = max(block[0].rows for block in blocks.inner.values())
+    # While it is read: all of it, and the largest matrix as it is stored. While it is quantized: one matrix.
+    weights = max(largest + widest // 2, 3 * widest)
+    return _FLOAT * (weights + tokens * (4 * blocks.config.hidden_size + 3 * inner))
+
+
+Kind = Literal["dense", "experts", "prediction", "ends"]
+Probe = Callable[[ModelConfig, Checkpoint | None], Measured]
+Stage = Literal["start", "layers", "ends", "evaluation", "formats"]
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of the model that is written together.
+
+    Attributes:
+        kind: a decoder layer, "dense" or with "experts"; a multi-token-prediction layer; or the two "ends",
+            embeddings, last norm and output head.
+        index: number of the layer; None for the ends.
+        linears: linear layers to compute in each scheme, by its word; none where all is carried through.
+        experts: routed experts.
+        parameters: without the scales of FP8 blocks.
+        source_bytes: of its tensors in the source.
+        output_bytes: of its shards, in all formats.
+        seconds: to make it; None where nothing was measured.
+    """
+
+    kind: Kind
+    index: int | None
+    linears: dict[str, int]
+    experts: int
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    seconds: Span | None
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """One of the folders that are written.
+
+    Attributes:
+        name: of its format.
+        variant: what it is made for.
+        consumer: the same, for people.
+        folder: where it will be.
+        output_bytes: of its shards.
+    """
+
+    name: FormatName
+    variant: str
+    consumer: str
+    folder: Path
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantization would take and make. Bytes are bytes, whole runs are counted from their start.
+
+    Attributes:
+        model: as the recipe or the caller named it.
+        source: folder of the weights; None if only the published config is known.
+        output: the folder to make, that of the first format.
+        formats: all folders to make.
+        architecture: as `config.json` names the type of model.
+        stored: how the source stores its matrices.
+        variant: what the output is made for.
+        samples: calibration sequences.
+        sequence_length: tokens in each.
+        parts: the decoder layers in order, the multi-token-prediction layers, the ends.
+        parameters: of all parts.
+        source_bytes: of all tensors of the source; by the published shapes where it is not here.
+        output_bytes: of all shards, in all formats.
+        scratch_bytes: of hidden states beside the output, gone at the end.
+        free_disk: on the output's disk; None if that cannot be told.
+        peak_memory: resident at most, an estimate.
+        available_memory: on this machine; None if that cannot be told.
+        seconds: to the end of the command, from what was measured here; None where nothing was.
+        seconds_by_stage: the same of each stage, the short evaluation and further formats included.
+        machine: what it gave while it was measured; likewise.
+        notes: what the plan takes for granted.
+        problems: what would not fit, with both numbers and a remedy.
+    """
+
+    model: str
+    source: Path | None
+    output: Path
+    formats: tuple[FormatPlan, ...]
+    architecture: str
+    stored: str
+    variant: str
+    samples: int
+    sequence_length: int
+    parts: tuple[PartPlan, ...]
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    scratch_bytes: int
+    free_disk: int | None
+    peak_memory: int
+    available_memory: int | None
+    seconds: Span | None
+    seconds_by_stage: dict[Stage, Span] | None
+    machine: Machine | None
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Needed on the output's disk."""
+        return self.output_bytes + self.scratch_bytes
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is planned for, with or without its weights."""
+
+    folder: Path | None
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+    extras: Sequence[Mapping[str, tuple[int, ...]]]
+    note: str | None = None
+
+    def source_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        if self.checkpoint is None:
+            return stored_bytes(name, shape, self.config.fp8_block)
+        scale = name + SCALE_SUFFIX
+        scales = self.checkpoint.nbytes(scale) if scale in self.checkpoint else 0
+        return self.checkpoint.nbytes(name) + scales
+
+    @property
+    def stored(self) -> str:
+        block = self.config.fp8_block
+        return f"FP8 in blocks of {block[0]} x {block[1]}" if block else self.config.dtype
+
+
+def make_plan(
+    recipe: Recipe,
+    output: Path,
+    *,
+    source: str | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    probe: Probe | None = None,
+) -> Plan:
+    """Plan a quantization; no weight is read but in part by the probe, and nothing is left behind.
+
+    Args:
+        recipe: everything that affects the result.
+        output: the folder that is to be made.
+        source: folder of the weights, in place of the recipe's model. A published model is planned without
+            its weights if neither is here.
+        memory_budget: bytes of hidden states held in memory.
+        probe: measures this machine once the model is known to be whole; without it no time is estimated.
+
+    Raises:
+        MsquantError: the model is unknown, incomplete or not supported, or the recipe does not fit it.
+    """
+    subject = _subject(recipe, source)
+    config, settings = subject.config, recipe.calibration
+    folders = shapes_plans(recipe, config, subject.extras)
+    batch = batch_samples(config, settings.sequence_length)
+    tokens = Tokens(settings.samples, settings.sequence_length, batch)
+    notes = [subject.note] if subject.note else []
+    measured = None
+    if probe is not None:
+        try:
+            measured = probe(config, subject.checkpoint)
+        except MsquantError as error:
+            notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
+    stages: dict[Stage, Span] = dict.fromkeys(get_args(Stage), NOTHING)
+    peaks, parts = [0], []
+    for group, (kind, index, shapes) in enumerate(_parts(subject)):
+        source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())
+        written, *others = (folder.group_bytes[group] for folder in folders)
+        schemes: dict[str, Scheme] = {}
+        seconds = None
+        if index is not None and index < config.num_hidden_layers:
+            blocks = LayerBlocks(config, recipe.quantization, index)
+            schemes = blocks.schemes
+            peaks.append(layer_bytes(blocks, tokens, memory_budget))
+            if measured is not None:
+                rounds = feed_forward_rounds(config, tokens, memory_budget)
+                seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
+                stages["layers"] += seconds
+                stages["evaluation"] += measured.evaluated_layer(blocks)
+        elif measured is not None:
+            seconds = measured.once("ends", written / measured.sample.folder.group_bytes[-1], source_bytes)
+            stages["ends"] += seconds
+        parts.append(
+            PartPlan(
+                kind=kind,
+                index=index,
+                linears=dict(Counter(map(str, schemes.values()))),
+                experts=config.num_experts if kind == "experts" else 0,
+                parameters=sum(map(prod, shapes.values())),
+                source_bytes=source_bytes,
+                output_bytes=written + sum(others),
+                seconds=seconds,
+            )
+        )
+    if measured is not None:
+        stages["start"] = measured.once("start")
+        stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
+    if measured is not None and recipe.evaluation.sequences:
+        stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
+    scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
+    written_bytes = sum(folder.file_bytes for folder in folders)
+    free, available = free_bytes(output.absolute()), available_memory()
+    return Plan(
+        model=source or recipe.model,
+        source=subject.folder,
+        output=output,
+        formats=tuple(
+            FormatPlan(folder.format.name, folder.variant, folder.format.consumer, place, folder.file_bytes)
+            for folder, place in zip(folders, output_folders(output, recipe.formats), strict=True)
+        ),
+        architecture=config.family.model_type,
+        stored=subject.stored,
+        variant=folders[0].variant,
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        parts=tuple(parts),
+        parameters=sum(part.parameters for part in parts),
+        source_bytes=sum(part.source_bytes for part in parts),
+        output_bytes=written_bytes,
+        scratch_bytes=scratch,
+        free_disk=free,
+        peak_memory=peak,
+        available_memory=available,
+        seconds=None if measured is None else sum(stages.values(), NOTHING),
+        seconds_by_stage=None if measured is None else stages,
+        machine=None if measured is None else measured.machine,
+        notes=tuple(notes),
+        problems=tuple(_problems(written_bytes + scratch, free, peak, available)),
+    )
+
+
+def _subject(recipe: Recipe, source: str | None) -> _Subject:
+    try:
+        found = open_source(source or recipe.model)
+    except ModelError as error:
+        raw = None if source else published_config(recipe.model)
+        if raw is None:
+            raise
+        config = parse_config(raw, "the published config.json")
+        note = f"planned from the published config.json alone: {error.what}"
+        return _Subject(None, config, None, config.extra_layers, note)
+    return _Subject(found.folder, found.config, found.checkpoint, found.extras)
+
+
+def _parts(subject: _Subject) -> list[tuple[Kind, int | None, Mapping[str, tuple[int, ...]]]]:
+    """Kind, number and tensors of every group of the folder's plan, in its order."""
+    config = subject.config
+    parts: list[tuple[Kind, int | None, Mapping[str, tuple[int, ...]]]] = []
+    for index in range(config.num_hidden_layers):
+        kind: Kind = "experts" if config.has_experts(index) else "dense"
+        parts.append((kind, index, config.layer_shapes(index)))
+    for place, shapes in enumerate(subject.extras):
+        parts.append(("prediction", config.num_hidden_layers + place, shapes))
+    return [*parts, ("ends", None, {name: config.shapes[name] for name in config.end_names})]
+
+
+def _problems(needed: int, free: int | None, peak: int, available: int | None) -> list[str]:
+    problems = []
+    if free is not None and needed > free:
+        problems.append(
+            f"disk: {needed:,} bytes are needed for the output and scratch, {free:,} are free there; free "
+            "some space, or choose another disk with --output"
+        )
+    if available is not None and peak > available:
+        problems.append(
+            f"memory: about {peak:,} bytes are needed at the peak, {available:,} are available; use fewer "
+            "--samples, a shorter --sequence-length or a smaller --memory-budget, or a larger machine"
+        )
+    return problems
+
+
+def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) -> None:
+    """Refuse to begin with weights that are downloaded for hours and have no room to be quantized.
+
+    A model whose config is not published here is let through: what it takes is known only afterwards.
+
+    Args:
+        recipe: what will be done.
+        output: the folder that will be made.
+        source: as `make_plan` takes it.
+        cache: where the weights will go.
+
+    Raises:
+        OutputError: the output's disk is too small, or the one disk for both; names all numbers.
+    """
+    try:
+        plan = make_plan(recipe, output, source=source)
+    except ModelError:
+        return
+    together = _device(output) == _device(cache)
+    needed = plan.disk_bytes + (plan.source_bytes if together and plan.source is None else 0)
+    free = free_bytes(output.absolute())
+    if free is not None and free < needed:
+        both = f" and {plan.source_bytes:,} for the weights" if needed > plan.disk_bytes else ""
+        raise OutputError(
+            f"{free:,} bytes are free on its disk, {plan.disk_bytes:,} are needed{both}",
+            where=output,
+            remedy="free some space, or choose other disks with --output and MSQUANT_CACHE",
+        )
+
+
+def _device(path: Path) -> int:
+    """The number of the disk that holds a path or will."""
+    return next(os.stat(each).st_dev for each in (path.absolute(), *path.absolute().parents) if each.exists())

@@ -1,0 +1,276 @@
+"""The feed-forward block of a decoder layer quantized per token, one expert in memory at a time.
+
+The weights are read twice: once for the floating-point outputs, which the next layer needs, and for the
+ranges that smoothing asks for; once to be quantized. A dense block is treated as a single expert that gets
+all tokens, and so is a shared one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from msquant.algorithms.base import Algorithm
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    INT8_MIN,
+    FloatLinear,
+    LayerSink,
+    Linear,
+    QuantizedLinear,
+    WeightSource,
+    as_computed,
+    token_scales,
+)
+from msquant.interrupts import check_interrupt
+from msquant.kernels.layer_report import GroupReport
+from msquant.kernels.ranges import channel_ranges
+from msquant.kernels.smoothing import power_of_two, smooth_scale
+from msquant.kernels.weight_rounding import column_maxima, quantize_weight
+from msquant.models.cells import RMSNorm
+from msquant.models.config import ModelConfig
+from msquant.models.feed_forward import MLP
+from msquant.models.moe import Router
+from msquant.models.routing import tokens_of
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class _Expert:
+    """One gated block.
+
+    Attributes:
+        name: its full name, for example `model.layers.3.mlp.experts.7`.
+        number: of a routed expert; None for a block that gets all tokens.
+        tokens: how many it got.
+        gated: greatest magnitude of each input channel of its `down_proj`, `[K]`; empty without a token.
+        down: greatest magnitude of each column of its `down_proj`, `[K]`; likewise.
+    """
+
+    name: str
+    number: int | None
+    tokens: int = 0
+    gated: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    down: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+class FeedForwardPass:
+    """Both readings of one feed-forward block: `forward` for all tokens, then `quantized`.
+
+    Args:
+        config: the model's shape.
+        source: its weights.
+        index: of the decoder layer.
+        policy: what to do.
+        dtype: compute dtype.
+        step: called with what goes on.
+
+    Attributes:
+        expert_tokens: calibration tokens of each routed expert; empty for a dense block.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        index: int,
+        policy: Algorithm,
+        dtype: Any,
+        step: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        layer, self._parts = config.family.layer_name(index), config.family.names
+        parts = self._parts
+        self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
+        self._step = step
+        self._norm_name = f"{layer}.{parts.feed_forward_norm}.weight"
+        self._name = f"{layer}.{parts.feed_forward}"
+        self._norm = RMSNorm(source.tensor(self._norm_name), config.rms_norm_eps, dtype)
+        names, router = config.layer_shapes(index), config.family.router_name(index)
+        self._router_names = [name for name in names if name.startswith(f"{router}.")]
+        self._router = None
+        if config.has_experts(index):
+            self._router = Router(config, source, router, dtype)
+            self._experts = [
+                _Expert(f"{self._name}.{parts.experts}.{number}", number)
+                for number in range(config.num_experts)
+            ]
+            if config.experts is not None and config.experts.shared:
+                self._experts.append(_Expert(f"{self._name}.{parts.shared_experts}", None))
+        else:
+            self._experts = [_Expert(self._name, None)]
+        # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
+        self._inputs = np.zeros(config.hidden_size, np.float32)
+        self._columns: Floats | None = None
+
+    @property
+    def expert_tokens(self) -> list[int]:
+        return [expert.tokens for expert in self._experts if expert.number is not None]
+
+    def forward(self, hidden: Floats) -> Floats:
+        """The block's output with the residual, in floating point.
+
+        May be called several times, with as many tokens at once as memory takes: each call reads the weights.
+
+        Args:
+            hidden: `[T, H]`, the attention block's output.
+
+        Returns:
+            float32 `[T, H]`.
+        """
+        x = self._normalize(hidden)
+        smooth = self._policy.feed_forward_smoothing is not None
+        first = smooth and self._columns is None
+        columns = np.zeros(self._config.hidden_size, np.float32)
+        output = hidden.copy()
+        for expert, rows, factors in self._dispatch(x, "computing"):
+            expert.tokens += len(rows)
+            if not len(rows) and not first:
+                continue
+            mlp = MLP(self._config, self._source, expert.name, self._dtype)
+            gate, up, down = mlp.linears
+            if first:
+                for linear in (gate, up):
+                    np.maximum(columns, column_maxima(linear.weight.asnumpy()), out=columns)
+            if not len(rows):
+                continue
+            gated = mlp.gated(Tensor(x[rows], self._dtype))
+            if smooth:
+                highest = column_maxima(gated.asnumpy())
+                expert.down = column_maxima(down.weight.asnumpy())
+                expert.gated = np.maximum(expert.gated, highest) if expert.gated.size else highest
+            output[rows] += down(gated).asnumpy() * factors
+        if smooth:
+            self._columns = columns if first else self._columns
+            np.maximum(self._inputs, column_maxima(x), out=self._inputs)
+        return output
+
+    def quantize(self, sample: Floats, sink: LayerSink) -> Floats:
+        """The second reading: quantize every linear and pass it on; `forward` must have seen all tokens.
+
+        Args:
+            sample: `[T, H]`, outputs of the quantized attention block to compute the quantized output for.
+            sink: takes the linears, the norm and the router.
+
+        Returns:
+            The quantized block's output with the residual, `[T, H]`; its integer sums are rounded to float32.
+        """
+        shared = self._shared_scale()
+        sink.tensor(self._norm_name, self._source.tensor(self._norm_name) / shared)
+        for name in self._router_names:
+            values = self._source.tensor(name)
+            sink.tensor(name, values * shared if values.ndim == 2 else values)
+        x = self._normalize(sample)
+        output = sample.copy()
+        for expert, rows, factors in self._dispatch(x, "quantizing"):
+            inner = self._inner_scale(expert)
+            given = x[rows] / shared
+            gate = self._linear(expert, self._parts.gate, sink, columns=shared)
+            product = _silu(_apply(gate, given))
+            del gate
+            up = self._linear(expert, self._parts.up, sink, columns=shared, rows=inner)
+            product *= _apply(up, given)
+            del up
+            down = self._linear(expert, self._parts.down, sink, columns=inner)
+            output[rows] += _apply(down, product) * factors
+        return output
+
+    def groups(self) -> list[GroupReport]:
+        """The smooth groups, of all experts together, after `forward`; none if they are not smoothed."""
+        alpha = self._policy.feed_forward_smoothing
+        if alpha is None:
+            return []
+        seen = [expert for expert in self._experts if expert.gated.size]
+        scales = [self._inner_scale(expert) for expert in seen]
+        smoothed = [
+            expert.gated if scale is None else expert.gated / scale
+            for expert, scale in zip(seen, scales, strict=True)
+        ]
+        ranges = [
+            ("gate_up", [self._inputs], [self._inputs / self._shared_scale()]),
+            ("down", [expert.gated for expert in seen], smoothed),
+        ]
+        return [
+            GroupReport(
+                name,
+                alpha,
+                before=channel_ranges(np.concatenate(before)),
+                after=channel_ranges(np.concatenate(after)),
+            )
+            for name, before, after in ranges
+        ]
+
+    def _linear(
+        self,
+        expert: _Expert,
+        name: str,
+        sink: LayerSink,
+        columns: Floats | None = None,
+        rows: Floats | None = None,
+    ) -> Linear:
+        """Read, smooth (columns times one scale, rows by another), quantize and pass on one linear."""
+        module = f"{expert.name}.{name}"
+        source = self._source.linear(module)
+        assert isinstance(source, FloatLinear)
+        weight, bias = source.weight, source.bias
+        if columns is not None:
+            weight *= columns
+        if rows is not None:
+            weight /= rows[:, None]
+            bias = None if bias is None else bias / rows
+        linear: Linear = FloatLinear(weight, bias)
+        scheme = self._policy.scheme(module)
+        if scheme.weights is not None:
+            rounded, scale, offset = quantize_weight(weight, self._config.dtype, scheme.weights)
+            linear = QuantizedLinear(rounded, scale, scheme, bias, weight_offset=offset)
+        sink.linear(module, linear)
+        return linear
+
+    def _shared_scale(self) -> Floats:
+        """Of the norm's output, which gate, up and the router share; powers of two change no router."""
+        alpha = self._policy.feed_forward_smoothing
+        if alpha is None or self._columns is None:
+            return np.ones(self._config.hidden_size, np.float32)
+        return power_of_two(smooth_scale(self._inputs, self._columns, alpha))
+
+    def _inner_scale(self, expert: _Expert) -> Floats | None:
+        """Of an expert's gated product; None, from the weights alone, where too few tokens were seen."""
+        alpha = self._policy.feed_forward_smoothing
+        if alpha is None or expert.tokens < self._policy.min_expert_tokens:
+            return None
+        return smooth_scale(expert.gated, expert.down, alpha)
+
+    def _dispatch(self, x: Floats, doing: str) -> Iterator[tuple[_Expert, Any, Any]]:
+        """Every expert with the rows of x that it gets and the factors of its outputs, `[n, 1]`."""
+        if self._router is not None:
+            ids, weights = self._router.route(Tensor(x, self._dtype))
+        for place, expert in enumerate(self._experts, start=1):
+            check_interrupt()
+            self._step(f"{doing} expert {place}/{len(self._experts)}")
+            if expert.number is None:
+                yield expert, np.arange(len(x)), np.float32(1)
+            else:
+                rows, factors = tokens_of(ids, weights, expert.number)
+                yield expert, rows, factors[:, None]
+
+    def _normalize(self, hidden: Floats) -> Floats:
+        return self._norm(Tensor(hidden, self._dtype)).asnumpy().astype(np.float32, copy=False)
+
+
+def _apply(linear: Linear, x: Floats) -> Floats:
+    """`[T, K]` to `[T, N]`: per-token int8 as in `models.linear.Int8Linear`, but for sums' last digits."""
+    linear = as_computed(linear)
+    if isinstance(linear, FloatLinear):
+        y = x @ linear.weight.T
+    else:
+        scale = token_scales(x)
+        y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ linear.weight.T.astype(np.float32)
+        y *= linear.weight_scale * scale
+    return y if linear.bias is None else y + linear.bias
+
+
+def _silu(x: Floats) -> Floats:
+    return x / (1 + np.exp(-x))

@@ -1,0 +1,321 @@
+"""Recipes: everything that affects a result, typed and closed, found by name in configs/ or by path."""
+
+import difflib
+import os
+import reprlib
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
+from msquant.algorithms.base import Algorithm
+from msquant.checkpoint.json_file import read_json
+from msquant.errors import CheckpointError, OutputError, RecipeError
+from msquant.evaluation.settings import EvaluationSettings
+from msquant.families import find_family
+from msquant.formats.registry import (
+    DEFAULT_FORMAT,
+    FORMAT_DESCRIPTION,
+    FormatName,
+    FormatNames,
+    names_of,
+    parse_formats,
+)
+from msquant.hub.published import configs_folder, published_name
+from msquant.inference.serving_settings import ServingSettings
+from msquant.recipe.recipe_yaml import read_yaml
+
+SUFFIXES = (".yaml", ".yml")
+
+_WILDCARDS = set("*?[")
+# Of what is wrong with a recipe, so much at a time.
+_SHOWN, _LONGEST_PLACE = 10, 200
+
+
+class CalibrationSettings(BaseModel):
+    """Which tokens the ranges and the search are computed on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field("builtin", description="builtin, or a local .txt, .jsonl or .parquet file.")
+    text_field: str = Field("text", description="The field that holds the text, in .jsonl and .parquet.")
+    samples: int = Field(16, ge=1, description="How many sequences.")
+    sequence_length: int = Field(128, ge=2, description="Tokens in each.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of sequences.")
+
+
+def _algorithm(value: Any) -> Any:
+    return (
+        value
+        if not isinstance(value, dict)
+        else find_algorithm(value.get("algorithm", DEFAULT)).model_validate(value)
+    )
+
+
+class Recipe(BaseModel):
+    """A model and what to do with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str = Field("", description="One line for people.")
+    model: str = Field(description="A bundled model's name, a hub id, or a local Hugging Face folder.")
+    quantization: Annotated[SerializeAsAny[Algorithm], BeforeValidator(_algorithm)] = Field(
+        default_factory=make_algorithm
+    )
+    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    serving: ServingSettings = Field(default_factory=ServingSettings)
+    format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
+
+    @property
+    def formats(self) -> tuple[FormatName, ...]:
+        """The formats to write, in order."""
+        return names_of(self.format)
+
+    def in_formats(self, names: str | None) -> "Recipe":
+        """A copy that asks for these formats, with commas between them; or itself. Raises RecipeError."""
+        return self if names is None else self.model_copy(update={"format": parse_formats(names)})
+
+    def replace(self, section: str, **values: Any) -> "Recipe":
+        """A copy with those values that are not None put into a section.
+
+        Raises:
+            RecipeError: a value is not valid.
+        """
+        given = {key: value for key, value in values.items() if value is not None}
+        raw = self.model_dump()
+        if section == "quantization" and "algorithm" in given:
+            raw[section] = options_in_common(self.quantization, given["algorithm"])
+        raw[section] = {**raw[section], **given}
+        return validate_recipe(raw, "the options given")
+
+
+def find_recipe(name: str) -> Recipe:
+    """Load a recipe by its path or its name, or make the default one for a model's folder.
+
+    Args:
+        name: a recipe file (`.yaml`), a model's folder, or whatever `find_shipped_recipe` takes. The exact
+            name of a recipe that comes with msquant wins over a folder that is called the same.
+
+    Raises:
+        RecipeError: there is none of that name, or it is not valid.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.suffix in SUFFIXES:
+        return load_recipe(path)
+    if name and name not in shipped_recipes() and os.path.isdir(path):
+        return default_recipe(str(path), _config(path))
+    return load_recipe(find_shipped_recipe(name))
+
+
+def default_recipe(model: str, config: Mapping[str, Any]) -> Recipe:
+    """What is done to a model without a recipe: as its family has it, and else that of `Recipe`.
+
+    Args:
+        model: its folder.
+        config: the content of its `config.json`.
+    """
+    family = find_family(config.get("model_type"))
+    if family is None:
+        return Recipe(model=model)
+    default = family.default_recipe(config)
+    policy = make_algorithm(schemes=default.schemes, **default.options)
+    return Recipe.model_validate({"model": model, "quantization": policy, "format": default.formats[0]})
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Empty where there is no readable config.json, which whoever opens the model reports."""
+    try:
+        return read_json(folder / "config.json")
+    except CheckpointError:
+        return {}
+
+
+def find_shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with msquant.
+
+    Args:
+        name: its name (`deepseek-r1`), the hub id of its model (`deepseek-ai/DeepSeek-R1`), or a pattern that
+            matches one name (`*-llama-70b`); upper and lower case are the same.
+
+    Raises:
+        RecipeError: there is none, or several match the pattern; names the nearest, or the matching ones.
+    """
+    known = shipped_recipes()
+    wanted = published_name(name) or name.lower()
+    if wanted in known:
+        return known[wanted]
+    if _WILDCARDS & set(name):
+        matching = matching_recipes(name)
+        if len(matching) == 1:
+            return next(iter(matching.values()))
+        raise RecipeError(
+            f"{name!r} matches {len(matching)} recipes", remedy=f"choose one of {', '.join(matching)}"
+        )
+    raise _no_recipe(name)
+
+
+def matching_recipes(pattern: str) -> dict[str, Path]:
+    """The recipes that come with msquant whose name matches a shell pattern (`deepseek-r1-distill-*`).
+
+    Raises:
+        RecipeError: none does.
+    """
+    matching = {name: path for name, path in shipped_recipes().items() if fnmatchcase(name, pattern.lower())}
+    if not matching:
+        raise _no_recipe(pattern)
+    return matching
+
+
+def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
+    """Copy a recipe that comes with msquant to a file of one's own, whole or not at all.
+
+    Args:
+        name: as for `find_shipped_recipe`.
+        target: the file to make; its name ends in `.yaml` or `.yml`.
+        overwrite: replace the file if there is one.
+
+    Raises:
+        RecipeError: there is no such recipe, or the file's name would not be taken for a recipe's.
+        OutputError: the file exists, or cannot be written.
+    """
+    source = find_shipped_recipe(name)
+    check_target(target, overwrite=overwrite)
+    _write(source.read_bytes(), target)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML, with every value, defaults included."""
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
+    )
+
+
+def write_recipe(recipe: Recipe, target: Path, *, overwrite: bool = False) -> None:
+    """Write a recipe to a file, whole or not at all. Raises as `copy_recipe`."""
+    check_target(target, overwrite=overwrite)
+    _write(recipe_text(recipe).encode(), target)
+
+
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Check that a recipe may be written to a file. Raises as `copy_recipe`, but for what only writing shows.
+
+    Args:
+        target: the file to make.
+        overwrite: whether it may exist.
+    """
+    if target.suffix not in SUFFIXES:
+        raise RecipeError(
+            "a recipe's file name ends in .yaml", where=target, remedy=f"call it {target.name}.yaml"
+        )
+    folder = os.path.isdir(target)
+    if folder or (os.path.lexists(target) and not overwrite):
+        raise OutputError(
+            "is a folder" if folder else "exists already",
+            where=target,
+            remedy="give a file name" if folder else "give another name, or --overwrite",
+        )
+
+
+def _write(content: bytes, target: Path) -> None:
+    temporary = target.with_name(f".msquant.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written: {error.strerror or error}",
+            where=target,
+            remedy="give a file in a folder that exists and may be written to",
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, which would give every element of a list a line."""
+
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, or a key or value is not valid; names the nearest known key.
+    """
+    return validate_recipe(read_yaml(path), path)
+
+
+def validate_recipe(raw: Any, where: str | Path) -> Recipe:
+    """Build a recipe from plain data.
+
+    Raises:
+        RecipeError: a key or value is not valid.
+    """
+    if not isinstance(raw, dict):
+        raise RecipeError(f"holds a {type(raw).__name__}, a mapping is expected", where=where)
+    problems = []
+    section = raw.get("quantization", {})
+    if isinstance(section, dict):
+        # By itself, because which keys it may have depends on the algorithm that it names.
+        try:
+            algorithm = find_algorithm(section.get("algorithm", DEFAULT))
+            raw = {**raw, "quantization": algorithm.model_validate(section)}
+        except RecipeError as error:
+            raise RecipeError(error.what, where=where, remedy=error.remedy) from error
+        except ValidationError as error:
+            problems = [_problem(detail, algorithm, "quantization") for detail in error.errors()]
+            raw = {key: value for key, value in raw.items() if key != "quantization"}
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [_problem(detail, Recipe) for detail in error.errors()]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise RecipeError("; ".join(problems[:_SHOWN] + more), where=where)
+    return recipe
+
+
+@cache
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with msquant, by name."""
+    return {path.stem: path for path in sorted(configs_folder().glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def _no_recipe(name: str) -> RecipeError:
+    close = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], shipped_recipes(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return RecipeError(
+        f"{name!r} is neither a recipe nor a folder",
+        remedy=f"{hint}see all with: msquant recipes list; or give a recipe file (.yaml) or a model's folder",
+    )
+
+
+def _problem(detail: Any, model: type[BaseModel], *within: str) -> str:
+    place = ".".join(str(part) for part in (*within, *detail["loc"]))[:_LONGEST_PLACE]
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(model, detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"unknown key {place} ({hint})"
+    return f"{place}: {detail['msg']} (it is {reprlib.repr(detail['input'])})"
+
+
+def _known_keys(model: type[BaseModel], section: tuple[Any, ...]) -> list[str]:
+    for part in section:
+        annotation = model.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Models that come without a hub: the demo model, and GGUF files."""
