@@ -1,7 +1,7 @@
 """A model of one layer of each kind, cut from the one that is planned for, to measure this machine with."""
 
 from collections.abc import Mapping
-from math import sqrt
+from math import ceil, lcm, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False
 
     The hidden size and every expert have their true size. Of attention there are fewer heads and narrower
     compressions, of a dense feed-forward block fewer channels, of the experts fewer, all only as far as the
-    limits ask for it.
+    limits ask for it, and the policy's groups of columns divide what is left.
 
     Args:
         config: of the model.
@@ -56,8 +56,12 @@ def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False
     )
     part = 0.0 if small else min(1.0, MOST_WEIGHTS / shared)
 
+    groups = [s.weights.group_size for _, s in policy.schemes if s.weights is not None]
+    group = lcm(*(size for size in groups if size is not None))
+    step = lcm(_STEP, group)
+
     def cut(size: int) -> int:
-        return size if part == 1 else min(size, max(_STEP, int(size * part) // _STEP * _STEP))
+        return size if part == 1 else min(size, max(step, int(size * part) // step * step))
 
     dense = sum(not config.has_experts(index) for index in kinds)
     raw = {key: value for key, value in config.raw.items() if key not in ("layer_types", "pad_token_id")}
@@ -74,6 +78,10 @@ def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False
     }
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     kept = max(1, int(kv_heads * part))
+    values = config.head_dim if config.latent is None else config.latent.v_head_dim
+    # Groups of columns divide what the output projection reads.
+    while kept < kv_heads and heads // kv_heads * kept * values % group:
+        kept += 1
     raw |= {"num_key_value_heads": kept, "num_attention_heads": heads // kv_heads * kept}
     if config.latent is None:
         raw["head_dim"] = config.head_dim
@@ -81,9 +89,9 @@ def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False
         rank = config.latent.q_lora_rank
         raw |= {"q_lora_rank": rank and cut(rank), "kv_lora_rank": cut(config.latent.kv_lora_rank)}
     if small:
-        raw["hidden_size"] = min(config.hidden_size, _SMALL_HIDDEN)
+        raw["hidden_size"] = min(config.hidden_size, ceil(_SMALL_HIDDEN / step) * step)
     if config.experts is not None:
-        raw |= _fewer_experts(config, blocks[-1], small)
+        raw |= _fewer_experts(config, blocks[-1], small, step)
     return parse_config(raw, "the sample's config.json")
 
 
@@ -93,12 +101,12 @@ def _routed_weights(block: LayerBlocks, experts: int) -> int:
     return each * experts
 
 
-def _fewer_experts(config: ModelConfig, block: LayerBlocks, small: bool) -> dict[str, Any]:
+def _fewer_experts(config: ModelConfig, block: LayerBlocks, small: bool, step: int) -> dict[str, Any]:
     sizes, raw = config.experts, dict[str, Any]()
     assert sizes is not None
     count = min(sizes.count, max(2, MOST_EXPERT_WEIGHTS // max(1, _routed_weights(block, 1))))
     if small:
-        raw["moe_intermediate_size"] = min(sizes.intermediate_size, _STEP)
+        raw["moe_intermediate_size"] = min(sizes.intermediate_size, step)
         count = min(count, 4)
     if count < sizes.count:
         raw |= {"n_group": 1, "topk_group": 1}

@@ -131,6 +131,20 @@ def test_a_sample_has_every_kind_of_layer_and_is_bounded(name: str) -> None:
         assert weights_of([*least.searched, *least.streamed]) < 3_000_000
 
 
+@pytest.mark.parametrize("name", ["deepseek-r1", "qwen2.5-7b-instruct"])
+@pytest.mark.parametrize("size", [48, 128, 512])
+def test_the_groups_of_a_policy_divide_what_is_cut(name: str, size: int) -> None:
+    config = parse_config(published_config(name) or {})
+    policy = make_algorithm(algorithm="rtn", schemes=[{"kv_b_proj": "FLOAT"}, {"*": f"W4A16_G{size}"}])
+    for small in (False, True):
+        cut = sample_config(config, policy, small=small)
+        for index in range(cut.num_hidden_layers):
+            for tensor, shape in cut.layer_shapes(index).items():
+                # What groups do not divide in the model itself, they need not divide in a part of it.
+                if len(shape) == 2 and config.shapes.get(tensor, shape)[1] % size == 0:
+                    assert shape[1] % size == 0, (small, tensor, shape)
+
+
 def test_a_small_model_is_its_own_sample(tiny_llama: Path) -> None:
     config = open_source(str(tiny_llama)).config
     cut = sample_config(config, make_algorithm())
