@@ -68,18 +68,21 @@ class Plan:
 _DENSE = {"lm_head": "FLOAT"}
 _LATENT = _DENSE | {"kv_b_proj": "FLOAT"}
 _ALL = tuple(FORMATS)
+# No version of vLLM-MindSpore serves a quantized Qwen3-MoE or DeepSeek-V2, nor DeepSeek-V3 with its attention
+# per token below TP16.
+_OTHERS = ("compressed-tensors", "ascend")
 
 
-def _expert_plans(kept: Mapping[str, str]) -> tuple[Plan, ...]:
+def _expert_plans(kept: Mapping[str, str], formats: tuple[str, ...] = _OTHERS) -> tuple[Plan, ...]:
     return (
-        Plan({**kept, "mlp.": "W8A8_DYNAMIC"}, _ALL),
-        Plan({**kept, "proj": "W8A8_DYNAMIC"}, _ALL[::-1], {"feed_forward_alpha": 0.5}),
+        Plan({**kept, "mlp.": "W8A8_DYNAMIC"}, formats),
+        Plan({**kept, "proj": "W8A8_DYNAMIC"}, _OTHERS[::-1], {"feed_forward_alpha": 0.5}),
     )
 
 
 _NATIVE_PLANS = (
     Plan(_DENSE, _ALL),
-    Plan(_DENSE | {"proj": "W8A8_DYNAMIC"}, ("compressed-tensors", "ascend")),
+    Plan(_DENSE | {"proj": "W8A8_DYNAMIC"}, _OTHERS),
     Plan(_DENSE | {"mlp.": "W8A16"}, ("ascend",)),
 )
 
@@ -89,7 +92,7 @@ MODELS: Mapping[str, tuple[tuple[Plan, ...], Mapping[str, Any]]] = {
     "qwen3": (_NATIVE_PLANS, {"dtype": "float16", "max_shard_size": "100KB"}),
     "qwen3_moe": (_expert_plans(_DENSE), {"dtype": "bfloat16"}),
     "deepseek_v2": (_expert_plans(_LATENT), {"dtype": "bfloat16"}),
-    "deepseek_v3": (_expert_plans(_LATENT), {"dtype": "bfloat16", "prediction_layers": 1}),
+    "deepseek_v3": (_expert_plans(_LATENT, _ALL), {"dtype": "bfloat16", "prediction_layers": 1}),
 }
 """What is done with each tiny model, and how it is written; DeepSeek-V3 is turned into FP8."""
 FP8_BLOCK = (48, 40)
