@@ -95,7 +95,11 @@ def progress_bytes(target: Path) -> int:
     """What the progress files of unfinished files say."""
     total = 0
     for path in (target / ".msquant" / "partial").glob("*.progress"):
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            # Its file was finished since the folder was listed.
+            continue
         total += sum(int.from_bytes(raw[i : i + 8], "little") for i in range(8, len(raw), 8))
     return total
 
