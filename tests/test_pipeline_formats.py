@@ -107,10 +107,12 @@ def test_what_one_format_cannot_express_is_refused_before_any_work(tiny_llama: P
     refused(recipe, tmp_path, "native backend of vLLM-MindSpore cannot serve this: .* only W8A8 and FLOAT")
 
 
-def test_int8_weights_alone_are_refused_where_nobody_serves_them(tiny_llama: Path, tmp_path: Path) -> None:
-    refused(
-        recipe_of(tiny_llama, "golden-stick", schemes=rules(weight_only=["down_proj"])), tmp_path, "W8A16"
-    )
+@pytest.mark.parametrize(("name", "word"), [("golden-stick", "W8A16"), ("compressed-tensors", "W2A16")])
+def test_weights_alone_are_refused_where_nobody_serves_them(
+    name: str, word: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    schemes = [{"down_proj": word}, *rules()]
+    refused(recipe_of(tiny_llama, name, schemes=schemes), tmp_path, word)
 
 
 @pytest.mark.parametrize("name", ["ascend", "compressed-tensors"])
