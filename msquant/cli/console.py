@@ -1,4 +1,10 @@
-"""The one place that writes to the terminal: results to stdout, progress and errors to stderr."""
+"""The one place that writes to the terminal: results to stdout, progress and errors to stderr.
+
+All text passes a filter on its way there: whoever wrote it, it can only be read. Names of tensors, files and
+architectures, manifests, recipes, and what a model says are written by others. A terminal would obey the
+control sequences in them: move the cursor, clear what stands there, set its title. Characters that turn the
+direction of writing let one text look like another.
+"""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Checks of an Ascend machine: driver, NPUs, CANN, and the packages that vLLM-MindSpore is made for."""
+"""Checks of an Ascend machine, with remedies: driver, NPUs, CANN, and what vLLM-MindSpore is made for."""
 
 import os
 import platform

@@ -245,7 +245,7 @@ def _owners(field: str) -> Sequence[str]:
 
 
 def load_embedded(folder: Path, device: str = "cpu") -> "EmbeddedEngine":
-    """Load a model folder into the embedded engine; see `load_engine` for the errors."""
+    """Load a model folder into the embedded engine; see `generate` for the errors."""
     from msquant.families import find_family, model_types
 
     model_type = read_json(folder / "config.json").get("model_type")

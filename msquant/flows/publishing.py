@@ -1,4 +1,4 @@
-"""The flow of `msquant upload`: a folder that keeps its contract, a model card, and a hub."""
+"""The flow of `msquant upload`: a folder that keeps its contract, its model card, and a hub."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

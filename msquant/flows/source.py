@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, RecipeError
+from msquant.flows.serving_checks import parallelism
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format
-from msquant.formats.servers import Parallelism
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
@@ -142,10 +142,7 @@ def require_target(recipe: Recipe, plans: Sequence[FolderPlan]) -> None:
     Raises:
         RecipeError: none would; names the server and the key or layer that stands against it.
     """
-    serving = recipe.serving
-    split = Parallelism(
-        serving.tensor_parallel_size, serving.data_parallel_size, serving.expert_parallel_size
-    )
+    split = parallelism(recipe.serving)
     for plan in plans:
         model = plan.served_model
         found = best_refusal(servers_of(model, plan.format.server), model, split)

@@ -1,4 +1,4 @@
-"""Which hub a repository is taken from."""
+"""Which hub a repository is taken from, and where a person's token for it is: in no option or message."""
 
 import os
 import threading

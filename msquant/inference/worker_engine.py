@@ -1,4 +1,4 @@
-"""vLLM in a worker process: what its engines share, whichever package and Python the worker has."""
+"""vLLM in a worker process that answers in JSON lines: what its engines share, and how it ends."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The small cells that every block is made of, read from a source and checked against `config.json`."""
+"""Linears, with exact integer arithmetic, and the other small cells that every block is made of."""
 
 from itertools import pairwise
 from typing import Any

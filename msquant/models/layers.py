@@ -1,4 +1,8 @@
-"""A decoder layer as a MindSpore cell, from operators that CPU and Ascend both have."""
+"""A decoder layer as a MindSpore cell, from operators that CPU and Ascend both have.
+
+Multi-head latent attention is that of DeepSeek-V2 (arXiv 2405.04434): queries, keys and values from few
+channels.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""What `msquant quantize` would do to a model, from `config.json` and the shards' headers alone."""
+"""What `msquant quantize` would do to a model, and whether there is room, from its headers alone."""
 
 import os
 from collections import Counter

@@ -1,4 +1,8 @@
-"""The charts of a report: what is drawn, of which numbers, with which axes."""
+"""The charts of a report: what is drawn, of which numbers, with which axes; SVG, drawn by matplotlib.
+
+An SVG element in the page needs no script, so the page can forbid them all; it is sharp on paper; and colours
+that are CSS variables follow the reader's light or dark setting.
+"""
 
 import io
 import re

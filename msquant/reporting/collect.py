@@ -235,7 +235,7 @@ def _yaml(recipe: dict[str, Any]) -> str:
 
 
 _HOST, _PORT = "0.0.0.0", 8000
-_HEAD_serve_commands = "ADDRESS-OF-NODE-0"
+_HEAD_ADDRESS = "ADDRESS-OF-NODE-0"
 
 
 def commands(folder: Path, summary: Summary) -> list[Command]:
@@ -262,7 +262,7 @@ def _vllm_mindspore(folder: Path) -> list[Command]:
     try:
         settings = serving_settings(folder)
         if settings.nodes > 1 and settings.head_address is None:
-            settings = settings.changed({"head_address": _HEAD_serve_commands})
+            settings = settings.changed({"head_address": _HEAD_ADDRESS})
         launches = cluster_commands(folder, settings, _HOST, _PORT, environment={})
     except MsquantError:
         return []

@@ -1,4 +1,4 @@
-"""The flow of `msquant report`: a folder in, one document out."""
+"""The flow of `msquant report`: a folder in, one page that fetches and runs nothing, or Markdown, out."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""The embedded engine as a language model of lm_eval; imported only where lm_eval is installed."""
+"""The embedded engine, or an OpenAI-compatible endpoint, as a language model of lm_eval, which it imports."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

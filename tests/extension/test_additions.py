@@ -7,22 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from msquant import algorithms, families
 from msquant.algorithms import algorithm_names
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.writer import write_json
 from msquant.cli.app import app
-from msquant.families import expected_shapes, model_types
+from msquant.families import model_types
 from msquant.flows.generation import generate
 from msquant.flows.pipeline import quantize
 from msquant.formats import registry
 from msquant.formats.summary import summarize
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import Recipe, validate_recipe
-from tests.extension.toys import DESCRIPTION, SIX_BITS, Shrink, ToyFormat, toy_family
+from tests.extension.toys import DESCRIPTION, SIX_BITS, Shrink, ToyFormat, toy_family, write_toy
 
 TOKENS = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
 
@@ -42,21 +41,7 @@ def _added() -> Iterator[None]:
 @pytest.fixture
 def toy_folder(tiny_llama: Path, tmp_path: Path) -> Path:
     """The tiny Llama under the names of the toy family."""
-    ours, theirs = (
-        expected_shapes(read_json(tiny_llama / "config.json") | {"model_type": kind}) or {}
-        for kind in ("toy", "llama")
-    )
-    renamed = dict(zip(theirs, ours, strict=True))
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    for path in tiny_llama.iterdir():
-        if path.suffix == ".safetensors":
-            save_file({renamed[n]: t for n, t in load_file(path).items()}, folder / path.name)
-        elif path.name == "config.json":
-            write_json(folder / path.name, read_json(path) | {"model_type": "toy"})
-        elif path.name != "model.safetensors.index.json":
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return write_toy(tiny_llama, tmp_path / "toy")
 
 
 def recipe(model: Path, **quantization: Any) -> Recipe:

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from safetensors.numpy import load_file, save_file
 
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear, QuantizedLinear
-from msquant.families import find_family
+from msquant.checkpoint.writer import write_json
+from msquant.families import expected_shapes, find_family
 from msquant.families.base import Family, Names
 from msquant.formats.base import Format
 from msquant.formats.stored import FolderSource
@@ -120,3 +122,19 @@ def toy_family() -> Family:
         down="w2",
     )
     return replace(llama, model_type="toy", read_as="llama", names=names)
+
+
+def write_toy(llama: Path, folder: Path) -> Path:
+    """Write a Llama's folder under the names of the toy family, which must be registered."""
+    config = read_json(llama / "config.json")
+    ours, theirs = (expected_shapes(config | {"model_type": kind}) or {} for kind in ("toy", "llama"))
+    renamed = dict(zip(theirs, ours, strict=True))
+    folder.mkdir()
+    for path in llama.iterdir():
+        if path.suffix == ".safetensors":
+            save_file({renamed[name]: tensor for name, tensor in load_file(path).items()}, folder / path.name)
+        elif path.name == "config.json":
+            write_json(folder / path.name, config | {"model_type": "toy"})
+        elif path.name != "model.safetensors.index.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder

@@ -1,18 +1,14 @@
 """The registry of families, and what each gives a model without a recipe."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from msquant import families
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.writer import write_json
 from msquant.families import expected_shapes, find_family, model_types, register
-from msquant.families.base import Family, Names
+from msquant.families.base import Family
 from msquant.formats.registry import model_format
 from msquant.formats.servers import Parallelism, ServedModel
 from msquant.formats.verdicts import best_refusal, servers_of
@@ -22,51 +18,20 @@ from msquant.models.config_json import read_config
 from msquant.models.device import use_device
 from msquant.models.network import CausalLM
 from msquant.recipe.recipe import default_recipe, find_recipe
-
-TOY_NAMES = Names(
-    embedding="tok_embeddings",
-    final_norm="norm",
-    head="output",
-    layers="layers",
-    input_norm="attention_norm",
-    attention="attention",
-    queries="wq",
-    keys="wk",
-    values="wv",
-    output="wo",
-    feed_forward_norm="ffn_norm",
-    feed_forward="ffn",
-    gate="w1",
-    up="w3",
-    down="w2",
-)
+from tests.extension.toys import toy_family, write_toy
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Family:
     """Llama with the names of its first release."""
     monkeypatch.setattr(families, "_REGISTERED", dict(families._REGISTERED))
-    llama = find_family("llama")
-    assert llama is not None
-    return register(replace(llama, model_type="toy", read_as="llama", names=TOY_NAMES))
+    return register(toy_family())
 
 
 @pytest.fixture
 def toy_folder(tiny_llama: Path, tmp_path: Path, toy: Family) -> Path:
     """The tiny Llama with those names."""
-    ours, theirs = (
-        expected_shapes(read_json(tiny_llama / "config.json") | {"model_type": kind}) or {}
-        for kind in ("toy", "llama")
-    )
-    renamed = dict(zip(theirs, ours, strict=True))
-    tensors = {
-        renamed[name]: tensor
-        for path in tiny_llama.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", read_json(tiny_llama / "config.json") | {"model_type": "toy"})
-    return tmp_path
+    return write_toy(tiny_llama, tmp_path / "toy")
 
 
 def test_an_unknown_type_has_no_family() -> None:
