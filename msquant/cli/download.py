@@ -26,6 +26,7 @@ def download(
         str,
         typer.Option(help="modelers, huggingface or auto: where the organisation lives, then the other."),
     ] = "auto",
+    dataset: Annotated[bool, typer.Option("--dataset", help="REPO holds a dataset, not a model.")] = False,
     revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
     include: Annotated[
         list[str] | None, typer.Option(help="Only files like this, '*.json'; repeat it for more.")
@@ -44,13 +45,15 @@ def download(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     token_file: TokenFile = None,
 ) -> None:
-    """Download a model from Modelers or the Hugging Face Hub, and verify every file.
+    """Download a model, or a dataset, from Modelers or the Hugging Face Hub, and verify every file.
 
     An interrupted download continues with the same command. A finished folder is recognised at once.
     Mirrors: HF_ENDPOINT, OPENMIND_HUB_ENDPOINT. Proxies: HTTPS_PROXY. Tokens: HF_TOKEN, MODELERS_TOKEN, what
     `hf auth login` stored, or --token-file.
 
     Example: msquant download MindSpore-Lab/DeepSeek-R1-W8A8
+
+    Example: msquant download openai/gsm8k --dataset --output /data/gsm8k
 
     Example: msquant download Qwen/Qwen3-8B --include '*.safetensors' --include '*.json' --output /data/Qwen3
     """
@@ -61,7 +64,14 @@ def download(
     from msquant.hub.transfer_events import HubProgress
 
     with TransferProgress() as display:
-        snapshot = find_snapshot(repository, revision, hub, token_file=token_file, note=display.stage)
+        snapshot = find_snapshot(
+            repository,
+            revision,
+            hub,
+            token_file=token_file,
+            kind="dataset" if dataset else "model",
+            note=display.stage,
+        )
         files = select_files(snapshot.files, include or (), exclude or (), repository)
         if not dry_run:
             total = console.as_bytes(sum(file.size for file in files))

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from msquant.errors import HubError, ModelError
 from msquant.hub.huggingface import HuggingFaceHub
-from msquant.hub.listing import Hub, NotFoundError, Snapshot
+from msquant.hub.listing import Hub, NotFoundError, RepositoryKind, Snapshot
 from msquant.hub.modelers import ModelersHub
 from msquant.hub.names import check_names, is_hub_id
 from msquant.hub.retry import Limits, UnreachableError
@@ -68,13 +68,19 @@ _MODELERS = "https://modelers.cn"
 _T = TypeVar("_T")
 
 
-def make_hub(name: str, token_file: Path | None = None, limits: Limits | None = None) -> Hub:
+def make_hub(
+    name: str,
+    token_file: Path | None = None,
+    limits: Limits | None = None,
+    kind: RepositoryKind = "model",
+) -> Hub:
     """A hub as the environment and the person's own settings describe it.
 
     Args:
         name: `modelers` or `huggingface`.
         token_file: holds the token, in place of the environment's.
         limits: patience.
+        kind: of its repositories; Modelers has one address for all kinds.
 
     Raises:
         HubError: the address, the token or the least rate is not valid, or the token would go unprotected.
@@ -88,7 +94,7 @@ def make_hub(name: str, token_file: Path | None = None, limits: Limits | None = 
     from huggingface_hub import constants
 
     token = token_from_file(token_file) if token_file else huggingface_token()
-    return HuggingFaceHub(constants.ENDPOINT, token, limits)
+    return HuggingFaceHub(constants.ENDPOINT, token, limits, kind)
 
 
 def is_offline() -> bool:
@@ -105,6 +111,7 @@ def find_snapshot(
     *,
     token_file: Path | None = None,
     limits: Limits | None = None,
+    kind: RepositoryKind = "model",
     note: Callable[[str], None] = lambda text: None,
 ) -> Snapshot:
     """Resolve a repository's revision to a commit and list it; its names are safe to write.
@@ -115,6 +122,7 @@ def find_snapshot(
         hub: `modelers`, `huggingface`, or `auto`: the one where the organisation lives, then the other.
         token_file: holds the token of the hub, which must be named then.
         limits: patience.
+        kind: of the repository.
         note: called with a line that says which hub was taken instead of which.
 
     Raises:
@@ -130,7 +138,7 @@ def find_snapshot(
         )
     first: HubError | None = None
     for name in names:
-        chosen = make_hub(name, token_file, limits)
+        chosen = make_hub(name, token_file, limits, kind)
         try:
             snapshot = interruptible(partial(chosen.snapshot, repository, revision), chosen)
         except HubError as error:

@@ -10,6 +10,7 @@ from msquant.hub.http import HttpClient
 from msquant.hub.listing import (
     NotFoundError,
     RemoteFile,
+    RepositoryKind,
     Snapshot,
     entries,
     hexadecimal,
@@ -28,17 +29,25 @@ class HuggingFaceHub:
         endpoint: its address.
         token: the person's token, or None.
         limits: patience.
+        kind: of its repositories, `model` or `dataset`.
     """
 
     name = "huggingface"
     title = "Hugging Face Hub"
 
-    def __init__(self, endpoint: str, token: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        token: str | None = None,
+        limits: Limits | None = None,
+        kind: RepositoryKind = "model",
+    ) -> None:
+        self._kind = kind
         self.client = HttpClient(self.title, endpoint, "HF_ENDPOINT", token, self._explain, limits)
 
     def snapshot(self, repository: str, revision: str) -> Snapshot:
         """Resolve a revision to its commit and list that. Raises HubError, Stopped."""
-        url = f"{self.client.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}"
+        url = f"{self._api(repository)}/revision/{quote(revision, safe='')}"
         document, _ = self.client.json(url)
         commit = hexadecimal(document.get("sha"), 40) if isinstance(document, dict) else None
         if commit is None:
@@ -47,10 +56,15 @@ class HuggingFaceHub:
 
     def file_url(self, snapshot: Snapshot, path: str) -> str:
         """Where the content of a file is; large files are redirected to other hosts from there."""
-        return f"{self.client.endpoint}/{snapshot.repository}/resolve/{snapshot.reference}/{quote(path)}"
+        folder = "datasets/" if self._kind == "dataset" else ""
+        place = f"{folder}{snapshot.repository}/resolve/{snapshot.reference}"
+        return f"{self.client.endpoint}/{place}/{quote(path)}"
+
+    def _api(self, repository: str) -> str:
+        return f"{self.client.endpoint}/api/{self._kind}s/{repository}"
 
     def _files(self, repository: str, commit: str) -> Iterator[RemoteFile]:
-        url: str | None = f"{self.client.endpoint}/api/models/{repository}/tree/{commit}"
+        url: str | None = f"{self._api(repository)}/tree/{commit}"
         params: dict[str, str] | None = {"recursive": "true", "expand": "false"}
         bounds = ListingBounds(repository)
         while url is not None:

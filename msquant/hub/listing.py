@@ -9,6 +9,7 @@ from msquant.hub.bounds import MAX_FILE_BYTES
 from msquant.hub.http import HttpClient
 
 Algorithm = Literal["sha256", "git-sha1"]
+RepositoryKind = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True)
