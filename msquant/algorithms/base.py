@@ -89,10 +89,10 @@ class Algorithm(BaseModel):
         f"Schemes: {', '.join(PRESETS)}; the last pattern is '*'.",
     )
     min_expert_tokens: int = Field(
-        8,
+        32,
         ge=1,
-        description="An expert that got fewer calibration tokens is listed, and quantized from its weights "
-        "alone.",
+        description="An expert that got fewer calibration tokens is given those that came nearest to going "
+        "to it; with fewer still, it is listed and quantized from its weights alone.",
     )
 
     def scheme(self, linear: str) -> Scheme:

@@ -241,9 +241,8 @@ class HeldOutSmoother(FastOSLSmoother):
             state[1].asnumpy().reshape(batch.samples, -1, state[1].shape[-1])
             for batch, state in zip(batches, states, strict=True)
         ]
-        samples, length = sum(len(x) for x in inputs), inputs[0].shape[1]
-        places = slice(0, None, math.ceil(samples * length / SEARCH_TOKENS))
-        rows = np.arange(samples * length)[places]
+        lengths = [length for samples, length, _ in (x.shape for x in inputs) for _ in range(samples)]
+        places = slice(0, None, math.ceil(sum(lengths) / SEARCH_TOKENS))
         residual = None
         if group.name in RESIDUAL_GROUPS:
             residual = np.concatenate([state[0].asnumpy() for state in states])[places]
@@ -251,7 +250,7 @@ class HeldOutSmoother(FastOSLSmoother):
             low=np.concatenate([x.min(axis=1) for x in inputs]),
             high=np.concatenate([x.max(axis=1) for x in inputs]),
             x=np.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs])[places],
-            sample=rows // length,
+            sample=np.repeat(np.arange(len(lengths)), lengths)[places],
             residual=residual,
             typical=_typical(layer, group, key_value, query // key_value if self.is_gqa_wo_layer else 1),
             query_groups=(key_value, query // key_value) if self.is_gqa_wo_layer else None,

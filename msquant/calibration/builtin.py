@@ -1,42 +1,27 @@
-"""Calibration text that is on every machine msquant is installed on, so that the default needs no download.
+"""Calibration text that comes with msquant or with Python, so that the default needs no download.
 
-Five domains, so that the activation ranges are not those of one kind of text:
+Six domains, so that the activation ranges are not those of one kind of text:
 
-- documentation (1/2): every second entry of the standard library's `pydoc_data.topics`, technical English.
-  The other entries are kept for evaluation; some repeat sections of these, so a paragraph that is in both is
-  left out here.
-- code (3/16): modules of the standard library, Python source.
-- readme (3/16): the READMEs of mindspore and transformers, Markdown and HTML with links and shell commands.
-- legal (1/16): the Apache License 2.0 in transformers and the Mulan PSL v2 in openmind-hub, formal English.
-- chinese (1/16): the README of openmind-hub and the same license's Chinese text.
+- documentation: every second entry of the standard library's `pydoc_data.topics`, technical English. The
+  other entries are kept for evaluation; some repeat sections of these, so a paragraph that is in both is left
+  out here. PSF licence.
+- code: modules of the standard library, Python source. PSF licence.
+- dialogue: conversations in English and Chinese, which go through the model's own chat template where it has
+  one.
+- chinese, fiction, mathematics: prose of several kinds.
 
-The packages are dependencies with pinned versions, and their text is read from their installed metadata
-without importing them, so it is the same on every machine. The standard library's differs a little from one
-3.11 patch release to the next.
+What is not the standard library's was written for msquant (`texts/README.md`). The standard library's text
+differs a little from one 3.11 patch release to the next.
 """
 
-import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from msquant.calibration.domains import SHIPPED, Domain
+from msquant.calibration.rows import RowText
 from msquant.errors import CalibrationError
-
-
-@dataclass(frozen=True)
-class Domain:
-    """Texts of one kind.
-
-    Attributes:
-        name: of the kind, for messages and the manifest.
-        weight: its share of the samples, relative to the other domains' weights.
-        texts: the documents, in a fixed order.
-    """
-
-    name: str
-    weight: float
-    texts: list[str]
-
 
 CODE_MODULES = (
     "argparse",
@@ -57,26 +42,67 @@ CODE_MODULES = (
     "typing",
 )
 
+WEIGHTS = {
+    "documentation": 4,
+    "code": 3,
+    "dialogue": 3,
+    "chinese": 2,
+    "fiction": 2,
+    "mathematics": 2,
+}
+"""Shares of the samples: sixteenths."""
 
-def calibration_domains() -> list[Domain]:
-    """Return the builtin calibration text; see the module's docstring for what it is made of.
+
+def calibration_domains(rows: RowText | None = None) -> list[Domain]:
+    """The builtin calibration text; see the module's docstring for what it is made of.
+
+    Args:
+        rows: makes texts of the conversations; plain text without it.
 
     Raises:
-        CalibrationError: a part of the Python installation that holds some of it is missing.
+        CalibrationError: a part of the Python installation that holds some of it is missing, or the model's
+            chat template refuses a conversation.
     """
-    mulan_chinese, _, mulan_english = _license("openmind-hub").partition("Mulan Permissive Software License")
+    texts = {
+        "documentation": _documentation(),
+        "code": [module_source(name) for name in CODE_MODULES],
+        "chinese": [shipped_text("calibration", "chinese.txt")],
+        "fiction": [shipped_text("calibration", "fiction.txt")],
+        "mathematics": [shipped_text("calibration", "mathematics.txt")],
+    }
+    conversations, rendered = shipped_dialogue("calibration", rows or RowText())
     return [
-        Domain("documentation", 8, _documentation()),
-        Domain("code", 3, [module_source(name) for name in CODE_MODULES]),
-        Domain("readme", 3, [_readme("mindspore"), _readme("transformers")]),
-        Domain("legal", 1, [_license("transformers"), mulan_english]),
-        Domain("chinese", 1, [_readme("openmind-hub"), mulan_chinese]),
+        Domain(name, weight, conversations, rendered)
+        if name == "dialogue"
+        else Domain(name, weight, texts[name])
+        for name, weight in WEIGHTS.items()
     ]
 
 
 def evaluation_texts() -> list[str]:
-    """Return the entries of `pydoc_data.topics` that builtin calibration does not use, sorted by name."""
+    """The entries of `pydoc_data.topics` that builtin calibration does not use, sorted by name."""
     return _topics(first=1)
+
+
+def shipped_text(use: str, name: str) -> str:
+    """A text that comes with msquant, for `calibration` or for `evaluation`."""
+    return (SHIPPED / use / name).read_text(encoding="utf-8")
+
+
+def shipped_dialogue(use: str, rows: RowText) -> tuple[list[str], bool]:
+    """The conversations that come with msquant as texts, and whether a chat template wrote them.
+
+    Raises:
+        CalibrationError: the chat template refuses one.
+    """
+    where = "builtin, dialogue"
+    texts = [rows.text(row, number, where) for number, row in enumerate(_dialogue(use), 1)]
+    return [text for text, _ in texts], any(rendered for _, rendered in texts)
+
+
+def _dialogue(use: str) -> Iterator[dict[str, object]]:
+    for line in shipped_text(use, "dialogue.jsonl").splitlines():
+        yield json.loads(line)
 
 
 def _documentation() -> list[str]:
@@ -102,46 +128,9 @@ def module_source(name: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def installed_file(package: str, name: str) -> str:
-    """A text file of an installed package, read without importing it.
-
-    Args:
-        package: its name on PyPI.
-        name: the file, from the folder that packages are installed into.
-
-    Raises:
-        CalibrationError: the package or the file is not installed.
-    """
-    path = Path(str(_distribution(package).locate_file(name)))
-    if not path.is_file():
-        raise _missing(f"{name} of the package {package}")
-    return path.read_text(encoding="utf-8")
-
-
-def _readme(package: str) -> str:
-    text = _distribution(package).metadata.json.get("description")
-    if not isinstance(text, str) or not text.strip():
-        raise _missing(f"the README of the package {package}")
-    return text
-
-
-def _license(package: str) -> str:
-    text = _distribution(package).read_text("licenses/LICENSE")
-    if not text:
-        raise _missing(f"the license of the package {package}")
-    return text
-
-
-def _distribution(package: str) -> importlib.metadata.Distribution:
-    try:
-        return importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise _missing(f"the package {package}") from error
-
-
 def _missing(what: str) -> CalibrationError:
     return CalibrationError(
         f"{what} is not installed, so the builtin text is incomplete",
         where="builtin",
-        remedy="Install msquant again with its dependencies, or give a .txt, .jsonl or .parquet file.",
+        remedy="install msquant again with its dependencies, or name another source",
     )

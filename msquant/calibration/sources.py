@@ -1,127 +1,354 @@
-"""Calibration texts from a source's name: the builtin mix, or a local .txt, .jsonl or .parquet file."""
+"""Where calibration and evaluation texts come from, by the words that recipes and options use.
 
+`builtin[:DOMAIN]`, a local file or folder, `hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT]`, `modelers:...`, the
+short names of `known_sets`, and `self`; behind each `=SHARE` for a mix.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msquant.calibration.builtin import Domain, calibration_domains
-from msquant.checkpoint.json_file import decode_json
-from msquant.errors import CalibrationError
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.calibration.builtin import calibration_domains
+from msquant.calibration.data_files import READERS, DataFiles, card_configs, choose_data_files, reader_of
+from msquant.calibration.domains import Domain
+from msquant.calibration.known_sets import KNOWN_SETS
+from msquant.calibration.rows import Exchange, RowText, Template
+from msquant.calibration.streaming import MAX_CHARACTERS, stream_texts
+from msquant.checkpoint.cache import cache_folder
+from msquant.checkpoint.download_marker import DownloadMarker
+from msquant.errors import CalibrationError, HubError
+from msquant.hub.names import is_hub_id
 
 BUILTIN = "builtin"
-TEXT_FIELDS = ("text", "content")
-# Ten thousand samples of 1,024 tokens are about 30 million characters of English.
-MAX_CHARACTERS = 32_000_000
+SELF = "self"
+HUBS = {"hf": "huggingface", "modelers": "modelers"}
+"""The prefixes of sources on a hub, and the hubs' names."""
 
-_READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_SHARE = re.compile(r"(.+)=(\d+(?:\.\d+)?)(%?)", re.S)
+_MAX_CARD = 1 << 20
 
 
-def load_texts(source: str, *, text_field: str | None = None) -> list[Domain]:
-    """Load the texts of a calibration source; nothing is downloaded.
+@dataclass(frozen=True)
+class Reading:
+    """How sources are to be read.
 
-    Args:
-        source: `builtin`, or the path of a UTF-8 `.txt` file (one document), of a `.jsonl` file (one JSON
-            object a line) or of a `.parquet` file. Of a longer file the first 32 million characters are used.
-        text_field: the field or column that holds the text; by default `text` or `content`.
+    Attributes:
+        template: of a row, in place of the columns that are known.
+        tokenizer: whose chat template conversations go through; None for plain text.
+        characters: of a larger source so many are read, and no more.
+        seed: of the places in a larger source that are read.
+        offline: whether no hub may be asked.
+        note: called with what was decided in passing.
+        generate: lets the model itself write so many samples, and gives their token ids, int32.
+    """
 
-    Returns:
-        The domains, of which a file has one. Blank documents are left out.
+    template: Template | None = None
+    tokenizer: Any = None
+    characters: int = MAX_CHARACTERS
+    seed: int = 0
+    offline: bool = False
+    note: Callable[[str], None] = lambda text: None
+    generate: Callable[[int], list[NDArray[np.int32]]] | None = None
+
+    def rows(self, template: Template | Exchange | None = None) -> RowText:
+        """What makes texts of rows; the option's template goes before the dataset's own."""
+        return RowText(self.template or template, self.tokenizer)
+
+
+PLAIN = Reading()
+"""Conversations as plain text, no hub asked but where a source names one."""
+
+
+@dataclass(frozen=True)
+class SourceTexts:
+    """What came of a source.
+
+    Attributes:
+        domains: its texts; a dataset has one domain.
+        record: where they are from, for the manifest; without paths of this machine.
+    """
+
+    domains: list[Domain]
+    record: dict[str, str] = field(default_factory=dict)
+
+
+class Place:
+    """Where a source's texts are."""
+
+    def require(self, word: str) -> None:
+        """Check what can be checked before any work. Raises CalibrationError."""
+
+    def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        """Its texts.
+
+        Args:
+            word: the source as it was given, for messages.
+            reading: how.
+            count: the samples that are wanted of it, at most.
+
+        Raises:
+            CalibrationError: it is missing, unreadable or holds no text.
+            HubError: its hub refuses.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a mix.
+
+    Attributes:
+        word: as it was given, without the share.
+        place: where the texts are.
+        count: how many samples it gives; None for a share of what the others leave.
+        weight: that share, relative to the other sources' weights.
+    """
+
+    word: str
+    place: Place
+    count: int | None = None
+    weight: float = 1.0
+
+
+def parse_source(word: str) -> Source:
+    """A source from the word that names it; nothing is read but whether a local path exists.
 
     Raises:
-        CalibrationError: the file is missing, of another kind, unreadable or empty, or has no such field.
+        CalibrationError: the word names none.
     """
-    if source == BUILTIN:
-        return calibration_domains()
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise CalibrationError(
-            "no such file",
-            where=path,
-            remedy=f"Give '{BUILTIN}' or the path of a .txt, .jsonl or .parquet file.",
+    share = None if Path(word).expanduser().exists() else _SHARE.fullmatch(word)
+    if share is None:
+        return _find(word)
+    source, number, percent = _find(share[1]), share[2], share[3]
+    if percent or "." in number:
+        weight = float(number) / (100 if percent else 1)
+        if not weight:
+            raise CalibrationError("the share is 0", where=word, remedy="leave the source out")
+        return replace(source, weight=weight)
+    if not int(number):
+        raise CalibrationError("the count is 0", where=word, remedy="leave the source out")
+    return replace(source, count=int(number))
+
+
+def load_texts(source: str, reading: Reading = PLAIN) -> list[Domain]:
+    """The texts of one source, as evaluation takes them. Raises as `Place.read`."""
+    found = parse_source(source)
+    return found.place.read(found.word, reading, found.count or 0).domains
+
+
+def _find(word: str) -> Source:
+    first, _, rest = word.partition(":")
+    if first == BUILTIN:
+        return Source(word, _Builtin(rest or None))
+    if first == SELF:
+        if rest and not (rest.isdigit() and int(rest)):
+            raise CalibrationError(
+                f"{rest!r} is no number of samples", where=word, remedy=f"write {SELF} or {SELF}:16"
+            )
+        return Source(word, _OwnWords(), count=int(rest) if rest else None)
+    if first in HUBS:
+        return Source(word, _on_hub(word, first, rest))
+    if known := KNOWN_SETS.get(first):
+        place = _on_hub(known.word, *known.word.split(":", 1))
+        names = tuple(rest.split(":")) if rest else place.names
+        return Source(word, replace(place, names=names, template=known.template, licence=known.licence))
+    return Source(word, _local(word))
+
+
+@dataclass(frozen=True)
+class _Builtin(Place):
+    """The mix that comes with msquant, or one domain of it."""
+
+    domain: str | None
+
+    def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        # Not by the option's template, which is for the rows of the other sources.
+        domains = calibration_domains(RowText(tokenizer=reading.tokenizer))
+        if self.domain is not None:
+            names = [domain.name for domain in domains]
+            domains = [domain for domain in domains if domain.name == self.domain]
+            if not domains:
+                raise CalibrationError(
+                    f"there is no domain {self.domain!r} in the builtin text",
+                    where=word,
+                    remedy=f"use one of {', '.join(names)}",
+                )
+        return SourceTexts(domains)
+
+
+@dataclass(frozen=True)
+class _OwnWords(Place):
+    """What the float model itself writes."""
+
+    def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        if reading.generate is None:
+            raise CalibrationError(
+                "the model's own words are for calibration alone", where=word, remedy="name another source"
+            )
+        return SourceTexts([Domain(SELF, 1, [], encoded=reading.generate(count))])
+
+
+@dataclass(frozen=True)
+class _LocalData(Place):
+    """A file, or a folder of files that is laid out like a dataset's repository.
+
+    Attributes:
+        path: of it.
+        names: configuration and split, of a folder.
+    """
+
+    path: Path
+    names: tuple[str, ...] = ()
+
+    def require(self, word: str) -> None:
+        if not self.path.exists():
+            raise CalibrationError("no such file, folder or dataset", where=word, remedy=_known_words())
+        if not (self.path.is_dir() or self.path.is_file()):
+            raise CalibrationError("is neither a file nor a folder", where=word, remedy=_known_words())
+        if self.path.is_file() and reader_of(self.path.name) is None:
+            raise CalibrationError(
+                f"text cannot be read from a {self.path.suffix or 'file without an extension'}",
+                where=self.path,
+                remedy=f"give a file of the kinds {', '.join(READERS)}, or a folder of such",
+            )
+
+    def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        self.require(word)
+        return SourceTexts([self.domain(word, reading, reading.rows())])
+
+    def domain(self, word: str, reading: Reading, rows: RowText) -> Domain:
+        """Its texts, by these rules for rows."""
+        if self.path.is_file():
+            reader = reader_of(self.path.name)
+            assert reader is not None
+            files = DataFiles(reader, (str(self.path),), "train")
+        else:
+            names = [p.relative_to(self.path).as_posix() for p in sorted(self.path.rglob("*")) if p.is_file()]
+            card = self.path / "README.md"
+            readme = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            files = choose_data_files(names, card_configs(readme), self.names, word)
+            files = replace(files, paths=tuple(str(self.path / name) for name in files.paths))
+        if files.note:
+            reading.note(files.note)
+        sizes = [Path(path).stat().st_size for path in files.paths]
+        addresses = [str(Path(path).resolve()) for path in files.paths]
+        texts, rendered = stream_texts(
+            files, addresses, sizes, rows, str(self.path), reading.characters, reading.seed
         )
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise CalibrationError(
-            f"calibration text cannot be read from a {path.suffix or 'file without an extension'!s}",
-            where=path,
-            remedy=f"Give one of {', '.join(_READERS)}.",
+        return Domain(self.path.name, 1, texts, rendered)
+
+
+@dataclass(frozen=True)
+class _HubData(Place):
+    """A dataset on a hub, of which parts are read in place.
+
+    Attributes:
+        hub: `huggingface` or `modelers`.
+        repository: `organisation/name`.
+        revision: a branch, a tag or a commit.
+        names: configuration and split.
+        template: of a row, where the columns are not known by themselves.
+        licence: as the table of known sets has it.
+    """
+
+    hub: str
+    repository: str
+    revision: str
+    names: tuple[str, ...] = ()
+    template: Template | Exchange | None = None
+    licence: str | None = None
+
+    def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        rows = reading.rows(self.template)
+        copy = cache_folder() / "datasets" / self.repository
+        if reading.offline:
+            if not copy.is_dir():
+                raise self._not_here(word, copy, "downloads are switched off")
+            return self._copy(word, copy, reading, rows)
+        from msquant.hub.retry import UnreachableError
+
+        try:
+            return self._stream(word, reading, rows)
+        except UnreachableError as error:
+            if copy.is_dir():
+                reading.note(f"{word}: {error.what}; taken from {copy}")
+                return self._copy(word, copy, reading, rows)
+            raise self._not_here(word, copy, error.what) from error
+        except HubError as error:
+            raise HubError(error.what, where=f"{word} ({error.where})", remedy=error.remedy) from error
+
+    def _stream(self, word: str, reading: Reading, rows: RowText) -> SourceTexts:
+        from msquant.hub.choose import find_snapshot
+        from msquant.hub.remote_files import read_remote, remote_address
+
+        snapshot = find_snapshot(self.repository, self.revision, self.hub, kind="dataset", note=reading.note)
+        sizes = {file.path: file.size for file in snapshot.files}
+        card = ""
+        if sizes.get("README.md", _MAX_CARD) < _MAX_CARD:
+            card = read_remote(snapshot, "README.md").decode(errors="replace")
+        files = choose_data_files(list(sizes), card_configs(card), self.names, word)
+        if files.note:
+            reading.note(files.note)
+        texts, rendered = stream_texts(
+            files,
+            [remote_address(snapshot, path) for path in files.paths],
+            [sizes[path] for path in files.paths],
+            rows,
+            word,
+            reading.characters,
+            reading.seed,
         )
-    texts = _read(path, reader, text_field) if path.stat().st_size else []
-    if not texts:
-        raise CalibrationError(
-            "the file holds no text", where=path, remedy="Give a file with some text in it."
-        )
-    return [Domain(path.name, 1, texts)]
+        domain = Domain(self.repository, 1, texts, rendered)
+        return SourceTexts([domain], self._record(snapshot.commit, files.split))
 
+    def _copy(self, word: str, copy: Path, reading: Reading, rows: RowText) -> SourceTexts:
+        marker = DownloadMarker.read(copy)
+        domain = _LocalData(copy, self.names).domain(word, reading, rows)
+        return SourceTexts([domain], self._record(marker.commit if marker else "unknown", ""))
 
-def _read(path: Path, reader: str, text_field: str | None) -> list[str]:
-    import datasets
+    def _record(self, commit: str, split: str) -> dict[str, str]:
+        record = {"repository": self.repository, "hub": self.hub, "commit": commit, "split": split}
+        return {key: value for key, value in (record | {"licence": self.licence or ""}).items() if value}
 
-    # Off, because load_dataset reports to a server what it loads, local files included.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    options = {"sample_by": "document"} if reader == "text" else {}
-    texts: list[str] = []
-    characters = 0
-    try:
-        # Streaming reads the file in place: no converted copy is made, and none can be out of date.
-        rows = datasets.load_dataset(
-            reader, data_files=str(path.resolve()), split="train", streaming=True, **options
-        )
-        for i, row in enumerate(rows, 1):
-            text = _text(row, text_field, where=f"{path}, record {i}")
-            if text.strip():
-                texts.append(text)
-                characters += len(text)
-            if characters >= MAX_CHARACTERS:
-                break
-    except CalibrationError:
-        raise
-    # The readers raise ArrowInvalid, UnicodeDecodeError, ValueError and errors of datasets' own.
-    except Exception as error:
-        raise _unreadable(path, reader, error) from error
-    return texts
-
-
-def _text(row: dict[str, Any], text_field: str | None, *, where: str) -> str:
-    wanted = (text_field,) if text_field else TEXT_FIELDS
-    field = next((name for name in wanted if name in row), None)
-    if field is None:
-        raise CalibrationError(
-            f"there is no field {' or '.join(repr(name) for name in wanted)}; "
-            f"the fields are {', '.join(repr(name) for name in row)}",
-            where=where,
-            remedy="Name the field that holds the text.",
-        )
-    text = row[field]
-    if text is not None and not isinstance(text, str):
-        raise CalibrationError(
-            f"the field {field!r} holds {type(text).__name__}, not text",
-            where=where,
-            remedy="Name the field that holds the text.",
-        )
-    return text or ""
-
-
-def _unreadable(path: Path, reader: str, error: Exception) -> CalibrationError:
-    """Say where the file is damaged: the readers of `datasets` do not."""
-    where, what = str(path), f"the file cannot be read as {path.suffix} ({str(error).partition(chr(10))[0]})"
-    if reader == "parquet":
-        return CalibrationError(what, where=where, remedy="Write the file again.")
-    remedy = "Save the file as UTF-8 text."
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                if reader == "json" and line.strip() and not isinstance(decode_json(line.encode()), dict):
-                    raise ValueError("not a JSON object")
-    except UnicodeDecodeError as reason:
-        return CalibrationError(f"not UTF-8 text ({reason.reason})", where=where, remedy=remedy)
-    except ValueError as reason:
+    def _not_here(self, word: str, copy: Path, reason: str) -> CalibrationError:
+        revision = "" if self.revision == "main" else f" --revision {self.revision}"
         return CalibrationError(
-            f"not a JSON object ({reason})",
-            where=f"{path}, line {number}",
-            remedy='Every line must be one JSON object, for example {"text": "..."}.',
+            f"the dataset is not on this machine, and {reason}",
+            where=word,
+            remedy=f"where there is a network: msquant download {self.repository} --dataset "
+            f"--hub {self.hub}{revision} --output FOLDER; bring FOLDER here as {copy}: "
+            "the same source is then read from there",
         )
-    except OSError:
-        pass
-    return CalibrationError(what, where=where, remedy="Check that every line has the same fields and types.")
+
+
+def _on_hub(word: str, prefix: str, rest: str) -> _HubData:
+    place, *names = rest.split(":")
+    repository, _, revision = place.partition("@")
+    if not is_hub_id(repository) or len(names) > 2:
+        raise CalibrationError(
+            "names no dataset on a hub",
+            where=word,
+            remedy=f"write it as {prefix}:ORG/NAME[@REVISION][:CONFIG][:SPLIT]",
+        )
+    return _HubData(HUBS[prefix], repository, revision or "main", tuple(names))
+
+
+def _local(word: str) -> _LocalData:
+    path = Path(word).expanduser()
+    head, *names = word.split(":")
+    if not path.exists() and names and Path(head).expanduser().is_dir():
+        return _LocalData(Path(head).expanduser(), tuple(names[:2]))
+    return _LocalData(path)
+
+
+def _known_words() -> str:
+    sets: Sequence[str] = sorted(KNOWN_SETS)
+    return (
+        f"give {BUILTIN}, {SELF}, a .txt, .jsonl, .csv or .parquet file or a folder, hf:ORG/NAME, "
+        f"modelers:ORG/NAME, or one of {', '.join(sets)}"
+    )

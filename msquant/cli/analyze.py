@@ -22,7 +22,9 @@ def analyze(
     model: options.Model,
     algo: options.Algo = None,
     calibration: options.Calibration = None,
-    text_field: options.TextField = None,
+    template: options.Template = None,
+    chat_template: options.ChatTemplate = None,
+    pack: options.Pack = None,
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
@@ -80,16 +82,12 @@ def analyze(
     if not verbose:
         silence_libraries()
     from msquant.flows.analysis import analyze as analyze_model
+    from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import find_recipe, write_recipe
 
     recipe = find_recipe(model).replace("quantization", algorithm=algo)
-    recipe = recipe.replace(
-        "calibration",
-        source=calibration,
-        text_field=text_field,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
+    recipe = options.with_calibration(
+        recipe, calibration, template, chat_template, pack, samples, None, sequence_length, seed
     )
     from msquant.cli.layer_progress import LayerProgress
 
@@ -101,6 +99,7 @@ def analyze(
             device=device,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             verbose=verbose,
+            offline=is_offline(),
             progress=display.flow(lambda record: _note(record["errors"])),
         )
     if output is not None and analysis.recipe is not None:

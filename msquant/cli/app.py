@@ -12,6 +12,7 @@ from msquant import __version__
 from msquant.checkpoint.transformers_import import leave_torch_out
 from msquant.cli import console
 from msquant.cli.analyze import analyze
+from msquant.cli.calibration import calibration
 from msquant.cli.compare import compare
 from msquant.cli.doctor import doctor
 from msquant.cli.download import download
@@ -96,10 +97,11 @@ for _command in (
 ):
     app.command()(_interruptible(_command))
 app.add_typer(recipes)
-for _registered in engine.registered_commands:
-    if _registered.callback is not None:
-        _registered.callback = _interruptible(_registered.callback)
-app.add_typer(engine)
+for _group in (calibration, engine):
+    for _registered in _group.registered_commands:
+        if _registered.callback is not None:
+            _registered.callback = _interruptible(_registered.callback)
+    app.add_typer(_group)
 
 
 def own_process() -> None:

@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     text: scores.Text = None,
     no_builtin: scores.NoBuiltin = False,
-    text_field: options.TextField = None,
+    template: options.Template = None,
     sequences: scores.Sequences = 4,
     sequence_length: scores.SequenceLength = None,
     tasks: Annotated[
@@ -72,7 +72,7 @@ def evaluate(
     Example: msquant evaluate smollm2-135m-osl --tasks gsm8k,mmlu --task-data questions --limit 50
     """
     if tasks is not None:
-        text_options = {"--text": text, "--no-builtin": no_builtin or None, "--text-field": text_field}
+        text_options = {"--text": text, "--no-builtin": no_builtin or None, "--template": template}
         task_scores.refuse(text_options | {"--sequence-length": sequence_length}, "leave out --tasks")
         task_scores.show(
             task_scores.run(
@@ -98,7 +98,7 @@ def evaluate(
         baseline=baseline,
         texts=text or (),
         builtin=not no_builtin,
-        text_field=text_field,
+        template=template,
         sequences=sequences,
         sequence_length=sequence_length,
         device=device,

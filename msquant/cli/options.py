@@ -1,12 +1,15 @@
 """The options that several commands share, and what they stand for."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msquant.algorithms import algorithm_names, find_algorithm
 from msquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from msquant.recipe.recipe import Recipe
 
 
 def _known_algorithm(name: str | None) -> str | None:
@@ -27,10 +30,39 @@ Algo = Annotated[
     typer.Option(help=f"Algorithm: {', '.join(algorithm_names())}.", callback=_known_algorithm),
 ]
 Calibration = Annotated[
-    str | None, typer.Option(help="Text to calibrate on: builtin, or a .txt, .jsonl or .parquet file.")
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate on: builtin, self, a file or folder, hf:ORG/NAME, modelers:ORG/NAME, or a "
+        "known dataset (gsm8k); =8 or =25% behind it for a mix. Repeat it for more."
+    ),
 ]
-TextField = Annotated[str | None, typer.Option(help="Field of the text in .jsonl and .parquet.")]
+Template = Annotated[
+    str | None, typer.Option(help="How a row becomes text: '{question}\\n{answer}'.", show_default=False)
+]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Put conversations through the tokenizer's chat template.  [default: as the recipe says]",
+        show_default=False,
+    ),
+]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Fill a sequence with several documents, or take one each.  [default: as the recipe says]",
+        show_default=False,
+    ),
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+MaxSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="For a mixture of experts: go on up to so many sequences, to feed the experts.",
+        show_default=False,
+    ),
+]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each calibration sequence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the choice of calibration sequences.")]
 Formats = Annotated[
@@ -53,3 +85,28 @@ def default_output(model: str, algorithm: str) -> Path:
     path = Path(model)
     name = path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
     return Path(f"{name}-{algorithm}")
+
+
+def with_calibration(
+    recipe: "Recipe",
+    calibration: list[str] | None = None,
+    template: str | None = None,
+    chat_template: bool | None = None,
+    pack: bool | None = None,
+    samples: int | None = None,
+    max_samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+) -> "Recipe":
+    """A recipe with the options of calibration that are given. Raises RecipeError."""
+    return recipe.replace(
+        "calibration",
+        source=calibration or None,
+        template=template,
+        chat_template=chat_template,
+        pack=pack,
+        samples=samples,
+        max_samples=max_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )

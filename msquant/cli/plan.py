@@ -36,6 +36,7 @@ def plan(
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
     source: options.Source = None,
+    calibration: options.Calibration = None,
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
     formats: options.Formats = None,
@@ -59,7 +60,7 @@ def plan(
 
     silence_libraries()
     recipe = find_recipe(model)
-    recipe = recipe.replace("calibration", samples=samples, sequence_length=sequence_length)
+    recipe = options.with_calibration(recipe, calibration, samples=samples, sequence_length=sequence_length)
     recipe = recipe.in_formats(formats)
     target = output or options.default_output(model, recipe.quantization.algorithm)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
@@ -124,7 +125,8 @@ def _print(plan: "Plan") -> None:
     rows = [
         *(["output", each.folder] for each in plan.formats),
         *(["format", f"{each.name} for {each.consumer}"] for each in plan.formats),
-        ["calibration", f"{plan.samples} x {plan.sequence_length} tokens"],
+        ["calibration", f"{plan.samples} x {plan.sequence_length} tokens from {', '.join(plan.sources)}"],
+        ["reads", f"at most {plan.source_characters / 1e6:.0f} million characters of each source"],
         ["size before", console.as_bytes(plan.source_bytes)],
         ["size after", console.as_bytes(plan.output_bytes)],
         ["scratch", console.as_bytes(plan.scratch_bytes)],

@@ -21,8 +21,11 @@ def quantize(
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,
     calibration: options.Calibration = None,
-    text_field: options.TextField = None,
+    template: options.Template = None,
+    chat_template: options.ChatTemplate = None,
+    pack: options.Pack = None,
     samples: options.Samples = None,
+    max_samples: options.MaxSamples = None,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
     formats: options.Formats = None,
@@ -41,7 +44,10 @@ def quantize(
         bool, typer.Option("--no-evaluate", help="Leave out the short comparison with the float model.")
     ] = False,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Never download the weights; HF_HUB_OFFLINE=1 does the same.")
+        bool,
+        typer.Option(
+            "--offline", help="Ask no hub, for weights or datasets; HF_HUB_OFFLINE=1 does the same."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: options.Verbose = False,
@@ -62,7 +68,9 @@ def quantize(
 
     Example: msquant quantize smollm2-135m --format golden-stick,compressed-tensors
 
-    Example: msquant quantize ./Llama-3.1-8B --algo osl --calibration texts.jsonl --samples 32
+    Example: msquant quantize ./Llama-3.1-8B --calibration texts.jsonl --samples 32
+
+    Example: msquant quantize qwen3-8b --calibration builtin --calibration gsm8k=25% --calibration self=4
     """
     from msquant.models.device import silence_libraries
 
@@ -74,13 +82,8 @@ def quantize(
 
     recipe = find_recipe(model)
     recipe = recipe.replace("quantization", algorithm=algo)
-    recipe = recipe.replace(
-        "calibration",
-        source=calibration,
-        text_field=text_field,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
+    recipe = options.with_calibration(
+        recipe, calibration, template, chat_template, pack, samples, max_samples, sequence_length, seed
     )
     recipe = recipe.in_formats(formats)
     recipe = recipe.replace("evaluation", sequences=0 if no_evaluate else None)
@@ -108,6 +111,7 @@ def quantize(
             memory_budget=budget,
             verbose=verbose,
             fetch=None if offline or is_offline() else fetch,
+            offline=offline or is_offline(),
             progress=display.flow(_alphas),
         )
     if as_json:
@@ -185,7 +189,7 @@ def _print_result(result: "QuantizeResult") -> None:
         console.print_warning(
             f"{sum(few.values())} experts in {sum(map(bool, few.values()))} decoder layers got too few "
             "calibration tokens and were quantized from their weights alone; msquant.json lists them, "
-            "--samples and --sequence-length give them more"
+            "--max-samples, --samples and --sequence-length give them more"
         )
     console.print_line(f"Next: msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Text = Annotated[
     list[str] | None,
-    typer.Option("--text", help="A .txt, .jsonl or .parquet file to evaluate on, too; repeat it for more."),
+    typer.Option(
+        "--text", help="Text to evaluate on, too: a file, a folder, hf:ORG/NAME; repeat it for more."
+    ),
 ]
 NoBuiltin = Annotated[bool, typer.Option("--no-builtin", help="Leave the builtin texts out.")]
 Sequences = Annotated[int, typer.Option(min=1, help="Windows of each text, evenly spread over it.")]

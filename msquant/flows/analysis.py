@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import peak_memory
 from msquant.errors import RecipeError
-from msquant.flows.pipeline import MEMORY_BUDGET, calibration_tokens, embed
-from msquant.flows.source import Source, folder_plan, folder_plans, open_source, require_target
+from msquant.flows.calibration import calibration_of, require_sources
+from msquant.flows.pipeline import MEMORY_BUDGET, embed
+from msquant.flows.source import Source, batch_tokens, folder_plan, folder_plans, open_source, require_target
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.layer_report import GroupError
@@ -65,6 +64,7 @@ def analyze(
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> Analysis:
     """Measure the error that quantizing each group of linears causes alone.
@@ -76,6 +76,7 @@ def analyze(
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
+        offline: ask no hub for calibration text.
         progress: callbacks; a layer's record holds its `index` and the `errors` of its groups by name.
 
     Raises:
@@ -84,16 +85,16 @@ def analyze(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
     model = open_source(source or recipe.model)
     plans = folder_plans(recipe, model)
     plan = plans[0]
     if budget is not None:
         _check_budget(budget, plans)
-    progress.stage(f"calibration from {recipe.calibration.source}")
-    tokens = calibration_tokens(recipe, model.folder)
+    samples = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress).samples
     per_token = all(W8A8_DYNAMIC in plan.format.words for plan in plans)
-    measured = _measure(recipe, model, tokens, per_token, device, memory_budget, verbose, progress)
+    measured = _measure(recipe, model, samples, per_token, device, memory_budget, verbose, progress)
     groups = _ranked(measured, model.config, recipe)
     error = math.fsum(group.measured.error for group in groups)
     kept: list[RankedGroup] = []
@@ -119,7 +120,7 @@ def analyze(
 def _measure(
     recipe: Recipe,
     source: Source,
-    tokens: NDArray[np.int32],
+    samples: Samples,
     per_token: bool,
     device: str,
     memory_budget: int,
@@ -133,13 +134,13 @@ def _measure(
 
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
-    config, policy, length = source.config, recipe.quantization, tokens.shape[1]
+    config, policy, length = source.config, recipe.quantization, samples.tokens.shape[1]
     measured: list[GroupError] = []
     with tempfile.TemporaryDirectory(prefix="msquant-") as folder, deferred_interrupts():
         store = HiddenStateStore(Path(folder), memory_budget)
         decoder = SensitivityPass(config, source.checkpoint, policy, length, dtype, store, progress.step)
         progress.layers(config.num_hidden_layers, 0)
-        embed(source, tokens, store, dtype)
+        embed(source, samples.batches(batch_tokens(config)), store, dtype)
         for index in range(config.num_hidden_layers):
             with store.write(index + 1) as outputs:
                 errors = decoder.errors(index, store.open(index), outputs.append, dynamic=per_token)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from msquant.calibration.builtin import Domain
+from msquant.calibration.domains import Domain
 from msquant.calibration.evaluation import evaluation_domains
-from msquant.calibration.sources import load_texts
+from msquant.calibration.rows import Template
+from msquant.calibration.sources import Reading, load_texts
 from msquant.calibration.tokens import spread_windows
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
@@ -28,6 +29,7 @@ from msquant.evaluation.domain_scores import LayerScore, ModelScore
 from msquant.evaluation.inputs import Text
 from msquant.flows.engines import open_weights
 from msquant.flows.generation import find_named_model
+from msquant.hub.choose import is_offline
 from msquant.hub.models import resolve_model
 from msquant.interrupts import deferred_interrupts
 from msquant.models.config_json import read_config
@@ -84,7 +86,7 @@ def compare(
     baseline: str | None = None,
     texts: Sequence[str] = (),
     builtin: bool = True,
-    text_field: str | None = None,
+    template: str | None = None,
     sequences: int = SEQUENCES,
     sequence_length: int | None = None,
     device: str = "cpu",
@@ -98,9 +100,9 @@ def compare(
             takes them.
         baseline: the float model, as `resolve_model` takes it, or a recipe's name. If None, the one that the
             first of the models was made from by its `msquant.json`, if it is on this machine.
-        texts: files of the user's own, as `load_texts` takes them.
+        texts: sources of the user's own, as `parse_source` takes them.
         builtin: evaluate on the builtin texts too.
-        text_field: the field of the text in .jsonl and .parquet.
+        template: how a row of theirs becomes text, with columns in braces.
         sequences: windows of each text, evenly spread; fewer of a text that is too short.
         sequence_length: tokens in each; if None 512, or as many as the model takes.
         device: `cpu` or `ascend`.
@@ -125,7 +127,7 @@ def compare(
     progress.stage("reading texts")
     config = read_config(all_folders[0])
     length = sequence_length or min(SEQUENCE_LENGTH, config.max_position_embeddings)
-    domains = _domains(texts, builtin, text_field)
+    domains = _domains(texts, builtin, template, progress)
     tokens = _tokens(all_folders, domains, sequences, length, notes)
     progress.stage("loading MindSpore")
     with deferred_interrupts():
@@ -208,10 +210,16 @@ def _made_from(folders: Sequence[Path], notes: list[str]) -> Path | None:
     return None
 
 
-def _domains(texts: Sequence[str], builtin: bool, text_field: str | None) -> list[Domain]:
+def _domains(texts: Sequence[str], builtin: bool, template: str | None, progress: Progress) -> list[Domain]:
     domains = evaluation_domains() if builtin else []
+    reading = Reading(
+        template=Template(template) if template is not None else None,
+        characters=MAX_CHARACTERS,
+        offline=is_offline(),
+        note=progress.stage,
+    )
     for text in texts:
-        domains += load_texts(text, text_field=text_field)
+        domains += load_texts(text, reading)
     if not domains:
         raise CalibrationError("there is no text to evaluate on", remedy="give one with --text")
     return [_shortened(domain, MAX_CHARACTERS) for domain in domains]

@@ -1,13 +1,9 @@
 """`msquant.json`: everything that a result came from, and what the pass chose."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
@@ -22,7 +18,7 @@ RECORDED = ("msquant", "mindspore", "mindspore-gs", "transformers", "numpy", "sa
 
 
 def job_identity(
-    recipe: Recipe, source: Checkpoint, tokens: NDArray[np.int32], device: str
+    recipe: Recipe, source: Checkpoint, calibration: Mapping[str, Any], device: str
 ) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other.
 
@@ -32,14 +28,14 @@ def job_identity(
     Args:
         recipe: what was asked for.
         source: the checkpoint to quantize.
-        tokens: `[samples, sequence_length]`, the calibration batches.
+        calibration: the record of its samples.
         device: `cpu` or `ascend`.
     """
     return {
         "versions": {package: version(package) for package in RECORDED},
         "recipe": recipe.model_dump(mode="json", exclude={"evaluation", "serving"}),
         "source": source.fingerprint(),
-        "calibration": {"shape": list(tokens.shape), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
+        "calibration": dict(calibration),
         "device": device,
     }
 
@@ -84,8 +80,12 @@ def layer_record(index: int, report: LayerReport, policy: Algorithm) -> dict[str
         },
     }
     if report.expert_tokens:
-        few = [i for i, tokens in enumerate(report.expert_tokens) if tokens < policy.min_expert_tokens]
-        record["experts"] = {"tokens": report.expert_tokens, "few_tokens": few}
+        fed = [got + lent for got, lent in zip(report.expert_tokens, report.lent_tokens, strict=True)]
+        record["experts"] = {
+            "tokens": report.expert_tokens,
+            "lent_tokens": report.lent_tokens,
+            "few_tokens": [i for i, tokens in enumerate(fed) if tokens < policy.min_expert_tokens],
+        }
     return record
 
 

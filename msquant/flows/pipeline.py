@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.calibration.sources import load_texts
-from msquant.calibration.tokens import calibration_batches
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
 from msquant.checkpoint.journal import Journal
@@ -24,14 +23,14 @@ from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.run_files import RunFiles
-from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.errors import MsquantError, StartOverError
 from msquant.evaluation.inputs import Model, Text
+from msquant.flows.calibration import Calibration, calibration_of, require_sources
 from msquant.flows.conversion import other_folders, output_folders, write_export
 from msquant.flows.forecast import Forecast
 from msquant.flows.manifest import build_manifest, job_identity, layer_record
 from msquant.flows.short_evaluation import evaluate_result, short_texts
-from msquant.flows.source import Source, batch_samples, folder_plans, open_source, scratch_bytes
+from msquant.flows.source import Source, batch_tokens, folder_plans, hidden_bytes, open_source
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
@@ -81,6 +80,7 @@ def quantize(
     memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
     fetch: Callable[[str], Path] | None = None,
+    offline: bool = False,
     progress: Progress | None = None,
     remember: bool = True,
 ) -> QuantizeResult:
@@ -97,6 +97,7 @@ def quantize(
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
+        offline: ask no hub for calibration text.
         progress: callbacks.
         remember: note the folder as the newest result, which `msquant run` takes.
 
@@ -107,16 +108,16 @@ def quantize(
     started = time.monotonic()
     progress = progress or Progress()
     with OutputFolder(output, overwrite=overwrite) as target:
+        require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
         model = open_source(source or recipe.model, fetch)
         plans = folder_plans(recipe, model)
         plan = plans[0]
-        progress.stage(f"calibration from {recipe.calibration.source}")
-        tokens = calibration_tokens(recipe, model.folder)
+        calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)
         texts = short_texts(recipe.evaluation, model.folder, model.config)
         if restart:
             target.clear()
-        identity = job_identity(recipe, model.checkpoint, tokens, device)
+        identity = job_identity(recipe, model.checkpoint, calibration.record, device)
         journal = Journal.open(target.path, identity)
         with (
             other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
@@ -125,7 +126,7 @@ def quantize(
             RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
-            require_free_space(target.path, needed + scratch_bytes(model.config, tokens))
+            require_free_space(target.path, needed + hidden_bytes(model.config, calibration.size))
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
@@ -137,7 +138,7 @@ def quantize(
             _write_rest(model, journal, writer, files)
             progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            run = recipe, model, tokens, texts, journal, writer, files
+            run = recipe, model, calibration, texts, journal, writer, files
             seconds = _write_layers(*run, store, device, verbose, progress)
             if files.unverified:
                 progress.stage("verifying what an earlier run has finished")
@@ -179,44 +180,27 @@ def quantize(
 SCRATCH = "scratch"
 
 
-def calibration_tokens(recipe: Recipe, source: Path) -> NDArray[np.int32]:
-    """The recipe's calibration batches, `[samples, sequence_length]`, by the source's tokenizer.
-
-    Raises:
-        CalibrationError: the text is missing, unreadable or too short.
-    """
-    settings = recipe.calibration
-    return calibration_batches(
-        load_texts(settings.source, text_field=settings.text_field),
-        load_tokenizer(source),
-        samples=settings.samples,
-        sequence_length=settings.sequence_length,
-        seed=settings.seed,
-    )
-
-
-def embed(source: Source, tokens: NDArray[np.int32], store: HiddenStateStore, dtype: Any) -> None:
-    """Put the inputs of the first decoder layer into the store, in batches of samples.
+def embed(source: Source, batches: Iterable[NDArray[np.int32]], store: HiddenStateStore, dtype: Any) -> None:
+    """Put the inputs of the first decoder layer into the store.
 
     Args:
         source: the model.
-        tokens: `[samples, sequence_length]`.
+        batches: the calibration tokens, `[B, T]` each.
         store: takes them at boundary 0.
         dtype: compute dtype.
     """
     from msquant.models.network import Embedding
 
-    step = batch_samples(source.config, tokens.shape[1])
     embedding = Embedding(source.config, source.checkpoint, dtype)
     with store.write(0) as hidden:
-        for start in range(0, len(tokens), step):
-            hidden.append(embedding(tokens[start : start + step]).asnumpy().astype(np.float32))
+        for batch in batches:
+            hidden.append(embedding(batch).asnumpy().astype(np.float32))
 
 
 def _write_layers(
     recipe: Recipe,
     source: Source,
-    tokens: NDArray[np.int32],
+    calibration: Calibration,
     texts: Sequence[Text],
     journal: Journal,
     writer: FolderStream,
@@ -240,12 +224,21 @@ def _write_layers(
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
     progress.layers(count, done)
-    policy, length = recipe.quantization, tokens.shape[1]
+    policy, most = recipe.quantization, batch_tokens(config)
+    sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
     decoder = DecoderPass(
-        config, checkpoint, policy, length, dtype, store, progress.step, lambda: progress.lap("attention")
+        config,
+        checkpoint,
+        policy,
+        max(samples.tokens.shape[1] for samples in sets),
+        dtype,
+        store,
+        progress.step,
+        lambda: progress.lap("attention"),
+        searched=len(list(calibration.samples.batches(most))),
     )
     if not done:
-        embed(source, tokens, store, dtype)
+        embed(source, chain.from_iterable(samples.batches(most) for samples in sets), store, dtype)
     progress.lap("start")
     if texts:
         # What is wrong with the layer, the pass over it says better.

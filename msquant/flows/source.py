@@ -4,9 +4,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, RecipeError
 from msquant.flows.serving_checks import parallelism
@@ -164,17 +161,21 @@ def model_groups(
     return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
 
 
-def scratch_bytes(config: ModelConfig, tokens: NDArray[np.int32]) -> int:
-    """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them."""
-    return hidden_bytes(config, tokens.size)
-
-
 def hidden_bytes(config: ModelConfig, tokens: int) -> int:
-    """As `scratch_bytes`, of so many calibration tokens."""
+    """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them.
+
+    Args:
+        config: the model's shape.
+        tokens: calibration tokens.
+    """
     return 3 * tokens * config.hidden_size * 4
+
+
+def batch_tokens(config: ModelConfig) -> int:
+    """How many tokens are computed together."""
+    return WIDE_BATCH_TOKENS if config.hidden_size >= WIDE else BATCH_TOKENS
 
 
 def batch_samples(config: ModelConfig, length: int) -> int:
     """How many samples of so many tokens are computed together."""
-    tokens = WIDE_BATCH_TOKENS if config.hidden_size >= WIDE else BATCH_TOKENS
-    return max(1, tokens // length)
+    return max(1, batch_tokens(config) // length)

@@ -54,6 +54,7 @@ class LayerReport:
         groups: one entry a smooth group, in order of computation.
         clip_ratios: linear name to the ratio chosen for every output channel, float32 `[N]`.
         expert_tokens: calibration tokens that each routed expert got; empty where there are none.
+        lent_tokens: further tokens that each of them was given to be calibrated, where it got too few.
         error: squared error of the quantized layer's output, relative to the square of what the layer adds to
             its input, over the first batch of calibration tokens.
     """
@@ -62,6 +63,7 @@ class LayerReport:
     groups: list[GroupReport] = field(default_factory=list)
     clip_ratios: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+    lent_tokens: list[int] = field(default_factory=list)
     error: float = float("nan")
 
 

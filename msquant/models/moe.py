@@ -10,7 +10,7 @@ from msquant.checkpoint.weights import WeightSource
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.reading import expert_sizes, read_tensor
-from msquant.models.routing import Ids, Weights, route, tokens_of
+from msquant.models.routing import Ids, Weights, margins, route, tokens_of
 
 
 class Router(nn.Cell):
@@ -40,13 +40,27 @@ class Router(nn.Cell):
 
     def construct(self, x: Tensor) -> tuple[Ids, Weights]:
         """`[T, H]` to the chosen experts and their weights, int32 and float32 `[T, experts a token]`."""
-        logits = self.matmul(x.astype(ms.float32), self.weight).asnumpy()
-        bias = getattr(self, self._bias)
-        return route(self.config, self.sizes, logits, None if bias is None else bias.asnumpy())
+        return route(self.config, self.sizes, self._logits(x), self._correction())
 
     def route(self, x: Tensor) -> tuple[Ids, Weights]:
         """The same as calling it."""
         return self(x)
+
+    def margins(self, x: Tensor) -> Weights:
+        """How near each expert is to each token, `[T, experts]`, -infinity for those that it goes to."""
+        logits, bias = self._logits(x), self._correction()
+        ids, _ = route(self.config, self.sizes, logits, bias)
+        near = margins(self.config, logits, bias, ids)
+        np.put_along_axis(near, ids, np.float32(-np.inf), axis=1)
+        return near
+
+    def _logits(self, x: Tensor) -> Weights:
+        logits: Weights = self.matmul(x.astype(ms.float32), self.weight).asnumpy()
+        return logits
+
+    def _correction(self) -> Weights | None:
+        bias = getattr(self, self._bias)
+        return None if bias is None else bias.asnumpy()
 
 
 class MoE(nn.Cell):

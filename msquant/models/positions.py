@@ -12,7 +12,7 @@ from msquant.models.rope import rotary_tables
 
 
 class Positions:
-    """What a decoder layer knows of its tokens' places.
+    """What a decoder layer knows of its tokens' places; without cached tokens also for fewer tokens.
 
     Tables are kept in full shape for the next layer: on a CPU an operator that broadcasts takes 20 times
     longer.
@@ -49,13 +49,16 @@ class Positions:
         """Rotate the last R channels of queries or keys, `[B, heads, T, R or more]`."""
         plain = x.shape[3] - self._cos.shape[1]
         partners = self._keep("partners", x.shape[3:], lambda: self._partner_channels(plain), ms.int32)
-        cos = self._keep("cos", x.shape, lambda: _widen(self._cos, plain, 1.0), self._dtype)
-        sin = self._keep("sin", x.shape, lambda: _widen(self._sin, plain, 0.0), self._dtype)
+        # Shorter samples stand at the first of the places.
+        count = x.shape[2]
+        cos = self._keep("cos", x.shape, lambda: _widen(self._cos[:count], plain, 1.0), self._dtype)
+        sin = self._keep("sin", x.shape, lambda: _widen(self._sin[:count], plain, 0.0), self._dtype)
         return x * cos + self._gather(x, partners, 3) * sin
 
     def hide_future(self, scores: Tensor) -> Tensor:
         """Add the causal mask to attention scores, `[B, heads, T, past + T]`."""
-        return scores + self._keep("mask", scores.shape, lambda: self._mask, ms.float32)
+        rows, columns = scores.shape[2:]
+        return scores + self._keep("mask", scores.shape, lambda: self._mask[:rows, :columns], ms.float32)
 
     def _partner_channels(self, plain: int) -> NDArray[np.integer]:
         return np.concatenate([np.arange(plain), plain + self._partners])

@@ -24,7 +24,7 @@ def route(
     Returns:
         The chosen experts and their weights, int32 and float32 `[T, experts a token]`.
     """
-    scores = _softmax(logits) if config.family.router == "softmax" else _sigmoid(logits)
+    scores = _scores(config, logits, None)
     ids = choose(scores if bias is None else scores + bias, sizes)
     weights = np.take_along_axis(scores, ids, axis=1)
     if sizes.normalize:
@@ -52,6 +52,21 @@ def choose(scores: Weights, sizes: ExpertSizes) -> NDArray[np.intp]:
     return _top(scores, sizes.per_token)
 
 
+def margins(config: ModelConfig, logits: Weights, bias: Weights | None, ids: Ids) -> NDArray[np.float32]:
+    """How near each expert was to being chosen, `[T, experts]`: its score less the lowest one chosen.
+
+    Groups are not looked at: an expert of a group that was left out may lie above 0.
+
+    Args:
+        config: the model's shape.
+        logits: of the router, float32 `[T, experts]`.
+        bias: as for `route`.
+        ids: the chosen ones, int32 `[T, k]`.
+    """
+    scores = _scores(config, logits, bias)
+    return scores - np.take_along_axis(scores, ids, axis=1).min(axis=1, keepdims=True)
+
+
 def tokens_of(ids: Ids, weights: Weights, expert: int) -> tuple[NDArray[np.int64], Weights]:
     """The tokens that go to an expert, in ascending order, and its weight in each.
 
@@ -65,6 +80,11 @@ def tokens_of(ids: Ids, weights: Weights, expert: int) -> tuple[NDArray[np.int64
     """
     rows, places = np.nonzero(ids == expert)
     return rows, weights[rows, places]
+
+
+def _scores(config: ModelConfig, logits: Weights, bias: Weights | None) -> Weights:
+    scores = _softmax(logits) if config.family.router == "softmax" else _sigmoid(logits)
+    return scores if bias is None else scores + bias
 
 
 def _top(scores: Weights, count: int) -> NDArray[np.intp]:

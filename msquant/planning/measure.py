@@ -24,7 +24,7 @@ from msquant.planning.blocks import LayerBlocks
 from msquant.planning.sample import layer_kinds, sample_config, write_sample
 from msquant.planning.work import Work, layer_work
 from msquant.progress import Part, Progress
-from msquant.recipe.recipe import Recipe
+from msquant.recipe.recipe import CalibrationSettings, Recipe
 
 MOST_TOKENS = 2048
 """Calibration tokens of a sample, if that is a sequence at least."""
@@ -95,7 +95,7 @@ class Sample:
     @property
     def tokens(self) -> int:
         """Of its calibration."""
-        return self.recipe.calibration.samples * self.recipe.calibration.sequence_length
+        return self.recipe.calibration.total * self.recipe.calibration.sequence_length
 
     @property
     def folder(self) -> FolderPlan:
@@ -216,13 +216,13 @@ def measure(recipe: Recipe, config: ModelConfig, output: Path, weights: Checkpoi
 def _samples(recipe: Recipe, config: ModelConfig) -> list[Sample]:
     settings = recipe.calibration
     length = min(settings.sequence_length, MOST_TOKENS)
-    count = min(settings.samples, MOST_TOKENS // length)
+    count = min(settings.total, MOST_TOKENS // length)
     small = sample_config(config, recipe.quantization, small=True)
     whole = sample_config(config, recipe.quantization)
     layers = [sum(map(prod, config.layer_shapes(index).values())) for index in layer_kinds(config)]
     kept = [sum(map(prod, whole.layer_shapes(index).values())) for index in range(len(layers))]
     samples = [_sample(small, recipe, 1, min(length, 32), 4), _sample(whole, recipe, count, length, 1)]
-    if kept != layers or count * length < settings.samples * settings.sequence_length:
+    if kept != layers or count * length < settings.total * settings.sequence_length:
         half = (count // 2, length) if count > 1 else (1, max(2, length // 2))
         samples.insert(1, _sample(whole, recipe, *half, 2))
     return samples
@@ -230,7 +230,8 @@ def _samples(recipe: Recipe, config: ModelConfig) -> list[Sample]:
 
 def _sample(config: ModelConfig, recipe: Recipe, samples: int, length: int, part: int) -> Sample:
     """A sample with so many calibration tokens, and one part of `part` of the evaluation's."""
-    recipe = recipe.replace("calibration", source="builtin", samples=samples, sequence_length=length)
+    settings = CalibrationSettings(samples=samples, sequence_length=length)
+    recipe = recipe.model_copy(update={"calibration": settings})
     tokens = max(2, recipe.evaluation.sequence_length // part)
     return Sample(config, recipe.replace("evaluation", sequence_length=tokens))
 

@@ -13,6 +13,7 @@ from msquant.checkpoint.disk import free_bytes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
+from msquant.flows.calibration import most_characters
 from msquant.flows.conversion import output_folders
 from msquant.flows.pipeline import MEMORY_BUDGET
 from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
@@ -143,6 +144,8 @@ class Plan:
         variant: what the output is made for.
         samples: calibration sequences.
         sequence_length: tokens in each.
+        sources: that they are taken from.
+        source_characters: of text that are read of each source, at most.
         parts: the decoder layers in order, the multi-token-prediction layers, the ends.
         parameters: of all parts.
         source_bytes: of all tensors of the source; by the published shapes where it is not here.
@@ -167,6 +170,8 @@ class Plan:
     variant: str
     samples: int
     sequence_length: int
+    sources: tuple[str, ...]
+    source_characters: int
     parts: tuple[PartPlan, ...]
     parameters: int
     source_bytes: int
@@ -235,7 +240,7 @@ def make_plan(
     config, settings = subject.config, recipe.calibration
     folders = shapes_plans(recipe, config, subject.extras)
     batch = batch_samples(config, settings.sequence_length)
-    tokens = Tokens(settings.samples, settings.sequence_length, batch)
+    tokens = Tokens(settings.total, settings.sequence_length, batch)
     notes = [subject.note] if subject.note else []
     measured = None
     if probe is not None:
@@ -279,7 +284,8 @@ def make_plan(
         stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
     if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
-    scratch, peak = hidden_bytes(config, tokens.count), BASE_BYTES + max(peaks)
+    scratch = hidden_bytes(config, settings.most * settings.sequence_length)
+    peak = BASE_BYTES + max(peaks)
     written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
     return Plan(
@@ -293,8 +299,10 @@ def make_plan(
         architecture=config.family.model_type,
         stored=subject.stored,
         variant=folders[0].variant,
-        samples=settings.samples,
+        samples=settings.total,
         sequence_length=settings.sequence_length,
+        sources=settings.sources,
+        source_characters=most_characters(settings),
         parts=tuple(parts),
         parameters=sum(part.parameters for part in parts),
         source_bytes=sum(part.source_bytes for part in parts),

@@ -18,6 +18,7 @@ from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.weights import LayerSink, WeightSource
 from msquant.errors import CheckpointError
+from msquant.interrupts import check_interrupt
 from msquant.kernels.layer_report import LayerReport, relative_error
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
@@ -44,6 +45,7 @@ class DecoderPass:
             computes at once.
         step: called with what goes on within a layer.
         between: called when a layer's attention block is done and its feed-forward block comes apart.
+        searched: so many batches are smoothed and searched on; those behind them only feed the experts.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class DecoderPass:
         store: HiddenStateStore,
         step: Callable[[str], None] = lambda text: None,
         between: Callable[[], None] = lambda: None,
+        searched: int | None = None,
     ) -> None:
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
         self._places: Positions = positions(config, length, dtype)
         self._store, self._step, self._between = store, step, between
+        self._searched = searched
 
     def run(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
@@ -88,8 +92,9 @@ class DecoderPass:
                 first.append(output)
 
         layer = self._layer(self._source, index, "whole")
-        result = self._golden_stick(index, layer, hidden, sink, keep)
+        result = self._golden_stick(index, layer, hidden[: self._searched], sink, keep)
         del layer
+        self._carry(index, "whole", hidden, put_finite)
         quantized = self._compute(self._layer(result, index, "whole"), hidden[0])
         result.report.error = relative_error(hidden[0], first[0], quantized)
         return result.report
@@ -100,30 +105,58 @@ class DecoderPass:
         self._step("attention")
         attention = self._layer(self._source, index, "attention")
         with self._store.write(BETWEEN) as between:
-            result = self._golden_stick(index, attention, hidden, sink, between.append)
-        del attention
+            result = self._golden_stick(index, attention, hidden[: self._searched], sink, between.append)
+            del attention
+            self._carry(index, "attention", hidden, between.append)
         sample = self._compute(self._layer(result, index, "attention"), hidden[0])
         report = result.report
         del result
         # golden-stick's own cells refer to themselves, so only the collector frees them.
         gc.collect()
         self._between()
-        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
-        first: list[Floats] = []
-        for batches in self._rounds(self._store.open(BETWEEN)):
-            flat = np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
-            outputs = block.forward(flat)
-            for batch in batches:
-                output, outputs = np.split(outputs, [batch.size // batch.shape[-1]])
-                output = output.reshape(batch.shape)
-                first = first or [output]
-                put(output)
-        self._store.discard(BETWEEN)
+        block, _, outputs = self._feed_forward_block(index, put)
+        first = outputs[: hidden[0].size // hidden[0].shape[-1]].reshape(hidden[0].shape)
         quantized = block.quantize(sample.reshape(-1, sample.shape[-1]), sink)
         report.groups += block.groups()
-        report.expert_tokens = block.expert_tokens
-        report.error = relative_error(hidden[0], first[0], quantized.reshape(sample.shape))
+        report.expert_tokens, report.lent_tokens = block.expert_tokens, block.lent_tokens
+        report.error = relative_error(hidden[0], first, quantized.reshape(sample.shape))
         return report
+
+    def _feed_forward_block(
+        self, index: int, put: Callable[[Floats], None]
+    ) -> tuple[FeedForwardPass, Floats, Floats]:
+        """The first reading of a block of its own, whose inputs are in the store, between the blocks.
+
+        Args:
+            index: of the layer.
+            put: takes the layer's floating-point outputs, batch by batch.
+
+        Returns:
+            The block, which has seen and been fed all tokens; and inputs and outputs `[T, H]` of as many
+            tokens as the memory budget takes at once.
+        """
+        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
+        first: tuple[Floats, Floats] | None = None
+        for batches in self._rounds(self._store.open(BETWEEN)):
+            flat = _flat(batches)
+            outputs = block.forward(flat)
+            first = first or (flat, outputs)
+            tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
+            for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
+                put(output.reshape(batch.shape))
+        assert first is not None
+        block.feed(lambda: map(_flat, self._rounds(self._store.open(BETWEEN))))
+        self._store.discard(BETWEEN)
+        return block, *first
+
+    def _carry(self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
+        """Compute the batches that the search has not seen, by the layer's own weights."""
+        if self._searched is None or self._searched >= len(hidden):
+            return
+        layer = self._layer(self._source, index, part)
+        for place in range(self._searched, len(hidden)):
+            check_interrupt()
+            put(self._compute(layer, hidden[place]))
 
     def _finite(self, index: int, put: Callable[[Floats], None]) -> Callable[[Floats], None]:
         """`put`, for outputs of layer `index` that are to be finite."""
@@ -170,3 +203,8 @@ class DecoderPass:
                 held = []
             held.append(batch)
         yield held
+
+
+def _flat(batches: Sequence[Floats]) -> Floats:
+    """Batches `[B, T, H]` as one, `[tokens, H]`."""
+    return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])

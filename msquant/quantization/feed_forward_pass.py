@@ -5,7 +5,7 @@ ranges that smoothing asks for; once to be quantized. A dense block is treated a
 all tokens, and so is a shared one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,8 @@ class _Expert:
     Attributes:
         name: its full name, for example `model.layers.3.mlp.experts.7`.
         number: of a routed expert; None for a block that gets all tokens.
-        tokens: how many it got.
+        tokens: how many it got by the router.
+        lent: how many further ones it was given to be calibrated, because it got too few.
         gated: greatest magnitude of each input channel of its `down_proj`, `[K]`; empty without a token.
         down: greatest magnitude of each column of its `down_proj`, `[K]`; likewise.
     """
@@ -54,8 +55,15 @@ class _Expert:
     name: str
     number: int | None
     tokens: int = 0
+    lent: int = 0
     gated: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     down: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def observe(self, gated: Floats, down: Floats) -> None:
+        """Widen the ranges by what its `down_proj` reads, `[n, K]`, and note that one's weight, `[H, K]`."""
+        highest = column_maxima(gated)
+        self.down = column_maxima(down)
+        self.gated = np.maximum(self.gated, highest) if self.gated.size else highest
 
 
 class FeedForwardPass:
@@ -110,6 +118,60 @@ class FeedForwardPass:
     def expert_tokens(self) -> list[int]:
         return [expert.tokens for expert in self._experts if expert.number is not None]
 
+    @property
+    def lent_tokens(self) -> list[int]:
+        """Tokens that `feed` gave each routed expert beside its own."""
+        return [expert.lent for expert in self._experts if expert.number is not None]
+
+    def feed(self, rounds: Callable[[], Iterable[Floats]]) -> None:
+        """Give experts that got too few tokens those that came nearest to going to them.
+
+        Their ranges are then those of real inputs, as the router's next best choice. Nothing else changes:
+        the outputs of the layer are those of `forward`, which must have seen all tokens.
+
+        Args:
+            rounds: the attention block's outputs again, `[T, H]` each, as often as it is called.
+        """
+        least = self._policy.min_expert_tokens
+        hungry = [expert for expert in self._experts if expert.number is not None and expert.tokens < least]
+        if self._router is None or self._policy.feed_forward_smoothing is None or not hungry:
+            return
+        nearest = self._nearest(hungry, rounds)
+        wanted = np.unique(np.concatenate(nearest))
+        held: list[Floats] = []
+        start = 0
+        for hidden in rounds():
+            inside = wanted[(wanted >= start) & (wanted < start + len(hidden))] - start
+            held.append(self._normalize(hidden[inside]) if len(inside) else hidden[:0])
+            start += len(hidden)
+        x = np.concatenate(held)
+        for place, (expert, rows) in enumerate(zip(hungry, nearest, strict=True), start=1):
+            check_interrupt()
+            self._step(f"feeding expert {place}/{len(hungry)}")
+            mlp = MLP(self._config, self._source, expert.name, self._dtype)
+            given = Tensor(x[np.searchsorted(wanted, rows)], self._dtype)
+            expert.observe(mlp.gated(given).asnumpy(), mlp.linears[2].weight.asnumpy())
+            expert.lent = len(rows)
+
+    def _nearest(
+        self, hungry: Sequence[_Expert], rounds: Callable[[], Iterable[Floats]]
+    ) -> list[NDArray[np.int64]]:
+        """For each of these experts the numbers of the tokens that it lacks, the nearest first."""
+        assert self._router is not None
+        found = [(np.zeros(0, np.float32), np.zeros(0, np.int64)) for _ in hungry]
+        start = 0
+        for hidden in rounds():
+            near = self._router.margins(Tensor(self._normalize(hidden), self._dtype))
+            for place, expert in enumerate(hungry):
+                lacking = self._policy.min_expert_tokens - expert.tokens
+                values = np.concatenate([found[place][0], near[:, expert.number]])
+                rows = np.concatenate([found[place][1], np.arange(start, start + len(hidden))])
+                best = np.argsort(-values, kind="stable")[:lacking]
+                found[place] = values[best], rows[best]
+            start += len(hidden)
+        # Its own tokens are at minus infinity.
+        return [rows[np.isfinite(values)] for values, rows in found]
+
     def forward(self, hidden: Floats) -> Floats:
         """The block's output with the residual, in floating point.
 
@@ -139,9 +201,7 @@ class FeedForwardPass:
                 continue
             gated = mlp.gated(Tensor(x[rows], self._dtype))
             if smooth:
-                highest = column_maxima(gated.asnumpy())
-                expert.down = column_maxima(down.weight.asnumpy())
-                expert.gated = np.maximum(expert.gated, highest) if expert.gated.size else highest
+                expert.observe(gated.asnumpy(), down.weight.asnumpy())
             output[rows] += down(gated).asnumpy() * factors
         if smooth:
             self._columns = columns if first else self._columns
@@ -239,7 +299,7 @@ class FeedForwardPass:
     def _inner_scale(self, expert: _Expert) -> Floats | None:
         """Of an expert's gated product; None, from the weights alone, where too few tokens were seen."""
         alpha = self._policy.feed_forward_smoothing
-        if alpha is None or expert.tokens < self._policy.min_expert_tokens:
+        if alpha is None or expert.tokens + expert.lent < self._policy.min_expert_tokens:
             return None
         return smooth_scale(expert.gated, expert.down, alpha)
 

@@ -26,7 +26,6 @@ from msquant.kernels.layer_report import GroupError
 from msquant.kernels.weight_rounding import smoothed_and_rounded
 from msquant.models.layers import DecoderLayer, Part
 from msquant.quantization.decoder_pass import BETWEEN, DecoderPass, Floats
-from msquant.quantization.feed_forward_pass import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, find_cell
 from msquant.quantization.layer_schemes import in_two_blocks, layer_schemes
 from msquant.schemes import W8A8_DYNAMIC, Scheme
@@ -62,9 +61,7 @@ class SensitivityPass(DecoderPass):
         self._step("attention")
         with self._store.write(BETWEEN) as between:
             errors = self._groups(index, hidden, between.append, "attention", dynamic)
-        errors += self._feed_forward(index, put)
-        self._store.discard(BETWEEN)
-        return errors
+        return errors + self._feed_forward(index, put)
 
     def _groups(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], part: Part, dynamic: bool
@@ -130,21 +127,12 @@ class SensitivityPass(DecoderPass):
 
     def _feed_forward(self, index: int, put: Callable[[Floats], None]) -> list[GroupError]:
         """The block's error over as many tokens as the memory budget takes at once."""
-        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
-        first: tuple[Floats, Floats] | None = None
-        for batches in self._rounds(self._store.open(BETWEEN)):
-            flat = np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
-            outputs = block.forward(flat)
-            first = first or (flat, outputs)
-            tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
-            for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
-                put(output.reshape(batch.shape))
+        block, flat, outputs = self._feed_forward_block(index, put)
         schemes = layer_schemes(self._config, self._policy, index)
         within = f"{self._config.family.layer_name(index)}.{self._config.family.names.feed_forward}."
         linears = [n for n, scheme in schemes.items() if n.startswith(within) and not scheme.is_float]
-        if not linears or first is None:
+        if not linears:
             return []
-        flat, outputs = first
         error = float(token_errors(outputs, block.quantize(flat, _Nowhere())).mean())
         return [GroupError(index, FEED_FORWARD, tuple(linears), schemes[linears[0]], error)]
 

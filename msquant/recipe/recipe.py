@@ -11,12 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
 from msquant.algorithms.base import Algorithm
+from msquant.calibration.rows import Template
+from msquant.calibration.sources import parse_source
 from msquant.checkpoint.json_file import read_json
-from msquant.errors import CheckpointError, OutputError, RecipeError
+from msquant.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
 from msquant.families import find_family
 from msquant.formats.registry import (
@@ -43,11 +55,61 @@ class CalibrationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field("builtin", description="builtin, or a local .txt, .jsonl or .parquet file.")
-    text_field: str = Field("text", description="The field that holds the text, in .jsonl and .parquet.")
+    source: str | list[str] = Field(
+        "builtin", description="A source, or a list of them for a mix; see docs/calibration.md."
+    )
+    template: str | None = Field(
+        None, description="How a row becomes text, with columns in braces; None: by the columns it has."
+    )
+    chat_template: bool = Field(
+        True, description="Put conversations through the tokenizer's chat template, if it has one."
+    )
+    pack: bool = Field(True, description="Fill a sequence with several documents; else one document each.")
     samples: int = Field(16, ge=1, description="How many sequences.")
-    sequence_length: int = Field(128, ge=2, description="Tokens in each.")
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        description="For a mixture of experts: sampling goes on up to so many sequences, and those beyond "
+        "samples only feed experts; null: no further ones.",
+    )
+    sequence_length: int = Field(128, ge=2, description="Tokens in each, at most.")
     seed: int = Field(0, ge=0, description="Seed of the choice of sequences.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_text_field(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "text_field" in raw:
+            raise ValueError(f"text_field is now written as template: '{{{raw['text_field']}}}'")
+        return raw
+
+    @field_validator("source", "template")
+    @classmethod
+    def _known(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        try:
+            if info.field_name == "source":
+                for word in [value] if isinstance(value, str) else value or [""]:
+                    parse_source(word)
+            elif isinstance(value, str):
+                Template(value)
+        except CalibrationError as error:
+            raise ValueError(f"{error.what}; {error.remedy}") from error
+        return value
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The words of the mix."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
+    def total(self) -> int:
+        """The sequences: `samples`, or the sum of the counts where every source has one."""
+        counts = [parse_source(word).count for word in self.sources]
+        return self.samples if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def most(self) -> int:
+        """The sequences, those that only feed experts included."""
+        return max(self.total, self.max_samples or 0)
 
 
 def _algorithm(value: Any) -> Any:

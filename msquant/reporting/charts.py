@@ -330,7 +330,26 @@ def _experts(report: Report) -> list[str]:
     if not rows:
         return []
     minimum = report.min_expert_tokens or 1
-    return [_token_map(rows, minimum), _token_spread(rows, minimum)]
+    return [_token_map(rows, minimum), _token_spread(rows, minimum), _coverage(rows, minimum)]
+
+
+def _coverage(rows: Sequence[ExpertsRow], minimum: int) -> str:
+    layers = np.array([row.layer for row in rows])
+    before, after = [row.below(minimum) for row in rows], [row.few for row in rows]
+
+    def paint(axes: "Axes") -> None:
+        axes.bar(layers - 0.2, before, 0.4, color=FIRST, alpha=0.45, label="by the router")
+        axes.bar(layers + 0.2, after, 0.4, color=ALARM, label="with the nearest tokens")
+        axes.set(title="Experts below the bar", xlabel=_LAYER, ylabel=f"experts with fewer than {minimum}")
+        axes.set_ylim(0, max(1, *before, *after) * 1.1)
+        _whole_numbers(axes)
+        legend_above(axes, 2)
+
+    description = (
+        f"Routed experts with fewer than {minimum} calibration tokens in {len(rows)} layers: "
+        f"{sum(before)} by the router, {sum(after)} after they were given the tokens nearest to them."
+    )
+    return draw("coverage", "Experts below the bar", description, paint, height=3.2)
 
 
 def _token_map(rows: Sequence[ExpertsRow], minimum: int) -> str:

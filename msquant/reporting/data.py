@@ -123,13 +123,17 @@ class ExpertsRow:
 
     Attributes:
         layer: its number.
-        tokens: of each expert.
-        few: how many got too few to be calibrated.
+        tokens: of each expert, by the router.
+        few: how many got too few to be calibrated, with those that they were lent.
     """
 
     layer: int
     tokens: tuple[int, ...]
     few: int
+
+    def below(self, minimum: int) -> int:
+        """How many experts got fewer than `minimum` by the router."""
+        return sum(tokens < minimum for tokens in self.tokens)
 
 
 @dataclass(frozen=True)

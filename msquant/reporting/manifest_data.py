@@ -68,9 +68,10 @@ class Group(_Record):
 
 
 class Experts(_Record):
-    """Calibration tokens of every routed expert, and the numbers of those that got too few."""
+    """Calibration tokens of every routed expert, those that it was lent, and which got too few even so."""
 
     tokens: list[Count] = Field(default_factory=list)
+    lent_tokens: list[Count] = Field(default_factory=list)
     few_tokens: list[Count] = Field(default_factory=list)
 
 

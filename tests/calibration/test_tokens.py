@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msquant.calibration.builtin import Domain
+from msquant.calibration.builtin import WEIGHTS
+from msquant.calibration.domains import Domain
 from msquant.calibration.sources import load_texts
-from msquant.calibration.tokens import calibration_batches, evaluation_tokens
+from msquant.calibration.tokens import Samples, SourceShare, choose_samples, evaluation_tokens
 from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.errors import CalibrationError
 
@@ -29,8 +30,12 @@ def _domain(name: str, weight: float, start: int, count: int) -> Domain:
 
 
 def _batches(domains: list[Domain], tokenizer: Any = None, **changes: int) -> np.ndarray[Any, Any]:
+    return _samples([SourceShare("mine", domains)], tokenizer, **changes).tokens
+
+
+def _samples(sources: list[SourceShare], tokenizer: Any = None, pack: bool = True, **changes: int) -> Samples:
     options = {"samples": 8, "sequence_length": 10, "seed": 0} | changes
-    return calibration_batches(domains, tokenizer or Numbers(), **options)
+    return choose_samples(sources, tokenizer or Numbers(), pack=pack, **options)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +52,7 @@ def test_builtin_with_a_real_tokenizer(tokenizer: Any) -> None:
     texts = {domain.name: "\n\n".join(domain.texts) for domain in domains}
     middles = [tokenizer.decode(window[8:-8]).strip("\ufffd") for window in batches]
     found = [next((name for name, text in texts.items() if middle in text), None) for middle in middles]
-    assert {name: found.count(name) for name in texts} == {
-        "documentation": 8,
-        "code": 3,
-        "readme": 3,
-        "legal": 1,
-        "chinese": 1,
-    }
+    assert {name: found.count(name) for name in texts} == WEIGHTS
 
 
 def test_same_seed_same_samples_other_seed_others() -> None:
@@ -96,19 +95,90 @@ def test_samples_start_with_the_bos_token_the_model_will_see() -> None:
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
-    with pytest.raises(CalibrationError, match=r"need 80 tokens, .* has 65, enough for 6 samples") as caught:
+    with pytest.raises(CalibrationError, match=r"8 samples of 10 tokens .* enough for 6") as caught:
         _batches([_domain("a", 1, 0, 45), _domain("b", 1, 0, 20)])
-    assert caught.value.where == "a, b"
+    assert caught.value.where == "mine"
     assert "at most 6 samples" in (caught.value.remedy or "")
     with pytest.raises(CalibrationError) as caught:
         _batches([_domain("a", 1, 0, 9)])
-    assert "Shorten the sequence length" in (caught.value.remedy or "")
+    assert "shorten the sequence length" in (caught.value.remedy or "")
 
 
 @pytest.mark.parametrize("domains", [[], [Domain("a", 1, [])]])
 def test_no_text(domains: list[Domain]) -> None:
-    with pytest.raises(CalibrationError, match="has 0"):
+    with pytest.raises(CalibrationError, match="enough for 0"):
         _batches(domains)
+
+
+def _mix(*shares: tuple[int | None, float]) -> list[SourceShare]:
+    return [
+        SourceShare(f"s{i}", [_domain("a", 1, 1000 * i, 1000)], count, weight)
+        for i, (count, weight) in enumerate(shares)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"),
+    [
+        ([(3, 1), (None, 1)], [3, 5]),
+        ([(None, 0.75), (None, 0.25)], [6, 2]),
+        ([(2, 1), (None, 1), (None, 2)], [2, 2, 4]),
+        ([(4, 1), (4, 1)], [4, 4]),
+    ],
+)
+def test_sources_give_their_count_or_their_share(
+    shares: list[tuple[int | None, float]], counts: list[int]
+) -> None:
+    samples = _samples(_mix(*shares))
+    assert [samples.sources.count(i) for i in range(len(shares))] == counts
+    assert (samples.tokens[:, 0] // 1000).tolist() == list(samples.sources)
+
+
+def test_a_source_that_ends_early_is_named() -> None:
+    short = SourceShare("short", [_domain("a", 1, 0, 25)], count=3)
+    with pytest.raises(CalibrationError, match=r"3 samples of 10 tokens .* enough for 2") as caught:
+        _samples([short, *_mix((None, 1))])
+    assert caught.value.where == "short"
+
+
+def test_more_counted_than_asked_for() -> None:
+    with pytest.raises(CalibrationError, match="give 9 samples, and 8 are asked for"):
+        _samples(_mix((9, 1), (None, 1)))
+
+
+def test_rendered_documents_begin_samples_and_keep_their_own_tokens() -> None:
+    texts = [" ".join(map(str, range(100 * i, 100 * i + 6))) for i in range(20)]
+    samples = _samples([SourceShare("chat", [Domain("a", 1, texts, rendered=True)])], Numbers(bos_token_id=7))
+    assert samples.tokens.shape == (8, 10)
+    assert (samples.tokens[:, 0] % 100 == 0).all()
+    assert (samples.tokens[:, 6] == samples.tokens[:, 0] + 100).all()
+
+
+def test_unpacked_samples_are_documents_of_their_own_length() -> None:
+    texts = [" ".join(map(str, range(100 * i, 100 * i + 2 + i))) for i in range(12)]
+    samples = _samples([SourceShare("rows", [Domain("a", 1, texts)])], Numbers(bos_token_id=7), pack=False)
+    assert (np.diff(samples.lengths) <= 0).all()
+    assert samples.lengths.max() == 10
+    for tokens, length in zip(samples.tokens, samples.lengths, strict=True):
+        assert tokens[0] == 7
+        assert tokens[1] % 100 == 0
+        assert length == min(10, 3 + tokens[1] // 100)
+        assert (tokens[length:] == 0).all()
+    batches = list(samples.batches(20))
+    assert sum(batch.size for batch in batches) == samples.size == samples.lengths.sum()
+    assert all(batch.size <= 20 for batch in batches)
+    assert all((batch[:, 1] % 100 == 0).all() and (np.diff(batch[:, 1:]) == 1).all() for batch in batches)
+
+
+def test_documents_of_token_ids_stay_as_they_are() -> None:
+    ids = [np.arange(10, dtype=np.int32) + 10 * i for i in range(8)]
+    samples = _samples([SourceShare("self", [Domain("self", 1, [], encoded=ids)])], Numbers(bos_token_id=7))
+    assert samples.tokens.tolist() == [each.tolist() for each in ids]
+
+
+def test_the_hash_knows_lengths() -> None:
+    tokens, lengths = np.zeros((2, 4), np.int32), np.array([4, 4], np.int32)
+    assert Samples(tokens, lengths).sha256 != Samples(tokens, np.array([4, 3], np.int32)).sha256
 
 
 @pytest.mark.parametrize(("name", "value"), [("samples", 0), ("sequence_length", 1), ("seed", -1)])

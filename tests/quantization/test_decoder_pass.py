@@ -31,9 +31,9 @@ class Discard:
 
 
 def run(
-    folder: Path, scratch: Path, hidden: list[np.ndarray], budget: int
+    folder: Path, scratch: Path, hidden: list[np.ndarray], budget: int, layer: int = 1, **options: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Outputs of layer 1, which has experts, and what was said to go on."""
+    """Outputs of a layer, by default 1, which has experts, and what was said to go on."""
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
     policy = make_algorithm(smooth_alpha=(0.5,), schemes=rules(skip=["kv_b_proj"], dynamic=["mlp."]))
@@ -41,8 +41,9 @@ def run(
     outputs: list[np.ndarray] = []
     config = read_config(folder)
     store = HiddenStateStore(scratch, budget)
-    decoder = DecoderPass(config, Checkpoint.open(folder), policy, LENGTH, dtype, store, steps.append)
-    decoder.run(1, hidden, outputs.append, Discard())
+    source = Checkpoint.open(folder)
+    decoder = DecoderPass(config, source, policy, LENGTH, dtype, store, steps.append, **options)
+    decoder.run(layer, hidden, outputs.append, Discard())
     return outputs, steps
 
 
@@ -59,6 +60,29 @@ def test_a_small_budget_takes_more_rounds_to_the_same_outputs(folder: Path, tmp_
     assert sum(step.startswith("computing expert 1/") for step in in_rounds) == 3
     for one, other in zip(whole, parts, strict=True):
         assert one.shape == other.shape == (2, LENGTH, 64)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_samples_of_their_own_length_are_computed_as_if_alone(
+    folder: Path, tmp_path: Path, layer: int
+) -> None:
+    rng = np.random.default_rng(0)
+    hidden = [rng.normal(size=(2, length, 64)).astype(np.float32) for length in (LENGTH, 9, 5)]
+    together, _ = run(folder, tmp_path / "a", hidden, 1 << 30, layer)
+    assert [output.shape for output in together] == [batch.shape for batch in hidden]
+    for place, batch in enumerate(hidden):
+        (alone,), _ = run(folder, tmp_path / str(place), [batch], 1 << 30, layer)
+        np.testing.assert_allclose(together[place], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_spare_samples_pass_through_in_floating_point(folder: Path, tmp_path: Path, layer: int) -> None:
+    rng = np.random.default_rng(0)
+    hidden = [rng.normal(size=(2, LENGTH, 64)).astype(np.float32) for _ in range(3)]
+    searched, _ = run(folder, tmp_path / "a", hidden, 1 << 30, layer)
+    spared, _ = run(folder, tmp_path / "b", hidden, 1 << 30, layer, searched=1)
+    for one, other in zip(searched, spared, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 

@@ -14,7 +14,9 @@ from msquant.kernels.layer_report import relative_error
 from msquant.kernels.smoothing import power_of_two
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
+from msquant.models.feed_forward import MLP
 from msquant.models.layers import DecoderLayer, positions
+from msquant.models.moe import Router
 from msquant.quantization.feed_forward_pass import FeedForwardPass
 from msquant.schemes import W8A16
 from tests.fixtures.policies import rules
@@ -198,6 +200,50 @@ def test_an_expert_with_few_tokens_is_quantized_from_its_weights_alone(deepseek:
         name = f"model.layers.{EXPERTS}.mlp.experts.{number}.down_proj"
         same = np.array_equal(smoothed.linears[name].weight, plain.linears[name].weight)
         assert same == (tokens > least)
+
+
+@pytest.mark.parametrize("model", ["deepseek", "qwen"])
+def test_hungry_experts_get_the_tokens_that_came_nearest(model: str, request: pytest.FixtureRequest) -> None:
+    """Against a loop over tokens and experts, with the router's own scores; in two rounds as in one."""
+    block = Block(request.getfixturevalue(model), EXPERTS)
+    settings = make_algorithm(
+        schemes=rules(dynamic=["mlp."]), feed_forward_alpha=0.5, min_expert_tokens=TOKENS - 1
+    )
+    passes = [FeedForwardPass(block.config, block.source, EXPERTS, settings, block.dtype) for _ in range(3)]
+    for each in passes:
+        each.forward(block.before)
+    fed, halves, plain = passes
+    before = list(fed.expert_tokens)
+    fed.feed(lambda: [block.before])
+    halves.feed(lambda: np.split(block.before, [7]))
+    least = settings.min_expert_tokens
+    assert min(before) < least
+    assert fed.expert_tokens == before, "what the router says stays on record"
+    assert fed.lent_tokens == halves.lent_tokens == [max(0, least - tokens) for tokens in before]
+    x = fed._normalize(block.before)
+    router = Router(block.config, block.source, block.config.family.router_name(EXPERTS), block.dtype)
+    near = router.margins(ms.Tensor(x, block.dtype))
+    ids, _ = router.route(ms.Tensor(x, block.dtype))
+    for number, tokens in enumerate(before):
+        own = {row for row in range(TOKENS) if number in ids[row]}
+        assert len(own) == tokens
+        others = sorted(set(range(TOKENS)) - own, key=lambda row: (-near[row, number], row))
+        given = sorted(own | set(others[: max(0, least - tokens)]))
+        mlp = MLP(block.config, block.source, f"model.layers.{EXPERTS}.mlp.experts.{number}", block.dtype)
+        seen = np.abs(mlp.gated(ms.Tensor(x[given], block.dtype)).asnumpy()).max(axis=0)
+        for each in (fed, halves):
+            np.testing.assert_allclose(each._experts[number].gated, seen, rtol=2e-5, atol=1e-6)
+        assert not np.array_equal(plain._experts[number].gated, fed._experts[number].gated) or tokens >= least
+
+
+def test_feeding_changes_no_output_and_leaves_none_to_its_weights_alone(deepseek: Path) -> None:
+    block = Block(deepseek, EXPERTS)
+    settings = make_algorithm(schemes=rules(dynamic=["mlp."]), feed_forward_alpha=0.5, min_expert_tokens=12)
+    fed = FeedForwardPass(block.config, block.source, EXPERTS, settings, block.dtype)
+    forward = fed.forward(block.before)
+    fed.feed(lambda: [block.before])
+    np.testing.assert_allclose(forward, block.after, rtol=0, atol=1e-6 * np.abs(block.after).max())
+    assert all(fed._inner_scale(expert) is not None for expert in fed._experts)
 
 
 def test_an_expert_without_a_token_is_quantized_too(deepseek: Path) -> None:
