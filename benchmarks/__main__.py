@@ -14,6 +14,8 @@ NAMES = (
     "accuracy",
     "scales",
     "calibration",
+    "coverage",
+    "sources",
     "perplexity",
     "generation",
     "decode",

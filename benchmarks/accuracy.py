@@ -124,7 +124,8 @@ def spared(folder: Path) -> dict[str, Any]:
 def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
-    from msquant.flows.pipeline import MEMORY_BUDGET, calibration_tokens
+    from msquant.flows.calibration import calibration_of
+    from msquant.flows.pipeline import MEMORY_BUDGET
     from msquant.flows.source import batch_samples, open_source
     from msquant.kernels import golden_stick
     from msquant.models.device import use_device
@@ -136,7 +137,7 @@ def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
     source = open_source(str(folder))
-    tokens = calibration_tokens(recipe, folder)
+    tokens = calibration_of(recipe.calibration, folder).samples.tokens
     step = batch_samples(source.config, SEQUENCE_LENGTH)
     embedding = Embedding(source.config, source.checkpoint, dtype)
     hidden = [embedding(tokens[i : i + step]).asnumpy() for i in range(0, SAMPLES, step)]

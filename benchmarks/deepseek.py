@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.dynamic_int8 import round_to_nearest, smooth_quant
 from benchmarks.rows import row
+from benchmarks.texts import builtin_tokens
 from benchmarks.tiny_deepseek import trained_model
 from tests.fixtures.policies import rules
 
@@ -39,8 +40,7 @@ def measure() -> list[dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from msquant.calibration.sources import load_texts
-    from msquant.calibration.tokens import calibration_batches, evaluation_tokens
+    from msquant.calibration.tokens import evaluation_tokens
     from msquant.checkpoint.tokenizer import load_tokenizer
     from tests.fixtures.torch_simulation import load_simulation, relative_mse
 
@@ -55,9 +55,7 @@ def measure() -> list[dict[str, Any]]:
             simulation = load_simulation(output, deinterleaved_rope=True)
             return float(relative_mse(simulation, model, held_out))
 
-    tokens = calibration_batches(
-        load_texts("builtin"), tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=SEEDS[0]
-    )
+    tokens = builtin_tokens(folder, SAMPLES, LENGTH, SEEDS[0])
     nearest = relative_mse(round_to_nearest(model), model, held_out)
     smoothed = relative_mse(round_to_nearest(smooth_quant(model, tokens)), model, held_out)
     plain = [error(None, seed) for seed in SEEDS]

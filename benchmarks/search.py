@@ -7,16 +7,14 @@ import numpy as np
 
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
+from benchmarks.texts import builtin_tokens
 
 LAYER, SAMPLES, LENGTH, MIN_RATIO = 3, 4, 128, 50
 
 
 def measure() -> list[dict[str, Any]]:
     """Quantize the layer both ways, on the same inputs."""
-    from msquant.calibration.sources import load_texts
-    from msquant.calibration.tokens import calibration_batches
     from msquant.checkpoint.checkpoint_reader import Checkpoint
-    from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.kernels import golden_stick
     from msquant.models.config_json import read_config
     from msquant.models.device import use_device
@@ -27,10 +25,7 @@ def measure() -> list[dict[str, Any]]:
 
     folder, dtype = float_folder(), use_device()
     config, checkpoint = read_config(folder), Checkpoint.open(folder)
-    tokenizer = load_tokenizer(folder)
-    tokens = calibration_batches(
-        load_texts("builtin"), tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=0
-    )
+    tokens = builtin_tokens(folder, SAMPLES, LENGTH)
     places = positions(config, LENGTH, dtype)
     hidden = Embedding(config, checkpoint, dtype)(tokens)
     for index in range(LAYER):

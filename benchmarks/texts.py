@@ -30,6 +30,15 @@ def domains(tokenizer: Any, sequences: int = SEQUENCES) -> dict[str, Any]:
     }
 
 
+def builtin_tokens(folder: Path, samples: int, length: int, seed: int = 0) -> Any:
+    """Builtin calibration tokens of a model, int32 `[samples, length]`."""
+    from msquant.flows.calibration import calibration_of
+    from msquant.recipe.recipe import CalibrationSettings
+
+    settings = CalibrationSettings(samples=samples, sequence_length=length, seed=seed)
+    return calibration_of(settings, folder).samples.tokens
+
+
 def verdict_files(folder: Path) -> list[Path]:
     """Texts of six domains that neither calibration nor a choice has seen, as files in `folder`.
 

@@ -16,6 +16,7 @@ from tests.fixtures.tiny_model import write_tiny_llama
 from tests.inference.quantized_folder import write_quantized
 
 SHORT: dict[str, Any] = {"sequences": 1, "sequence_length": 48}
+BUILTIN = ("docs", "code", "chinese", "dialogue", "fiction", "mathematics")
 OWN = "Nobody has seen this sentence before, and nobody will see it again. " * 20
 
 
@@ -57,7 +58,7 @@ def test_a_folder_beside_the_model_it_was_made_from(source: Path, quantized: Pat
     assert result.baseline is not None
     assert result.baseline.folder == source
     assert "not the very checkpoint" in result.notes[0]
-    assert result.texts == dict.fromkeys(("docs", "code", "math", "cpp", "mine.txt"), (1, 48))
+    assert result.texts == dict.fromkeys((*BUILTIN, "mine.txt"), (1, 48))
     (model,) = result.models
     assert model.nbytes == (quantized / "model-00001-of-00001.safetensors").stat().st_size
     assert [layer["layers"][0] for layer in layers] == list(model.score.layers)

@@ -55,6 +55,14 @@ def test_paths_of_this_machine_are_left_out(model: str) -> None:
     assert "base_model" not in front(card)
 
 
+def test_sources_of_a_mix_are_shown_but_for_paths() -> None:
+    section = {"source": ["builtin=25%", "hf:org/talk:train", "/home/me/secret.txt=3"]}
+    card = model_card(MANIFEST | {"recipe": MANIFEST["recipe"] | {"calibration": section}}, "a/b", "other")
+    assert "builtin=25%" in card
+    assert "hf:org/talk:train" in card
+    assert "secret" not in card
+
+
 def test_a_bundled_model_has_its_real_name() -> None:
     recipe = MANIFEST["recipe"] | {"model": "smollm2-135m"}
     assert front(model_card(MANIFEST | {"recipe": recipe}, "a/b", "apache-2.0"))["base_model"] == (

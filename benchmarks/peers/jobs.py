@@ -159,12 +159,12 @@ def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
 
 
 def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Path]:
-    from msquant.flows.pipeline import calibration_tokens
+    from msquant.flows.calibration import calibration_of
     from msquant.recipe.recipe import Recipe
 
     settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)
-    np.save(parent / "tokens.npy", calibration_tokens(recipe, folder))
+    np.save(parent / "tokens.npy", calibration_of(recipe.calibration, folder).samples.tokens)
     script = Path(__file__).parent / RUNNERS[job.peer]
     model = _float_copy(folder, parent / "model")
     return [python_of(job.peer), script, str(model), str(parent / "tokens.npy"), str(output), job.scheme]

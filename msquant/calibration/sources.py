@@ -135,6 +135,14 @@ def parse_source(word: str) -> Source:
     return replace(source, count=int(number))
 
 
+def is_local(word: str) -> bool:
+    """Whether a source is a path of this machine, or none that is known; such a word is not published."""
+    try:
+        return isinstance(parse_source(word).place, _LocalData)
+    except CalibrationError:
+        return True
+
+
 def load_texts(source: str, reading: Reading = PLAIN) -> list[Domain]:
     """The texts of one source, as evaluation takes them. Raises as `Place.read`."""
     found = parse_source(source)
@@ -142,6 +150,8 @@ def load_texts(source: str, reading: Reading = PLAIN) -> list[Domain]:
 
 
 def _find(word: str) -> Source:
+    if not word.strip():
+        raise CalibrationError("no source is named", where="calibration", remedy=_known_words())
     first, _, rest = word.partition(":")
     if first == BUILTIN:
         return Source(word, _Builtin(rest or None))

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from msquant.calibration.sources import is_local
 from msquant.checkpoint.file_names import STATE_FOLDER
 from msquant.checkpoint.folder_files import listed_files
 from msquant.checkpoint.json_file import read_json
@@ -201,8 +202,10 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     kept = {key: recipe[key] for key in ("quantization", "calibration", "format") if key in recipe}
     # Where the text lay is a path of the machine it was made on.
     calibration = dict(kept.get("calibration", {}))
-    if calibration and calibration.get("source") != "builtin":
-        kept["calibration"] = calibration | {"source": "a text of the maker's"}
+    if source := calibration.get("source"):
+        words = source if isinstance(source, list) else [source]
+        shown = ["a text of the maker's" if is_local(str(word)) else word for word in words]
+        kept["calibration"] = calibration | {"source": shown if isinstance(source, list) else shown[0]}
     text = yaml.safe_dump(kept, sort_keys=False, default_flow_style=None)
     return f"## Recipe\n\n```yaml\n{text}```\n\nAll of it, with versions and hashes, is in `msquant.json`.\n"
 

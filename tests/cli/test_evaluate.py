@@ -29,12 +29,12 @@ def test_a_person_sees_every_text_and_the_worst_layers(
     folders: list[Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.jsonl").write_text(json.dumps({"words": "One two three four five. " * 20}))
-    options = ("--sequence-length", 48, "--text", tmp_path / "mine.jsonl", "--text-field", "words")
+    options = ("--sequence-length", 48, "--text", tmp_path / "mine.jsonl", "--template", "{words}")
     done = msquant("evaluate", folders[0], "--baseline", tiny_llama, "--sequences", 1, *options)
     assert done.returncode == 0, done.stderr
     assert "decoder layer 2/2" in done.stderr
     assert "WARNING" not in done.stdout + done.stderr
-    for word in ("docs", "code", "math", "cpp", "mine", "all", "KL", "top 5", "noise of their own: 0 ("):
+    for word in ("docs", "code", "chinese", "dialogue", "fiction", "mathematics", "mine", "all", "KL", "top 5", "noise of their own: 0 ("):
         assert word in done.stdout
 
 
