@@ -15,7 +15,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet 'uv>=0.9,<1'
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/uv
-	$(UV) --editable '.[demo]'
+	$(UV) --editable .
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/uv

@@ -4,13 +4,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from pydantic import BaseModel
 
 import msquant
 from msquant.algorithms import algorithm_names, find_algorithm, make_algorithm
 from msquant.algorithms.base import Algorithm
-from msquant.recipe.recipe import CalibrationSettings, Recipe, load_recipe, shipped_recipes
+from msquant.errors import MsquantError
+from msquant.flows.source import shapes_plans
+from msquant.hub.published import published_config
+from msquant.models.config_json import parse_config
+from msquant.recipe.recipe import (
+    CalibrationSettings,
+    Recipe,
+    default_recipe,
+    load_recipe,
+    shipped_recipes,
+)
+from msquant.schemes import FLOAT, parse_scheme
 
 DOCS = Path(msquant.__file__).parents[1] / "docs" / "recipes.md"
 
@@ -67,3 +79,87 @@ def test_the_page_on_algorithms_has_each_with_what_it_says_of_itself() -> None:
     text = DOCS.with_name("algorithms.md").read_text(encoding="utf-8")
     for name in algorithm_names():
         assert f"| `{name}` | {find_algorithm(name).summary} |" in text
+
+
+SUPPORTED = {
+    "Llama 3, SmolLM2, R1-Distill-Llama": "llama-3.1-8b",
+    "Qwen2.5, R1-Distill-Qwen": "qwen2.5-7b-instruct",
+    "Qwen3": "qwen3-8b",
+    "Mistral": "mistral-7b-instruct-v0.3",
+    "Qwen3-MoE": "qwen3-30b-a3b",
+    "DeepSeek-V2": "deepseek-v2-lite",
+    "DeepSeek-V3, R1": "deepseek-r1",
+}
+"""Rows of the README's matrix, and the recipe whose published config stands for them."""
+
+
+def _supported(recipe: str) -> list[str]:
+    """For each format, and so for its server, the schemes that it takes of the whole model."""
+    model = load_recipe(shipped_recipes()[recipe]).model
+    raw = published_config(model)
+    assert raw is not None
+    config, base = parse_config(raw, model), default_recipe(model, raw)
+    kept = [("lm_head", FLOAT), ("kv_b_proj", FLOAT)] if config.latent else [("lm_head", FLOAT)]
+    mixed = len({scheme for _, scheme in base.quantization.schemes} - {FLOAT}) > 1
+    ways = {"mixed": base.quantization} if mixed else {}
+    for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16_G128"):
+        rules = (*kept, ("*", parse_scheme(word)))
+        ways[word] = make_algorithm(algorithm="rtn", schemes=rules)
+    cells = []
+    for name in ("golden-stick", "compressed-tensors", "ascend"):
+        taken = []
+        for word, policy in ways.items():
+            try:
+                shapes_plans(base.model_copy(update={"quantization": policy, "format": name}), config, [])
+            except MsquantError:
+                continue
+            taken.append(word)
+        cells.append(", ".join(taken) or "no")
+    return cells
+
+
+def test_the_readmes_matrix_is_what_the_serving_rules_say() -> None:
+    rows = [f"| {title} | {' | '.join(_supported(recipe))} |" for title, recipe in SUPPORTED.items()]
+    for name in ("README.md", "README.zh-CN.md"):
+        lines = DOCS.parents[1].joinpath(name).read_text(encoding="utf-8").splitlines()
+        missing = [row for row in rows if row not in lines]
+        assert not missing, f"put these rows into {name}:\n" + "\n".join(missing)
+
+
+TRANSLATED = sorted(path.name for path in DOCS.parent.glob("*.md"))
+
+
+def _shape(text: str) -> dict[str, Any]:
+    """What a page and its translation have in common: headings' levels, commands, tables, links' targets."""
+    lines = text.splitlines()
+    code = [line for line in lines if line.startswith("    ")]
+    inside = False
+    for line in lines:
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            code.append(line)
+    return {
+        "headings": [len(line.split()[0]) for line in lines if re.match(r"#+ ", line) and line not in code],
+        "code": code,
+        "tables": [len(re.split(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")],
+        "pages": sorted(set(re.findall(r"\]\(([\w./-]+\.md)", text))),
+    }
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_the_chinese_page_is_in_step(name: str) -> None:
+    english = (DOCS.parent / name).read_text(encoding="utf-8")
+    chinese = (DOCS.parent / "zh-CN" / name).read_text(encoding="utf-8")
+    for what, found in _shape(english).items():
+        assert _shape(chinese)[what] == found, what
+    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > 100
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    english, chinese = (
+        DOCS.parents[1].joinpath(name).read_text(encoding="utf-8")
+        for name in ("README.md", "README.zh-CN.md")
+    )
+    for what in ("headings", "code", "tables"):
+        assert _shape(chinese)[what] == _shape(english)[what], what

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.results import newest_result
 from msquant.errors import MsquantError
 from msquant.flows.conversion import export, open_quantized
@@ -155,7 +156,7 @@ def test_the_disk_must_hold_all_formats(
 ) -> None:
     room = 2 * sum(path.stat().st_size for path in results["golden-stick"].glob("*.safetensors"))
     monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: room)
-    refused(recipe_of(tiny_llama, *format_names()), tmp_path, f"{room} bytes are free on its disk")
+    refused(recipe_of(tiny_llama, *format_names()), tmp_path, f"{shown_sizes(room)[0]} are free on its disk")
 
 
 @pytest.mark.parametrize("formats", [[], ["gguf"], ["ascend", "ascend"], [["ascend"]]])

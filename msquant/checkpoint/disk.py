@@ -31,6 +31,17 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
+def shown_sizes(*counts: int) -> list[str]:
+    """Numbers of bytes for people (`80.0 GB`), in as many digits as tell different ones apart."""
+    from rich.filesize import decimal
+
+    for precision in range(1, 12):
+        shown = [decimal(count, precision=precision) for count in counts]
+        if len(set(shown)) == len(set(counts)):
+            break
+    return shown
+
+
 def require_free_space(folder: Path, needed_bytes: int) -> None:
     """Check that a folder, which need not exist yet, has room.
 
@@ -39,8 +50,9 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
     """
     free = free_bytes(folder.absolute())
     if free is not None and free < needed_bytes:
+        left, needed = shown_sizes(free, needed_bytes)
         raise OutputError(
-            f"{free} bytes are free on its disk, {needed_bytes} are needed",
+            f"{left} are free on its disk, {needed} are needed",
             where=folder,
             remedy="free some space, or choose another disk with --output",
         )
@@ -110,10 +122,10 @@ def _explain(error: OSError | SafetensorError, path: Path, needed_bytes: int | N
         found = re.search(r"os error (\d+)", str(error))
         number, text = (int(found[1]) if found else None), str(error)
     if number in _FULL:
-        free = free_bytes(path.absolute())
-        needed = f", {needed_bytes} needed for this file" if needed_bytes is not None else ""
+        sizes = shown_sizes(free_bytes(path.absolute()) or 0, needed_bytes or 0)
+        needed = f", {sizes[1]} needed for this file" if needed_bytes is not None else ""
         return OutputError(
-            f"the disk is full ({free} bytes free{needed})",
+            f"the disk is full ({sizes[0]} free{needed})",
             where=path,
             remedy="free some space, or choose another disk with --output",
         )
@@ -121,7 +133,7 @@ def _explain(error: OSError | SafetensorError, path: Path, needed_bytes: int | N
         return OutputError(
             f"cannot be written: {text}", where=path, remedy="choose a writable folder with --output"
         )
-    needed = f" ({needed_bytes} bytes)" if needed_bytes is not None else ""
+    needed = f" ({shown_sizes(needed_bytes)[0]})" if needed_bytes is not None else ""
     return OutputError(
         f"cannot be written{needed}: {text}", where=path, remedy="choose another place with --output"
     )

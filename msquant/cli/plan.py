@@ -32,6 +32,7 @@ _STAGES: "dict[Stage, str]" = {
 
 def plan(
     model: options.Model,
+    algo: options.Algo = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
@@ -59,7 +60,7 @@ def plan(
     from msquant.recipe.recipe import find_recipe
 
     silence_libraries()
-    recipe = find_recipe(model)
+    recipe = find_recipe(model).replace("quantization", algorithm=algo)
     recipe = options.with_calibration(recipe, calibration, samples=samples, sequence_length=sequence_length)
     recipe = recipe.in_formats(formats)
     target = output or options.default_output(model, recipe.quantization.algorithm)

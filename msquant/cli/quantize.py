@@ -195,9 +195,11 @@ def _print_result(result: "QuantizeResult") -> None:
 
 
 def _warn_of_limits(evaluation: dict[str, Any]) -> None:
-    broken = [f"{_MEASURES[limit['measure']].format(**limit)}" for limit in evaluation["beyond"]]
-    if not broken:
+    if not evaluation["beyond"]:
         return
+    from msquant.reporting.verdict import beyond_limit
+
+    broken = [beyond_limit(**limit) for limit in evaluation["beyond"]]
     worst = ", ".join(str(layer["index"]) for layer in scores.worst_layers(evaluation))
     console.print_warning(
         f"the result is worse than the recipe allows: {' and '.join(broken)}. The decoder layers that "
@@ -206,9 +208,3 @@ def _warn_of_limits(evaluation: dict[str, Any]) -> None:
         "msquant analyze MODEL --keep-float 6",
         severe=True,
     )
-
-
-_MEASURES = {
-    "kl": "its KL divergence from the float model is {value:.3g} (limit {limit:g})",
-    "perplexity_increase": "its perplexity is {value:.1%} above the float model's (limit {limit:.0%})",
-}

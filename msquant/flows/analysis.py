@@ -87,7 +87,7 @@ def analyze(
     progress = progress or Progress()
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
-    model = open_source(source or recipe.model)
+    model = open_source(source or recipe.model, note=progress.stage)
     plans = folder_plans(recipe, model)
     plan = plans[0]
     if budget is not None:

@@ -107,7 +107,7 @@ def look_at_calibration(
         MsquantError: as `resolve_model` and `calibration_of`.
     """
     require_sources(settings)
-    folder = resolve_model(model)
+    folder = resolve_model(model, note=progress.stage if progress else lambda text: None)
     found = calibration_of(settings, folder, offline=offline, progress=progress)
     tokenizer, samples = load_tokenizer(folder), found.samples
     shown = []

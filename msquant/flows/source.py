@@ -46,18 +46,23 @@ class Source:
         return sum(self.checkpoint.nbytes(name) for name in self.checkpoint.names())
 
 
-def open_source(model: str, fetch: Callable[[str], Path] | None = None) -> Source:
+def open_source(
+    model: str,
+    fetch: Callable[[str], Path] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Source:
     """Find a model and check from the headers alone that it is whole and that its config describes it.
 
     Args:
         model: as `resolve_model` takes it.
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
+        note: called with what takes a while.
 
     Raises:
         MsquantError: there is no such model; or a file, tensor, dtype or shape is wrong, those of the scales
             of FP8 included.
     """
-    folder = resolve_model(model, fetch=fetch)
+    folder = resolve_model(model, fetch, note)
     config = read_config(folder)
     checkpoint = Checkpoint.open(folder)
     for name, shape in config.shapes.items():

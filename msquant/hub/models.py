@@ -18,8 +18,8 @@ BUNDLED_MODELS = {SMOLLM2_NAME: smollm2_folder}
 
 def resolve_model(
     name: str,
-    progress: Callable[[int, int], None] | None = None,
     fetch: Callable[[str], Path] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Return the Hugging Face folder of a model.
 
@@ -27,9 +27,9 @@ def resolve_model(
         name: a bundled model's name (`smollm2-135m`), a local folder that holds `config.json`, or a hub id
             (`deepseek-ai/DeepSeek-R1`) whose weights are in msquant's or Hugging Face's cache. A bundled name
             wins, then a folder; write `./smollm2-135m` for a folder that is called like a bundled model.
-        progress: called with the number of tensors done and their total while a bundled model is converted.
         fetch: called with a hub id whose weights are not here or not whole, to download them, for example
             `fetch_model`; without it, nothing is downloaded.
+        note: called with what takes a while.
 
     Raises:
         ModelError: there is no such model, the folder holds none, the weights are not on this machine, or the
@@ -39,7 +39,7 @@ def resolve_model(
         OutputError: the bundled model cannot be written into the cache.
     """
     if name in BUNDLED_MODELS:
-        return BUNDLED_MODELS[name](progress)
+        return BUNDLED_MODELS[name](note=note)
     folder = os.path.expanduser(name)
     if name and os.path.exists(folder):
         return _checked(Path(folder))

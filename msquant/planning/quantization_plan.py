@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.disk import free_bytes
+from msquant.checkpoint.disk import free_bytes, shown_sizes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
@@ -347,13 +347,15 @@ def _parts(subject: _Subject) -> list[tuple[Kind, int | None, Mapping[str, tuple
 def _problems(needed: int, free: int | None, peak: int, available: int | None) -> list[str]:
     problems = []
     if free is not None and needed > free:
+        wanted, left = shown_sizes(needed, free)
         problems.append(
-            f"disk: {needed:,} bytes are needed for the output and scratch, {free:,} are free there; free "
-            "some space, or choose another disk with --output"
+            f"disk: {wanted} are needed for the output and scratch, {left} are free there; free some space, "
+            "or choose another disk with --output"
         )
     if available is not None and peak > available:
+        wanted, left = shown_sizes(peak, available)
         problems.append(
-            f"memory: about {peak:,} bytes are needed at the peak, {available:,} are available; use fewer "
+            f"memory: about {wanted} are needed at the peak, {left} are available; use fewer "
             "--samples, a shorter --sequence-length or a smaller --memory-budget, or a larger machine"
         )
     return problems
@@ -381,9 +383,10 @@ def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) 
     needed = plan.disk_bytes + (plan.source_bytes if together and plan.source is None else 0)
     free = free_bytes(output.absolute())
     if free is not None and free < needed:
-        both = f" and {plan.source_bytes:,} for the weights" if needed > plan.disk_bytes else ""
+        left, wanted, weights = shown_sizes(free, plan.disk_bytes, plan.source_bytes)
+        both = f" and {weights} for the weights" if needed > plan.disk_bytes else ""
         raise OutputError(
-            f"{free:,} bytes are free on its disk, {plan.disk_bytes:,} are needed{both}",
+            f"{left} are free on its disk, {wanted} are needed{both}",
             where=output,
             remedy="free some space, or choose other disks with --output and MSQUANT_CACHE",
         )

@@ -8,8 +8,8 @@ _OUTLIER = 10
 """A layer whose error is so many times the median stands out."""
 _SHOWN = 3
 _MEASURES = {
-    "kl": "Its KL divergence from the float model of",
-    "perplexity_increase": "The relative increase of its perplexity of",
+    "kl": ("its KL divergence from the float model is {}, the limit {}", "f", 3),
+    "perplexity_increase": ("its perplexity is {} above the float model's, the limit {}", "%", 1),
 }
 
 
@@ -29,7 +29,7 @@ def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> ReportVerdi
     if summary.quantization is None:
         problems.append(("check", "It is in floating point: nothing was quantized."))
     problems += _accuracy(manifest)
-    problems += [("check", f"{note[:1].upper()}{note[1:]}.") for note in summary.notes]
+    problems += [("check", _sentence(note)) for note in summary.notes]
     if not checked:
         problems.append(("check", "Its weights were not checked against the format's contract."))
     problems += _few_tokens(manifest)
@@ -41,6 +41,23 @@ def judge(summary: Summary, manifest: Manifest, *, checked: bool) -> ReportVerdi
     return ReportVerdict(level, reasons[0][1], (*(reason for _, reason in reasons[1:]), *remarks))
 
 
+def beyond_limit(measure: str, value: float, limit: float) -> str:
+    """What is beyond a recipe's limit, in as many digits as tell the two apart.
+
+    Args:
+        measure: `kl` in nats, or `perplexity_increase` as a part of the float model's.
+        value: what was measured.
+        limit: what the recipe allows.
+    """
+    text, form, least = _MEASURES.get(measure, (f"its {measure} is {{}}, the limit {{}}", "g", 3))
+    pairs = ((f"{value:.{digits}{form}}", f"{limit:.{digits}{form}}") for digits in range(least, 17))
+    return text.format(*next((pair for pair in pairs if pair[0] != pair[1]), (value, limit)))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
     found = manifest.evaluation
     if found is None or found.overall is None or found.overall.kl is None:
@@ -50,8 +67,7 @@ def _accuracy(manifest: Manifest) -> list[tuple[Level, str]]:
     broken: list[tuple[Level, str]] = [
         (
             "bad",
-            f"{_MEASURES.get(limit.measure, limit.measure)} {limit.value:g} is beyond the recipe's "
-            f"{limit.limit:g}.",
+            _sentence(beyond_limit(limit.measure, limit.value, limit.limit)),
         )
         for limit in found.beyond
         if limit.value is not None and limit.limit is not None

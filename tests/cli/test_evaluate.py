@@ -34,7 +34,19 @@ def test_a_person_sees_every_text_and_the_worst_layers(
     assert done.returncode == 0, done.stderr
     assert "decoder layer 2/2" in done.stderr
     assert "WARNING" not in done.stdout + done.stderr
-    for word in ("docs", "code", "chinese", "dialogue", "fiction", "mathematics", "mine", "all", "KL", "top 5", "noise of their own: 0 ("):
+    for word in (
+        "docs",
+        "code",
+        "chinese",
+        "dialogue",
+        "fiction",
+        "mathematics",
+        "mine",
+        "all",
+        "KL",
+        "top 5",
+        "noise of their own: 0 (",
+    ):
         assert word in done.stdout
 
 

@@ -98,7 +98,7 @@ def test_what_has_no_room_to_be_quantized_is_not_downloaded(
     hub.repository("deepseek-ai/DeepSeek-R1").push({"config.json": b"{}", "model.safetensors": b"x"})
     done = msquant("quantize", "deepseek-r1", "--output", small_disk / "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert "bytes are free on its disk, 702," in done.stderr
+    assert "B are free on its disk, 702.7 GB are needed" in done.stderr
     assert "MSQUANT_CACHE" in done.stderr
     assert hub.requests == []
 

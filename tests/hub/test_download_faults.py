@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.download_marker import require_complete
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub import partial
@@ -265,7 +266,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(
     fetch: Fetch, small_disk: Path, server: Hub, protocol: str, endpoint: str
 ) -> None:
     snapshot = connect(protocol, endpoint).snapshot(REPOSITORY, "main")
-    with pytest.raises(OutputError, match=rf"\d+ bytes are free .*, {len(WEIGHTS) + 602} are needed"):
+    with pytest.raises(OutputError, match=rf"B are free .*, {shown_sizes(len(WEIGHTS) + 602)[0]} are needed"):
         download(snapshot, snapshot.files, small_disk / "tiny")
     assert server.fetched() == []
     assert list(small_disk.iterdir()) == []

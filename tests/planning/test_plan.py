@@ -1,6 +1,7 @@
 """A plan says what `quantize` then does: the same bytes, and no file of either where it does not fit."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.disk import shown_sizes
 from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
 from msquant.flows.pipeline import quantize
 from msquant.hub.published import published_bytes, published_config
@@ -128,9 +130,9 @@ def test_what_does_not_fit_is_told_with_both_numbers(
     monkeypatch.setattr("msquant.planning.quantization_plan.free_bytes", lambda path: fitting.disk_bytes - 1)
     monkeypatch.setattr("msquant.planning.quantization_plan.available_memory", lambda: 1_000)
     disk, memory = make_plan(recipe, tmp_path / "out").problems
-    for word in ("disk", f"{fitting.disk_bytes:,}", f"{fitting.disk_bytes - 1:,}", "--output"):
+    for word in ("disk", *shown_sizes(fitting.disk_bytes, fitting.disk_bytes - 1), "--output"):
         assert word in disk
-    for word in ("memory", f"{fitting.peak_memory:,}", "1,000", "--samples"):
+    for word in ("memory", *shown_sizes(fitting.peak_memory, 1000), "--samples"):
         assert word in memory
     monkeypatch.setattr("msquant.planning.quantization_plan.free_bytes", lambda path: fitting.disk_bytes)
     monkeypatch.setattr("msquant.planning.quantization_plan.available_memory", lambda: None)
@@ -143,7 +145,9 @@ def test_quantize_refuses_before_it_starts(
     recipe = short_recipe(tiny_llama)
     needed = make_plan(recipe, tmp_path / "out").disk_bytes
     monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: needed - 1)
-    with pytest.raises(OutputError, match=rf"{needed - 1} bytes are free on its disk, {needed} are needed"):
+    left, wanted = map(re.escape, shown_sizes(needed - 1, needed))
+    assert left != wanted
+    with pytest.raises(OutputError, match=f"{left} are free on its disk, {wanted} are needed"):
         quantize(recipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("msquant.checkpoint.disk.free_bytes", lambda path: needed)

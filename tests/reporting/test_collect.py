@@ -15,6 +15,7 @@ from msquant.flows.conversion import export
 from msquant.reporting.charts import charts
 from msquant.reporting.collect import collect
 from msquant.reporting.data import ReportVerdict, as_plain
+from msquant.reporting.verdict import beyond_limit
 from msquant.reporting.write import default_output, html_page, markdown_page, write_report
 from tests.formats.folders import change_json, change_tensors, write_folder
 from tests.reporting.folders import DENSE, EXPERTS, HOSTILE, LAYERS, evaluation, poison, write_large
@@ -229,8 +230,8 @@ def test_a_result_beyond_a_limit_is_bad(own: Path) -> None:
     layers = [{"index": index, "snr": 20.0, "own_snr": 50.0 - index} for index in range(6)]
     verdict = measured(own, beyond=broken, layers=layers)
     assert verdict.level == "bad"
-    assert verdict.reason == "Its KL divergence from the float model of 0.12 is beyond the recipe's 0.1."
-    assert verdict.remarks[0] == "The relative increase of its perplexity of 0.3 is beyond the recipe's 0.1."
+    assert verdict.reason == "Its KL divergence from the float model is 0.120, the limit 0.100."
+    assert verdict.remarks[0] == "Its perplexity is 30.0% above the float model's, the limit 10.0%."
     assert "Layers 5 (45.0 dB), 4 (46.0 dB), 3 (47.0 dB) add" in verdict.remarks[1]
 
 
@@ -399,3 +400,16 @@ def test_a_serving_section_that_is_not_valid_is_left_out(own: Path) -> None:
     assert [command.what for command in collect(own, check=False).serving] == [
         "Continue a prompt without an NPU"
     ]
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "limit", "text"),
+    [
+        ("kl", 0.1004, 0.1, "is 0.1004, the limit 0.1000"),
+        ("kl", 0.25, 0.1, "is 0.250, the limit 0.100"),
+        ("perplexity_increase", 0.10004, 0.1, "is 10.004% above the float model's, the limit 10.000%"),
+        ("other", 1.0000001, 1.0, "is 1.0000001, the limit 1"),
+    ],
+)
+def test_a_value_and_its_limit_never_look_alike(measure: str, value: float, limit: float, text: str) -> None:
+    assert text in beyond_limit(measure, value, limit)
