@@ -92,6 +92,8 @@ COMMANDS = {
     "recipes copy": ["recipes", "copy", "smollm2-135m", "{tmp}/nowhere{name}/a.yaml"],
     "recipes validate": ["recipes", "validate", RECIPE],
     "recipes validate --json": ["recipes", "validate", RECIPE, "--json"],
+    "calibration show": ["calibration", "show", MODEL],
+    "calibration show a source": ["calibration", "show", MODEL, "--calibration", SELF],
     "engine install": ["engine", "install", SELF],
     "engine check": ["engine", "check", SELF],
     "engine remove": ["engine", "remove", SELF],
@@ -119,7 +121,7 @@ def test_a_command(
 
 
 def test_every_command_is_among_them() -> None:
-    groups = {"recipes", "engine"}
+    groups = {"recipes", "engine", "calibration"}
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert known <= {command.split()[0] for command in COMMANDS}
     assert {
