@@ -16,7 +16,7 @@ from tests.fixtures.tiny_model import write_tiny_llama
 from tests.inference.quantized_folder import write_quantized
 
 SHORT: dict[str, Any] = {"sequences": 1, "sequence_length": 48}
-BUILTIN = ("docs", "code", "chinese", "dialogue", "fiction", "mathematics")
+BUILTIN = ("docs", "code", "chinese", "dialogue", "fiction", "math")
 OWN = "Nobody has seen this sentence before, and nobody will see it again. " * 20
 
 

@@ -8,7 +8,7 @@ Six domains, so that the activation ranges are not those of one kind of text:
 - code: modules of the standard library, Python source. PSF licence.
 - dialogue: conversations in English and Chinese, which go through the model's own chat template where it has
   one.
-- chinese, fiction, mathematics: prose of several kinds.
+- chinese, fiction, math: prose of several kinds.
 
 What is not the standard library's was written for msquant (`texts/README.md`). The standard library's text
 differs a little from one 3.11 patch release to the next.
@@ -48,7 +48,7 @@ WEIGHTS = {
     "dialogue": 3,
     "chinese": 2,
     "fiction": 2,
-    "mathematics": 2,
+    "math": 2,
 }
 """Shares of the samples: sixteenths."""
 
@@ -68,7 +68,7 @@ def calibration_domains(rows: RowText | None = None) -> list[Domain]:
         "code": [module_source(name) for name in CODE_MODULES],
         "chinese": [shipped_text("calibration", "chinese.txt")],
         "fiction": [shipped_text("calibration", "fiction.txt")],
-        "mathematics": [shipped_text("calibration", "mathematics.txt")],
+        "math": [shipped_text("calibration", "mathematics.txt")],
     }
     conversations, rendered = shipped_dialogue("calibration", rows or RowText())
     return [

@@ -4,7 +4,7 @@ Six domains of the kinds that models read:
 
 - docs: the half of `pydoc_data.topics` that calibration leaves out, technical English.
 - code: modules of the standard library that calibration does not take, Python source.
-- chinese, dialogue, fiction, mathematics: written for msquant, on other subjects than calibration's texts.
+- chinese, dialogue, fiction, math: written for msquant, on other subjects than calibration's texts.
   The dialogue is plain text here, so that its score is that of any tokenizer.
 """
 
@@ -27,5 +27,5 @@ def evaluation_domains() -> list[Domain]:
         Domain("chinese", 1, [shipped_text("evaluation", "chinese.txt")]),
         Domain("dialogue", 1, shipped_dialogue("evaluation", RowText())[0]),
         Domain("fiction", 1, [shipped_text("evaluation", "fiction.txt")]),
-        Domain("mathematics", 1, [shipped_text("evaluation", "mathematics.txt")]),
+        Domain("math", 1, [shipped_text("evaluation", "mathematics.txt")]),
     ]

@@ -66,7 +66,11 @@ def compare(
             console.print_line(f"| {' | '.join(map(str, cells))} |")
         return
     console.print_table(
-        "KL to the float model by text, in nats", columns, rows, caption="perplexity, top 1: over all texts"
+        "KL to the float model by text, in nats",
+        columns,
+        rows,
+        caption="perplexity, top 1: over all texts",
+        spare=("size", "top 1", "perplexity"),
     )
     scores.print_notes(result)
 

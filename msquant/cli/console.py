@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -118,10 +118,33 @@ def ask(prompt: str) -> str | None:
             print_text("\n")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[Any]], *, caption: str | None = None) -> None:
-    """Write a table to stdout; numbers are right-aligned."""
+def print_table(
+    title: str,
+    columns: list[str],
+    rows: list[list[Any]],
+    *,
+    caption: str | None = None,
+    spare: Sequence[str] = (),
+) -> None:
+    """Write a table to stdout; numbers are right-aligned.
+
+    Args:
+        title: above it.
+        columns: their headings.
+        rows: the cells.
+        caption: below it.
+        spare: headings of columns that are left out, the first one first, before others are cut.
+    """
+    from rich.cells import cell_len
     from rich.table import Table
 
+    for heading in spare:
+        widths = [max(cell_len(str(line[i])) for line in [columns, *rows]) for i in range(len(columns))]
+        # A column has a space on both sides and a border.
+        if sum(widths) + 3 * len(widths) + 1 <= stdout.width or heading not in columns:
+            continue
+        place = columns.index(heading)
+        columns, *rows = [[*line[:place], *line[place + 1 :]] for line in [columns, *rows]]
     table = Table(
         title=Text(plain_line(title), "table.title"),
         caption=None if caption is None else Text(plain_line(caption), "table.caption"),

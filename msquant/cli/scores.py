@@ -75,7 +75,8 @@ def print_scores(title: str, score: Mapping[str, Any]) -> None:
     columns = ["text", "tokens", "perplexity"]
     if compared:
         columns += ["float", "change", "KL", "top 1", "top 5", "logits MSE"]
-    console.print_table(title, columns, [_row(row, compared) for row in rows])
+    table = [_row(row, compared) for row in rows]
+    console.print_table(title, columns, table, spare=("logits MSE", "tokens", "top 5"))
     if worst := worst_layers(score):
         listed = ", ".join(f"{layer['index']} ({decibels(layer['own_snr'])} dB)" for layer in worst)
         console.print_line(f"Decoder layers that add most noise of their own: {listed}.")

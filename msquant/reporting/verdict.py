@@ -8,8 +8,8 @@ _OUTLIER = 10
 """A layer whose error is so many times the median stands out."""
 _SHOWN = 3
 _MEASURES = {
-    "kl": ("its KL divergence from the float model is {}, the limit {}", "f", 3),
-    "perplexity_increase": ("its perplexity is {} above the float model's, the limit {}", "%", 1),
+    "kl": ("its KL divergence from the float model is {}, the limit {}", 1, ""),
+    "perplexity_increase": ("its perplexity is {} above the float model's, the limit {}", 100, "%"),
 }
 
 
@@ -49,8 +49,10 @@ def beyond_limit(measure: str, value: float, limit: float) -> str:
         value: what was measured.
         limit: what the recipe allows.
     """
-    text, form, least = _MEASURES.get(measure, (f"its {measure} is {{}}, the limit {{}}", "g", 3))
-    pairs = ((f"{value:.{digits}{form}}", f"{limit:.{digits}{form}}") for digits in range(least, 17))
+    text, scale, unit = _MEASURES.get(measure, (f"its {measure} is {{}}, the limit {{}}", 1, ""))
+    pairs = (
+        (f"{scale * value:.{digits}g}{unit}", f"{scale * limit:.{digits}g}{unit}") for digits in range(3, 17)
+    )
     return text.format(*next((pair for pair in pairs if pair[0] != pair[1]), (value, limit)))
 
 

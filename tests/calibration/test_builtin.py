@@ -31,7 +31,7 @@ def test_no_domain_is_short_and_shares_are_sixteenths() -> None:
 
 def test_domains_are_what_they_say() -> None:
     texts = {domain.name: "".join(domain.texts) for domain in calibration_domains()}
-    assert list(texts) == ["documentation", "code", "dialogue", "chinese", "fiction", "mathematics"]
+    assert list(texts) == ["documentation", "code", "dialogue", "chinese", "fiction", "math"]
     compile(texts["code"].partition("\nclass ")[0], "code", "exec")
     assert sum("\u4e00" <= character <= "\u9fff" for character in texts["chinese"]) > 10_000
     assert not any("\u4e00" <= character <= "\u9fff" for character in texts["fiction"])

@@ -19,7 +19,7 @@ def tokenizer() -> Any:
 
 def test_domains_are_what_they_say() -> None:
     texts = {domain.name: "\n".join(domain.texts) for domain in evaluation_domains()}
-    assert list(texts) == ["docs", "code", "chinese", "dialogue", "fiction", "mathematics"]
+    assert list(texts) == ["docs", "code", "chinese", "dialogue", "fiction", "math"]
     assert min(map(len, texts.values())) > 6_000
     assert "class ZipFile" in texts["code"]
     assert sum("\u4e00" <= character <= "\u9fff" for character in texts["chinese"]) > 5_000

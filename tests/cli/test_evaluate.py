@@ -40,7 +40,7 @@ def test_a_person_sees_every_text_and_the_worst_layers(
         "chinese",
         "dialogue",
         "fiction",
-        "mathematics",
+        "math",
         "mine",
         "all",
         "KL",
@@ -70,7 +70,7 @@ def test_folders_side_by_side(folders: list[Path], tiny_llama: Path) -> None:
     done = msquant("compare", *folders, *options, "--markdown")
     assert done.returncode == 0, done.stderr
     header, rule, *rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()]
-    assert len(header) == len(rule) == 14
+    assert len(header) == len(rule) == 18
     cells = [dict(zip([name.strip() for name in header], row, strict=True)) for row in rows]
     assert [row["folder"].strip() for row in cells] == [str(f) for f in (tiny_llama, *folders)]
     assert cells[0]["KL all"].strip() == ""

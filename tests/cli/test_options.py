@@ -21,3 +21,15 @@ def test_the_memory_budget_is_the_librarys_own() -> None:
 )
 def test_the_output_is_named_after_the_model(model: str, output: str) -> None:
     assert str(options.default_output(model, "osl")) == output
+
+
+@pytest.mark.parametrize(("width", "left"), [(60, ["text", "KL", "noise"]), (26, ["text", "KL"]), (9, ["text"])])
+def test_a_table_drops_columns_before_it_cuts_digits(
+    width: int, left: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "stdout", console.PlainConsole(width=width))
+    rows = [["dialogue", "0.1234", "1.5e-03"], ["all", "0.2", "2.5e-04"]]
+    console.print_table("T", ["text", "KL", "noise"], rows, spare=("noise", "KL"))
+    shown = capsys.readouterr().out
+    assert [name for name in ("text", "KL", "noise") if name in shown] == left
+    assert ("0.1234" in shown) == ("KL" in left)

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.e2e
 KEYS = {
     *("model", "source", "output", "architecture", "stored", "variant", "samples", "sequence_length"),
     "formats",
+    *("sources", "source_characters"),
     *("parts", "parameters", "source_bytes", "output_bytes", "scratch_bytes", "disk_bytes", "free_disk"),
     *("peak_memory", "available_memory", "seconds", "seconds_by_stage", "notes", "problems", "fits"),
     "machine",

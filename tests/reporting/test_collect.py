@@ -230,8 +230,8 @@ def test_a_result_beyond_a_limit_is_bad(own: Path) -> None:
     layers = [{"index": index, "snr": 20.0, "own_snr": 50.0 - index} for index in range(6)]
     verdict = measured(own, beyond=broken, layers=layers)
     assert verdict.level == "bad"
-    assert verdict.reason == "Its KL divergence from the float model is 0.120, the limit 0.100."
-    assert verdict.remarks[0] == "Its perplexity is 30.0% above the float model's, the limit 10.0%."
+    assert verdict.reason == "Its KL divergence from the float model is 0.12, the limit 0.1."
+    assert verdict.remarks[0] == "Its perplexity is 30% above the float model's, the limit 10%."
     assert "Layers 5 (45.0 dB), 4 (46.0 dB), 3 (47.0 dB) add" in verdict.remarks[1]
 
 
@@ -405,9 +405,9 @@ def test_a_serving_section_that_is_not_valid_is_left_out(own: Path) -> None:
 @pytest.mark.parametrize(
     ("measure", "value", "limit", "text"),
     [
-        ("kl", 0.1004, 0.1, "is 0.1004, the limit 0.1000"),
-        ("kl", 0.25, 0.1, "is 0.250, the limit 0.100"),
-        ("perplexity_increase", 0.10004, 0.1, "is 10.004% above the float model's, the limit 10.000%"),
+        ("kl", 0.1004, 0.1, "is 0.1004, the limit 0.1"),
+        ("kl", 0.25, 0.1, "is 0.25, the limit 0.1"),
+        ("perplexity_increase", 0.10004, 0.1, "is 10.004% above the float model's, the limit 10%"),
         ("other", 1.0000001, 1.0, "is 1.0000001, the limit 1"),
     ],
 )
