@@ -23,7 +23,9 @@ def test_the_output_is_named_after_the_model(model: str, output: str) -> None:
     assert str(options.default_output(model, "osl")) == output
 
 
-@pytest.mark.parametrize(("width", "left"), [(60, ["text", "KL", "noise"]), (26, ["text", "KL"]), (9, ["text"])])
+@pytest.mark.parametrize(
+    ("width", "left"), [(60, ["text", "KL", "noise"]), (26, ["text", "KL"]), (9, ["text"])]
+)
 def test_a_table_drops_columns_before_it_cuts_digits(
     width: int, left: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
