@@ -70,12 +70,9 @@ def calibration_domains(rows: RowText | None = None) -> list[Domain]:
         "fiction": [shipped_text("calibration", "fiction.txt")],
         "math": [shipped_text("calibration", "mathematics.txt")],
     }
-    conversations, rendered = shipped_dialogue("calibration", rows or RowText())
+    texts["dialogue"], rendered = shipped_dialogue("calibration", rows or RowText())
     return [
-        Domain(name, weight, conversations, rendered)
-        if name == "dialogue"
-        else Domain(name, weight, texts[name])
-        for name, weight in WEIGHTS.items()
+        Domain(name, weight, texts[name], rendered and name == "dialogue") for name, weight in WEIGHTS.items()
     ]
 
 

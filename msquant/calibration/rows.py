@@ -7,7 +7,7 @@ from typing import Any
 
 from msquant.errors import CalibrationError
 
-TEXT_COLUMNS = ("text", "content")
+TEXT_COLUMNS = ("text", "content", "inputs_pretokenized")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PAIRS = (
     ("question", "answer"),
@@ -94,8 +94,11 @@ class Exchange:
         ]
 
 
+_EXCHANGES = {pair: Exchange(*(Template(f"{{{name}}}") for name in pair)) for pair in PAIRS}
+
+
 class RowText:
-    """Makes texts of rows, in the form that the columns of the first row have.
+    """Makes texts of rows, each by the columns that it has.
 
     Args:
         template: of the text, in place of the columns that are known.
@@ -122,17 +125,17 @@ class RowText:
         Raises:
             CalibrationError: no column is known, one holds something else, or the chat template refuses it.
         """
-        messages: list[Message] | None = None
         if isinstance(self._template, Template):
             return self._template.fill(row, where), False
+        messages: list[Message] | None = None
         if isinstance(self._template, Exchange):
             messages = self._template.messages(row, where)
         elif chat := next((name for name in CHAT_COLUMNS if row.get(name)), None):
             messages = _conversation(row[chat], chat, where)
         elif pair := next((pair for pair in PAIRS if all(name in row for name in pair)), None):
-            messages = Exchange(*(Template(f"{{{name}}}") for name in pair)).messages(row, where)
+            messages = _EXCHANGES[pair].messages(row, where)
         if messages is None:
-            name = next((name for name in (*TEXT_COLUMNS, PAIRS[-1][0]) if name in row), None)
+            name = next((name for name in TEXT_COLUMNS if name in row), None)
             if name is None:
                 raise CalibrationError(
                     f"no column is known to hold text; the columns are {', '.join(map(repr, row))}",

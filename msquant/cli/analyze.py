@@ -87,7 +87,14 @@ def analyze(
 
     recipe = find_recipe(model).replace("quantization", algorithm=algo)
     recipe = options.with_calibration(
-        recipe, calibration, template, chat_template, pack, samples, None, sequence_length, seed
+        recipe,
+        calibration,
+        template,
+        chat_template,
+        pack,
+        samples,
+        sequence_length=sequence_length,
+        seed=seed,
     )
     from msquant.cli.layer_progress import LayerProgress
 

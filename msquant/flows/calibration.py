@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.calibration.builtin import calibration_domains
+from msquant.calibration.domains import Domain
 from msquant.calibration.rows import Template
 from msquant.calibration.sources import Reading, Source, SourceTexts, parse_source
+from msquant.calibration.streaming import MAX_CHARACTERS
 from msquant.calibration.token_cache import cached_tokens
 from msquant.calibration.tokens import Samples, SourceShare, choose_samples, encode_texts
 from msquant.checkpoint.tokenizer import leading_tokens, load_tokenizer
@@ -146,25 +148,20 @@ def calibration_of(
     progress = progress or Progress()
     tokenizer = load_tokenizer(folder)
     sources = [parse_source(word) for word in settings.sources]
-    length, total = settings.sequence_length, settings.total
-    most = settings.most
-
-    def note(text: str) -> None:
-        progress.stage(text)
-
+    length, most = settings.sequence_length, settings.most
     reading = Reading(
         template=Template(settings.template) if settings.template is not None else None,
         tokenizer=tokenizer if settings.chat_template else None,
         characters=most_characters(settings),
         seed=settings.seed,
         offline=offline,
-        note=note,
+        note=progress.stage,
         generate=partial(own_words, folder, tokenizer, length, settings.seed, progress),
     )
     read: list[SourceTexts] = []
     for source in sources:
         progress.stage(f"calibration from {source.word}")
-        read.append(source.place.read(source.word, reading, _wanted(source, most)))
+        read.append(source.place.read(source.word, reading, most if source.count is None else source.count))
         check_interrupt()
 
     def encode(texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -182,7 +179,7 @@ def calibration_of(
         pack=settings.pack,
         encode=encode,
     )
-    first, spare = samples.split(total)
+    first, spare = samples.split(settings.total)
     return Calibration(first, spare, _records(sources, read, samples))
 
 
@@ -220,8 +217,8 @@ def own_words(
             where="self",
             remedy="use a machine with more memory, or other sources: builtin, a file, or hf:ORG/NAME",
         ) from error
-    generator = np.random.default_rng(seed)
-    begins = [_begin(tokenizer, generator) for _ in range(count)]
+    generator, domains = np.random.default_rng(seed), calibration_domains()
+    begins = [_begin(tokenizer, domains, generator) for _ in range(count)]
     room = [length - len(begin) for begin in begins]
     if min(room) < 1:
         raise CalibrationError(
@@ -247,9 +244,8 @@ def own_words(
     return [np.array(sample, dtype=np.int32) for sample in written]
 
 
-def _begin(tokenizer: Any, generator: np.random.Generator) -> list[int]:
-    """A few tokens from a random place of the builtin text, as a text begins."""
-    domains = calibration_domains()
+def _begin(tokenizer: Any, domains: Sequence[Domain], generator: np.random.Generator) -> list[int]:
+    """A few tokens from a random place of these texts, as a text begins."""
     domain = domains[int(generator.integers(len(domains)))]
     text = domain.texts[int(generator.integers(len(domain.texts)))]
     place = int(generator.integers(max(1, len(text) - 200)))
@@ -260,14 +256,8 @@ def _begin(tokenizer: Any, generator: np.random.Generator) -> list[int]:
 
 def most_characters(settings: CalibrationSettings) -> int:
     """How many characters are read of each source, at most: some 16 times what is wanted."""
-    from msquant.calibration.streaming import MAX_CHARACTERS
-
     wanted = _RESERVE * settings.most * settings.sequence_length
     return min(MAX_CHARACTERS, max(_LEAST_CHARACTERS, wanted))
-
-
-def _wanted(source: Source, total: int) -> int:
-    return total if source.count is None else source.count
 
 
 def _records(

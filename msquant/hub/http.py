@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -92,6 +92,8 @@ _MAX_REFUSAL = 1 << 16
 _BROKEN = (requests.RequestException, TransportError, HTTPException, ValueError, OSError)
 _REDIRECTS = {301, 302, 303, 307, 308}
 
+
+_T = TypeVar("_T")
 
 Explain = Callable[[int, Mapping[str, str], Any], HubError]
 """From status, headers and the body as JSON (or None) to the error a person gets."""
@@ -205,10 +207,19 @@ class HttpClient:
         """
         if params:
             url = str(requests.Request("GET", url, params=params).prepare().url)
+        return self.patiently(lambda: self._json(url))
+
+    def patiently(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns, trying again where that may help.
+
+        Raises:
+            HubError: it stays in vain, or `work` raises it.
+            Stopped: `stop` is set.
+        """
         failures = 0
         while True:
             try:
-                return self._json(url)
+                return work()
             except Transient as error:
                 failures += 1
                 limits = self.limits

@@ -4,7 +4,6 @@ Every request is one of `HttpClient`: the token goes to the hub alone, proxies a
 a download, and what fails is tried again as there.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
@@ -12,6 +11,7 @@ from fsspec import AbstractFileSystem, register_implementation
 from fsspec.spec import AbstractBufferedFile
 
 from msquant.errors import HubError
+from msquant.hub.http import HttpClient
 from msquant.hub.listing import Snapshot
 from msquant.hub.retry import Transient, WrongFile
 
@@ -82,33 +82,28 @@ class RepositoryFile(AbstractBufferedFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         snapshot, url = self.fs.url(self.path)
-        client, failures = snapshot.hub.client, 0
-        while True:
-            try:
-                return self._read_range(client.open, client.read_piece, url, start, end)
-            except Transient as error:
-                failures += 1
-                if failures >= (client.limits.attempts if error.reached else client.limits.first_attempts):
-                    raise client.unreachable(error) from error
-                client.pause(error, failures)
-            except WrongFile as error:
-                raise HubError(
-                    f"a file is not what the hub lists: {error}", where=url, remedy="try again later"
-                ) from error
+        client = snapshot.hub.client
+        try:
+            return client.patiently(lambda: _read_range(client, url, start, end))
+        except WrongFile as error:
+            raise HubError(
+                f"a file is not what the hub lists: {error}", where=url, remedy="try again later"
+            ) from error
 
-    @staticmethod
-    def _read_range(open_url: Callable[..., Any], read: Callable[..., bytes], url: str, *ends: int) -> bytes:
-        start, end = ends
-        content = bytearray()
-        with open_url(url, {"Range": f"bytes={start}-{end - 1}"}) as response:
-            if response.status_code != 206 and start:
-                raise HubError(
-                    "the host of this file sends it whole only, which can be more than is wanted",
-                    where=url,
-                    remedy="download the dataset, and name its folder",
-                )
-            while len(content) < end - start and (piece := read(response, end - start - len(content))):
-                content += piece
-        if len(content) < end - start:
-            raise Transient("the connection was closed within the file")
-        return bytes(content)
+
+def _read_range(client: HttpClient, url: str, start: int, end: int) -> bytes:
+    content = bytearray()
+    with client.open(url, {"Range": f"bytes={start}-{end - 1}"}) as response:
+        if response.status_code != 206 and start:
+            raise HubError(
+                "the host of this file sends it whole only, which can be more than is wanted",
+                where=url,
+                remedy="download the dataset, and name its folder",
+            )
+        while len(content) < end - start and (
+            piece := client.read_piece(response, end - start - len(content))
+        ):
+            content += piece
+    if len(content) < end - start:
+        raise Transient("the connection was closed within the file")
+    return bytes(content)
