@@ -96,7 +96,15 @@ def choose_data_files(
     if configs:
         config = _choose_config(configs, known, config, where)
         entry = configs[known.index(config)]
-        splits = _listed(entry, data)
+        try:
+            splits = _listed(entry, data)
+        # Whoever wrote the README may have written anything there.
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CalibrationError(
+                f"the README's data files of the configuration {config!r} cannot be understood ({error})",
+                where=where,
+                remedy="download the dataset, and name the files that are wanted",
+            ) from error
     else:
         if config and config not in folders:
             raise _unknown("configuration", config, folders, where)

@@ -93,3 +93,12 @@ def test_a_set_that_is_a_script_is_not_run(listed: list[str]) -> None:
 @pytest.mark.parametrize("card", ["", "# none", "---\nconfigs: 3\n---", "---\n: [\n---", "---\n- a\n---"])
 def test_a_readme_without_configurations(card: str) -> None:
     assert card_configs(card) == []
+
+
+@pytest.mark.parametrize(
+    "files", [3, [3], [{"split": "train", "path": "**x"}], {"train": ["**/[z-a]", "a**"]}]
+)
+def test_a_readme_that_makes_no_sense_is_named(files: object) -> None:
+    with pytest.raises(CalibrationError, match=r"configuration 'odd' cannot be understood") as caught:
+        choose_data_files(["x.csv"], [{"config_name": "odd", "data_files": files}], (), "hf:org/odd")
+    assert caught.value.where == "hf:org/odd"
