@@ -52,10 +52,18 @@ class Page:
         page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: self.requested.append(request.url))
         self.url = path.absolute().as_uri()
+        self.protocol = page.context.new_cdp_session(page)
+        # Processor time of the page's own thread, in which other processes of a busy machine have no part.
+        self.protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto(self.url)
 
     def evaluate(self, script: str) -> Any:
         return self.page.evaluate(script)
+
+    def worked(self) -> float:
+        """Seconds of processor time that the page's main thread has spent on tasks."""
+        metrics = self.protocol.send("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
@@ -81,12 +89,11 @@ def test_it_opens_at_once_and_asks_for_nothing(large: Path, open_page: Open) -> 
     seconds = []
     for _ in range(3):
         page = open_page(large)
-        seconds.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
+        seconds.append(page.worked())
         assert page.said == []
         own = [url for url in page.requested if not url.startswith("data:")]
         assert own == [page.url]
-    # The fastest: the others waited for the machine.
-    assert min(seconds) < MOST_SECONDS
+    assert 0 < min(seconds) < MOST_SECONDS
 
 
 def test_every_chart_is_drawn(large: Path, open_page: Open) -> None:
