@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
 from msquant.deploy.ascend_checks import Check, Status
-from msquant.flows.requirements import requirements_of
+from msquant.flows.requirements import requirements_of, wanted
 
 GIGABYTE = 10**9
 LITTLE_DISK = 10 * GIGABYTE
@@ -63,14 +63,13 @@ def required_packages() -> list[Check]:
     needed = requirements_of()
     problems = []
     for requirement in needed:
-        wanted = f"{requirement.name}{requirement.specifier}"
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
             found = None
         if found is None or not requirement.specifier.contains(found, prereleases=True):
-            detail = f"{found or 'not installed'}; {wanted} is needed"
-            remedy = f"pip install '{wanted}'"
+            detail = f"{found or 'not installed'}; {wanted(requirement)} is needed"
+            remedy = f"pip install '{wanted(requirement)}'"
             problems.append(Check("packages", requirement.name, "error", detail, remedy))
     detail = f"{version('msquant')}, with all {len(needed)} packages it needs"
     return problems or [Check("packages", "msquant", "ok", detail)]
@@ -126,7 +125,8 @@ def mindspore_check(python: str = sys.executable) -> Check:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         failure = "" if done.stdout.strip().endswith("2") else said[-1]
     if failure:
-        remedy = "pip install --force-reinstall mindspore==2.7.1.post1; its wheels need Linux"
+        pin = next(wanted(each) for each in requirements_of() if each.name == "mindspore")
+        remedy = f"pip install --force-reinstall {pin}; its wheels need Linux"
         return Check("engines", "MindSpore", "error", f"does not compute here: {failure}", remedy)
     return Check("engines", "MindSpore", "ok", "computes on this CPU")
 

@@ -27,8 +27,10 @@ def pip_install(extra: str) -> str:
 
     `pip install 'msquant[EXTRA]'` would ask an index for msquant, which may be here from a clone or a wheel.
     """
-    wanted = [
-        r.name + (f"[{','.join(sorted(r.extras))}]" if r.extras else "") + str(r.specifier)
-        for r in requirements_of(extra)
-    ]
-    return f"pip install {shlex.join(wanted)}"
+    return f"pip install {shlex.join(map(wanted, requirements_of(extra)))}"
+
+
+def wanted(requirement: "Requirement") -> str:
+    """A requirement as pip takes it, without the marker that has been looked at: `lm-eval[api]==0.4.13`."""
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
