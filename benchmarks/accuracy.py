@@ -124,8 +124,8 @@ def spared(folder: Path) -> dict[str, Any]:
 def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
+    from msquant.checkpoint.memory import MEMORY_BUDGET
     from msquant.flows.calibration import calibration_of
-    from msquant.flows.pipeline import MEMORY_BUDGET
     from msquant.flows.source import batch_samples, open_source
     from msquant.kernels import golden_stick
     from msquant.models.device import use_device

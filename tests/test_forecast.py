@@ -100,7 +100,7 @@ def test_a_real_run_tells_of_every_part(tiny_llama: Path, tmp_path: Path) -> Non
     left: list[float] = []
     recipe = find_recipe(str(tiny_llama)).replace("quantization", algorithm="rtn")
     recipe = recipe.replace("calibration", samples=2, sequence_length=16)
-    recipe = recipe.in_formats("golden-stick,compressed-tensors")
+    recipe = recipe.adjusted(formats="golden-stick,compressed-tensors")
     quantize(recipe, tmp_path / "out", progress=Progress(lap=parts.append, left=left.append))
     layers = ["layer"] * 2, ["evaluated layer"] * 2
     assert parts == [

@@ -55,7 +55,7 @@ _PARTS = {
 ALLOWED = {
     "errors": set[str](),
     "schemes": {"errors"},
-    "__version__": set[str](),
+    "__version__": {"api"},
     "interrupts": set[str](),
     "progress": set[str](),
     "checkpoint": _BOTTOM,
@@ -77,7 +77,10 @@ ALLOWED = {
     "reporting": _FOUNDATION | _PARTS | {"deploy", "flows"},
     "server": _FOUNDATION | _PARTS | {"deploy", "flows"},
     "tasks": _FOUNDATION | _PARTS | {"flows"},
-    "cli": _FOUNDATION | _PARTS | {"deploy", "recipe", "flows", "planning", "reporting", "server", "tasks"},
+    "api": _FOUNDATION | _PARTS | {"deploy", "recipe", "flows", "planning"},
+    "cli": _FOUNDATION
+    | _PARTS
+    | {"api", "deploy", "recipe", "flows", "planning", "reporting", "server", "tasks"},
     "__main__": {"cli"},
 }
 

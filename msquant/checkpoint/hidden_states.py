@@ -21,9 +21,6 @@ from msquant.checkpoint.json_file import MAX_BYTES, decode_json
 from msquant.checkpoint.writer import is_temporary, publish, temporary_path
 from msquant.errors import StartOverError
 
-MEMORY_BUDGET = 10**9
-"""Bytes of hidden states that a flow holds in memory unless told otherwise; what is beyond stays on disk."""
-
 _LENGTH_BYTES = 8
 
 Batch = NDArray[np.float32]

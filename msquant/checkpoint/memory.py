@@ -3,6 +3,9 @@
 import resource
 from pathlib import Path
 
+MEMORY_BUDGET = 10**9
+"""Bytes of hidden states that are held in memory; more are kept on disk."""
+
 
 def available_memory() -> int | None:
     """Bytes that a new process can use: what the system has left, or its control group if that is less."""

@@ -85,14 +85,13 @@ def analyze(
     from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import find_recipe, write_recipe
 
-    recipe = find_recipe(model).replace("quantization", algorithm=algo)
-    recipe = options.with_calibration(
-        recipe,
-        calibration,
-        template,
-        chat_template,
-        pack,
-        samples,
+    recipe = find_recipe(model).adjusted(
+        algo=algo,
+        calibration=calibration,
+        template=template,
+        chat_template=chat_template,
+        pack=pack,
+        samples=samples,
         sequence_length=sequence_length,
         seed=seed,
     )

@@ -49,13 +49,12 @@ def show_calibration(
     from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import find_recipe
 
-    recipe = options.with_calibration(
-        find_recipe(model),
-        calibration,
-        template,
-        chat_template,
-        pack,
-        samples,
+    recipe = find_recipe(model).adjusted(
+        calibration=calibration,
+        template=template,
+        chat_template=chat_template,
+        pack=pack,
+        samples=samples,
         sequence_length=sequence_length,
         seed=seed,
     )

@@ -57,33 +57,35 @@ def download(
 
     Example: msquant download Qwen/Qwen3-8B --include '*.safetensors' --include '*.json' --output /data/Qwen3
     """
+    from msquant import api
     from msquant.cli.transfer_progress import TransferProgress
-    from msquant.hub.choose import find_snapshot
-    from msquant.hub.folder_download import download as download_files
-    from msquant.hub.names import select_files
+    from msquant.hub.choose import select_snapshot
     from msquant.hub.transfer_events import HubProgress
 
     with TransferProgress() as display:
-        snapshot = find_snapshot(
-            repository,
-            revision,
-            hub,
-            token_file=token_file,
-            kind="dataset" if dataset else "model",
-            note=display.stage,
-        )
-        files = select_files(snapshot.files, include or (), exclude or (), repository)
-        if not dry_run:
-            total = console.as_bytes(sum(file.size for file in files))
-            display.stage(
-                f"{len(files)} files, {total}, of commit {snapshot.commit[:10]} on {snapshot.hub.title}"
+        if dry_run:
+            snapshot, files = select_snapshot(
+                repository,
+                revision,
+                hub,
+                include or (),
+                exclude or (),
+                token_file=token_file,
+                kind="dataset" if dataset else "model",
+                note=display.stage,
             )
-            result = download_files(
-                snapshot,
-                files,
-                output or Path(repository.split("/")[1]),
+        else:
+            result = api.download(
+                repository,
+                output,
+                hub=hub,
+                dataset=dataset,
+                revision=revision,
+                include=include or (),
+                exclude=exclude or (),
                 workers=workers,
                 verify=verify,
+                token_file=token_file,
                 progress=HubProgress(stage=display.stage, update=display.update),
             )
     if dry_run:

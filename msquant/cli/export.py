@@ -40,17 +40,14 @@ def export(
     from msquant.models.device import silence_libraries
 
     silence_libraries()
-    from msquant.flows.conversion import ExportProgress
-    from msquant.flows.conversion import export as export_folder
-    from msquant.formats.registry import names_of, parse_formats
-
-    names = names_of(parse_formats(formats))
+    from msquant import api
     from msquant.cli.layer_progress import LayerProgress
+    from msquant.flows.conversion import ExportProgress
 
     with LayerProgress("part") as display:
-        results = export_folder(
+        results = api.export(
             folder,
-            names,
+            formats,
             output=output,
             overwrite=overwrite,
             progress=ExportProgress(

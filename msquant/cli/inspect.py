@@ -56,10 +56,10 @@ def inspect(
     named = next((name for name in SERVER_NAMES if name == server), None)
     if server is not None and named is None:
         raise typer.BadParameter(f"one of {', '.join(SERVER_NAMES)} is expected", param_hint="--for")
+    from msquant import api
     from msquant.flows.serving_checks import require_server
-    from msquant.formats.summary import summarize
 
-    summary = summarize(folder, verify_hashes=verify)
+    summary = api.inspect(folder, verify=verify)
     evaluation = _evaluation(folder)
     if as_json:
         console.print_json(_as_document(summary) | {"evaluation": evaluation})

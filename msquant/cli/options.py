@@ -1,15 +1,11 @@
 """The options that several commands share, and what they stand for."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from msquant.algorithms import algorithm_names, find_algorithm
 from msquant.errors import RecipeError
-
-if TYPE_CHECKING:
-    from msquant.recipe.recipe import Recipe
 
 
 def _known_algorithm(name: str | None) -> str | None:
@@ -78,35 +74,3 @@ MemoryBudget = Annotated[
 ]
 
 MEMORY_BUDGET = "1GB"
-
-
-def default_output(model: str, algorithm: str) -> Path:
-    """MODEL-ALGO in the current folder; only a recipe file's suffix is left out: `qwen2.5-7b` stays whole."""
-    path = Path(model)
-    name = path.stem if path.suffix in (".yaml", ".yml") else path.resolve().name
-    return Path(f"{name}-{algorithm}")
-
-
-def with_calibration(
-    recipe: "Recipe",
-    calibration: list[str] | None = None,
-    template: str | None = None,
-    chat_template: bool | None = None,
-    pack: bool | None = None,
-    samples: int | None = None,
-    max_samples: int | None = None,
-    sequence_length: int | None = None,
-    seed: int | None = None,
-) -> "Recipe":
-    """A recipe with the options of calibration that are given. Raises RecipeError."""
-    return recipe.replace(
-        "calibration",
-        source=calibration or None,
-        template=template,
-        chat_template=chat_template,
-        pack=pack,
-        samples=samples,
-        max_samples=max_samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )

@@ -57,13 +57,17 @@ def plan(
     Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
     """
     from msquant.models.device import silence_libraries
-    from msquant.recipe.recipe import find_recipe
+    from msquant.recipe.recipe import default_folder, find_recipe
 
     silence_libraries()
-    recipe = find_recipe(model).replace("quantization", algorithm=algo)
-    recipe = options.with_calibration(recipe, calibration, samples=samples, sequence_length=sequence_length)
-    recipe = recipe.in_formats(formats)
-    target = output or options.default_output(model, recipe.quantization.algorithm)
+    recipe = find_recipe(model).adjusted(
+        algo=algo,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        formats=formats,
+    )
+    target = output or default_folder(model, recipe)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     show_plan(recipe, target, source, budget, probe=probe, as_json=as_json)
 

@@ -1,6 +1,8 @@
 """`msquant quantize`: a model to W8A8."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ from msquant.cli import console, options, scores
 if TYPE_CHECKING:
     from msquant.cli.layer_progress import LayerProgress
     from msquant.flows.pipeline import QuantizeResult
-    from msquant.recipe.recipe import Recipe
+    from msquant.hub.transfer_events import HubProgress
 
 
 def quantize(
@@ -76,18 +78,23 @@ def quantize(
 
     if not verbose:
         silence_libraries()
-    from msquant.flows.pipeline import quantize as quantize_model
-    from msquant.hub.choose import is_offline
-    from msquant.recipe.recipe import find_recipe
+    from msquant import api
+    from msquant.recipe.recipe import default_folder, find_recipe
 
-    recipe = find_recipe(model)
-    recipe = recipe.replace("quantization", algorithm=algo)
-    recipe = options.with_calibration(
-        recipe, calibration, template, chat_template, pack, samples, max_samples, sequence_length, seed
+    recipe = find_recipe(model).adjusted(
+        algo=algo,
+        calibration=calibration,
+        template=template,
+        chat_template=chat_template,
+        pack=pack,
+        samples=samples,
+        max_samples=max_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        formats=formats,
+        evaluate=not no_evaluate,
     )
-    recipe = recipe.in_formats(formats)
-    recipe = recipe.replace("evaluation", sequences=0 if no_evaluate else None)
-    target = output or options.default_output(model, recipe.quantization.algorithm)
+    target = output or default_folder(model, recipe)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
     if dry_run:
         from msquant.cli.plan import show_plan
@@ -95,13 +102,10 @@ def quantize(
         show_plan(recipe, target, source, budget, probe=True, as_json=as_json)
         return
 
-    def fetch(hub_id: str) -> Path:
-        return _fetch(hub_id, recipe, target, source, display)
-
     from msquant.cli.layer_progress import LayerProgress
 
     with LayerProgress() as display:
-        result = quantize_model(
+        result = api.quantize(
             recipe,
             target,
             source=source,
@@ -110,9 +114,9 @@ def quantize(
             device=device,
             memory_budget=budget,
             verbose=verbose,
-            fetch=None if offline or is_offline() else fetch,
-            offline=offline or is_offline(),
+            offline=offline,
             progress=display.flow(_alphas),
+            transfer=lambda: _transfer(display),
         )
     if as_json:
         console.print_json(_as_json(result))
@@ -120,16 +124,14 @@ def quantize(
         _print_result(result)
 
 
-def _fetch(hub_id: str, recipe: "Recipe", target: Path, source: str | None, display: "LayerProgress") -> Path:
-    from msquant.checkpoint.cache import cache_folder
+@contextmanager
+def _transfer(display: "LayerProgress") -> "Iterator[HubProgress]":
+    """Show a download in place of the layers."""
     from msquant.cli.transfer_progress import TransferProgress
-    from msquant.hub.fetch import fetch_model
     from msquant.hub.transfer_events import HubProgress
-    from msquant.planning.quantization_plan import require_room
 
-    require_room(recipe, target, source, cache_folder())
     with display.paused(), TransferProgress() as transfer:
-        return fetch_model(hub_id, HubProgress(stage=transfer.stage, update=transfer.update))
+        yield HubProgress(stage=transfer.stage, update=transfer.update)
 
 
 def _alphas(record: dict[str, Any]) -> str:

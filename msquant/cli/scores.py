@@ -25,18 +25,21 @@ SequenceLength = Annotated[
 ]
 
 
-def run_comparison(models: list[str], *, verbose: bool, memory_budget: str, **settings: Any) -> "Comparison":
-    """Compare models with progress on the terminal; see `msquant.flows.comparison.compare`."""
+def run_comparison(
+    models: list[str], *, baseline: str | None, verbose: bool, memory_budget: str, **settings: Any
+) -> "Comparison":
+    """Compare models with progress on the terminal; see `msquant.api.compare`."""
     from msquant.models.device import silence_libraries
 
     if not verbose:
         silence_libraries()
+    from msquant import api
     from msquant.cli.layer_progress import LayerProgress
-    from msquant.flows.comparison import compare
 
     with LayerProgress() as display:
-        return compare(
+        return api.compare(
             models,
+            baseline,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             progress=display.flow(lambda record: _note(record["layers"])),
             **settings,

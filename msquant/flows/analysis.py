@@ -13,10 +13,10 @@ from pathlib import Path
 
 from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStateStore
-from msquant.checkpoint.memory import peak_memory
+from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.errors import RecipeError
 from msquant.flows.calibration import calibration_of, require_sources
-from msquant.flows.pipeline import MEMORY_BUDGET, embed
+from msquant.flows.pipeline import embed
 from msquant.flows.source import Source, batch_tokens, folder_plan, folder_plans, open_source, require_target
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts

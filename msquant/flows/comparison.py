@@ -19,9 +19,9 @@ from msquant.calibration.rows import Template
 from msquant.calibration.sources import Reading, load_texts
 from msquant.calibration.tokens import spread_windows
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
+from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.memory import peak_memory
+from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from msquant.errors import CalibrationError, ModelError, MsquantError
@@ -78,6 +78,11 @@ class Comparison:
     notes: list[str]
     seconds: float
     peak_memory: int
+
+    @property
+    def score(self) -> ModelScore:
+        """That of the first model, which is the only one of an evaluation."""
+        return self.models[0].score
 
 
 def compare(

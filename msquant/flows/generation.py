@@ -50,6 +50,81 @@ class GenerationResult:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
+class LoadedModel:
+    """A model folder in an engine, until it is closed.
+
+    Attributes:
+        folder: the model's.
+        engine: the name of the engine that runs it.
+    """
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self.folder = folder
+        self.engine = engine.name
+        self._loaded = engine
+
+    def __enter__(self) -> "LoadedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model, and end what was started for it."""
+        self._loaded.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Continue a prompt, or several; as vLLM's `LLM.generate`, a list comes back for one, too.
+
+        Args:
+            prompts: none of them empty.
+            max_tokens: at most so many are generated for each.
+            temperature: 0 takes the most probable token.
+            top_p: samples from the most probable tokens that together reach this probability.
+            seed: of the sampling; the same seed gives the same text.
+            stop: strings that end the text.
+            chat: each prompt is a user's message: the tokenizer's chat template is put around it.
+            on_text: called with a prompt's index and each new piece of its text.
+
+        Returns:
+            A completion for each prompt, in their order.
+
+        Raises:
+            EngineError: a prompt is empty or too long, a value is out of its range, or there is no chat
+                template.
+        """
+        sampling = Sampling(max_tokens, temperature, top_p, seed, stop=tuple(stop))
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_prompts(given)
+        texts = _rendered(self.folder, given) if chat else given
+        return _named(given, self._loaded.generate(texts, sampling, on_text))
+
+
+def load(
+    model: Path | None = None,
+    *,
+    engine: str = AUTO,
+    device: str = "cpu",
+    dtype: str = "auto",
+    verify: bool | None = None,
+    recipe: str | None = None,
+) -> LoadedModel:
+    """Find a model folder as `find_model` does and load it; see `generate` for the arguments and errors."""
+    folder = find_model(model)
+    return LoadedModel(folder, load_engine(folder, engine, device, dtype, verify, recipe))
+
+
 def generate(
     model: Path | None,
     prompts: Sequence[str],
@@ -98,8 +173,12 @@ def generate(
     with closing(loaded):
         completions = loaded.generate(texts, sampling, on_text)
     seconds = time.perf_counter() - start
-    named = [replace(one, prompt=prompt) for one, prompt in zip(completions, prompts, strict=True)]
-    return GenerationResult(folder, loaded.name, named, load_seconds, seconds)
+    return GenerationResult(folder, loaded.name, _named(prompts, completions), load_seconds, seconds)
+
+
+def _named(prompts: Sequence[str], completions: Sequence[Completion]) -> list[Completion]:
+    """The completions with the prompts as they were given, before any chat template."""
+    return [replace(one, prompt=prompt) for one, prompt in zip(completions, prompts, strict=True)]
 
 
 def _rendered(folder: Path, prompts: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.disk import require_free_space
-from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
+from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.journal import Journal
-from msquant.checkpoint.memory import peak_memory
+from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_result
 from msquant.checkpoint.run_files import RunFiles

@@ -2,16 +2,16 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from msquant.errors import HubError, ModelError
 from msquant.hub.huggingface import HuggingFaceHub
-from msquant.hub.listing import Hub, NotFoundError, RepositoryKind, Snapshot
+from msquant.hub.listing import Hub, NotFoundError, RemoteFile, RepositoryKind, Snapshot
 from msquant.hub.modelers import ModelersHub
-from msquant.hub.names import check_names, is_hub_id
+from msquant.hub.names import check_names, is_hub_id, select_files
 from msquant.hub.retry import Limits, UnreachableError
 
 MODELERS_VARIABLE = "MODELERS_TOKEN"
@@ -102,6 +102,22 @@ def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def select_snapshot(
+    repository: str,
+    revision: str,
+    hub: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    token_file: Path | None,
+    kind: RepositoryKind,
+    note: Callable[[str], None],
+) -> tuple[Snapshot, list[RemoteFile]]:
+    """As `find_snapshot`, and the files of it that `select_files` chooses; raises as both."""
+    snapshot = find_snapshot(repository, revision, hub, token_file=token_file, kind=kind, note=note)
+    return snapshot, select_files(snapshot.files, include, exclude, repository)
 
 
 def find_snapshot(

@@ -11,11 +11,10 @@ from typing import Literal, get_args
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import free_bytes, shown_sizes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
-from msquant.checkpoint.memory import available_memory
+from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
 from msquant.flows.calibration import most_characters
 from msquant.flows.conversion import output_folders
-from msquant.flows.pipeline import MEMORY_BUDGET
 from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, stored_bytes

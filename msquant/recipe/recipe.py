@@ -3,7 +3,7 @@
 import difflib
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
@@ -140,9 +140,54 @@ class Recipe(BaseModel):
         """The formats to write, in order."""
         return names_of(self.format)
 
-    def in_formats(self, names: str | None) -> "Recipe":
-        """A copy that asks for these formats, with commas between them; or itself. Raises RecipeError."""
-        return self if names is None else self.model_copy(update={"format": parse_formats(names)})
+    def adjusted(
+        self,
+        *,
+        algo: str | None = None,
+        calibration: str | Sequence[str] | None = None,
+        template: str | None = None,
+        chat_template: bool | None = None,
+        pack: bool | None = None,
+        samples: int | None = None,
+        max_samples: int | None = None,
+        sequence_length: int | None = None,
+        seed: int | None = None,
+        formats: str | Sequence[str] | None = None,
+        evaluate: bool = True,
+    ) -> "Recipe":
+        """A copy with what is given in place of its own; the names are those of the command's options.
+
+        Args:
+            algo: the algorithm; options that it has in common with the recipe's are kept.
+            calibration: a source, or several for a mix.
+            template: how a row becomes text, with columns in braces.
+            chat_template: put conversations through the tokenizer's chat template.
+            pack: fill a sequence with several documents.
+            samples: calibration sequences.
+            max_samples: with those that only feed experts.
+            sequence_length: tokens in each.
+            seed: of the choice of sequences.
+            formats: to write; a name, names with commas between them, or several.
+            evaluate: False leaves out the short comparison with the float model.
+
+        Raises:
+            RecipeError: a value is not valid.
+        """
+        changed = self.replace("quantization", algorithm=algo).replace(
+            "calibration",
+            source=[calibration] if isinstance(calibration, str) else list(calibration or ()) or None,
+            template=template,
+            chat_template=chat_template,
+            pack=pack,
+            samples=samples,
+            max_samples=max_samples,
+            sequence_length=sequence_length,
+            seed=seed,
+        )
+        if formats is not None:
+            names = formats if isinstance(formats, str) else ",".join(formats)
+            changed = changed.model_copy(update={"format": parse_formats(names)})
+        return changed if evaluate else changed.replace("evaluation", sequences=0)
 
     def replace(self, section: str, **values: Any) -> "Recipe":
         """A copy with those values that are not None put into a section.
@@ -174,6 +219,13 @@ def find_recipe(name: str) -> Recipe:
     if name and name not in shipped_recipes() and os.path.isdir(path):
         return default_recipe(str(path), _config(path))
     return load_recipe(find_shipped_recipe(name))
+
+
+def default_folder(model: str, recipe: Recipe) -> Path:
+    """MODEL-ALGO in the current folder; only a recipe file's suffix is left out: `qwen2.5-7b` stays whole."""
+    path = Path(model)
+    name = path.stem if path.suffix in SUFFIXES else path.resolve().name
+    return Path(f"{name}-{recipe.quantization.algorithm}")
 
 
 def default_recipe(model: str, config: Mapping[str, Any]) -> Recipe:

@@ -2,12 +2,13 @@
 
 import pytest
 
+from msquant.checkpoint import memory
 from msquant.cli import console, options
-from msquant.flows import pipeline
+from msquant.recipe.recipe import Recipe, default_folder
 
 
 def test_the_memory_budget_is_the_librarys_own() -> None:
-    assert console.parse_bytes(options.MEMORY_BUDGET, "--memory-budget") == pipeline.MEMORY_BUDGET
+    assert console.parse_bytes(options.MEMORY_BUDGET, "--memory-budget") == memory.MEMORY_BUDGET
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ def test_the_memory_budget_is_the_librarys_own() -> None:
     ],
 )
 def test_the_output_is_named_after_the_model(model: str, output: str) -> None:
-    assert str(options.default_output(model, "osl")) == output
+    assert str(default_folder(model, Recipe(model=model))) == output
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _quantize(root: Path, name: str) -> None:
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
     formats = "ascend" if name == "qwen3-moe" else "golden-stick,ascend"
-    recipe = recipe.model_copy(update=changes).in_formats(formats)
+    recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)
     if name == "qwen3-moe":
         (root / name).rename(root / f"{name}-ascend")

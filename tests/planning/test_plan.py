@@ -177,7 +177,7 @@ def measured(recipe: Recipe, config: ModelConfig) -> Measured:
 
 
 def test_time_covers_everything_to_the_end(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = short_recipe(tiny_llama).in_formats("golden-stick,compressed-tensors")
+    recipe = short_recipe(tiny_llama).adjusted(formats="golden-stick,compressed-tensors")
     asked: list[Checkpoint | None] = []
 
     def probe(config: ModelConfig, checkpoint: Checkpoint | None) -> Measured:

@@ -1,0 +1,414 @@
+"""What `import msquant` offers: each command's work as a function, with the command's defaults.
+
+Nothing is printed; what a person would be shown goes to the callbacks of `Progress` and `HubProgress`.
+MindSpore and the other heavy packages are loaded when a function needs them. Every function raises
+`MsquantError`, with what is wrong, where, and what to do.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msquant.checkpoint.memory import MEMORY_BUDGET
+from msquant.errors import MsquantError
+from msquant.hub.transfer_events import HubProgress
+from msquant.progress import Progress
+from msquant.schemes import Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from msquant.flows.comparison import Comparison
+    from msquant.flows.conversion import ExportProgress, ExportResult
+    from msquant.flows.generation import LoadedModel
+    from msquant.flows.pipeline import QuantizeResult
+    from msquant.formats.summary import Summary
+    from msquant.hub.folder_download import DownloadResult
+    from msquant.recipe.recipe import Recipe as Recipe
+
+__all__ = [
+    "HubProgress",
+    "MsquantError",
+    "Progress",
+    "Recipe",
+    "Scheme",
+    "compare",
+    "download",
+    "evaluate",
+    "export",
+    "find_recipe",
+    "inspect",
+    "load",
+    "parse_scheme",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`Recipe`, which brings pydantic and the formats, when it is asked for."""
+    if name == "Recipe":
+        from msquant.recipe.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'msquant.api' has no attribute {name!r}")
+
+
+def find_recipe(model: "str | Path | Recipe") -> "Recipe":
+    """The recipe of a model.
+
+    Args:
+        model: a recipe's name (`deepseek-r1`) or file (`.yaml`), the hub id of a model that has one, or a
+            model's folder, for which a default recipe is made; or a recipe, which is returned.
+
+    Raises:
+        RecipeError: there is none of that name, or it is not valid.
+
+    Example:
+        >>> import msquant
+        >>> recipe = msquant.find_recipe("deepseek-r1").adjusted(samples=32, formats="ascend")
+        >>> recipe.calibration.samples
+        32
+    """
+    from msquant.recipe.recipe import Recipe
+    from msquant.recipe.recipe import find_recipe as find
+
+    return model if isinstance(model, Recipe) else find(str(model))
+
+
+def quantize(
+    model: "str | Path | Recipe",
+    output: str | Path | None = None,
+    *,
+    algo: str | None = None,
+    calibration: str | Sequence[str] | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    formats: str | Sequence[str] | None = None,
+    evaluate: bool = True,
+    source: str | Path | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    overwrite: bool = False,
+    restart: bool = False,
+    offline: bool = False,
+    verbose: bool = False,
+    progress: Progress | None = None,
+    transfer: Callable[[], AbstractContextManager[HubProgress]] | None = None,
+) -> "QuantizeResult":
+    """Quantize a model into a new folder, as `msquant quantize` does.
+
+    One decoder layer is in memory at a time. What an interrupted call has finished is kept, and the same call
+    continues with it and ends with the same bytes.
+
+    Args:
+        model: as `find_recipe` takes it.
+        output: the folder to make; it appears when it is complete. MODEL-ALGO in the current folder if None.
+        algo: in place of the recipe's algorithm.
+        calibration: in place of its sources: `builtin`, a file, `hf:ORG/NAME`, `gsm8k=25%`, or several.
+        samples: calibration sequences.
+        sequence_length: tokens in each.
+        formats: in place of its formats: `golden-stick`, `compressed-tensors`, `ascend`. The first is written
+            to `output`, each other one to `<output>-<format>`.
+        evaluate: compare the result with the float model on a little held-out text.
+        source: folder of the weights, in place of the recipe's model.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        overwrite: replace an earlier result.
+        restart: forget what an interrupted call has finished.
+        offline: ask no hub; `HF_HUB_OFFLINE=1` does the same.
+        verbose: show golden-stick's own log.
+        progress: callbacks.
+        transfer: makes a context, entered while weights are fetched from a hub, of callbacks for that.
+
+    Raises:
+        MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left.
+
+    Example:
+        >>> import msquant
+        >>> result = msquant.quantize("smollm2-135m", "smollm2-w8a8", algo="osl")  # doctest: +SKIP
+        >>> result.evaluation["overall"]["kl"]  # doctest: +SKIP
+        0.0435
+    """
+    from msquant.checkpoint.cache import cache_folder
+    from msquant.flows.pipeline import quantize as run
+    from msquant.hub.choose import is_offline
+    from msquant.recipe.recipe import default_folder
+
+    recipe = find_recipe(model).adjusted(
+        algo=algo,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        formats=formats,
+        evaluate=evaluate,
+    )
+    if output is None:
+        output = default_folder(recipe.model if model is recipe else str(model), recipe)
+    target, weights = Path(output), None if source is None else str(source)
+
+    def fetch(hub_id: str) -> Path:
+        from msquant.hub.fetch import fetch_model
+        from msquant.planning.quantization_plan import require_room
+
+        require_room(recipe, target, weights, cache_folder())
+        with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
+            return fetch_model(hub_id, callbacks)
+
+    alone = offline or is_offline()
+    return run(
+        recipe,
+        target,
+        source=weights,
+        overwrite=overwrite,
+        restart=restart,
+        device=device,
+        memory_budget=memory_budget,
+        verbose=verbose,
+        fetch=None if alone else fetch,
+        offline=alone,
+        progress=progress,
+    )
+
+
+def evaluate(
+    model: str | Path,
+    baseline: str | Path | None = None,
+    *,
+    texts: Sequence[str] = (),
+    builtin: bool = True,
+    template: str | None = None,
+    sequences: int = 4,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> "Comparison":
+    """What quantization cost one model: perplexity, and how far its predictions are from the float model's.
+
+    Args:
+        model: a folder, quantized or not, or the name of a float model.
+        baseline: the float model; if None the one that the folder's `msquant.json` says it was made from.
+            Without any, perplexity alone is measured, and the result's `notes` say so.
+        texts: the user's own: files, folders, `hf:ORG/NAME`.
+        builtin: evaluate on the builtin texts, six domains, too.
+        template: how a row of `texts` becomes text, with columns in braces.
+        sequences: windows of each text.
+        sequence_length: tokens in each; if None 512, or as many as the model takes.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        progress: callbacks.
+
+    Returns:
+        A comparison of one model; its `score` is that model's.
+
+    Raises:
+        MsquantError: a model or a text is missing or damaged, or they do not belong together.
+
+    Example:
+        >>> import msquant
+        >>> msquant.evaluate("smollm2-w8a8").score.overall.kl  # doctest: +SKIP
+        0.0435
+    """
+    return compare(
+        [model],
+        baseline,
+        texts=texts,
+        builtin=builtin,
+        template=template,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        device=device,
+        memory_budget=memory_budget,
+        progress=progress,
+    )
+
+
+def compare(
+    models: Sequence[str | Path],
+    baseline: str | Path | None = None,
+    *,
+    texts: Sequence[str] = (),
+    builtin: bool = True,
+    template: str | None = None,
+    sequences: int = 4,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> "Comparison":
+    """Quantized folders of one float model side by side, whoever made them; the arguments are `evaluate`'s.
+
+    Raises:
+        MsquantError: as `evaluate`; or there are several models and no float model.
+
+    Example:
+        >>> import msquant
+        >>> result = msquant.compare(["ours", "theirs"], "Llama-3.1-8B")  # doctest: +SKIP
+        >>> [model.score.overall.kl for model in result.models]  # doctest: +SKIP
+        [0.0435, 0.0691]
+    """
+    from msquant.flows.comparison import compare as run
+
+    return run(
+        [str(model) for model in models],
+        baseline=None if baseline is None else str(baseline),
+        texts=texts,
+        builtin=builtin,
+        template=template,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        device=device,
+        memory_budget=memory_budget,
+        progress=progress,
+    )
+
+
+def inspect(folder: str | Path, *, verify: bool = False) -> "Summary":
+    """What a checkpoint holds, what of it breaks its format's rules, and which servers can serve it.
+
+    Args:
+        folder: quantized, by whatever tool, or not.
+        verify: compare every file's sha256 with `msquant.json`, too.
+
+    Raises:
+        CheckpointError: there is no checkpoint there; what is wrong with one is in `findings`.
+
+    Example:
+        >>> import msquant
+        >>> [str(one.server) for one in msquant.inspect("w8a8").served if one.served]  # doctest: +SKIP
+        ['vllm-mindspore 0.5.0']
+    """
+    from msquant.formats.summary import summarize
+
+    return summarize(folder, verify_hashes=verify)
+
+
+def export(
+    folder: str | Path,
+    formats: str | Sequence[str],
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: "ExportProgress | None" = None,
+) -> "list[ExportResult]":
+    """Write a quantized folder in other formats, without quantizing again.
+
+    Args:
+        folder: quantized, in any format that msquant reads.
+        formats: what to write; a name, names with commas between them, or several.
+        output: the folder to make, with several formats that of the first; `<folder>-<format>` if None.
+        overwrite: replace earlier results.
+        progress: callbacks.
+
+    Raises:
+        MsquantError: a format cannot express the folder, or the folder was changed since it was written.
+
+    Example:
+        >>> import msquant
+        >>> msquant.export("smollm2-w8a8", "ascend")[0].folder  # doctest: +SKIP
+        PosixPath('smollm2-w8a8-ascend')
+    """
+    from msquant.flows.conversion import export as run
+    from msquant.formats.registry import names_of, parse_formats
+
+    names = names_of(parse_formats(formats if isinstance(formats, str) else ",".join(formats)))
+    target = None if output is None else Path(output)
+    return run(Path(folder), names, output=target, overwrite=overwrite, progress=progress)
+
+
+def download(
+    repository: str,
+    output: str | Path | None = None,
+    *,
+    hub: str = "auto",
+    dataset: bool = False,
+    revision: str = "main",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    workers: int = 8,
+    verify: bool = False,
+    token_file: str | Path | None = None,
+    progress: HubProgress | None = None,
+) -> "DownloadResult":
+    """Download a model or a dataset from Modelers or the Hugging Face Hub, and verify every file.
+
+    Args:
+        repository: `organisation/name`.
+        output: folder to download into; the repository's name in the current folder if None.
+        hub: `modelers`, `huggingface`, or `auto`: where the organisation lives, then the other.
+        dataset: whether it holds a dataset.
+        revision: a branch, a tag or a commit.
+        include: only files like one of these patterns.
+        exclude: no files like one of these.
+        workers: connections at once.
+        verify: hash also what an earlier call has verified.
+        token_file: holds the token of the hub, which `hub` names then.
+        progress: callbacks.
+
+    Raises:
+        HubError: the hub refuses or does not answer, or has no such repository or file.
+        OutputError: there is not enough disk, or the folder holds something else.
+
+    Example:
+        >>> import msquant
+        >>> msquant.download("MindSpore-Lab/DeepSeek-R1-W8A8").folder  # doctest: +SKIP
+        PosixPath('DeepSeek-R1-W8A8')
+    """
+    from msquant.checkpoint.disk import shown_sizes
+    from msquant.hub.choose import select_snapshot
+    from msquant.hub.folder_download import download as run
+
+    progress = progress or HubProgress()
+    snapshot, files = select_snapshot(
+        repository,
+        revision,
+        hub,
+        include,
+        exclude,
+        token_file=None if token_file is None else Path(token_file),
+        kind="dataset" if dataset else "model",
+        note=progress.stage,
+    )
+    (size,) = shown_sizes(sum(file.size for file in files))
+    progress.stage(f"{len(files)} files, {size}, of commit {snapshot.commit[:10]} on {snapshot.hub.title}")
+    target = Path(repository.split("/")[1] if output is None else output)
+    return run(snapshot, files, target, workers=workers, verify=verify, progress=progress)
+
+
+def load(
+    folder: str | Path | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "cpu",
+    dtype: str = "auto",
+    verify: bool | None = None,
+    recipe: str | None = None,
+) -> "LoadedModel":
+    """Load a model folder into an engine; close what is returned, or use it in a `with` statement.
+
+    Args:
+        folder: quantized or not; if None the newest result of `quantize`.
+        engine: `auto`, `embedded`, `vllm` or `vllm-mindspore`.
+        device: where the embedded engine computes, `cpu` or `ascend`.
+        dtype: of vLLM's activations; for that engine alone.
+        verify: compare the sha256 of the shards with `msquant.json`; None where that is quick.
+        recipe: whose serving section vLLM-MindSpore takes.
+
+    Raises:
+        MsquantError: there is no model, it is damaged, or the engine cannot run it.
+
+    Example:
+        >>> import msquant
+        >>> with msquant.load("smollm2-w8a8") as model:  # doctest: +SKIP
+        ...     print(model.generate("I am", max_tokens=8)[0].text)
+        a student and I am writing a paper
+    """
+    from msquant.flows.generation import load as run
+
+    return run(
+        None if folder is None else Path(folder),
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        verify=verify,
+        recipe=recipe,
+    )
