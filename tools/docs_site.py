@@ -1,5 +1,6 @@
 """What the documentation's site needs beside its pages: a hook of MkDocs, and the command line for its reference."""
 
+import posixpath
 import re
 from typing import Any
 
@@ -9,15 +10,25 @@ from typer.main import get_command
 
 from msquant.cli.app import app
 
-ENGLISH, CHINESE = "en", "zh-CN"
+FOLDERS = {"en": "", "zh-CN": "zh-CN"}
+"""Where the site in each language is in the whole; both have the same pages."""
 
 
-def on_page_context(context: dict[str, Any], *, page: Page, config: MkDocsConfig, **_: Any) -> None:
-    """Let the choice of a language lead to the same page in that language; both sites have the same pages."""
-    inside_chinese = config.theme["language"] != ENGLISH
-    for language in config.extra["alternate"]:
-        folder = "" if language["lang"] == ENGLISH else f"{CHINESE}/"
-        language["link"] = ("../" if inside_chinese else "") + folder + page.url
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """Let the choice of a language lead to the same page in that language.
+
+    The theme's own links to other languages in the head are left out: its script would ask beside each for a
+    sitemap, and there is none beside a page.
+    """
+    inside = FOLDERS["en" if config.theme["language"] == "en" else "zh-CN"]
+    here = posixpath.dirname(posixpath.join(inside, page.url)) or "."
+
+    def link(match: re.Match[str]) -> str:
+        there = posixpath.join(FOLDERS[match["language"]], page.url)
+        return f'href="{posixpath.relpath(there, here)}" hreflang="{match["language"]}"'
+
+    output = re.sub(r'<link rel="alternate"[^>]*>', "", output)
+    return re.sub(r'href="[^"]*" hreflang="(?P<language>[^"]+)"', link, output)
 
 
 def _with_examples(command: Any) -> Any:
