@@ -68,7 +68,7 @@ QUIET = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The machine's Chromium, driven by playwright; a test that asks for it is skipped where there is none."""
+    """The machine's Chromium, by playwright; a test that asks for it is skipped where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:

@@ -22,13 +22,13 @@ pytest.importorskip("mkdocs", reason="mkdocs is in the docs extra")
 
 ROOT = Path(msquant.__file__).parents[1]
 CONFIGS = {"": "mkdocs.yml", "zh-CN": "mkdocs.zh-CN.yml"}
-PAGE_SECONDS = 120
+BUILD_SECONDS = 120
 """For a build; on a quiet machine one takes ten."""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` lays it out. Both languages are built at once, each into a folder of its own."""
+    """The site as `make docs` lays it out; the languages are built at once, each in a folder of its own."""
     folder = tmp_path_factory.mktemp("site")
     targets = {language: folder / (language or "en") for language in CONFIGS}
     builds = {
@@ -46,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for language, target in targets.items()
     }
     for language, build in builds.items():
-        said, _ = build.communicate(timeout=PAGE_SECONDS)
+        said, _ = build.communicate(timeout=BUILD_SECONDS)
         assert build.returncode == 0, f"{CONFIGS[language]}:\n{said}"
     return targets["zh-CN"].rename(targets[""] / "zh-CN").parent
 

@@ -1,4 +1,4 @@
-"""What the documentation's site needs beside its pages: a hook of MkDocs, and the command line for its reference."""
+"""What the documentation's site needs beside its pages: a hook of MkDocs, and the commands to list."""
 
 import posixpath
 import re
