@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -248,3 +249,31 @@ def test_the_page_on_errors_quotes_what_the_code_says() -> None:
     assert [quote for quote in quoted if not any(quote in text for text in said)] == []
     chinese = (CHINESE / "troubleshooting.md").read_text(encoding="utf-8")
     assert re.findall("^### `(.*)`$", chinese, re.MULTILINE) == quoted
+
+
+ROOT_PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "SECURITY.zh-CN.md",
+    "CHANGELOG.md",
+)
+
+
+@pytest.mark.parametrize("path", ROOT_PAGES)
+def test_the_links_of_pages_outside_the_site_lead_to_files(path: str) -> None:
+    root = DOCS.parents[1]
+    links = re.findall(r"\]\(([^)\s]+)\)", (root / path).read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (root / link.partition("#")[0]).is_file()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", [*ROOT_PAGES, *(f"docs/{name}" for name in TRANSLATED)])
+def test_links_to_elsewhere_are_addresses(path: str) -> None:
+    text = (DOCS.parents[1] / path).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((\w+:[^)]*)\)", text):
+        parts = urlsplit(link)
+        assert parts.scheme == "https", link
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), link
+        assert not re.search(r"\s", link), link

@@ -34,7 +34,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     builds = {
         language: subprocess.Popen(
             [
-                *(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"),
+                # --quiet would hide warnings from --strict too.
+                *(sys.executable, "-m", "mkdocs", "build", "--strict"),
                 *("--config-file", CONFIGS[language], "--site-dir", target),
             ],
             cwd=ROOT,

@@ -32,8 +32,9 @@ def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
 
 
 def _with_examples(command: Any) -> Any:
-    """The same command with the examples in its help as blocks of code, which Markdown would run together."""
-    command.help = re.sub(r"^Example: (.+)$", r"    \1", command.help or "", flags=re.MULTILINE)
+    """The same command with the examples in its help as a block of code, not as prose."""
+    together = re.sub(r"(Example: .+)\n\n(?=Example: )", r"\1\n", command.help or "")
+    command.help = re.sub(r"^Example: (.+)$", r"    \1", together, flags=re.MULTILINE)
     for inner in getattr(command, "commands", {}).values():
         _with_examples(inner)
     return command
