@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Progress,
         Recipe,
         Scheme,
+        analyze,
         compare,
         download,
         evaluate,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         parse_scheme,
+        plan,
         quantize,
     )
 
@@ -36,6 +38,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "__version__",
+    "analyze",
     "compare",
     "download",
     "evaluate",
@@ -44,6 +47,7 @@ __all__ = [
     "inspect",
     "load",
     "parse_scheme",
+    "plan",
     "quantize",
 ]
 

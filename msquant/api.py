@@ -17,12 +17,14 @@ from msquant.progress import Progress
 from msquant.schemes import Scheme, parse_scheme
 
 if TYPE_CHECKING:
+    from msquant.flows.analysis import Analysis
     from msquant.flows.comparison import Comparison
     from msquant.flows.conversion import ExportProgress, ExportResult
     from msquant.flows.generation import LoadedModel
     from msquant.flows.pipeline import QuantizeResult
     from msquant.formats.summary import Summary
     from msquant.hub.folder_download import DownloadResult
+    from msquant.planning.quantization_plan import Plan
     from msquant.recipe.recipe import Recipe as Recipe
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Scheme",
+    "analyze",
     "compare",
     "download",
     "evaluate",
@@ -39,6 +42,7 @@ __all__ = [
     "inspect",
     "load",
     "parse_scheme",
+    "plan",
     "quantize",
 ]
 
@@ -165,6 +169,101 @@ def quantize(
         verbose=verbose,
         fetch=None if alone else fetch,
         offline=alone,
+        progress=progress,
+    )
+
+
+def plan(
+    model: "str | Path | Recipe",
+    output: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+) -> "Plan":
+    """What quantizing a model would make, read, write and need, from its headers alone.
+
+    Args:
+        model: as `find_recipe` takes it; a published model needs no weights here.
+        output: the folder that would be made; MODEL-ALGO in the current folder if None.
+        source: folder of the weights, in place of the recipe's model.
+        memory_budget: bytes of hidden states held in memory.
+
+    Returns:
+        Bytes by decoder layer and in all, memory, and as `problems` what does not fit. No time is estimated:
+        `msquant plan` measures this machine for that.
+
+    Raises:
+        MsquantError: the model is unknown, incomplete or not supported.
+
+    Example:
+        >>> import msquant
+        >>> made = msquant.plan("deepseek-r1")
+        >>> f"{made.source_bytes / 1e9:.0f} GB become {made.output_bytes / 1e9:.0f} GB"
+        '689 GB become 702 GB'
+    """
+    from msquant.planning.quantization_plan import make_plan
+    from msquant.recipe.recipe import default_folder
+
+    recipe = find_recipe(model)
+    target = default_folder(str(model if model is not recipe else recipe.model), recipe)
+    return make_plan(
+        recipe,
+        target if output is None else Path(output),
+        source=None if source is None else str(source),
+        memory_budget=memory_budget,
+    )
+
+
+def analyze(
+    model: "str | Path | Recipe",
+    *,
+    keep_float: int | None = None,
+    keep_dynamic: int | None = None,
+    max_error: float | None = None,
+    max_size: int | None = None,
+    source: str | Path | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> "Analysis":
+    """Rank the linears of a model by the error that quantizing only them causes, and spare the worst.
+
+    Args:
+        model: as `find_recipe` takes it.
+        keep_float: keep at most so many matrices in floating point.
+        keep_dynamic: give at most so many a scale per token.
+        max_error: keep as few in floating point as bring the summed error down to this.
+        max_size: keep as many as all tensors fit so many bytes. One of the four at most.
+        source: folder of the weights, in place of the recipe's model.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        verbose: show golden-stick's own log.
+        progress: callbacks.
+
+    Returns:
+        The ranking, and as `recipe` one that spares the worst, which `quantize` takes.
+
+    Raises:
+        MsquantError: the input is bad, or the budget cannot be kept.
+
+    Example:
+        >>> import msquant
+        >>> mixed = msquant.analyze("smollm2-135m", keep_float=6).recipe  # doctest: +SKIP
+        >>> msquant.quantize(mixed, "smollm2-mixed")  # doctest: +SKIP
+    """
+    from msquant.flows.analysis import analyze as run
+    from msquant.hub.choose import is_offline
+    from msquant.quantization.selection import budget_of
+
+    return run(
+        find_recipe(model),
+        budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
+        source=None if source is None else str(source),
+        device=device,
+        memory_budget=memory_budget,
+        verbose=verbose,
+        offline=is_offline(),
         progress=progress,
     )
 

@@ -18,7 +18,7 @@ from msquant import api
 from msquant.cli.app import app
 from tests.fixtures.tiny_model import write_tiny_llama
 
-COMMANDS = ("quantize", "evaluate", "compare", "inspect", "export", "download")
+COMMANDS = ("quantize", "plan", "analyze", "evaluate", "compare", "inspect", "export", "download")
 # What a command has for a terminal, or a recipe holds, and what stands for it in the function.
 RENAMED = {"algo": "algo", "text": "texts", "no_builtin": "builtin", "no_evaluate": "evaluate"}
 
@@ -55,6 +55,18 @@ def test_everything_that_is_offered_is_there_typed_and_explained() -> None:
         assert inspect.Parameter.empty not in [*hints, inspect.signature(function).return_annotation]
 
 
+def test_analyze_gives_a_recipe_that_quantize_takes(made: Any, tmp_path: Path) -> None:
+    recipe = msquant.find_recipe(made[2] / "float").adjusted(samples=1, sequence_length=16, evaluate=False)
+    analysis = msquant.analyze(recipe, keep_float=2)
+    assert analysis.recipe is not None
+    planned = msquant.plan(analysis.recipe, tmp_path / "mixed")
+    result = msquant.quantize(analysis.recipe, tmp_path / "mixed")
+    assert result.output_bytes == analysis.mixed_bytes
+    assert planned.output_bytes == sum(path.stat().st_size for path in result.folder.glob("*.safetensors"))
+    with pytest.raises(msquant.MsquantError, match="exclude one another"):
+        msquant.analyze(recipe, keep_float=2, keep_dynamic=2)
+
+
 def test_what_is_not_offered_is_an_attribute_error() -> None:
     for module in (msquant, api):
         with pytest.raises(AttributeError, match=f"{module.__name__}' has no attribute 'prune'"):
@@ -78,10 +90,13 @@ def test_a_function_takes_what_its_command_takes(name: str) -> None:
     options = {parameter.name for parameter in command.commands[name].params}
     function = inspect.signature(getattr(msquant, name)).parameters
     recipe = inspect.signature(msquant.Recipe.adjusted).parameters
-    shown = {"as_json", "dry_run", "markdown", "verbose", "server", "tensor_parallel"}
+    shown = {"as_json", "dry_run", "markdown", "verbose", "server", "tensor_parallel", "probe"}
+    if name == "analyze":
+        # Of the file for its recipe.
+        shown |= {"output", "overwrite"}
     # Tasks of lm_eval are asked by another function of the command, of `msquant.tasks`.
     tasks = {"tasks", "task_data", "limit", "num_fewshot", "endpoint"} if name == "evaluate" else set()
-    taken = set(function) | (set(recipe) if name == "quantize" else set())
+    taken = set(function) | (set(recipe) if name in ("quantize", "plan", "analyze") else set())
     assert {RENAMED.get(str(option), option) for option in options - shown - tasks} <= taken | {"model"}
 
 

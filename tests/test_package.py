@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,24 +211,3 @@ def test_a_breach_would_be_found() -> None:
     assert says_nothing(source)
     assert not says_nothing(f"'What it is.'\n{source}")
     assert not says_nothing("\n")
-
-
-def test_the_wheel_holds_the_modules_and_the_recipes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=60)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {f"msquant/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert "msquant/configs/smollm2-135m.yaml" in recipes
-    assert {f"msquant/reporting/templates/report.{kind}" for kind in ("html.j2", "md.j2", "css")} <= names
-    configs = {
-        f"msquant/configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json")
-    }
-    assert "msquant/configs/models/deepseek-r1.json" in configs
-    assert recipes | configs <= names
-    assert {f"msquant/{name_of(path)}" for path in MODULES} <= names
-    # What runs in the environments of engines, and what is installed into them.
-    engine = {"vllm_cpu.txt", "vllm_site/msquant_vllm-1.dist-info/entry_points.txt"}
-    assert {f"msquant/inference/{name}" for name in engine} <= names
-    assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)

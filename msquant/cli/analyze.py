@@ -12,7 +12,7 @@ from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
     from msquant.flows.analysis import Analysis
-    from msquant.quantization.selection import Budget, BudgetKind, RankedGroup
+    from msquant.quantization.selection import RankedGroup
 
 SHOWN = 20
 """Rows of the table for people; --json has all."""
@@ -66,7 +66,10 @@ def analyze(
 
     Example: msquant analyze smollm2-135m --keep-float 6 --output mixed.yaml && msquant quantize mixed.yaml
     """
-    budget = _budget(keep_float, keep_dynamic, max_error, max_size)
+    from msquant.quantization.selection import budget_of
+
+    size = None if max_size is None else console.parse_bytes(max_size, "--max-size")
+    budget = budget_of(keep_float, keep_dynamic, max_error, size)
     if output is not None:
         from msquant.recipe.recipe import check_target
 
@@ -81,11 +84,10 @@ def analyze(
 
     if not verbose:
         silence_libraries()
-    from msquant.flows.analysis import analyze as analyze_model
-    from msquant.hub.choose import is_offline
-    from msquant.recipe.recipe import find_recipe, write_recipe
+    from msquant import api
+    from msquant.recipe.recipe import write_recipe
 
-    recipe = find_recipe(model).adjusted(
+    recipe = api.find_recipe(model).adjusted(
         algo=algo,
         calibration=calibration,
         template=template,
@@ -98,14 +100,16 @@ def analyze(
     from msquant.cli.layer_progress import LayerProgress
 
     with LayerProgress() as display:
-        analysis = analyze_model(
+        analysis = api.analyze(
             recipe,
-            budget=budget,
+            keep_float=keep_float,
+            keep_dynamic=keep_dynamic,
+            max_error=max_error,
+            max_size=size,
             source=source,
             device=device,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             verbose=verbose,
-            offline=is_offline(),
             progress=display.flow(lambda record: _note(record["errors"])),
         )
     if output is not None and analysis.recipe is not None:
@@ -114,27 +118,6 @@ def analyze(
         console.print_json(_as_json(analysis, output))
     else:
         _print(analysis, output, source)
-
-
-def _budget(
-    keep_float: int | None, keep_dynamic: int | None, max_error: float | None, max_size: str | None
-) -> "Budget | None":
-    from msquant.quantization.selection import Budget
-
-    size = None if max_size is None else console.parse_bytes(max_size, "--max-size")
-    amounts: dict[BudgetKind, float | None] = {
-        "keep_float": keep_float,
-        "keep_dynamic": keep_dynamic,
-        "max_error": max_error,
-        "max_size": size,
-    }
-    given = [Budget(kind, amount) for kind, amount in amounts.items() if amount is not None]
-    if len(given) > 1:
-        raise RecipeError(
-            f"{' and '.join(budget.option for budget in given)} exclude one another",
-            remedy="give one of them",
-        )
-    return given[0] if given else None
 
 
 def _note(errors: dict[str, float]) -> str:

@@ -32,7 +32,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Ask the questions of these tasks of lm_eval instead, separated by commas: gsm8k,mmlu. "
-            "Needs msquant[eval]."
+            "Needs the packages of the extra `eval`."
         ),
     ] = None,
     task_data: Annotated[

@@ -11,11 +11,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 from msquant.checkpoint.cache import cache_folder
 from msquant.deploy.ascend_checks import Check, Status
+from msquant.flows.requirements import requirements_of
 
 GIGABYTE = 10**9
 LITTLE_DISK = 10 * GIGABYTE
@@ -59,10 +60,7 @@ def python_check() -> Check:
 
 def required_packages() -> list[Check]:
     """One line for each package that is missing or of another version, or one line for all of them."""
-    from packaging.requirements import Requirement
-
-    needed = [Requirement(line) for line in requires("msquant") or []]
-    needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    needed = requirements_of()
     problems = []
     for requirement in needed:
         wanted = f"{requirement.name}{requirement.specifier}"
@@ -194,4 +192,5 @@ def _guarded(section: str, look: Look) -> list[Check]:
     try:
         return look()
     except ImportError as error:
-        return [Check(section, error.name or section, "error", str(error), "pip install msquant")]
+        remedy = "install msquant anew, in an environment of its own"
+        return [Check(section, error.name or section, "error", str(error), remedy)]

@@ -35,6 +35,25 @@ class Budget:
         return RecipeError(what, where=self.option, remedy=remedy)
 
 
+def budget_of(
+    keep_float: int | None, keep_dynamic: int | None, max_error: float | None, max_size: int | None
+) -> Budget | None:
+    """The budget of which the amount is given; None if none is. Raises RecipeError for several."""
+    amounts: dict[BudgetKind, float | None] = {
+        "keep_float": keep_float,
+        "keep_dynamic": keep_dynamic,
+        "max_error": max_error,
+        "max_size": max_size,
+    }
+    given = [Budget(kind, amount) for kind, amount in amounts.items() if amount is not None]
+    if len(given) > 1:
+        raise RecipeError(
+            f"{' and '.join(budget.option for budget in given)} exclude one another",
+            remedy="give one of them",
+        )
+    return given[0] if given else None
+
+
 @dataclass(frozen=True)
 class RankedGroup:
     """A group among all of a model.

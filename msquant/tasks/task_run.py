@@ -13,6 +13,7 @@ from msquant.checkpoint.memory import peak_memory
 from msquant.errors import EngineError, RecipeError
 from msquant.flows.engines import load_embedded
 from msquant.flows.generation import find_named_model
+from msquant.flows.requirements import pip_install
 from msquant.models.config_json import read_config
 from msquant.progress import Progress
 
@@ -124,7 +125,7 @@ def evaluate_tasks(
         raise RecipeError("no task is named", where="--tasks", remedy="name some, as gsm8k,mmlu")
     if importlib.util.find_spec("lm_eval") is None:
         raise EngineError(
-            "lm_eval is not installed", where="--tasks", remedy="install it: pip install 'msquant[eval]'"
+            "lm_eval is not installed", where="--tasks", remedy=f"install it: {pip_install('eval')}"
         )
     folder = find_named_model(model)
     float_folder = find_named_model(baseline) if baseline is not None else None

