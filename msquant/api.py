@@ -195,7 +195,7 @@ def plan(
     Raises:
         MsquantError: the model is unknown, incomplete or not supported.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> made = msquant.plan("deepseek-r1")
         >>> f"{made.source_bytes / 1e9:.0f} GB become {made.output_bytes / 1e9:.0f} GB"
@@ -247,7 +247,7 @@ def analyze(
     Raises:
         MsquantError: the input is bad, or the budget cannot be kept.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> mixed = msquant.analyze("smollm2-135m", keep_float=6).recipe  # doctest: +SKIP
         >>> msquant.quantize(mixed, "smollm2-mixed")  # doctest: +SKIP

@@ -1,6 +1,5 @@
 """The pages for users are in step with the code."""
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -29,6 +28,8 @@ from msquant.recipe.recipe import (
     shipped_recipes,
 )
 from msquant.schemes import FLOAT, parse_scheme
+from tests.test_package import SOURCES
+from tests.test_remedies import FILLED, texts
 
 DOCS = Path(msquant.__file__).parents[1] / "docs" / "recipes.md"
 
@@ -227,26 +228,14 @@ def test_the_recipes_are_recipes(name: str, tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def _said_by_the_code() -> set[str]:
-    """Every text in the package's code, with `...` for what is put in."""
-    said = set()
-    for path in Path(msquant.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                said.add(node.value)
-            elif isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-                said.add("".join(map(str, parts)))
-    return said
-
-
 def test_the_page_on_errors_quotes_what_the_code_says() -> None:
     text = (DOCS.parent / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall("^### `(.*)`$", text, re.MULTILINE)
     assert len(quoted) > 20
     assert len(re.findall("^### ", text, re.MULTILINE)) == len(quoted)
-    said = _said_by_the_code()
-    assert [quote for quote in quoted if not any(quote in text for text in said)] == []
+    said = {text for source in SOURCES.values() for _, text in texts(source)}
+    wanted = [quote.replace("...", FILLED) for quote in quoted]
+    assert [quote for quote in wanted if not any(quote in text for text in said)] == []
     chinese = (CHINESE / "troubleshooting.md").read_text(encoding="utf-8")
     assert re.findall("^### `(.*)`$", chinese, re.MULTILINE) == quoted
 
@@ -277,3 +266,13 @@ def test_links_to_elsewhere_are_addresses(path: str) -> None:
         assert parts.scheme == "https", link
         assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), link
         assert not re.search(r"\s", link), link
+
+
+def test_every_example_is_named_by_a_guide() -> None:
+    named = {
+        script
+        for path in (DOCS.parent / "guides").glob("*.md")
+        for script in re.findall(r"`(examples/\w+\.py)`", path.read_text(encoding="utf-8"))
+    }
+    examples = (DOCS.parents[1] / "examples").glob("*.py")
+    assert named == {path.relative_to(DOCS.parents[1]).as_posix() for path in examples}

@@ -113,6 +113,8 @@ def test_the_reference_has_every_command_and_every_function(site: Path) -> None:
         for name in api.__all__:
             whole = f"{getattr(api, name).__module__}.{name}"
             assert f'id="{whole}"' in functions, whole
+        # A docstring's "Example:" in place of "Examples:" would be prose.
+        assert 'class="example"' not in functions
 
 
 def test_a_page_leads_to_itself_in_the_other_language(open_page: Open, address: str) -> None:
