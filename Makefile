@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test test-e2e test-slow test-consumers lint bench locks clean
+.PHONY: demo test test-e2e test-slow test-consumers lint bench docs docs-serve locks clean
 
 $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,19 @@ $(VENV)/.bench: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/uv
+	$(UV) --editable '.[docs]'
+	touch $@ $(VENV)/.demo
+
+# The site in site/: English first, because its build empties the folder, then Chinese in site/zh-CN.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m mkdocs build --strict --config-file mkdocs.zh-CN.yml
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8080
 
 # What `msquant engine install` verifies packages with; asks PyPI for the hashes of the versions in *.txt.
 locks: $(VENV)/.test

@@ -1,6 +1,6 @@
 """msquant: end-to-end quantization of large language models for MindSpore and Ascend.
 
-Example:
+Examples:
     >>> import msquant
     >>> result = msquant.quantize("smollm2-135m", algo="osl")  # doctest: +SKIP
     >>> with msquant.load(result.folder) as model:  # doctest: +SKIP

@@ -66,7 +66,7 @@ def find_recipe(model: "str | Path | Recipe") -> "Recipe":
     Raises:
         RecipeError: there is none of that name, or it is not valid.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> recipe = msquant.find_recipe("deepseek-r1").adjusted(samples=32, formats="ascend")
         >>> recipe.calibration.samples
@@ -126,7 +126,7 @@ def quantize(
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> result = msquant.quantize("smollm2-135m", "smollm2-w8a8", algo="osl")  # doctest: +SKIP
         >>> result.evaluation["overall"]["kl"]  # doctest: +SKIP
@@ -195,7 +195,7 @@ def plan(
     Raises:
         MsquantError: the model is unknown, incomplete or not supported.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> made = msquant.plan("deepseek-r1")
         >>> f"{made.source_bytes / 1e9:.0f} GB become {made.output_bytes / 1e9:.0f} GB"
@@ -247,7 +247,7 @@ def analyze(
     Raises:
         MsquantError: the input is bad, or the budget cannot be kept.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> mixed = msquant.analyze("smollm2-135m", keep_float=6).recipe  # doctest: +SKIP
         >>> msquant.quantize(mixed, "smollm2-mixed")  # doctest: +SKIP
@@ -302,7 +302,7 @@ def evaluate(
     Raises:
         MsquantError: a model or a text is missing or damaged, or they do not belong together.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> msquant.evaluate("smollm2-w8a8").score.overall.kl  # doctest: +SKIP
         0.0435
@@ -339,7 +339,7 @@ def compare(
     Raises:
         MsquantError: as `evaluate`; or there are several models and no float model.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> result = msquant.compare(["ours", "theirs"], "Llama-3.1-8B")  # doctest: +SKIP
         >>> [model.score.overall.kl for model in result.models]  # doctest: +SKIP
@@ -371,7 +371,7 @@ def inspect(folder: str | Path, *, verify: bool = False) -> "Summary":
     Raises:
         CheckpointError: there is no checkpoint there; what is wrong with one is in `findings`.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> [str(one.server) for one in msquant.inspect("w8a8").served if one.served]  # doctest: +SKIP
         ['vllm-mindspore 0.5.0']
@@ -401,7 +401,7 @@ def export(
     Raises:
         MsquantError: a format cannot express the folder, or the folder was changed since it was written.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> msquant.export("smollm2-w8a8", "ascend")[0].folder  # doctest: +SKIP
         PosixPath('smollm2-w8a8-ascend')
@@ -447,7 +447,7 @@ def download(
         HubError: the hub refuses or does not answer, or has no such repository or file.
         OutputError: there is not enough disk, or the folder holds something else.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> msquant.download("MindSpore-Lab/DeepSeek-R1-W8A8").folder  # doctest: +SKIP
         PosixPath('DeepSeek-R1-W8A8')
@@ -495,7 +495,7 @@ def load(
     Raises:
         MsquantError: there is no model, it is damaged, or the engine cannot run it.
 
-    Example:
+    Examples:
         >>> import msquant
         >>> with msquant.load("smollm2-w8a8") as model:  # doctest: +SKIP
         ...     print(model.generate("I am", max_tokens=8)[0].text)

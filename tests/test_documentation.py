@@ -1,16 +1,21 @@
 """The pages for users are in step with the code."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from pydantic import BaseModel
+from typer.main import get_command
 
 import msquant
 from msquant.algorithms import algorithm_names, find_algorithm, make_algorithm
 from msquant.algorithms.base import Algorithm
+from msquant.cli.app import app
 from msquant.errors import MsquantError
 from msquant.flows.source import shapes_plans
 from msquant.hub.published import published_config
@@ -23,6 +28,8 @@ from msquant.recipe.recipe import (
     shipped_recipes,
 )
 from msquant.schemes import FLOAT, parse_scheme
+from tests.test_package import SOURCES
+from tests.test_remedies import FILLED, texts
 
 DOCS = Path(msquant.__file__).parents[1] / "docs" / "recipes.md"
 
@@ -126,7 +133,12 @@ def test_the_readmes_matrix_is_what_the_serving_rules_say() -> None:
         assert not missing, f"put these rows into {name}:\n" + "\n".join(missing)
 
 
-TRANSLATED = sorted(path.name for path in DOCS.parent.glob("*.md"))
+CHINESE = DOCS.parent / "zh-CN"
+TRANSLATED = sorted(
+    path.relative_to(DOCS.parent).as_posix()
+    for path in DOCS.parent.rglob("*.md")
+    if CHINESE not in path.parents
+)
 
 
 def _shape(text: str) -> dict[str, Any]:
@@ -150,10 +162,10 @@ def _shape(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_the_chinese_page_is_in_step(name: str) -> None:
     english = (DOCS.parent / name).read_text(encoding="utf-8")
-    chinese = (DOCS.parent / "zh-CN" / name).read_text(encoding="utf-8")
+    chinese = (CHINESE / name).read_text(encoding="utf-8")
     for what, found in _shape(english).items():
         assert _shape(chinese)[what] == found, what
-    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > 100
+    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > 50
 
 
 def test_the_chinese_readme_is_in_step() -> None:
@@ -163,3 +175,104 @@ def test_the_chinese_readme_is_in_step() -> None:
     )
     for what in ("headings", "code", "tables"):
         assert _shape(chinese)[what] == _shape(english)[what], what
+
+
+def test_every_page_has_its_translation_and_no_translation_is_left_over() -> None:
+    assert sorted(path.relative_to(CHINESE).as_posix() for path in CHINESE.rglob("*.md")) == TRANSLATED
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of every `msquant` command in the blocks of code."""
+    for line in re.sub(r"\\\n\s*", "", "\n".join(_shape(text)["code"])).splitlines():
+        if "msquant " not in line:
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        # The end of the line ends a command, as a pipe does.
+        for word in (*lexer, ";"):
+            if set(word) <= set(lexer.punctuation_chars):
+                if words[:1] == ["msquant"]:
+                    yield words[1:]
+                words = []
+            else:
+                words.append(word)
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{name}" for name in TRANSLATED)])
+def test_the_commands_are_commands(path: str) -> None:
+    for words in _commands((DOCS.parents[1] / path).read_text(encoding="utf-8")):
+        command, arguments = get_command(app), list(words)
+        while hasattr(command, "commands"):
+            assert arguments[0] in command.commands, words
+            command = command.commands[arguments.pop(0)]
+        try:
+            command.make_context(command.name, arguments)
+        except Exception as error:
+            error.add_note(f"msquant {shlex.join(words)}")
+            raise
+
+
+def test_there_are_commands_to_check() -> None:
+    text = "    msquant plan a \\\n        --output b > c && msquant run  # now\n"
+    assert list(_commands(text)) == [["plan", "a", "--output", "b"], ["run"]]
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_the_recipes_are_recipes(name: str, tmp_path: Path) -> None:
+    text = (DOCS.parent / name).read_text(encoding="utf-8")
+    for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        recipe = yaml.safe_load(block)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"model": "any"} | recipe, sort_keys=False))
+        load_recipe(path)
+
+
+def test_the_page_on_errors_quotes_what_the_code_says() -> None:
+    text = (DOCS.parent / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall("^### `(.*)`$", text, re.MULTILINE)
+    assert len(quoted) > 20
+    assert len(re.findall("^### ", text, re.MULTILINE)) == len(quoted)
+    said = {text for source in SOURCES.values() for _, text in texts(source)}
+    wanted = [quote.replace("...", FILLED) for quote in quoted]
+    assert [quote for quote in wanted if not any(quote in text for text in said)] == []
+    chinese = (CHINESE / "troubleshooting.md").read_text(encoding="utf-8")
+    assert re.findall("^### `(.*)`$", chinese, re.MULTILINE) == quoted
+
+
+ROOT_PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "SECURITY.zh-CN.md",
+    "CHANGELOG.md",
+)
+
+
+@pytest.mark.parametrize("path", ROOT_PAGES)
+def test_the_links_of_pages_outside_the_site_lead_to_files(path: str) -> None:
+    root = DOCS.parents[1]
+    links = re.findall(r"\]\(([^)\s]+)\)", (root / path).read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (root / link.partition("#")[0]).is_file()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", [*ROOT_PAGES, *(f"docs/{name}" for name in TRANSLATED)])
+def test_links_to_elsewhere_are_addresses(path: str) -> None:
+    text = (DOCS.parents[1] / path).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((\w+:[^)]*)\)", text):
+        parts = urlsplit(link)
+        assert parts.scheme == "https", link
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), link
+        assert not re.search(r"\s", link), link
+
+
+def test_every_example_is_named_by_a_guide() -> None:
+    named = {
+        script
+        for path in (DOCS.parent / "guides").glob("*.md")
+        for script in re.findall(r"`(examples/\w+\.py)`", path.read_text(encoding="utf-8"))
+    }
+    examples = (DOCS.parents[1] / "examples").glob("*.py")
+    assert named == {path.relative_to(DOCS.parents[1]).as_posix() for path in examples}

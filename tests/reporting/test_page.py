@@ -1,7 +1,6 @@
 """The page in a real browser: what it loads, draws and prints, in light, in dark and on a phone."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,11 @@ import pytest
 
 from tests.reporting.folders import HOSTILE
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 MOST_SECONDS = 1.0
 SMALLEST_TEXT = 9.0
 """Pixels of a chart's text."""
 CONTRAST, CHART_CONTRAST = 4.5, 3.0
 """WCAG 2.2, 1.4.3 and 1.4.11: of text and of graphics."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=path, args=list(QUIET))
-        yield found
-        found.close()
 
 
 class Page:
