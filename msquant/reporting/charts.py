@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msquant.reporting.data import ExpertsRow, Report
-from msquant.reporting.histograms import LEVELS, Histogram
+from msquant.reporting.histograms import Histogram
 from msquant.reporting.manifest_data import Group, Layer
 
 if TYPE_CHECKING:
@@ -313,16 +313,23 @@ def _histogram(identity: str, found: Histogram) -> str:
     shares = np.asarray(found.counts) / found.read * 100
 
     def paint(axes: "Axes") -> None:
-        axes.stairs(shares, np.append(LEVELS, 128) - 0.5, fill=True, color=FIRST, alpha=0.85)
-        axes.set(title=_short(found.kind), xlabel="int8 level", ylabel="% of weights", xlim=(-132, 132))
-        axes.set_xticks((-128, -64, 0, 64, 127))
+        half = len(found.levels) // 2
+        edges = np.arange(-half, half + 1) - 0.5
+        axes.stairs(shares, edges, fill=True, color=FIRST, alpha=0.85)
+        axes.set(
+            title=_short(found.kind),
+            xlabel=f"int{found.bits} level",
+            ylabel="% of weights",
+            xlim=(-1.03 * half, 1.03 * half),
+        )
+        axes.set_xticks((-half, -half // 2, 0, half // 2, half - 1))
         axes.set_ylim(0, float(shares.max()) * 1.08)
 
     description = (
-        f"Share of the int8 weights of {found.kind} at each level; {found.zeros:.1%} are 0, "
+        f"Share of the int{found.bits} weights of {found.kind} at each level; {found.zeros:.1%} are 0, "
         f"{found.edges:.2%} are at the ends of the range."
     )
-    return draw(identity, f"Int8 weights of {found.kind}", description, paint, height=2.1)
+    return draw(identity, f"Int{found.bits} weights of {found.kind}", description, paint, height=2.1)
 
 
 def _experts(report: Report) -> list[str]:

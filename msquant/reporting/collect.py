@@ -1,4 +1,4 @@
-"""A folder read into a `Report`: its summary, its manifest, its int8 weights and, if given, an analysis."""
+"""A folder read into a `Report`: its summary, its manifest, its integers and, if given, an analysis."""
 
 import math
 import shlex
@@ -65,7 +65,7 @@ def collect(
         sensitivity: what `msquant analyze --json` printed for the model; without it the layers are ranked by
             the errors in the manifest.
         check: read every quantized tensor to check the format's contract.
-        most_weights: int8 weights to read for the histograms.
+        most_weights: integer weights to read for the histograms.
         stage: called with a line that says what begins.
         progress: called with the bytes of weights that are read and those to read in all.
 
@@ -84,7 +84,7 @@ def collect(
     manifest = read_manifest(folder)
     config = read_json(folder / "config.json")
     ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
-    stage("counting int8 weights")
+    stage("counting the levels of integer weights")
     counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
     return Report(
         name=printable(folder.resolve().name),
@@ -130,7 +130,7 @@ def _size(summary: Summary, manifest: Manifest) -> Size:
         source=sum(shards.values()) if shards else None,
         half=2 * summary.parameters,
         parameters=summary.parameters,
-        int8=sum(_elements(module) for module in summary.modules if module.dtype == "I8"),
+        quantized=summary.quantized_by_bits,
     )
 
 

@@ -34,14 +34,14 @@ class Size:
         source: of the shards it was made from; None where that is not recorded.
         half: what the same weights take at 16 bits each.
         parameters: elements of all weights.
-        int8: how many of them are in int8.
+        quantized: how many of them are integers, by the integers' width in bits.
     """
 
     tensors: int
     source: int | None
     half: int
     parameters: int
-    int8: int
+    quantized: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Report:
         evaluation: accuracy; None where it was not measured.
         kinds: the modules.
         layers: what the manifest says of the decoder layers; empty without one.
-        histograms: of int8 weights, by kind.
+        histograms: of integer weights, by kind.
         experts: tokens by layer; empty where there are no experts.
         min_expert_tokens: fewer are too few; None where the recipe is not known.
         ranking: what costs most; None where nothing is known of that.
