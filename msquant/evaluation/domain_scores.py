@@ -73,11 +73,6 @@ class ModelScore:
     overall: TextScore
     layers: tuple[LayerScore, ...] = ()
 
-    def worst_layers(self, count: int = 3) -> list[LayerScore]:
-        """The layers that add most noise of their own, the worst first."""
-        noisy = [layer for layer in self.layers if layer.own_snr is not None]
-        return sorted(noisy, key=lambda layer: layer.own_snr or 0.0)[:count]
-
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, in six significant digits."""
         value: dict[str, Any] = _rounded(asdict(self))

@@ -422,11 +422,11 @@ def _ranking(report: Report) -> list[str]:
             [_short(row.name) for row in rows], [100 * row.share for row in rows], color=THIRD, height=0.7
         )
         axes.bar_label(bars, [f"{row.share:.1%}" for row in rows], padding=3, color=INK)
-        axes.set(title="What costs most", xlabel="% of the summed error")
+        axes.set(title="What costs most", xlabel="% of the noise that all add")
         axes.margins(x=0.14)
         axes.grid(False, axis="y")
 
-    description = f"The {len(rows)} greatest of {len(report.ranking.rows)} errors, as shares of their sum."
+    description = f"The {len(rows)} of {len(report.ranking.rows)} that add most noise, as shares of all."
     return [draw("ranking", "What costs most", description, paint, height=0.9 + 0.24 * len(rows))]
 
 

@@ -127,6 +127,13 @@ class RecordedLayerScore(_Record):
     own_snr: Number = None
 
 
+class RecordedLimits(_Record):
+    """The limits in the `evaluation` section of the recipe; see `EvaluationSettings`."""
+
+    max_kl: Number = None
+    max_perplexity_increase: Number = None
+
+
 class Broken(_Record):
     """A limit of the recipe that a result breaks: `kl` or `perplexity_increase`."""
 

@@ -13,7 +13,7 @@ from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
 from msquant.reporting.charts import Charts, charts
 from msquant.reporting.collect import collect
-from msquant.reporting.data import Report, quantile
+from msquant.reporting.data import Report
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -55,6 +55,7 @@ def _environment(*, autoescape: bool) -> "Environment":
         "fine_percent": lambda part: f"{part:.2%}",
         "small": lambda value: "" if value is None else f"{value:.2e}",
         "digits": lambda value: "" if value is None else f"{value:.4g}",
+        "decibels": lambda value: f"{value:.1f} dB",
         "plain": lambda value: "" if value is None else f"{value:g}",
         "shape": lambda shape: " x ".join(map(str, shape)) or "scalar",
     }
@@ -62,14 +63,11 @@ def _environment(*, autoescape: bool) -> "Environment":
 
 
 def _content(report: Report, drawn: Charts | None) -> dict[str, Any]:
-    errors = report.errors
     return {
         "report": report,
         "charts": drawn,
         "version": __version__,
         "mark": _MARKS[report.verdict.level],
-        "median_error": quantile(errors, 0.5),
-        "largest_error": errors[-1] if errors else None,
         "linears": _linears(report),
         "noise": {layer.index: layer for layer in report.evaluation.layers} if report.evaluation else {},
         "ranked": report.ranking.rows[:_RANKED] if report.ranking else (),
