@@ -50,6 +50,9 @@ _STEPS = 255
 _EMBEDDING = "embed_tokens"
 _HEAD = "lm_head"
 
+SOURCE_HASH = "sha256 of the source's config, index and headers"
+"""The fact that tells which model a folder was made from."""
+
 
 Error = Annotated[float, Field(ge=0, lt=1e30)]
 
@@ -87,7 +90,7 @@ def collect(
         sensitivity: what `msquant analyze --json` printed for the model; without it the layers are ranked by
             the short evaluation in the manifest.
         check: read every quantized tensor to check the format's contract.
-        most_weights: integer weights to read for the histograms.
+        most_weights: integer weights to read for the histograms; 0 for none.
         stage: called with a line that says what begins.
         progress: called with the bytes of weights that are read and those to read in all.
 
@@ -106,8 +109,10 @@ def collect(
     manifest = read_manifest(folder)
     config = read_json(folder / "config.json")
     ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
-    stage("counting the levels of integer weights")
-    counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
+    counted = []
+    if most_weights:
+        stage("counting the levels of integer weights")
+        counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
     return Report(
         name=printable(folder.resolve().name),
         architecture=summary.architecture and printable(summary.architecture),
@@ -257,14 +262,15 @@ def _analyzed(path: Path, summary: Summary) -> Ranking:
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
-    shape = manifest.calibration.shape
+    shape, policy = manifest.calibration.shape, manifest.recipe.get("quantization")
     facts = {
         "model": manifest.recipe.get("model"),
+        "algorithm": policy.get("algorithm") if isinstance(policy, dict) else None,
         "device": manifest.device,
         "calibration tokens": " x ".join(map(str, shape)) if shape else None,
         "sha256 of the calibration tokens": manifest.calibration.sha256,
         "source shards": len(manifest.source.shards) or None,
-        "sha256 of the source's config, index and headers": manifest.source.sha256,
+        SOURCE_HASH: manifest.source.sha256,
     }
     return {name: printable(str(value)) for name, value in facts.items() if value is not None}
 
