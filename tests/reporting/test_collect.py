@@ -1,5 +1,6 @@
 """What a report finds out about a folder, and what it says where there is less to find out."""
 
+import html
 import json
 import os
 import re
@@ -210,6 +211,16 @@ def test_what_was_measured_is_shown(own: Path) -> None:
     for text in ("0.0312", "15.08", "14.09", "91.3%", "88.7%", "2.30e-03", "prose"):
         assert text in page
     assert "limit" not in page
+
+
+def test_next_tokens_stand_side_by_side(own: Path) -> None:
+    change_json(own / "msquant.json", lambda manifest: manifest.update(evaluation=evaluation()))
+    report = collect(own, check=False)
+    page = html_page(report)
+    assert page.count("16 of 24 the same") == 3
+    assert page.count('<td class="other"> jumped</td>') == page.count('<td class="other"> jumps</td>') == 24
+    assert "no model's choice is fed back" in html.unescape(page)
+    assert "| \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} |  over |  over |" in markdown_page(report)
 
 
 def test_limits_stand_beside_the_scores(own: Path) -> None:
