@@ -20,6 +20,10 @@ MANIFEST: dict[str, Any] = {
         {"index": index, "error": (index + 1) * 1e-4, "groups": [{"name": "qkv", "alpha": 0.55}]}
         for index in range(20)
     ],
+    # Layer 3 has one of the smallest errors relative to what it adds, and most of the noise.
+    "evaluation": {
+        "layers": [{"index": i, "snr": 30.0, "own_snr": 25.0 if i == 3 else 50.0 - i / 10} for i in range(20)]
+    },
 }
 
 
@@ -43,8 +47,15 @@ def test_a_person_reads_how_to_serve_it_and_how_well_it_is() -> None:
     assert "export VLLM_MS_MODEL_BACKEND=MindFormers" in card
     assert "algorithm: osl" in card
     assert "| 20 | 1.00e-04 | 1.10e-03 | 2.00e-03 |" in card
-    assert "| 19 | 2.00e-03 | qkv 0.55 |" in card
-    assert "| 1 |" not in card
+    ranked = [line.split(" | ")[0].strip("| ") for line in card.splitlines() if "qkv 0.55 |" in line]
+    assert ranked == ["3", "19", "18", "17", "16", "15", "14", "13"]
+    assert "| 3 | 25.0 | 92.9% | qkv 0.55 |" in card
+
+
+def test_layers_that_were_not_evaluated_are_not_ranked() -> None:
+    card = model_card({k: v for k, v in MANIFEST.items() if k != "evaluation"}, "my-org/R1-W8A8", "mit")
+    assert "| 20 | 1.00e-04 | 1.10e-03 | 2.00e-03 |" in card
+    assert "qkv" not in card
 
 
 @pytest.mark.parametrize("model", ["/home/me/secret/model", "./secret", "secret/", "~/secret"])

@@ -73,7 +73,7 @@ ALLOWED = {
     "recipe": _FOUNDATION | _PARTS,
     "flows": _FOUNDATION | _PARTS | {"deploy", "recipe"},
     "planning": _FOUNDATION | _PARTS | {"recipe", "flows"},
-    "reporting": _FOUNDATION | _PARTS | {"deploy", "flows"},
+    "reporting": _FOUNDATION | _PARTS | {"deploy", "recipe", "flows"},
     "server": _FOUNDATION | _PARTS | {"deploy", "flows"},
     "tasks": _FOUNDATION | _PARTS | {"flows"},
     "api": _FOUNDATION | _PARTS | {"deploy", "recipe", "flows", "planning"},

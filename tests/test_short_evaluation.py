@@ -58,6 +58,31 @@ def test_the_manifest_says_how_far_the_result_is_from_the_float_model(source: Pa
         assert score["kl"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_next_tokens_are_those_of_both_models(source: Path, result: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from msquant.flows.comparison import builtin_texts
+
+    texts = {text.name: text.tokens[0] for text in builtin_texts(source, 1, 64)}
+    shown = manifest(result)["evaluation"]["predictions"]
+    assert len(shown) == 3
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    models = {
+        "expected": AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
+        "found": torch_simulation.load_simulation(result),
+    }
+    for one in shown:
+        ids = torch.as_tensor(texts[one["text"]], dtype=torch.int64)
+        # 24 tokens in the middle of 64.
+        assert one["actual"] == [tokenizer.decode([int(token)]) for token in ids[20:44]]
+        assert one["before"] == tokenizer.decode(ids[:20].tolist(), clean_up_tokenization_spaces=False)
+        for name, model in models.items():
+            with torch.inference_mode():
+                best = model(ids[None]).logits[0, 19:43].argmax(-1)
+            assert one[name] == [tokenizer.decode([int(token)]) for token in best], (one["text"], name)
+
+
 def test_evaluate_finds_the_float_model_by_the_manifest(source: Path, result: Path) -> None:
     found = compare([str(result)], sequences=1, sequence_length=64)
     assert found.baseline is not None

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from msquant.hub.transfer_events import HubProgress
 
 
+_SHOWN_LAYERS, _WARNED_LAYERS = 10, 3
+"""Of the ranking, in the closing table and in the warning; `msquant report` has all."""
+
+
 def quantize(
     model: options.Model,
     algo: options.Algo = None,
@@ -152,22 +156,38 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
     }
 
 
-def _print_result(result: "QuantizeResult") -> None:
-    alphas = [{group["name"]: group["alpha"] for group in layer["groups"]} for layer in result.layers]
-    groups = list(dict.fromkeys(name for layer in alphas for name in layer))
+def _print_layers(result: "QuantizeResult") -> None:
+    """The layers that add most noise, or all of them in their order where that was not measured."""
+    records = {record["index"]: record for record in result.layers}
+    alphas = {i: {group["name"]: group["alpha"] for group in r["groups"]} for i, r in records.items()}
+    groups = list(dict.fromkeys(name for layer in alphas.values() for name in layer))
+    ranked = scores.ranked_layers(result.evaluation) if result.evaluation is not None else []
+    snr = scores.own_snr(result.evaluation) if result.evaluation is not None else {}
+    noise = {r.key: [scores.decibels(snr[r.key]), f"{r.share:.1%}"] for r in ranked[:_SHOWN_LAYERS]}
     rows = [
         [
-            record["index"],
-            *(f"{layer[name]:.2f}" if name in layer else "" for name in groups),
-            f"{record['error']:.2e}",
+            index,
+            *noise.get(index, []),
+            *(f"{alphas[index][name]:.2f}" if name in alphas[index] else "" for name in groups),
+            f"{records[index]['error']:.2e}",
         ]
-        for record, layer in zip(result.layers, alphas, strict=True)
+        for index in noise or records
     ]
+    if not noise:
+        title = "Chosen alpha of each group, and the relative error of each decoder layer's output"
+        console.print_table(title, ["layer", *groups, "error"], rows)
+        return
     console.print_table(
-        "Chosen alpha of each group, and the relative error of each decoder layer's output",
-        ["layer", *groups, "error"],
+        "Decoder layers, the one that adds most noise of its own first, and the chosen alpha of each group",
+        ["layer", "own SNR, dB", "share", *groups, "error"],
         rows,
+        caption=f"{len(rows)} of {len(records)} layers. share: of the noise that all of them add.",
+        spare=("error",),
     )
+
+
+def _print_result(result: "QuantizeResult") -> None:
+    _print_layers(result)
     saved = 1 - result.output_bytes / result.source_bytes
     console.print_table(
         "Result",
@@ -202,7 +222,7 @@ def _warn_of_limits(evaluation: dict[str, Any]) -> None:
     from msquant.reporting.verdict import beyond_limit
 
     broken = [beyond_limit(**limit) for limit in evaluation["beyond"]]
-    worst = ", ".join(str(layer["index"]) for layer in scores.worst_layers(evaluation))
+    worst = ", ".join(str(layer.key) for layer in scores.ranked_layers(evaluation)[:_WARNED_LAYERS])
     console.print_warning(
         f"the result is worse than the recipe allows: {' and '.join(broken)}. The decoder layers that "
         f"add most noise are {worst}. Try --algo osl, more --samples, --calibration with text of the "

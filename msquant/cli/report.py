@@ -8,20 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msquant.cli import console
+from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from msquant.reporting.write import ReportFormat
 
 _LINE_SECONDS = 10.0
 
 
 def report(
-    folder: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, quantized or not.", show_default=False)
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A checkpoint folder, quantized or not; or several that msquant made, to compare them.",
+            show_default=False,
+        ),
     ],
     format: Annotated[str, typer.Option(help="html, or markdown with the same numbers in tables.")] = "html",
     output: Annotated[
-        Path | None, typer.Option(help="File to write.  [default: FOLDER-report.html beside the folder]")
+        Path | None,
+        typer.Option(
+            help="File to write.  [default: FOLDER-report.html beside the folder; of several "
+            "FOLDER-comparison.html beside the first]"
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     sensitivity: Annotated[
@@ -42,18 +53,29 @@ def report(
 ) -> None:
     """Write one self-contained page on a checkpoint: what it is, how good it is, and how to serve it.
 
-    The page fetches nothing and runs no script: it can be mailed, printed and put on any server.
+    Of several folders it compares the runs that made them. The page fetches nothing and runs no script: it
+    can be mailed, printed and put on any server.
 
     Example: msquant report smollm2-135m-osl
 
     Example: msquant analyze smollm2-135m --json > ranking.json && msquant report smollm2-135m-osl
     --sensitivity ranking.json
+
+    Example: msquant report smollm2-135m-osl smollm2-135m-rtn
     """
     from msquant.reporting.collect import collect
     from msquant.reporting.data import as_plain
     from msquant.reporting.write import report_format, write_report
 
     kind = report_format(format)
+    if folders[1:]:
+        if sensitivity is not None:
+            raise RecipeError(
+                "is for the report on one folder", where="--sensitivity", remedy="name one folder"
+            )
+        _compare(folders, output, kind, overwrite, check, as_json)
+        return
+    (folder,) = folders
     with _Reading() as display:
         if as_json and output is None:
             target = None
@@ -76,6 +98,34 @@ def report(
         return
     console.print_line(f"{found.verdict.level}: {found.verdict.reason}")
     for remark in found.verdict.remarks:
+        console.print_line(f"Note: {remark}")
+    console.print_line(f"Wrote {shlex.quote(str(target))}.")
+
+
+def _compare(
+    folders: list[Path],
+    output: Path | None,
+    kind: "ReportFormat",
+    overwrite: bool,
+    check: bool,
+    as_json: bool,
+) -> None:
+    from msquant.reporting.comparison import compare_runs
+    from msquant.reporting.data import as_plain
+    from msquant.reporting.write import write_comparison
+
+    if as_json and output is None:
+        console.print_json(as_plain(compare_runs(folders, check=check, stage=console.print_note)))
+        return
+    target, found = write_comparison(
+        folders, output, format=kind, overwrite=overwrite, check=check, stage=console.print_note
+    )
+    if as_json:
+        console.print_json(as_plain(found))
+        return
+    for label, run in zip(found.labels, found.runs, strict=True):
+        console.print_line(f"{label}, {run.verdict.level}: {run.verdict.reason}")
+    for remark in found.remarks:
         console.print_line(f"Note: {remark}")
     console.print_line(f"Wrote {shlex.quote(str(target))}.")
 

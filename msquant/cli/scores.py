@@ -9,7 +9,11 @@ from msquant.cli import console
 
 if TYPE_CHECKING:
     from msquant.evaluation.domain_scores import LayerScore
+    from msquant.evaluation.ranking import Ranked
     from msquant.flows.comparison import ComparedModel, Comparison
+
+_WORST = 3
+"""Decoder layers named below a table of scores."""
 
 Text = Annotated[
     list[str] | None,
@@ -80,15 +84,22 @@ def print_scores(title: str, score: Mapping[str, Any]) -> None:
         columns += ["float", "change", "KL", "top 1", "top 5", "logits MSE"]
     table = [_row(row, compared) for row in rows]
     console.print_table(title, columns, table, spare=("logits MSE", "tokens", "top 5"))
-    if worst := worst_layers(score):
-        listed = ", ".join(f"{layer['index']} ({decibels(layer['own_snr'])} dB)" for layer in worst)
+    if ranked := ranked_layers(score):
+        snr = own_snr(score)
+        listed = ", ".join(f"{layer.key} ({decibels(snr[layer.key])} dB)" for layer in ranked[:_WORST])
         console.print_line(f"Decoder layers that add most noise of their own: {listed}.")
 
 
-def worst_layers(score: Mapping[str, Any], count: int = 3) -> list[dict[str, Any]]:
-    """The layers with the lowest signal-to-noise of their own, the worst first."""
-    noisy = [layer for layer in score["layers"] if layer["own_snr"] is not None]
-    return sorted(noisy, key=lambda layer: layer["own_snr"])[:count]
+def ranked_layers(score: Mapping[str, Any]) -> "list[Ranked[int]]":
+    """The decoder layers by `rank_layers`. Argument as for `print_scores`."""
+    from msquant.evaluation.ranking import rank_layers
+
+    return rank_layers(own_snr(score))
+
+
+def own_snr(score: Mapping[str, Any]) -> dict[int, float | None]:
+    """Signal-to-noise in dB of each decoder layer's own, by its number. Argument as for `print_scores`."""
+    return {layer["index"]: layer["own_snr"] for layer in score["layers"]}
 
 
 def decibels(value: float | None) -> str:

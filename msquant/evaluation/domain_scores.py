@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,20 +67,19 @@ class ModelScore:
         texts: one each text.
         overall: all texts together, every token counting the same.
         layers: one each decoder layer; empty without a baseline.
+        next_tokens: what it finds most likely after each token, one array a text in the shape of its tokens
+            `[S, T]`.
     """
 
     texts: tuple[TextScore, ...]
     overall: TextScore
     layers: tuple[LayerScore, ...] = ()
-
-    def worst_layers(self, count: int = 3) -> list[LayerScore]:
-        """The layers that add most noise of their own, the worst first."""
-        noisy = [layer for layer in self.layers if layer.own_snr is not None]
-        return sorted(noisy, key=lambda layer: layer.own_snr or 0.0)[:count]
+    next_tokens: tuple[NDArray[np.integer], ...] = field(default=(), repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, in six significant digits."""
-        value: dict[str, Any] = _rounded(asdict(self))
+        """Plain data for JSON, in six significant digits, without the next tokens."""
+        value: dict[str, Any] = _rounded(asdict(replace(self, next_tokens=())))
+        del value["next_tokens"]
         return value
 
 

@@ -227,7 +227,9 @@ class _Lockstep:
             for text, span in zip(self._texts, spans, strict=True)
         ]
         overall = text_score("all", slice(0, ends[-1]), found[number], reference, divergence, where)
-        return ModelScore(tuple(scores), overall, tuple(layers))
+        best = found[number].best[:, 0]
+        next_tokens = (best[span].reshape(t.tokens.shape) for t, span in zip(self._texts, spans, strict=True))
+        return ModelScore(tuple(scores), overall, tuple(layers), tuple(next_tokens))
 
 
 def _rounds(batches: Iterable[Floats], budget: int) -> Iterator[list[Floats]]:

@@ -15,6 +15,7 @@ from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.errors import RecipeError
+from msquant.evaluation.ranking import rank
 from msquant.flows.calibration import calibration_of, require_sources
 from msquant.flows.pipeline import embed
 from msquant.flows.source import Source, batch_tokens, folder_plan, folder_plans, open_source, require_target
@@ -180,9 +181,9 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
 
 
 def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -> list[RankedGroup]:
-    total = math.fsum(error.error for error in errors)
-    ranked = []
-    for error in sorted(errors, key=lambda error: -error.error):
+    groups = []
+    for ranked in rank({error: error.error for error in errors}):
+        error = ranked.key
         schemes = layer_schemes(config, recipe.quantization, error.layer)
         as_float = schemes | dict.fromkeys(error.linears, FLOAT)
         per_token = schemes | dict.fromkeys(error.linears, W8A8_DYNAMIC)
@@ -193,8 +194,8 @@ def _ranked(errors: Sequence[GroupError], config: ModelConfig, recipe: Recipe) -
         served = error.dynamic_error is not None and (
             _layer_bytes(config, error.layer, per_token, recipe) is not None
         )
-        ranked.append(RankedGroup(error, error.error / total if total else 0.0, grown, served))
-    return ranked
+        groups.append(RankedGroup(error, ranked.share, grown, served))
+    return groups
 
 
 def _layer_bytes(

@@ -14,6 +14,7 @@ from msquant.checkpoint.folder_files import listed_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError, ModelError, RecipeError
+from msquant.evaluation.ranking import rank_layers
 from msquant.formats.base import Format
 from msquant.formats.registry import DEFAULT_FORMAT, find_format, format_names
 from msquant.formats.servers import SERVERS
@@ -176,7 +177,7 @@ def model_card(manifest: Mapping[str, Any], repository: str, license_name: str) 
         _serving(repository, str(manifest.get("variant", "")), form),
         _recipe(recipe),
         _measured(manifest.get("evaluation"), word),
-        _accuracy(manifest.get("layers", [])),
+        _accuracy(manifest.get("layers", []), manifest.get("evaluation")),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -253,12 +254,11 @@ def _measured(evaluation: Any, word: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _accuracy(layers: Any) -> str:
+def _accuracy(layers: Any, evaluation: Any) -> str:
     rows = [layer for layer in layers if isinstance(layer, dict) and "error" in layer]
     if not rows:
         return ""
     errors = sorted(float(layer["error"]) for layer in rows)
-    worst = sorted(rows, key=lambda layer: -float(layer["error"]))[:_SHOWN_LAYERS]
     lines = [
         "## Error of each decoder layer\n",
         "Relative mean squared error of each decoder layer's output against the unquantized layer, on the "
@@ -266,12 +266,24 @@ def _accuracy(layers: Any) -> str:
         "| decoder layers | smallest | median | largest |",
         "|---|---|---|---|",
         f"| {len(errors)} | {errors[0]:.2e} | {errors[len(errors) // 2]:.2e} | {errors[-1]:.2e} |\n",
-        "| layer | error | alpha of each smoothed group |",
-        "|---|---|---|",
     ]
-    for layer in worst:
-        groups = ", ".join(f"{group['name']} {group['alpha']}" for group in layer.get("groups", []))
-        lines.append(f"| {layer['index']} | {float(layer['error']):.2e} | {groups} |")
-    if len(rows) > len(worst):
-        lines.append(f"\nThe {len(worst)} layers with the largest errors; `msquant.json` has all of them.")
+    scored = evaluation.get("layers", []) if isinstance(evaluation, dict) else []
+    snr = {layer["index"]: layer["own_snr"] for layer in scored if layer.get("own_snr") is not None}
+    records = {layer["index"]: layer for layer in rows}
+    ranked = [layer for layer in rank_layers(snr) if layer.key in records]
+    if not ranked:
+        return "\n".join(lines)
+    lines += [
+        "| layer | own signal-to-noise, dB | share of the noise | alpha of each smoothed group |",
+        "|---|---|---|---|",
+    ]
+    for layer in ranked[:_SHOWN_LAYERS]:
+        groups = ", ".join(
+            f"{group['name']} {group['alpha']}" for group in records[layer.key].get("groups", [])
+        )
+        lines.append(f"| {layer.key} | {snr[layer.key]:.1f} | {layer.share:.1%} | {groups} |")
+    if len(ranked) > _SHOWN_LAYERS:
+        lines.append(
+            f"\nThe {_SHOWN_LAYERS} layers that add most noise of their own; `msquant.json` has all of them."
+        )
     return "\n".join(lines) + "\n"

@@ -1,13 +1,16 @@
 """The short evaluation at the end of `msquant quantize`: what was written, beside the float model."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
+from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.checkpoint.writer import write_json
 from msquant.evaluation.inputs import Text
+from msquant.evaluation.predictions import predictions
 from msquant.evaluation.settings import EvaluationSettings
 from msquant.flows.comparison import builtin_texts, score_folders
 from msquant.models.config import ModelConfig
@@ -41,7 +44,8 @@ def evaluate_result(
     """Measure a complete folder and write what was found into its `msquant.json`, as `evaluation`.
 
     It is read back from the disk, so what is measured is what was written. The record holds
-    `ModelScore.as_dict()`, the shape of the texts, and the limits that it breaks as `beyond`.
+    `ModelScore.as_dict()`, the shape of the texts, the limits that it breaks as `beyond`, and next tokens of
+    both models as `predictions`.
 
     Args:
         settings: the recipe's.
@@ -67,10 +71,21 @@ def evaluate_result(
         progress.step(f"evaluated decoder layer {record['index'] + 1}")
 
     within = Progress(layer=on_layer)
-    _, score = score_folders([source, folder], texts, device, memory_budget, within)
+    expected, score = score_folders([source, folder], texts, device, memory_budget, within)
     progress.lap("head")
+    tokenizer = load_tokenizer(source)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    shown = predictions(texts, expected.next_tokens, score.next_tokens, decode)
     sequences, length = texts[0].tokens.shape
     shape = {"sequences": sequences, "sequence_length": length}
-    record = {**shape, **score.as_dict(), "beyond": settings.beyond(score)}
+    record = {
+        **shape,
+        **score.as_dict(),
+        "beyond": settings.beyond(score),
+        "predictions": [asdict(prediction) for prediction in shown],
+    }
     write_json(folder / MANIFEST_NAME, read_json(folder / MANIFEST_NAME) | {"evaluation": record})
     return record

@@ -116,15 +116,23 @@ class Summary:
         return sum(_elements(module) for module in self.modules)
 
     @property
+    def quantized_by_bits(self) -> dict[int, int]:
+        """Elements of the weights that are integers, by the integers' width in bits, ascending."""
+        counts: dict[int, int] = defaultdict(int)
+        for scheme, (_, elements) in self.schemes().items():
+            if (quant := parse_scheme(scheme).weights) is not None:
+                counts[quant.bits] += elements
+        return dict(sorted(counts.items()))
+
+    @property
     def quantized_parameters(self) -> int:
-        """Elements of the weights that are integers."""
-        return sum(_elements(module) for module in self.modules if module.scheme != str(FLOAT))
+        """Elements of the weights that are integers of any width."""
+        return sum(self.quantized_by_bits.values())
 
     @property
     def weight_bits(self) -> list[int]:
         """The widths of the integers that weights are in, ascending; empty for a model in floating point."""
-        quants = (parse_scheme(scheme).weights for scheme in self.schemes())
-        return sorted({quant.bits for quant in quants if quant is not None})
+        return list(self.quantized_by_bits)
 
     @property
     def experts(self) -> int:

@@ -304,11 +304,34 @@ def copy_recipe(name: str, target: Path, *, overwrite: bool = False) -> None:
     _write(source.read_bytes(), target)
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """A recipe as YAML, with every value, defaults included."""
-    return yaml.dump(
-        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
-    )
+def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
+    """A recipe as YAML.
+
+    Args:
+        recipe: what to write.
+        defaults: write every value; else those alone that make it another recipe than its model's and its
+            algorithm's without them.
+    """
+    raw = recipe.model_dump(mode="json")
+    if not defaults:
+        algorithm = make_algorithm(algorithm=recipe.quantization.algorithm)
+        usual = Recipe(model=recipe.model, quantization=algorithm).model_dump(mode="json")
+        chosen = {"algorithm": recipe.quantization.algorithm}
+        changed = _changed(raw, usual)
+        raw = {"model": recipe.model, "quantization": chosen | changed.pop("quantization", {}), **changed}
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _changed(raw: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are others than usual, section by section."""
+    found = {}
+    for key, value in raw.items():
+        other = usual.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            value, other = _changed(value, other), {}
+        if value != other:
+            found[key] = value
+    return found
 
 
 def write_recipe(recipe: Recipe, target: Path, *, overwrite: bool = False) -> None:

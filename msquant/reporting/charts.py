@@ -1,161 +1,28 @@
-"""The charts of a report: what is drawn, of which numbers, with which axes; SVG, drawn by matplotlib.
+"""The charts of a report: what is drawn, of which numbers, with which axes."""
 
-An SVG element in the page needs no script, so the page can forbid them all; it is sharp on paper; and colours
-that are CSS variables follow the reader's light or dark setting.
-"""
-
-import io
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from msquant.reporting.data import ExpertsRow, Report
-from msquant.reporting.histograms import LEVELS, Histogram
+from msquant.reporting.drawing import (
+    ALARM,
+    FIRST,
+    INK,
+    MUTED,
+    SECOND,
+    SERIES,
+    THIRD,
+    Value,
+    draw,
+    legend_above,
+    logarithmic,
+    whole_numbers,
+)
+from msquant.reporting.histograms import Histogram
 from msquant.reporting.manifest_data import Group, Layer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-WIDTH, HEIGHT = 5.0, 2.7
-"""Inches: as wide as a phone shows it without shrinking its text to nothing."""
-
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-FIRST, SECOND, THIRD, ALARM = "#040404", "#050505", "#060606", "#070707"
-_VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    FIRST: "--first",
-    SECOND: "--second",
-    THIRD: "--third",
-    ALARM: "--alarm",
-}
-"""What is drawn in these colours takes the page's CSS variables of these names."""
-
-_NARROW = 100
-"""A logarithmic axis over less than two decades has labels between the powers of ten, too."""
-
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
-
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    # Names of layers and files are no formulas.
-    "text.parse_math": False,
-    "font.size": 12,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 12.5,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 12,
-    "lines.linewidth": 1.6,
-    "legend.borderaxespad": 0,
-    "legend.handlelength": 1.3,
-    "legend.columnspacing": 1.2,
-    "figure.constrained_layout.use": True,
-}
-
-
-def draw(
-    identity: str, title: str, description: str, paint: Callable[["Axes"], None], height: float = HEIGHT
-) -> str:
-    """Draw one chart.
-
-    Args:
-        identity: of the element in the page, letters, digits and dashes; the same one gives the same bytes.
-        title: what a screen reader calls it.
-        description: what it shows, in a sentence.
-        paint: draws into the axes.
-        height: inches.
-
-    Returns:
-        An `svg` element for an HTML page.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    settings: Any = {**_SETTINGS, "svg.hashsalt": identity}
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height))
-        paint(figure.add_subplot())
-        target = io.StringIO()
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(target.getvalue(), identity, title, description)
-
-
-def _for_page(svg: str, identity: str, title: str, description: str) -> str:
-    """Without what only a file needs, with what a screen reader needs, and with the page's colours."""
-    root = ET.fromstring(svg)
-    for child in [*root]:
-        if child.tag == f"{{{_SVG}}}metadata":
-            root.remove(child)
-    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
-    for element in root.iter():
-        # Names that nothing refers to are the same in every chart.
-        if "id" in element.attrib and element.attrib["id"] not in used:
-            del element.attrib["id"]
-    for name in ("width", "height"):
-        del root.attrib[name]
-    names = {"title": title, "desc": description}
-    for place, (tag, text) in enumerate(names.items()):
-        element = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{identity}-{tag}"})
-        element.text = text
-        root.insert(place, element)
-    root.attrib |= {
-        "id": identity,
-        "role": "img",
-        "aria-labelledby": " ".join(f"{identity}-{tag}" for tag in names),
-    }
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _XLINK)
-    text = ET.tostring(root, encoding="unicode")
-    text = re.sub(r"(font: [0-9.]+px )[^;\"]+", r"\1system-ui, sans-serif", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    return text
-
-
-def power(value: float, _: Any = None) -> str:
-    """A tick of a logarithmic axis: `1e-3`."""
-    mantissa, _, exponent = f"{value:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def legend_above(axes: "Axes", columns: int) -> None:
-    """Put the legend between the title and what is drawn, where it hides nothing."""
-    axes.set_title(axes.get_title(loc="left"), pad=22)
-    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.01))
-
-
-def logarithmic(axes: "Axes", values: list[float]) -> None:
-    """Make the vertical axis logarithmic, with room around the values and a few plain labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = min(values) / 1.5, max(values) * 1.5
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    narrow = high / low < _NARROW
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if narrow else (1,), numticks=6))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(power))
-
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,12 +32,18 @@ _MOST_PANELS = 24
 _BARS = 12
 _LONGEST_LABEL = 34
 _LAYER = "decoder layer"
+_MARKERS = "osDv^Px*"
+_ROW = 3
+"""Charts that stand side by side on a screen; fewer have the whole width."""
+_LEVEL_BANDS = 32
+"""Parts of a histogram that have a value each."""
 
 
 @dataclass(frozen=True)
 class Charts:
     """SVG elements by section; empty where there is nothing to draw."""
 
+    noise: tuple[str, ...]
     errors: tuple[str, ...]
     alphas: tuple[str, ...]
     ranges: tuple[str, ...]
@@ -187,22 +60,69 @@ class Charts:
 def charts(report: Report) -> Charts:
     """Draw all charts of a report."""
     groups = [(name, _of_group(report.layers, name)) for name in report.groups[:_MOST_PANELS]]
+    counted = [found for found in report.histograms[:_MOST_PANELS] if found.read]
+    few = len(groups) < _ROW
     return Charts(
-        errors=tuple(_errors(report) + _noise(report)),
-        alphas=tuple(_alphas(f"alpha-{i}", name, found) for i, (name, found) in enumerate(groups)),
+        noise=tuple(_noise(report)),
+        errors=tuple(_errors(report)),
+        alphas=tuple(_alphas(f"alpha-{i}", name, found, few) for i, (name, found) in enumerate(groups)),
         ranges=tuple(
             chart
             for i, (name, found) in enumerate(groups)
-            if (chart := _ranges(f"range-{i}", name, found)) is not None
+            if (chart := _ranges(f"range-{i}", name, found, few)) is not None
         ),
         histograms=tuple(
-            _histogram(f"histogram-{i}", found)
-            for i, found in enumerate(report.histograms[:_MOST_PANELS])
-            if found.read
+            _histogram(f"histogram-{i}", found, len(counted) < _ROW) for i, found in enumerate(counted)
         ),
         experts=tuple(_experts(report)),
         ranking=tuple(_ranking(report)),
     )
+
+
+def layer_values(texts: Mapping[int, str]) -> list[Value]:
+    """A band for each decoder layer that says its number and its text."""
+    return [Value(index - 0.5, index + 0.5, f"layer {index}: {text}") for index, text in texts.items()]
+
+
+def comparison_charts(labels: Sequence[str], runs: Sequence[Report]) -> list[str]:
+    """The decoder layers of several runs over one another.
+
+    Args:
+        labels: what each is called.
+        runs: as many as there are colours, at most.
+    """
+    found = [run.evaluation.layers if run.evaluation else [] for run in runs]
+    own = [{layer.index: layer.own_snr for layer in layers if layer.own_snr is not None} for layers in found]
+    all_before = [{layer.index: layer.snr for layer in layers if layer.snr is not None} for layers in found]
+    return [
+        _overlaid(identity, title, dict(zip(labels, series, strict=True)))
+        for identity, title, series in (
+            ("own", "Signal to noise of each decoder layer's own", own),
+            ("all", "Signal to noise with all layers before it", all_before),
+        )
+        if any(series)
+    ]
+
+
+def _overlaid(identity: str, title: str, series: Mapping[str, Mapping[int, float]]) -> str:
+    def paint(axes: "Axes") -> None:
+        for (label, points), color, marker in zip(series.items(), SERIES, _MARKERS, strict=False):
+            x, y = [*points], [*points.values()]
+            axes.plot(x, y, color=color, marker=marker, markersize=4, label=_short(label))
+        axes.set(title=title, xlabel=_LAYER, ylabel="dB, higher is better")
+        whole_numbers(axes)
+        # Above it there is room for two labels of a phone's width.
+        axes.set_title(title, pad=10 + 20 * -(-len(series) // 2))
+        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.01))
+
+    texts = {
+        index: ", ".join(
+            f"{label} {points[index]:.1f} dB" for label, points in series.items() if index in points
+        )
+        for index in sorted(set().union(*series.values()))
+    }
+    description = f"{title}, in dB, of {', '.join(series)}."
+    return draw(identity, title, description, paint, layer_values(texts), height=3.4, whole=True)
 
 
 def _of_group(layers: Sequence[Layer], name: str) -> list[tuple[int, Group]]:
@@ -220,7 +140,7 @@ def _errors(report: Report) -> list[str]:
         axes.axhline(float(np.median(errors)), color=MUTED, linewidth=1, linestyle="--")
         axes.set(title="Error of each decoder layer", xlabel=_LAYER, ylabel="relative error")
         logarithmic(axes, [*errors, 1.5 * max(errors)])
-        _whole_numbers(axes)
+        whole_numbers(axes)
         for index, error in _apart(points, max(1, len(points) // 8)):
             axes.annotate(str(index), (index, error), (0, 4), textcoords="offset points", ha="center")
 
@@ -228,7 +148,8 @@ def _errors(report: Report) -> list[str]:
         f"Relative error of the output of {len(points)} decoder layers, from {min(errors):.1e} to "
         f"{max(errors):.1e}; the dashed line is the median."
     )
-    return [draw("errors", "Error of each decoder layer", description, paint)]
+    values = layer_values({index: f"{error:.2e}" for index, error in points})
+    return [draw("errors", "Error of each decoder layer", description, paint, values, whole=True)]
 
 
 def _apart(points: Sequence[tuple[int, float]], distance: int) -> list[tuple[int, float]]:
@@ -243,8 +164,8 @@ def _apart(points: Sequence[tuple[int, float]], distance: int) -> list[tuple[int
 def _noise(report: Report) -> list[str]:
     layers = report.evaluation.layers if report.evaluation else []
     series = {
-        "its own": [(layer.index, layer.own_snr) for layer in layers if layer.own_snr is not None],
-        "with all before it": [(layer.index, layer.snr) for layer in layers if layer.snr is not None],
+        "its own": {layer.index: layer.own_snr for layer in layers if layer.own_snr is not None},
+        "with all before it": {layer.index: layer.snr for layer in layers if layer.snr is not None},
     }
     if not any(series.values()):
         return []
@@ -252,15 +173,27 @@ def _noise(report: Report) -> list[str]:
     def paint(axes: "Axes") -> None:
         for (label, points), color in zip(series.items(), (FIRST, SECOND), strict=True):
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3.5, label=label)
+                axes.plot([*points], [*points.values()], "o-", color=color, markersize=3.5, label=label)
+        own = [(index, -snr) for index, snr in series["its own"].items()]
+        for index, snr in _apart(own, max(1, len(own) // 8)):
+            axes.annotate(str(index), (index, -snr), (0, -14), textcoords="offset points", ha="center")
         axes.set(title="Signal to noise", xlabel=_LAYER, ylabel="dB, higher is better")
-        _whole_numbers(axes)
+        whole_numbers(axes)
         legend_above(axes, 2)
 
-    return [draw("noise", "Signal to noise", "Signal-to-noise of each decoder layer's output in dB.", paint)]
+    texts = {
+        layer.index: ", ".join(
+            f"{label} {points[layer.index]:.1f} dB"
+            for label, points in series.items()
+            if layer.index in points
+        )
+        for layer in layers
+    }
+    description = "Signal-to-noise of each decoder layer's output in dB."
+    return [draw("noise", "Signal to noise", description, paint, layer_values(texts), whole=True)]
 
 
-def _alphas(identity: str, name: str, found: list[tuple[int, Group]]) -> str:
+def _alphas(identity: str, name: str, found: list[tuple[int, Group]], whole: bool) -> str:
     points = [(index, group.alpha) for index, group in found if group.alpha is not None]
 
     def paint(axes: "Axes") -> None:
@@ -272,21 +205,22 @@ def _alphas(identity: str, name: str, found: list[tuple[int, Group]]) -> str:
             ylim=(-0.06, 1.06),
             yticks=(0, 0.5, 1),
         )
-        _whole_numbers(axes)
+        whole_numbers(axes)
 
     description = f"The smoothing strength alpha chosen for {name} in each of {len(points)} decoder layers."
-    return draw(identity, f"Alpha of {name}", description, paint, height=1.75)
+    values = layer_values({index: f"alpha {alpha:g}" for index, alpha in points})
+    return draw(identity, f"Alpha of {name}", description, paint, values, height=1.75, whole=whole)
 
 
-def _ranges(identity: str, name: str, found: list[tuple[int, Group]]) -> str | None:
+def _ranges(identity: str, name: str, found: list[tuple[int, Group]], whole: bool) -> str | None:
     series: dict[str, list[tuple[int, float, float]]] = {"before": [], "after": []}
     for index, group in found:
         for label, ranges in (("before", group.before), ("after", group.after)):
             median, largest = (ranges.median or 0, ranges.largest or 0) if ranges else (0, 0)
             if median > 0 and largest > 0:
                 series[label].append((index, median, largest))
-    values = [value for points in series.values() for _, *pair in points for value in pair]
-    if not values:
+    drawn = [value for points in series.values() for _, *pair in points for value in pair]
+    if not drawn:
         return None
 
     def paint(axes: "Axes") -> None:
@@ -298,31 +232,55 @@ def _ranges(identity: str, name: str, found: list[tuple[int, Group]]) -> str | N
             axes.plot(layers, largest, color=color, label=label)
             axes.plot(layers, medians, color=color, linewidth=1, linestyle=":")
         axes.set(title=f"Inputs of {_short(name)}", xlabel=_LAYER, ylabel="greatest magnitude")
-        logarithmic(axes, values)
-        _whole_numbers(axes)
+        logarithmic(axes, drawn)
+        whole_numbers(axes)
         legend_above(axes, 2)
 
     description = (
         f"Greatest magnitudes of the channels that {name} reads, before and after smoothing: the largest "
         "channel is the solid line, the median channel the dotted one."
     )
-    return draw(identity, f"Activation ranges of {name}", description, paint)
+    texts: dict[int, str] = {}
+    for label, points in series.items():
+        for index, median, largest in points:
+            before = f"{texts[index]}; " if index in texts else ""
+            texts[index] = f"{before}{label}: largest {largest:.4g}, median {median:.4g}"
+    values = layer_values(texts)
+    return draw(identity, f"Activation ranges of {name}", description, paint, values, whole=whole)
 
 
-def _histogram(identity: str, found: Histogram) -> str:
+def _histogram(identity: str, found: Histogram, whole: bool) -> str:
     shares = np.asarray(found.counts) / found.read * 100
 
     def paint(axes: "Axes") -> None:
-        axes.stairs(shares, np.append(LEVELS, 128) - 0.5, fill=True, color=FIRST, alpha=0.85)
-        axes.set(title=_short(found.kind), xlabel="int8 level", ylabel="% of weights", xlim=(-132, 132))
-        axes.set_xticks((-128, -64, 0, 64, 127))
+        half = len(found.levels) // 2
+        edges = np.arange(-half, half + 1) - 0.5
+        axes.stairs(shares, edges, fill=True, color=FIRST, alpha=0.85)
+        axes.set(
+            title=_short(found.kind),
+            xlabel=f"int{found.bits} level",
+            ylabel="% of weights",
+            xlim=(-1.03 * half, 1.03 * half),
+        )
+        axes.set_xticks((-half, -half // 2, 0, half // 2, half - 1))
         axes.set_ylim(0, float(shares.max()) * 1.08)
 
     description = (
-        f"Share of the int8 weights of {found.kind} at each level; {found.zeros:.1%} are 0, "
+        f"Share of the int{found.bits} weights of {found.kind} at each level; {found.zeros:.1%} are 0, "
         f"{found.edges:.2%} are at the ends of the range."
     )
-    return draw(identity, f"Int8 weights of {found.kind}", description, paint, height=2.1)
+    step = max(1, len(found.levels) // _LEVEL_BANDS)
+    values = [
+        Value(
+            low - 0.5,
+            low + step - 0.5,
+            f"{f'levels {low} to {low + step - 1}' if step > 1 else f'level {low}'}: "
+            f"{shares[place : place + step].sum():.3g} % of weights",
+        )
+        for place, low in list(enumerate(found.levels))[::step]
+    ]
+    title = f"Int{found.bits} weights of {found.kind}"
+    return draw(identity, title, description, paint, values, height=2.1, whole=whole)
 
 
 def _experts(report: Report) -> list[str]:
@@ -342,14 +300,20 @@ def _coverage(rows: Sequence[ExpertsRow], minimum: int) -> str:
         axes.bar(layers + 0.2, after, 0.4, color=ALARM, label="with the nearest tokens")
         axes.set(title="Experts below the bar", xlabel=_LAYER, ylabel=f"experts with fewer than {minimum}")
         axes.set_ylim(0, max(1, *before, *after) * 1.1)
-        _whole_numbers(axes)
+        whole_numbers(axes)
         legend_above(axes, 2)
 
     description = (
         f"Routed experts with fewer than {minimum} calibration tokens in {len(rows)} layers: "
         f"{sum(before)} by the router, {sum(after)} after they were given the tokens nearest to them."
     )
-    return draw("coverage", "Experts below the bar", description, paint, height=3.2)
+    values = layer_values(
+        {
+            row.layer: f"{few} experts below {minimum} by the router, {row.few} with the nearest tokens"
+            for row, few in zip(rows, before, strict=True)
+        }
+    )
+    return draw("coverage", "Experts below the bar", description, paint, values, height=3.2, whole=True)
 
 
 def _token_map(rows: Sequence[ExpertsRow], minimum: int) -> str:
@@ -380,7 +344,16 @@ def _token_map(rows: Sequence[ExpertsRow], minimum: int) -> str:
         f"Calibration tokens of every routed expert in {len(rows)} decoder layers; red has fewer than "
         f"{minimum}."
     )
-    return draw("experts", "Tokens of each expert", description, paint, height=3.2)
+    values = [
+        Value(row.layer - 0.5, row.layer + 0.5, f"layer {row.layer}: {_spread(row)}", across=True)
+        for row in rows
+    ]
+    return draw("experts", "Tokens of each expert", description, paint, values, height=3.2, whole=True)
+
+
+def _spread(row: ExpertsRow) -> str:
+    fewest, median, most = np.quantile(row.tokens, (0, 0.5, 1))
+    return f"fewest tokens {fewest:.0f}, median {median:.0f}, most {most:.0f}"
 
 
 def _token_spread(rows: Sequence[ExpertsRow], minimum: int) -> str:
@@ -395,14 +368,15 @@ def _token_spread(rows: Sequence[ExpertsRow], minimum: int) -> str:
         axes.axhline(minimum, color=ALARM, linewidth=1.2, label="too few")
         axes.set(title="Tokens by layer", xlabel=_LAYER, ylabel="tokens of an expert")
         logarithmic(axes, [*spread.reshape(-1), minimum])
-        _whole_numbers(axes)
+        whole_numbers(axes)
         legend_above(axes, 4)
 
     description = (
         f"The fewest, the median and the most calibration tokens of an expert in each of {len(rows)} layers; "
         f"fewer than {minimum} are too few."
     )
-    return draw("expert-spread", "Tokens by layer", description, paint, height=3.2)
+    values = layer_values({row.layer: _spread(row) for row in rows})
+    return draw("expert-spread", "Tokens by layer", description, paint, values, height=3.2, whole=True)
 
 
 def _ranking(report: Report) -> list[str]:
@@ -415,18 +389,23 @@ def _ranking(report: Report) -> list[str]:
             [_short(row.name) for row in rows], [100 * row.share for row in rows], color=THIRD, height=0.7
         )
         axes.bar_label(bars, [f"{row.share:.1%}" for row in rows], padding=3, color=INK)
-        axes.set(title="What costs most", xlabel="% of the summed error")
+        axes.set(title="What costs most", xlabel="% of the noise that all add")
         axes.margins(x=0.14)
         axes.grid(False, axis="y")
 
-    description = f"The {len(rows)} greatest of {len(report.ranking.rows)} errors, as shares of their sum."
-    return [draw("ranking", "What costs most", description, paint, height=0.9 + 0.24 * len(rows))]
-
-
-def _whole_numbers(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    description = f"The {len(rows)} of {len(report.ranking.rows)} that add most noise, as shares of all."
+    values = [
+        Value(
+            place - 0.5,
+            place + 0.5,
+            f"{row.name}: {row.share:.2%} of the noise"
+            + (f", {row.snr:.1f} dB of its own" if row.snr is not None else ""),
+            across=True,
+        )
+        for place, row in enumerate(rows)
+    ]
+    height = 0.9 + 0.24 * len(rows)
+    return [draw("ranking", "What costs most", description, paint, values, height=height, whole=True)]
 
 
 def _short(name: str) -> str:

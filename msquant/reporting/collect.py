@@ -1,31 +1,57 @@
-"""A folder read into a `Report`: its summary, its manifest, its int8 weights and, if given, an analysis."""
+"""A folder read into a `Report`: its summary, its manifest, its integers and, if given, an analysis."""
 
 import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.deploy.vllm_mindspore_server import PROGRAM, cluster_commands
 from msquant.errors import CheckpointError, MsquantError
+from msquant.evaluation.ranking import rank, rank_layers
 from msquant.families import find_family
 from msquant.flows.serving_checks import serving_settings
 from msquant.formats.registry import find_format
 from msquant.formats.summary import ModuleSummary, Summary, summarize
 from msquant.inference import vllm_mindspore
-from msquant.reporting.data import Command, ExpertsRow, KindRow, RankedRow, Ranking, Reads, Report, Size
+from msquant.reporting.data import (
+    Command,
+    ExpertsRow,
+    KindRow,
+    Limits,
+    RankedRow,
+    Ranking,
+    Reads,
+    Report,
+    Size,
+)
+from msquant.reporting.fix import fix
 from msquant.reporting.histograms import SAMPLED_WEIGHTS, histograms
-from msquant.reporting.manifest_data import Count, Manifest, Name, Number, parse, printable, read_manifest
+from msquant.reporting.manifest_data import (
+    Count,
+    Manifest,
+    Name,
+    Number,
+    RecordedLimits,
+    parse,
+    printable,
+    read_manifest,
+)
 from msquant.reporting.verdict import judge
 
 _STEPS = 255
 _EMBEDDING = "embed_tokens"
 _HEAD = "lm_head"
+
+SOURCE_HASH = "sha256 of the source's config, index and headers"
+"""The fact that tells which model a folder was made from."""
 
 
 Error = Annotated[float, Field(ge=0, lt=1e30)]
@@ -37,7 +63,6 @@ class _AnalyzedGroup(BaseModel):
     linears: list[Name]
     scheme: Name
     error: Error
-    share: Annotated[float, Field(ge=0, le=1)]
     dynamic_error: Number = None
     float_bytes: Count | None = None
 
@@ -63,9 +88,9 @@ def collect(
         folder: a checkpoint in any format that `summarize` reads; without `msquant.json`, what only that
             holds is left out.
         sensitivity: what `msquant analyze --json` printed for the model; without it the layers are ranked by
-            the errors in the manifest.
+            the short evaluation in the manifest.
         check: read every quantized tensor to check the format's contract.
-        most_weights: int8 weights to read for the histograms.
+        most_weights: integer weights to read for the histograms; 0 for none.
         stage: called with a line that says what begins.
         progress: called with the bytes of weights that are read and those to read in all.
 
@@ -84,8 +109,10 @@ def collect(
     manifest = read_manifest(folder)
     config = read_json(folder / "config.json")
     ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
-    stage("counting int8 weights")
-    counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
+    counted = []
+    if most_weights:
+        stage("counting the levels of integer weights")
+        counted = histograms(folder, summary.modules, most=most_weights, progress=progress)
     return Report(
         name=printable(folder.resolve().name),
         architecture=summary.architecture and printable(summary.architecture),
@@ -109,12 +136,29 @@ def collect(
         ),
         min_expert_tokens=_minimum(manifest),
         ranking=ranking,
+        fix=None if ranking is None else fix(folder, summary, manifest, config, ranking),
+        limits=_limits(manifest),
+        date=_date(folder / MANIFEST_NAME),
         recipe=_yaml(manifest.recipe),
         facts=_facts(manifest),
         versions=manifest.versions,
         files=manifest.files,
         serving=tuple(commands(folder, summary)),
     )
+
+
+def _limits(manifest: Manifest) -> Limits:
+    try:
+        found = RecordedLimits.model_validate(manifest.recipe.get("evaluation"))
+    except ValidationError:
+        return Limits()
+    return Limits(found.max_kl, found.max_perplexity_increase)
+
+
+def _date(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
 
 
 def _minimum(manifest: Manifest) -> int | None:
@@ -130,7 +174,7 @@ def _size(summary: Summary, manifest: Manifest) -> Size:
         source=sum(shards.values()) if shards else None,
         half=2 * summary.parameters,
         parameters=summary.parameters,
-        int8=sum(_elements(module) for module in summary.modules if module.dtype == "I8"),
+        quantized=summary.quantized_by_bits,
     )
 
 
@@ -178,12 +222,13 @@ def _kind(key: tuple[str, str, str, tuple[int, ...]], modules: list[ModuleSummar
 
 
 def _ranked(manifest: Manifest) -> Ranking | None:
-    errors = [(layer.index, layer.error) for layer in manifest.layers if layer.error and layer.error > 0]
-    total = math.fsum(error for _, error in errors)
-    if not total:
-        return None
-    rows = [RankedRow(f"layer {index}", error, error / total) for index, error in errors]
-    return Ranking("msquant.json", tuple(sorted(rows, key=lambda row: -row.error)))
+    layers = manifest.evaluation.layers if manifest.evaluation else []
+    snr = {layer.index: layer.own_snr for layer in layers}
+    rows = [
+        RankedRow(f"layer {row.key}", (f"model.layers.{row.key}.*",), snr[row.key], row.noise, row.share)
+        for row in rank_layers(snr)
+    ]
+    return Ranking(MANIFEST_NAME, tuple(rows)) if rows else None
 
 
 def _analyzed(path: Path, summary: Summary) -> Ranking:
@@ -202,26 +247,30 @@ def _analyzed(path: Path, summary: Summary) -> Ranking:
     rows = [
         RankedRow(
             name=f"layer {group.layer} {group.group}",
-            error=group.error,
-            share=group.share,
+            patterns=tuple(group.linears),
+            snr=-10 * math.log10(row.noise) if row.noise else None,
+            noise=row.noise,
+            share=row.share,
             scheme=group.scheme,
             float_bytes=group.float_bytes,
             dynamic_error=group.dynamic_error,
         )
-        for group in groups
+        for row in rank({place: group.error for place, group in enumerate(groups)})
+        for group in [groups[row.key]]
     ]
-    return Ranking(printable(path.name), tuple(sorted(rows, key=lambda row: -row.error)))
+    return Ranking(printable(path.name), tuple(rows))
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
-    shape = manifest.calibration.shape
+    shape, policy = manifest.calibration.shape, manifest.recipe.get("quantization")
     facts = {
         "model": manifest.recipe.get("model"),
+        "algorithm": policy.get("algorithm") if isinstance(policy, dict) else None,
         "device": manifest.device,
         "calibration tokens": " x ".join(map(str, shape)) if shape else None,
         "sha256 of the calibration tokens": manifest.calibration.sha256,
         "source shards": len(manifest.source.shards) or None,
-        "sha256 of the source's config, index and headers": manifest.source.sha256,
+        SOURCE_HASH: manifest.source.sha256,
     }
     return {name: printable(str(value)) for name, value in facts.items() if value is not None}
 
@@ -253,8 +302,9 @@ def commands(folder: Path, summary: Summary) -> list[Command]:
         found = _vllm_mindspore(folder)
     else:
         found = [Command(f"Serve it with {form.engine}", (form.serve_command(name),))]
+    found.append(Command("Serve it here, without an NPU", (f"msquant serve --model {name}",)))
     prompt = f"msquant run --model {name} --prompt 'I am'"
-    found.append(Command("Continue a prompt without an NPU", (prompt,)))
+    found.append(Command("Continue a prompt here", (prompt,)))
     return [Command(command.what, tuple(map(printable, command.lines))) for command in found]
 
 

@@ -1,6 +1,5 @@
 """All that a report says, as plain data: the HTML, the Markdown and the JSON have the same numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,14 +33,14 @@ class Size:
         source: of the shards it was made from; None where that is not recorded.
         half: what the same weights take at 16 bits each.
         parameters: elements of all weights.
-        int8: how many of them are in int8.
+        quantized: how many of them are integers, by the integers' width in bits.
     """
 
     tensors: int
     source: int | None
     half: int
     parameters: int
-    int8: int
+    quantized: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,23 @@ class KindRow:
 
 @dataclass(frozen=True)
 class RankedRow:
-    """A decoder layer or a group of linears, by what quantizing it costs.
+    """A decoder layer or a group of linears, by the noise that quantizing it adds.
 
     Attributes:
         name: for example `layer 11` or `layer 11 down`.
-        error: relative error.
-        share: of the sum of all.
+        patterns: that name its linears in a recipe.
+        snr: of its own, in dB: `-10 log10(noise)`; None where it adds no noise.
+        noise: mean relative squared error of the residual stream, see `evaluation/ranking.py`.
+        share: of the noise of all.
         scheme: of a group; empty for a layer.
         float_bytes: what the folder grows by if a group stays in floating point; None if that is not known.
         dynamic_error: a group's with a scale per token; None where that was not measured.
     """
 
     name: str
-    error: float
+    patterns: tuple[str, ...]
+    snr: float | None
+    noise: float
     share: float
     scheme: str = ""
     float_bytes: int | None = None
@@ -110,11 +113,30 @@ class Ranking:
 
     Attributes:
         origin: where the numbers are from.
-        rows: the greatest error first.
+        rows: the one that adds most noise first.
     """
 
     origin: str
     rows: tuple[RankedRow, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the recipe allows at most; each None where it does not say.
+
+    Attributes:
+        kl: KL divergence from the float model, in nats.
+        perplexity_increase: as a part of the float model's perplexity.
+    """
+
+    kl: float | None = None
+    perplexity_increase: float | None = None
+
+    def perplexity(self, baseline: float | None) -> float | None:
+        """The greatest perplexity allowed beside the float model's; None where either is not known."""
+        if baseline is None or self.perplexity_increase is None:
+            return None
+        return baseline * (1 + self.perplexity_increase)
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,23 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Fix:
+    """How to lose less: the worst parts once more, in floating point.
+
+    Attributes:
+        spared: names of the parts, as the ranking has them.
+        share: of the noise that they add.
+        nbytes: what the folder grows by.
+        command: makes the recipe and the folder.
+    """
+
+    spared: tuple[str, ...]
+    share: float
+    nbytes: int
+    command: Command
+
+
+@dataclass(frozen=True)
 class Report:
     """A checkpoint folder, and what quantization did to it.
 
@@ -168,10 +207,13 @@ class Report:
         evaluation: accuracy; None where it was not measured.
         kinds: the modules.
         layers: what the manifest says of the decoder layers; empty without one.
-        histograms: of int8 weights, by kind.
+        histograms: of integer weights, by kind.
         experts: tokens by layer; empty where there are no experts.
         min_expert_tokens: fewer are too few; None where the recipe is not known.
         ranking: what costs most; None where nothing is known of that.
+        fix: how to lose less; None where that is not known.
+        limits: of the recipe.
+        date: of `msquant.json`, by the file system, `2026-11-28` in UTC; None without one.
         recipe: as YAML; empty without one.
         facts: what it was made from, by name.
         versions: of the packages that made it.
@@ -197,6 +239,9 @@ class Report:
     experts: tuple[ExpertsRow, ...]
     min_expert_tokens: int | None
     ranking: Ranking | None
+    fix: Fix | None
+    limits: Limits
+    date: str | None
     recipe: str
     facts: dict[str, str]
     versions: dict[str, str]
@@ -207,16 +252,6 @@ class Report:
     def groups(self) -> list[str]:
         """Names of the smooth groups, in order of computation."""
         return list(dict.fromkeys(group.name for layer in self.layers for group in layer.groups))
-
-    @property
-    def errors(self) -> list[float]:
-        """The layers' errors that are known, in ascending order."""
-        return sorted(layer.error for layer in self.layers if layer.error is not None)
-
-
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """Of ascending values, the one at that part of the way; None of none."""
-    return values[min(len(values) - 1, int(q * len(values)))] if values else None
 
 
 def as_plain(value: Any) -> Any:

@@ -39,6 +39,14 @@ def _measured(value: Any) -> Any:
     return None if isinstance(value, float | int) and not abs(value) < _LARGEST else value
 
 
+def _piece(value: Any) -> Any:
+    return _name(
+        value.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") if isinstance(value, str) else value
+    )
+
+
+Piece = Annotated[str, BeforeValidator(_piece)]
+"""A token's text, with a visible mark where a line ends."""
 Name = Annotated[str, BeforeValidator(_name)]
 Number = Annotated[float | None, BeforeValidator(_measured)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -127,12 +135,39 @@ class RecordedLayerScore(_Record):
     own_snr: Number = None
 
 
+class RecordedLimits(_Record):
+    """The limits in the `evaluation` section of the recipe; see `EvaluationSettings`."""
+
+    max_kl: Number = None
+    max_perplexity_increase: Number = None
+
+
 class Broken(_Record):
     """A limit of the recipe that a result breaks: `kl` or `perplexity_increase`."""
 
     measure: Name
     value: Number = None
     limit: Number = None
+
+
+class RecordedPrediction(_Record):
+    """Next tokens of both models, token by token of a text; see `evaluation.predictions.Prediction`."""
+
+    text: Name = ""
+    before: Piece = ""
+    actual: list[Piece] = Field(default_factory=list)
+    expected: list[Piece] = Field(default_factory=list)
+    found: list[Piece] = Field(default_factory=list)
+
+    @property
+    def places(self) -> list[tuple[str, str, str]]:
+        """The text's own token, the float model's and the quantized one's of each place."""
+        return list(zip(self.actual, self.expected, self.found, strict=False))
+
+    @property
+    def agreeing(self) -> int:
+        """In how many places both models find the same."""
+        return sum(expected == found for _, expected, found in self.places)
 
 
 class Evaluation(_Record):
@@ -142,6 +177,7 @@ class Evaluation(_Record):
     overall: RecordedTextScore | None = None
     layers: list[RecordedLayerScore] = Field(default_factory=list)
     beyond: list[Broken] | None = None
+    predictions: list[RecordedPrediction] = Field(default_factory=list)
 
 
 class Manifest(_Record):

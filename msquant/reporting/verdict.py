@@ -1,11 +1,15 @@
 """The verdict on a folder: what a person reads first."""
 
+from collections.abc import Sequence
+
+from msquant.evaluation.ranking import Ranked, rank_layers
 from msquant.formats.summary import Summary
 from msquant.reporting.data import Level, ReportVerdict
 from msquant.reporting.manifest_data import Manifest, RecordedTextScore
 
 _OUTLIER = 10
-"""A layer whose error is so many times the median stands out."""
+"""A layer whose noise is so many times the median stands out."""
+_REMEDY = "see 'What quantization costs most' for how to spare them"
 _SHOWN = 3
 _MEASURES = {
     "kl": ("its KL divergence from the float model is {}, the limit {}", 1, ""),
@@ -95,13 +99,24 @@ def _noisy(manifest: Manifest) -> list[str]:
     """Where to look when the accuracy is beyond a limit."""
     if manifest.evaluation is None or not manifest.evaluation.beyond:
         return []
-    noise = sorted(
-        (layer.own_snr, layer.index) for layer in manifest.evaluation.layers if layer.own_snr is not None
-    )
-    if not noise:
+    worst = _ranked(manifest)[:_SHOWN]
+    if not worst:
         return []
-    layers = ", ".join(f"{index} ({decibels:.1f} dB)" for decibels, index in noise[:_SHOWN])
-    return [f"Layers {layers} add most noise: msquant analyze makes a recipe that spares the worst matrices."]
+    return [f"Layers {_listed(manifest, worst)} add most noise: {_REMEDY}."]
+
+
+def _ranked(manifest: Manifest) -> list[Ranked[int]]:
+    return rank_layers(_own_snr(manifest))
+
+
+def _own_snr(manifest: Manifest) -> dict[int, float | None]:
+    layers = manifest.evaluation.layers if manifest.evaluation else []
+    return {layer.index: layer.own_snr for layer in layers}
+
+
+def _listed(manifest: Manifest, layers: Sequence[Ranked[int]]) -> str:
+    snr = _own_snr(manifest)
+    return ", ".join(f"{layer.key} ({snr[layer.key]:.1f} dB)" for layer in layers)
 
 
 def _few_tokens(manifest: Manifest) -> list[tuple[Level, str]]:
@@ -118,18 +133,13 @@ def _few_tokens(manifest: Manifest) -> list[tuple[Level, str]]:
 
 
 def _outliers(manifest: Manifest) -> list[str]:
-    errors = sorted(
-        ((layer.error, layer.index) for layer in manifest.layers if layer.error is not None), reverse=True
-    )
-    if not errors:
+    ranked = _ranked(manifest)
+    if not ranked or (manifest.evaluation and manifest.evaluation.beyond):
         return []
-    median = errors[len(errors) // 2][0]
-    above = [(error, index) for error, index in errors if error > _OUTLIER * median > 0]
+    median = ranked[len(ranked) // 2].noise
+    above = [layer for layer in ranked if layer.noise > _OUTLIER * median]
     if not above:
         return []
-    layers = ", ".join(f"{index} ({error:.1e})" for error, index in above[:_SHOWN])
-    some = f"Layers {layers} have" if len(above) > 1 else f"Layer {layers} has"
-    return [
-        f"{some} more than {_OUTLIER} times the median error of {median:.1e}: msquant analyze finds the "
-        "matrices to spare."
-    ]
+    layers = _listed(manifest, above[:_SHOWN])
+    some = f"Layers {layers} add" if len(above) > 1 else f"Layer {layers} adds"
+    return [f"{some} more than {_OUTLIER} times the noise of the median layer: {_REMEDY}."]

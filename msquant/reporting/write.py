@@ -11,9 +11,11 @@ from rich.filesize import decimal
 from msquant import __version__
 from msquant.checkpoint.writer import write_text
 from msquant.errors import OutputError
-from msquant.reporting.charts import Charts, charts
+from msquant.reporting import comparison
+from msquant.reporting.charts import Charts, charts, comparison_charts
 from msquant.reporting.collect import collect
-from msquant.reporting.data import Report, quantile
+from msquant.reporting.comparison import RunComparison, compare_runs
+from msquant.reporting.data import Report
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,9 +35,22 @@ def html_page(report: Report) -> str:
 def markdown_page(report: Report) -> str:
     """The same numbers in tables."""
     environment = _environment(autoescape=False)
-    environment.filters["cell"] = _cell
-    environment.filters["indented"] = _indented
     return environment.get_template("report.md.j2").render(_content(report, None))
+
+
+def comparison_page(found: RunComparison, format: "ReportFormat") -> str:
+    """Runs side by side, as one page or in tables; everything that came from the folders is escaped."""
+    content = {
+        "found": found,
+        "rows": list(zip(found.labels, found.runs, strict=True)),
+        "texts": comparison.texts(found),
+        "layers": comparison.layers(found),
+        "version": __version__,
+    }
+    if format == "html":
+        drawn = comparison_charts(found.labels, found.runs)
+        return _environment(autoescape=True).get_template("comparison.html.j2").render(content, charts=drawn)
+    return _environment(autoescape=False).get_template("comparison.md.j2").render(content)
 
 
 def _environment(*, autoescape: bool) -> "Environment":
@@ -55,6 +70,11 @@ def _environment(*, autoescape: bool) -> "Environment":
         "fine_percent": lambda part: f"{part:.2%}",
         "small": lambda value: "" if value is None else f"{value:.2e}",
         "digits": lambda value: "" if value is None else f"{value:.4g}",
+        "cell": _cell,
+        "indented": _indented,
+        "schemes": comparison.schemes,
+        "worst": comparison.worst,
+        "decibels": lambda value: f"{value:.1f} dB",
         "plain": lambda value: "" if value is None else f"{value:g}",
         "shape": lambda shape: " x ".join(map(str, shape)) or "scalar",
     }
@@ -62,14 +82,11 @@ def _environment(*, autoescape: bool) -> "Environment":
 
 
 def _content(report: Report, drawn: Charts | None) -> dict[str, Any]:
-    errors = report.errors
     return {
         "report": report,
         "charts": drawn,
         "version": __version__,
         "mark": _MARKS[report.verdict.level],
-        "median_error": quantile(errors, 0.5),
-        "largest_error": errors[-1] if errors else None,
         "linears": _linears(report),
         "noise": {layer.index: layer for layer in report.evaluation.layers} if report.evaluation else {},
         "ranked": report.ranking.rows[:_RANKED] if report.ranking else (),
@@ -115,10 +132,10 @@ def report_format(name: str) -> ReportFormat:
     )
 
 
-def default_output(folder: Path, format: ReportFormat = "html") -> Path:
+def default_output(folder: Path, format: ReportFormat = "html", what: str = "report") -> Path:
     """Beside the folder, not in it: every file of a checkpoint belongs to its contract."""
     resolved = folder.resolve()
-    return resolved.with_name(f"{resolved.name}-report{SUFFIXES[format]}")
+    return resolved.with_name(f"{resolved.name}-{what}{SUFFIXES[format]}")
 
 
 def write_report(
@@ -157,10 +174,46 @@ def write_report(
     _check_target(target, overwrite=overwrite)
     report = collect(folder, sensitivity=sensitivity, check=check, stage=stage, progress=progress)
     stage("drawing charts" if format == "html" else "writing tables")
-    from msquant.reporting.write import html_page, markdown_page
-
     write_text(target, html_page(report) if format == "html" else markdown_page(report))
     return target, report
+
+
+def write_comparison(
+    folders: Sequence[Path],
+    output: Path | None = None,
+    *,
+    format: ReportFormat = "html",
+    overwrite: bool = False,
+    check: bool = True,
+    stage: Callable[[str], None] = lambda text: None,
+) -> tuple[Path, RunComparison]:
+    """Write several runs side by side into one file that needs nothing else.
+
+    Args:
+        folders: as for `compare_runs`.
+        output: the file; None is `FIRST-comparison.html` beside the first folder.
+        format: as for `write_report`.
+        overwrite: likewise.
+        check: as for `compare_runs`.
+        stage: likewise.
+
+    Returns:
+        The file, and what it says.
+
+    Raises:
+        RecipeError: as `compare_runs`.
+        CheckpointError: likewise.
+        OutputError: the file exists, or cannot be written.
+    """
+    target = output
+    if target is None and folders:
+        target = default_output(folders[0], format, "comparison")
+    if target is not None:
+        _check_target(target, overwrite=overwrite)
+    found = compare_runs(folders, check=check, stage=stage)
+    assert target is not None
+    write_text(target, comparison_page(found, format))
+    return target, found
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

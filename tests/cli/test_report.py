@@ -27,7 +27,7 @@ def test_a_page_is_written_and_the_verdict_said(folder: Path, tmp_path: Path) ->
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("check: Its accuracy was not measured")
     assert f"Wrote {tmp_path / 'model-report.html'}." in run.stdout
-    assert "counting int8 weights" in run.stderr
+    assert "counting the levels of integer weights" in run.stderr
     page = (tmp_path / "model-report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "<script" not in page

@@ -115,7 +115,6 @@ def test_noise_of_layers_is_that_of_their_outputs_in_torch(
     assert [index for index, _ in seen] == [0, 1]
     assert seen[1][1][0] == quantized.layers[1]
     assert quantized.layers[1].own_snr > quantized.layers[1].snr
-    assert quantized.worst_layers(1)[0].index in (0, 1)
     assert same.overall.kl == pytest.approx(0, abs=1e-12)
     assert same.overall.top1 == same.overall.top5 == 1
     # A layer's own noise is computed on fewer rows, which some processors sum in another order.

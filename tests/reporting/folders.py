@@ -69,6 +69,7 @@ def write_large(folder: Path) -> Path:
         manifest["versions"] = {"msquant": "0.1.0", "mindspore": "2.7.1.post1"}
         manifest["source"] = {"shards": {f"model-{i:05}-of-00163.safetensors": 4 * 10**9 for i in range(163)}}
         manifest["evaluation"] = evaluation()
+        manifest["evaluation"]["layers"][40]["own_snr"] = 28.0
 
     change_json(folder / "msquant.json", enlarge)
     return folder
@@ -90,6 +91,16 @@ def evaluation() -> dict[str, Any]:
         "sequences": 1,
         "sequence_length": 256,
         "beyond": [],
+        "predictions": [
+            {
+                "text": name,
+                "before": "The quick brown",
+                "actual": [" fox", " jumps", "\n"] * 8,
+                "expected": [" fox", " jumped", " over"] * 8,
+                "found": [" fox", " jumps", " over"] * 8,
+            }
+            for name in ("technical", "prose", "code")
+        ],
         "texts": [{"text": name} | score for name in ("technical", "prose", "code")],
         "overall": {"text": "overall"} | score,
         "layers": [
@@ -121,7 +132,13 @@ def poison(folder: Path) -> None:
             }
             for index in range(2)
         ]
-        manifest["evaluation"] = {"texts": [{"text": name, "kl": 0.1} for name in HOSTILE]}
+        manifest["evaluation"] = {
+            "texts": [{"text": name, "kl": 0.1} for name in HOSTILE],
+            "predictions": [
+                {"text": name, "before": name, "actual": [name], "expected": [name], "found": [name]}
+                for name in HOSTILE
+            ],
+        }
         manifest["files"] |= {name: {"size": 1, "sha256": HOSTILE[0]} for name in HOSTILE}
 
     path = folder / "msquant.json"

@@ -1,6 +1,8 @@
 """What a report finds out about a folder, and what it says where there is less to find out."""
 
+import html
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +59,7 @@ def test_a_folder_is_summed_up(folder: Path) -> None:
     assert report.checked
     assert report.findings == ()
     assert report.groups == ["qkv"]
-    assert report.errors == [1e-3, 1e-3]
+    assert [layer.error for layer in report.layers] == [1e-3, 1e-3]
     assert report.verdict.level == "check"
     assert "not measured" in report.verdict.reason
     kinds = {row.kind: row for row in report.kinds}
@@ -102,13 +104,14 @@ def test_a_large_manifest_is_shown_whole(large_folder: Path) -> None:
     assert few > 0
     assert any(f"{few} experts" in remark for remark in report.verdict.remarks)
     assert report.ranking is not None
-    errors = [row.error for row in report.ranking.rows]
-    assert errors == sorted(errors, reverse=True)
+    noise = [row.noise for row in report.ranking.rows]
+    assert noise == sorted(noise, reverse=True)
+    assert len(noise) == LAYERS
     assert sum(row.share for row in report.ranking.rows) == pytest.approx(1)
     page = markdown_page(report)
     assert page.count("\n| q\\_b | ") == LAYERS
     worst = report.ranking.rows[0]
-    assert f"| {worst.name} | {worst.error:.2e} | {worst.share:.1%} |" in page
+    assert f"| {worst.name} | {worst.snr:.1f} | {worst.noise:.2e} | {worst.share:.1%} |" in page
 
 
 def test_the_page_and_the_tables_have_the_same_numbers(large_folder: Path, large: Path) -> None:
@@ -165,6 +168,7 @@ def test_the_recipe_the_hashes_and_the_commands_are_there(own: Path) -> None:
         assert "vllm-mindspore serve" in page
         assert "--quantization golden-stick" in page
         assert "msquant run --model" in page
+        assert f"msquant serve --model {own}" in page
 
 
 def test_an_analysis_ranks_the_matrices(folder: Path, tmp_path: Path) -> None:
@@ -175,7 +179,8 @@ def test_an_analysis_ranks_the_matrices(folder: Path, tmp_path: Path) -> None:
     assert [row.name for row in report.ranking.rows] == ["layer 1 down_proj", "layer 0 q_proj"]
     assert report.ranking.origin == "ranking.json"
     assert "layer 1 down_proj" in html_page(report)
-    assert "| layer 1 down\\_proj | 2.00e-03 | 20.0% | static | +1.0 kB |" in markdown_page(report)
+    row = "| layer 1 down\\_proj | 27.0 | 2.00e-03 | 66.7% | static | +1.0 kB |"
+    assert row in markdown_page(report)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +210,38 @@ def test_what_was_measured_is_shown(own: Path) -> None:
     page = markdown_page(collect(own, check=False))
     for text in ("0.0312", "15.08", "14.09", "91.3%", "88.7%", "2.30e-03", "prose"):
         assert text in page
+    assert "limit" not in page
+
+
+def test_next_tokens_stand_side_by_side(own: Path) -> None:
+    change_json(own / "msquant.json", lambda manifest: manifest.update(evaluation=evaluation()))
+    report = collect(own, check=False)
+    page = html_page(report)
+    assert page.count("16 of 24 the same") == 3
+    assert page.count('<td class="other"> jumped</td>') == page.count('<td class="other"> jumps</td>') == 24
+    assert "no model's choice is fed back" in html.unescape(page)
+    assert "| \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} |  over |  over |" in markdown_page(report)
+
+
+def test_limits_stand_beside_the_scores(own: Path) -> None:
+    recipe = {"evaluation": {"max_kl": 0.15, "max_perplexity_increase": 0.2}}
+    change_json(
+        own / "msquant.json", lambda manifest: manifest.update(evaluation=evaluation(), recipe=recipe)
+    )
+    report = collect(own, check=False)
+    # 14.09 in floating point, and a fifth of it.
+    assert "| limit of the recipe, for all | | 16.91 | | 0.15 | | | |" in markdown_page(report)
+    page = html_page(report)
+    assert "<strong>KL 0.0312</strong>\n<span>limit 0.15</span>" in page
+    assert "in floating point 14.09, limit 16.91" in page
+
+
+def test_the_date_is_that_of_the_manifest(own: Path) -> None:
+    os.utime(own / "msquant.json", (1.7e9, 1.7e9))
+    report = collect(own, check=False)
+    assert report.date == "2023-11-14"
+    assert "Made on 2023-11-14, by the date of its msquant.json." in markdown_page(report)
+    assert '<time datetime="2023-11-14">' in html_page(report)
 
 
 def measured(own: Path, **changes: Any) -> ReportVerdict:
@@ -250,19 +287,16 @@ def test_a_broken_contract_is_bad_whatever_was_measured(own: Path) -> None:
 
 
 def test_a_layer_that_stands_out_is_named(own: Path) -> None:
-    def spread(manifest: dict[str, Any]) -> None:
-        manifest["layers"] = [{"index": i, "error": 0.5 if i == 3 else 1e-3} for i in range(6)]
-
-    change_json(own / "msquant.json", spread)
-    remarks = collect(own, check=False).verdict.remarks
-    assert any(remark.startswith("Layer 3 (5.0e-01) has more than 10 times") for remark in remarks)
+    layers = [{"index": i, "snr": 20.0, "own_snr": 25.0 if i == 3 else 45.0} for i in range(6)]
+    remarks = measured(own, layers=layers).remarks
+    assert any(remark.startswith("Layer 3 (25.0 dB) adds more than 10 times") for remark in remarks)
 
 
 def test_a_model_in_floating_point_is_said_to_be_one(tiny_llama: Path) -> None:
     report = collect(tiny_llama)
     assert report.format is None
     assert report.verdict.reason == "It is in floating point: nothing was quantized."
-    assert "There are no int8 weights" in html_page(report)
+    assert "There are no integer weights" in html_page(report)
 
 
 def test_hostile_names_are_no_markdown(own: Path) -> None:
@@ -321,7 +355,7 @@ def test_numbers_that_are_none_count_as_not_recorded(own: Path) -> None:
     text = '{"layers": [{"index": 0, "error": NaN, "groups": [{"name": "o", "alpha": Infinity}]}]}'
     (own / "msquant.json").write_text(text)
     report = collect(own, check=False)
-    assert report.errors == []
+    assert report.layers[0].error is None
     assert report.layers[0].groups[0].alpha is None
     assert "nan" not in re.sub(r"(?s)<svg.*?</svg>", "", html_page(report)).lower()
 
@@ -370,7 +404,7 @@ def test_other_formats_are_reported_on_too(
     assert (theirs.format, theirs.consumer, theirs.findings) == (name, consumer, ())
     assert theirs.histograms == ours.histograms
     assert theirs.ranking == ours.ranking
-    assert theirs.size.int8 == ours.size.int8
+    assert theirs.size.quantized == ours.size.quantized
     ranges = {row.kind: row.static_range for row in theirs.kinds}
     for row in ours.kinds:
         assert ranges[row.kind] == (row.static_range and pytest.approx(row.static_range, rel=1e-2))
@@ -398,7 +432,8 @@ def test_several_nodes_have_a_command_each(own: Path) -> None:
 def test_a_serving_section_that_is_not_valid_is_left_out(own: Path) -> None:
     change_json(own / "msquant.json", lambda manifest: manifest.update(recipe={"serving": {"x": 1}}))
     assert [command.what for command in collect(own, check=False).serving] == [
-        "Continue a prompt without an NPU"
+        "Serve it here, without an NPU",
+        "Continue a prompt here",
     ]
 
 

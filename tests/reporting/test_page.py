@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.reporting.folders import HOSTILE
+from msquant.reporting.write import write_comparison
+from tests.reporting.folders import HOSTILE, LAYERS, evaluation
+from tests.reporting.test_comparison import scored
 
 MOST_SECONDS = 1.0
 SMALLEST_TEXT = 9.0
@@ -72,9 +74,14 @@ def test_it_opens_at_once_and_asks_for_nothing(large: Path, open_page: Open) -> 
     assert 0 < min(seconds) < MOST_SECONDS
 
 
+SHOWN = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().width)"
+"""Of a chart for the whole card there is a second one for a phone."""
+
+
 def test_every_chart_is_drawn(large: Path, open_page: Open) -> None:
     charts = open_page(large).evaluate(
-        """[...document.querySelectorAll('figure svg')].map(svg => ({
+        SHOWN
+        + """.map(svg => ({
             title: svg.querySelector('title').textContent,
             described: svg.getAttribute('aria-labelledby').split(' ')
                 .every(id => document.getElementById(id).textContent.length > 5),
@@ -129,6 +136,15 @@ COLORS = """[...document.querySelectorAll(%r)].map(found => {
 })"""
 
 
+COLOR = """(() => {
+    const probe = document.body.appendChild(document.createElement('i'));
+    probe.style.color = 'var(%s)';
+    const color = getComputedStyle(probe).color;
+    probe.remove();
+    return color;
+})()"""
+
+
 def contrast(one: str, other: str) -> float:
     """WCAG's contrast ratio of two colours as a browser writes them."""
 
@@ -155,15 +171,7 @@ def test_text_and_charts_stand_out(large: Path, open_page: Open, scheme: str) ->
         assert min(contrast(*pair) for pair in colors) >= CONTRAST, selector
     texts = page.evaluate(COLORS % ("figure svg text", "fill"))
     assert min(contrast(*pair) for pair in texts) >= CONTRAST
-    variables = page.evaluate(
-        """['--first', '--second', '--third', '--alarm'].map(name => {
-            const probe = document.body.appendChild(document.createElement('i'));
-            probe.style.color = `var(${name})`;
-            const color = getComputedStyle(probe).color;
-            probe.remove();
-            return color;
-        })"""
-    )
+    variables = [page.evaluate(COLOR % name) for name in ("--first", "--second", "--third", "--alarm")]
     ground = page.evaluate("getComputedStyle(document.querySelector('section')).backgroundColor")
     assert min(contrast(color, ground) for color in variables) >= CHART_CONTRAST
     assert (contrast(ground, "rgb(255, 255, 255)") < 2) == (scheme == "light")
@@ -185,15 +193,110 @@ def test_a_phone_needs_no_sideways_scrolling(large: Path, open_page: Open, width
     page.evaluate("document.querySelectorAll('details').forEach(found => found.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     sizes = page.evaluate(
-        """[...document.querySelectorAll('figure svg text')].map(
+        SHOWN
+        + """.flatMap(svg => [...svg.querySelectorAll('text')]).map(
             text => parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a)"""
     )
     assert min(sizes) >= SMALLEST_TEXT
 
 
-def test_text_in_charts_does_not_overlap(large: Path, open_page: Open) -> None:
-    overlapping = open_page(large).evaluate(
-        """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+@pytest.mark.parametrize("width", [360, 820, 821, 1200])
+def test_charts_are_as_wide_as_the_card(large: Path, open_page: Open, width: int) -> None:
+    page = open_page(large, width=width)
+    found = page.evaluate(
+        SHOWN
+        + """.map(svg => {
+            const card = getComputedStyle(svg.closest('section'));
+            const room = svg.closest('section').clientWidth - parseFloat(card.paddingLeft) * 2;
+            const row = svg.closest('.charts');
+            const columns = row ? getComputedStyle(row).gridTemplateColumns.split(' ').length : 1;
+            return [svg.querySelector('title').textContent, svg.getBoundingClientRect().width / room, columns,
+                Math.min(...[...svg.querySelectorAll('text')].map(
+                    text => parseFloat(getComputedStyle(text).fontSize) * svg.getScreenCTM().a))];
+        })"""
+    )
+    assert len(found) >= 20
+    for title, part, columns, text in found:
+        assert part == pytest.approx(1 / columns, abs=0.05), title
+        assert text >= SMALLEST_TEXT, title
+    alone = [title for title, _, columns, _ in found if columns == 1]
+    assert {"Signal to noise", "Error of each decoder layer", "What costs most"} <= set(alone)
+
+
+def test_the_value_under_the_pointer_is_said(large: Path, open_page: Open) -> None:
+    page = open_page(large)
+    # What a browser shows is the title of the element that the pointer is over.
+    under = """([id, share]) => {
+        const svg = document.getElementById(id);
+        svg.scrollIntoView({block: 'center'});
+        const bands = [...svg.querySelectorAll('.values rect')];
+        const box = bands[Math.floor(share * bands.length)].getBoundingClientRect();
+        return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)
+            .querySelector('title').textContent;
+    }"""
+
+    def said(chart: str, share: float) -> str:
+        return str(page.page.evaluate(under, [chart, share]))
+
+    layers = evaluation()["layers"]
+    for share, index in ((0, 0), (0.5, 30), (0.99, 60)):
+        own, all_before = layers[index]["own_snr"], layers[index]["snr"]
+        expected = f"layer {index}: its own {own:.1f} dB, with all before it {all_before:.1f} dB"
+        assert said("noise", share) == expected
+    assert re.fullmatch(r"layer 0: \d\.\d\de-\d\d", said("errors", 0))
+    assert re.fullmatch(r"layer 30: alpha 0\.\d+", said("alpha-0", 0.5))
+    assert re.fullmatch(r"layer 30: before: largest .*; after: largest .*, median .*", said("range-0", 0.5))
+    assert re.fullmatch(r"levels 0 to 7: [\d.]+ % of weights", said("histogram-0", 0.5))
+    assert re.fullmatch(r"layer 3: fewest tokens \d+, median \d+, most \d+", said("experts", 0))
+    assert re.fullmatch(r"layer \d+: \d\.\d\d% of the noise, [\d.]+ dB of its own", said("ranking", 0.99))
+    page.page.mouse.move(0, 0)
+    shade = "getComputedStyle(document.querySelectorAll('#noise .values rect')[30]).fill"
+    assert page.evaluate(shade) == "none"
+    page.page.locator("#noise .values rect").nth(30).hover()
+    assert page.evaluate(shade) != "none"
+
+
+def test_the_value_of_a_layer_is_where_its_mark_is(large: Path, open_page: Open) -> None:
+    apart = open_page(large).evaluate(
+        """['noise', 'errors'].flatMap(id => {
+            const svg = document.getElementById(id);
+            const bands = [...svg.querySelectorAll('.values rect')];
+            const marks = [...svg.querySelectorAll('g > use')].map(mark => mark.getBoundingClientRect())
+                .filter(box => box.y + box.height < svg.querySelector('.values rect')
+                    .getBoundingClientRect().bottom && box.width > 3);
+            return bands.map((band, i) => {
+                const box = band.getBoundingClientRect();
+                const middle = box.x + box.width / 2;
+                return Math.min(...marks.map(mark => Math.abs(mark.x + mark.width / 2 - middle))) / box.width;
+            });
+        })"""
+    )
+    assert len(apart) == 2 * LAYERS
+    assert max(apart) < 0.2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_runs_side_by_side_stand_out_and_fit(tmp_path: Path, open_page: Open, scheme: str) -> None:
+    folders = [scored(tmp_path / f"run-{i}", 0.01 * (i + 1), i % 2) for i in range(8)]
+    path, _ = write_comparison(folders, check=False)
+    page = open_page(path, scheme)
+    assert page.said == []
+    variables = re.findall(
+        r"--(?:first|second|third|fourth|fifth|sixth|seventh|alarm)(?=:)", path.read_text()
+    )
+    colors = {name: page.evaluate(COLOR % name) for name in variables}
+    assert len(set(colors.values())) == 8
+    ground = page.evaluate("getComputedStyle(document.querySelector('section')).backgroundColor")
+    assert min(contrast(color, ground) for color in colors.values()) >= CHART_CONTRAST
+    assert page.evaluate(OVERLAPPING) == []
+    phone = open_page(path, scheme, width=360)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 360
+    assert phone.evaluate(OVERLAPPING) == []
+
+
+OVERLAPPING = (
+    SHOWN
+    + """.flatMap(svg => {
             const boxes = [...svg.querySelectorAll('text')].map(text => [text.textContent,
                 text.getBoundingClientRect()]);
             return boxes.flatMap(([one, a], i) => boxes.slice(i + 1).filter(([, b]) =>
@@ -201,8 +304,11 @@ def test_text_in_charts_does_not_overlap(large: Path, open_page: Open) -> None:
                 Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
                 .map(([other]) => `${svg.querySelector('title').textContent}: ${one} / ${other}`));
         })"""
-    )
-    assert overlapping == []
+)
+
+
+def test_text_in_charts_does_not_overlap(large: Path, open_page: Open) -> None:
+    assert open_page(large).evaluate(OVERLAPPING) == []
 
 
 def test_it_prints_in_light_colours(large: Path, open_page: Open) -> None:
