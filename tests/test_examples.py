@@ -37,6 +37,11 @@ def quantized(model: Path) -> tuple[Path, str]:
     return output, run("own_model.py", model, output, "--samples", 1, "--prompt", "I am")
 
 
+def test_there_is_one_for_each_guide() -> None:
+    guides = {path.stem for path in (EXAMPLES.parent / "docs" / "guides").glob("*.md")}
+    assert {path.stem.replace("_", "-") for path in EXAMPLES.glob("*.py")} == guides
+
+
 def test_quantize_your_own_model(quantized: tuple[Path, str]) -> None:
     said = quantized[1].splitlines()
     assert "GB become" in said[0]
