@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 PROMPT ?= I am
+QUESTION ?= What is the capital of France?
 # uv does not read pip's own setting for extra wheel folders.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -25,6 +26,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/uv
 demo: $(VENV)/.demo
 	$(BIN)/msquant quantize smollm2-135m --algo osl --overwrite
 	$(BIN)/msquant run --prompt "$(PROMPT)"
+	$(BIN)/msquant run --chat --prompt "$(QUESTION)" --max-tokens 32
+	$(BIN)/msquant report smollm2-135m-osl --overwrite
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ COLUMNS = 88
 COMMANDS = (
     "msquant quantize smollm2-135m --algo osl",
     "msquant run --prompt 'I am'",
-    "msquant run --chat --prompt 'What is the capital of France?'",
+    "msquant run --chat --prompt 'What is the capital of France?' --max-tokens 32",
 )
 SHOWN_LINES = 30
 """Of one command, at most; the layers in the middle of a longer table are left out."""
