@@ -90,7 +90,9 @@ def test_the_wheel_alone_makes_the_demo(built: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", environment)
     python = environment / "bin" / "python"
     said = run(python, "-m", "pip", "install", "--disable-pip-version-check", wheel)
-    assert "warning" not in said.lower()
+    warnings = [line for line in said.splitlines() if "warning" in line.lower()]
+    # Of a folder of wheels that pip's own settings name and that is not there.
+    assert [line for line in warnings if "is ignored: it is neither a file" not in line] == []
     assert run(python, "-m", "pip", "check").strip() == "No broken requirements found."
     nbytes = sum(path.lstat().st_size for path in environment.rglob("*"))
     assert nbytes < MOST_BYTES
