@@ -178,7 +178,7 @@ def _print_layers(result: "QuantizeResult") -> None:
         console.print_table(title, ["layer", *groups, "error"], rows)
         return
     console.print_table(
-        "Decoder layers, the one that adds most noise of its own first, and the chosen alpha of each group",
+        "Decoder layers by the noise that they add themselves, and the alpha of each group",
         ["layer", "own SNR, dB", "share", *groups, "error"],
         rows,
         caption=f"{len(rows)} of {len(records)} layers. share: of the noise that all of them add.",
@@ -203,7 +203,7 @@ def _print_result(result: "QuantizeResult") -> None:
     )
     if result.evaluation is not None:
         scores.print_scores("Compared with the float model", result.evaluation)
-        _warn_of_limits(result.evaluation)
+        _warn_of_limits(result.evaluation, result.folder)
     few = {
         layer["index"]: len(layer["experts"]["few_tokens"]) for layer in result.layers if "experts" in layer
     }
@@ -216,7 +216,7 @@ def _print_result(result: "QuantizeResult") -> None:
     console.print_line(f"Next: msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")
 
 
-def _warn_of_limits(evaluation: dict[str, Any]) -> None:
+def _warn_of_limits(evaluation: dict[str, Any], folder: Path) -> None:
     if not evaluation["beyond"]:
         return
     from msquant.reporting.verdict import beyond_limit
@@ -227,6 +227,7 @@ def _warn_of_limits(evaluation: dict[str, Any]) -> None:
         f"the result is worse than the recipe allows: {' and '.join(broken)}. The decoder layers that "
         f"add most noise are {worst}. Try --algo osl, more --samples, --calibration with text of the "
         "kind that the model will serve, or keep the worst matrices in floating point: "
-        "msquant analyze MODEL --keep-float 6",
+        "msquant analyze MODEL --keep-float 6. Commands that spare the worst layers are in the report: "
+        f"msquant report {shlex.quote(str(folder))}",
         severe=True,
     )

@@ -43,7 +43,7 @@ def predictions(
     found: Sequence[NDArray[np.integer]],
     decode: Callable[[list[int]], str],
 ) -> list[Prediction]:
-    """Take `TOKENS` tokens of each of the first `SHOWN` texts.
+    """Take `TOKENS` tokens of each of `SHOWN` texts.
 
     Args:
         texts: that were evaluated.
@@ -52,13 +52,20 @@ def predictions(
         decode: the text of some token ids.
 
     Returns:
-        Texts whose characters are whole tokens come before those where a token may be a part of one.
+        The texts that a person reads most easily: those where no token is a part of a character, and of
+        these the ones with most letters and spaces.
     """
     shown = [
         _prediction(text, ours[0], theirs[0], decode)
         for text, theirs, ours in zip(texts, expected, found, strict=True)
     ]
-    return sorted(shown, key=lambda one: any(_LOST in piece for piece in one.actual))[:SHOWN]
+    return sorted(shown, key=_difficulty)[:SHOWN]
+
+
+def _difficulty(one: Prediction) -> tuple[bool, float]:
+    text = "".join(one.actual)
+    words = sum(character.isalpha() or character == " " for character in text)
+    return _LOST in text, -words / max(1, len(text))
 
 
 def _prediction(

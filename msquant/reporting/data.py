@@ -177,12 +177,14 @@ class Fix:
 
     Attributes:
         spared: names of the parts, as the ranking has them.
-        share: of the noise that they add.
+        algorithm: that quantizes all else.
+        share: of the noise that the parts add now.
         nbytes: what the folder grows by.
         command: makes the recipe and the folder.
     """
 
     spared: tuple[str, ...]
+    algorithm: str
     share: float
     nbytes: int
     command: Command

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msquant.algorithms import DEFAULT
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import RecipeError
 from msquant.formats.registry import folder_format
@@ -62,18 +63,22 @@ def fix(
     ]
     return Fix(
         spared=tuple(row.name for row in rows),
+        algorithm=recipe.quantization.algorithm,
         share=math.fsum(row.share for row in rows),
         nbytes=sum(2 * math.prod(module.shape) - module.nbytes for module in spared.values()),
-        command=Command("Quantize it again with them in floating point, and compare both", tuple(lines)),
+        command=Command("Quantize it again so, and compare both", tuple(lines)),
     )
 
 
 def _recipe(manifest: Manifest, patterns: Sequence[str]) -> Recipe | None:
-    """The manifest's recipe with linears of these names in floating point; None where it has none."""
+    """The manifest's recipe with linears of these names in floating point, by the algorithm that loses least.
+
+    None where the manifest has no valid recipe.
+    """
     try:
         recipe = validate_recipe({**manifest.recipe, "description": ""}, MANIFEST_NAME)
         rules = (*((pattern, FLOAT) for pattern in patterns), *recipe.quantization.schemes)
-        return recipe.replace("quantization", schemes=rules)
+        return recipe.replace("quantization", algorithm=DEFAULT, schemes=rules)
     except RecipeError:
         return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.formats.folders import write_folder
+from tests.reporting.test_comparison import scored
 
 pytestmark = pytest.mark.e2e
 
@@ -63,3 +64,32 @@ def test_bad_input_is_said_clearly(folder: Path, tmp_path: Path) -> None:
     run = msquant("report", tmp_path / "nothing", "--json")
     assert run.returncode == 1
     assert "there is no such folder" in json.loads(run.stdout)["error"]["what"]
+
+
+def test_several_runs_are_put_on_one_page(folder: Path, tmp_path: Path) -> None:
+    other = scored(tmp_path / "other", 0.0435, 1)
+    run = msquant("report", folder, other, "--no-check")
+    assert run.returncode == 0, run.stderr
+    assert "model, check: Its accuracy was not measured" in run.stdout
+    assert "Note: model was not evaluated." in run.stdout
+    assert f"Wrote {tmp_path / 'model-comparison.html'}." in run.stdout
+    assert (tmp_path / "model-comparison.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    run = msquant("report", folder, other, "--no-check", "--json")
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert document["labels"] == ["model", "other"]
+    assert document["runs"][1]["limits"]["kl"] == 0.1
+
+
+def test_what_cannot_be_compared_is_said_clearly(folder: Path, tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path / "theirs")
+    (theirs / "msquant.json").unlink()
+    run = msquant("report", folder, theirs, "--json")
+    assert run.returncode == 1
+    error = json.loads(run.stdout)["error"]
+    assert error["where"] == str(theirs)
+    assert "was not made by msquant" in error["what"]
+    assert "msquant compare" in error["remedy"]
+    run = msquant("report", folder, theirs, "--sensitivity", "x.json")
+    assert run.returncode == 1
+    assert "--sensitivity: is for the report on one folder" in run.stderr

@@ -37,6 +37,14 @@ def test_a_short_text_is_shown_as_far_as_it_goes(length: int) -> None:
     assert found.before
 
 
+def test_prose_comes_before_symbols() -> None:
+    words = {1: " word", 2: "](", 3: " x ="}
+    texts = [text("symbols", 40, 2), text("prose", 40, 1), text("code", 40, 3)]
+    tokens = [one.tokens for one in texts]
+    found = predictions(texts, tokens, tokens, lambda ids: "".join(words[i] for i in ids))
+    assert [one.text for one in found] == ["prose", "code", "symbols"]
+
+
 def test_texts_in_parts_of_characters_come_last() -> None:
     texts = [text("parts", 40, 200), *(text(name, 40) for name in ("a", "b", "c"))]
     tokens = [one.tokens for one in texts]

@@ -103,7 +103,10 @@ def test_with_an_analysis_matrices_are_spared(result: Path, tmp_path: Path) -> N
     own = Recipe.model_validate(json.loads((result / "msquant.json").read_text())["recipe"])
     kept = recipe.quantization.schemes[:3]
     assert [name for name, scheme in kept if scheme.is_float] == [names[2], names[1], names[0]]
-    assert recipe.replace("quantization", schemes=recipe.quantization.schemes[3:]) == own
+    assert (own.quantization.algorithm, recipe.quantization.algorithm, fix.algorithm) == ("rtn", "osl", "osl")
+    assert recipe.replace("quantization", schemes=recipe.quantization.schemes[3:]) == own.replace(
+        "quantization", algorithm="osl"
+    )
 
 
 def test_without_a_recipe_or_a_ranking_there_is_none(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_the_value_under_the_pointer_is_said(large: Path, open_page: Open) -> No
     assert re.fullmatch(r"layer 30: before: largest .*; after: largest .*, median .*", said("range-0", 0.5))
     assert re.fullmatch(r"levels 0 to 7: [\d.]+ % of weights", said("histogram-0", 0.5))
     assert re.fullmatch(r"layer 3: fewest tokens \d+, median \d+, most \d+", said("experts", 0))
-    assert re.fullmatch(r"layer \d+: \d\.\d\d% of the noise, [\d.]+ dB of its own", said("ranking", 0.99))
+    assert re.fullmatch(r"layer 40: \d+\.\d\d% of the noise, [\d.]+ dB of its own", said("ranking", 0.99))
     page.page.mouse.move(0, 0)
     shade = "getComputedStyle(document.querySelectorAll('#noise .values rect')[30]).fill"
     assert page.evaluate(shade) == "none"
