@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msquant.cli import console, scores
-from msquant.errors import CheckpointError, EngineError
+from msquant.errors import CheckpointError, EngineError, choices
 from msquant.schemes import parse_scheme
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def inspect(
 
     named = next((name for name in SERVER_NAMES if name == server), None)
     if server is not None and named is None:
-        raise typer.BadParameter(f"one of {', '.join(SERVER_NAMES)} is expected", param_hint="--for")
+        raise typer.BadParameter(
+            f"{server!r} is no server: {choices(server, SERVER_NAMES)}", param_hint="--for"
+        )
     from msquant.flows.serving_checks import require_server
     from msquant.formats.summary import summarize
 

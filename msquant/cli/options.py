@@ -21,6 +21,13 @@ def _known_algorithm(name: str | None) -> str | None:
     return name
 
 
+def _known_device(name: str) -> str:
+    from msquant.models.device import mindspore_target
+
+    mindspore_target(name)
+    return name
+
+
 Model = Annotated[
     str, typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face).")
 ]
@@ -71,7 +78,10 @@ Formats = Annotated[
         "--format", help="golden-stick, compressed-tensors, ascend, or several with commas between them."
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+Device = Annotated[str, typer.Option(help="cpu or ascend.", callback=_known_device)]
+EngineDevice = Annotated[
+    str, typer.Option(help="Where the embedded engine computes: cpu or ascend.", callback=_known_device)
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")]
 MemoryBudget = Annotated[
     str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")

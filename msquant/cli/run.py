@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import EngineError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(
             "there, else embedded."
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where the embedded engine computes: cpu or ascend.")] = "cpu",
+    device: options.EngineDevice = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -134,7 +134,7 @@ def run(
     console.print_speed(result.tokens, result.seconds)
 
 
-def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
+def _converse(model: Path | None, sampling: "Sampling", **chosen: Any) -> None:
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.cli.run import chat
     from msquant.flows.generation import find_model, load_engine
@@ -145,7 +145,7 @@ def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
         tokenizer = load_tokenizer(folder)
         # Found out before the model is loaded: whether there is a chat template.
         chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
-        loaded = load_engine(folder, **options)
+        loaded = load_engine(folder, **chosen)
     console.print_note(f"{loaded.name} runs {folder}")
     with closing(loaded):
         chat(loaded, tokenizer, sampling)

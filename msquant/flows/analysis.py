@@ -22,6 +22,7 @@ from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.layer_report import GroupError
 from msquant.models.config import ModelConfig
+from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
@@ -85,6 +86,7 @@ def analyze(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
     model = open_source(source or recipe.model, note=progress.stage)
@@ -129,7 +131,6 @@ def _measure(
 ) -> list[GroupError]:
     progress.stage("loading MindSpore and golden-stick")
     from msquant.kernels import golden_stick
-    from msquant.models.device import use_device
     from msquant.quantization.group_errors import SensitivityPass
 
     dtype = use_device(device)

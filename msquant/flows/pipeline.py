@@ -35,6 +35,7 @@ from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe
 
@@ -107,6 +108,7 @@ def quantize(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
@@ -218,7 +220,6 @@ def _write_layers(
     progress.stage("loading MindSpore and golden-stick")
     from msquant.evaluation.lockstep import first_layer
     from msquant.kernels import golden_stick
-    from msquant.models.device import use_device
     from msquant.quantization.decoder_pass import DecoderPass
 
     dtype = use_device(device)

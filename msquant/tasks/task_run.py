@@ -14,6 +14,7 @@ from msquant.errors import EngineError, RecipeError
 from msquant.flows.engines import load_embedded
 from msquant.flows.generation import find_named_model
 from msquant.models.config_json import read_config
+from msquant.models.device import require_device
 from msquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def evaluate_tasks(
         raise EngineError(
             "lm_eval is not installed", where="--tasks", remedy="install it: pip install 'msquant[eval]'"
         )
+    if endpoint is None or baseline is not None:
+        require_device(device)
     folder = find_named_model(model)
     float_folder = find_named_model(baseline) if baseline is not None else None
     from msquant.tasks.loading import load_tasks
