@@ -91,7 +91,12 @@ def print_text(text: str) -> None:
 
 def print_note(text: str) -> None:
     """Write a remark to stderr, in one line."""
-    stderr.print(plain_line(text), markup=False, style="dim")
+    _print_prose(stderr, Text(plain_line(text), "dim"))
+
+
+def _print_prose(on: Console, text: str | Text) -> None:
+    """Write a sentence: broken between words on a terminal, in one line elsewhere, to search in."""
+    on.print(text, soft_wrap=not on.is_terminal)
 
 
 def print_speed(tokens: int, seconds: float) -> None:
@@ -145,18 +150,16 @@ def print_table(
             continue
         place = columns.index(heading)
         columns, *rows = [[*line[:place], *line[place + 1 :]] for line in [columns, *rows]]
-    table = Table(
-        title=Text(plain_line(title), "table.title"),
-        caption=None if caption is None else Text(plain_line(caption), "table.caption"),
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = Table()
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
         table.add_column(Text(plain_line(column)), justify="right" if rows and numeric else "left")
     for row in rows:
         table.add_row(*(Text(plain_line(str(cell))) for cell in row))
+    _print_prose(stdout, Text(plain_line(title), "table.title"))
     stdout.print(table)
+    if caption is not None:
+        _print_prose(stdout, Text(plain_line(caption), "table.caption"))
 
 
 def print_error(error: MsquantError, *, as_json: bool = False) -> None:
@@ -167,9 +170,9 @@ def print_error(error: MsquantError, *, as_json: bool = False) -> None:
         print_json({"error": details})
         return
     place = f"{foreign(error.where)}: " if error.where else ""
-    stderr.print(f"[bold red]error:[/bold red] {place}{escape(_indented(error.what))}")
+    _print_prose(stderr, f"[bold red]error:[/bold red] {place}{escape(_indented(error.what))}")
     if error.remedy:
-        stderr.print(f"  [bold]try:[/bold] {escape(_indented(error.remedy))}")
+        _print_prose(stderr, f"  [bold]try:[/bold] {escape(_indented(error.remedy))}")
     _print_notes(notes)
 
 
@@ -186,15 +189,15 @@ def print_interrupted(error: KeyboardInterrupt) -> None:
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        stderr.print(f"  [bold]note:[/bold] {escape(_indented(note))}")
+        _print_prose(stderr, f"  [bold]note:[/bold] {escape(_indented(note))}")
 
 
 def print_warning(text: str, *, severe: bool = False) -> None:
     """Write a warning to stderr, all of it in red if it is severe."""
     if severe:
-        stderr.print(f"[bold red]warning:[/bold red] [red]{escape(_indented(text))}[/red]")
+        _print_prose(stderr, f"[bold red]warning:[/bold red] [red]{escape(_indented(text))}[/red]")
     else:
-        stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(_indented(text))}")
+        _print_prose(stderr, f"[bold yellow]warning:[/bold yellow] {escape(_indented(text))}")
 
 
 def foreign(text: str) -> str:

@@ -36,7 +36,7 @@ from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.models.device import require_device, use_device
-from msquant.progress import Progress
+from msquant.progress import Phase, Progress
 from msquant.recipe.recipe import Recipe
 
 # Of a tensor that is carried through in floating point.
@@ -109,6 +109,7 @@ def quantize(
     started = time.monotonic()
     progress = progress or Progress()
     require_device(device)
+    _announce(recipe, progress)
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
@@ -135,11 +136,13 @@ def quantize(
             finished = len(_finished_layers(journal))
             progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
             progress.lap("start")
+            progress.phase("ends")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
             _write_rest(model, journal, writer, files)
             progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
+            progress.phase("layers")
             run = recipe, model, calibration, texts, journal, writer, files
             seconds = _write_layers(*run, store, device, verbose, progress)
             if files.unverified:
@@ -149,6 +152,8 @@ def quantize(
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
             progress.lap("start")
+            if texts:
+                progress.phase("evaluation")
             evaluation = evaluate_result(
                 recipe.evaluation,
                 texts,
@@ -158,6 +163,8 @@ def quantize(
                 memory_budget=memory_budget,
                 progress=progress,
             )
+            if others:
+                progress.phase("formats")
             for other, folder in others:
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
@@ -177,6 +184,17 @@ def quantize(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _announce(recipe: Recipe, progress: Progress) -> None:
+    """Tell which phases the whole run will have, and begin the first."""
+    phases: list[Phase] = ["start", "ends", "layers"]
+    if recipe.evaluation.sequences:
+        phases.append("evaluation")
+    if recipe.formats[1:]:
+        phases.append("formats")
+    progress.phases(phases)
+    progress.phase("start")
 
 
 SCRATCH = "scratch"

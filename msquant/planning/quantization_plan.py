@@ -24,6 +24,7 @@ from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
 from msquant.planning.measure import NOTHING, Machine, Measured, Span
 from msquant.planning.work import feed_forward_rounds
+from msquant.progress import Phase
 from msquant.recipe.recipe import Recipe
 from msquant.schemes import Scheme
 
@@ -82,7 +83,6 @@ def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
 Probe = Callable[[ModelConfig, Checkpoint | None], Measured]
-Stage = Literal["start", "layers", "ends", "evaluation", "formats"]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Plan:
     peak_memory: int
     available_memory: int | None
     seconds: Span | None
-    seconds_by_stage: dict[Stage, Span] | None
+    seconds_by_stage: dict[Phase, Span] | None
     machine: Machine | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
@@ -248,7 +248,7 @@ def make_plan(
             measured = probe(config, subject.checkpoint)
         except MsquantError as error:
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
-    stages: dict[Stage, Span] = dict.fromkeys(get_args(Stage), NOTHING)
+    stages: dict[Phase, Span] = dict.fromkeys(get_args(Phase), NOTHING)
     peaks, parts = [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())

@@ -7,6 +7,7 @@ import pytest
 
 from msquant.cli import console, options
 from msquant.cli.app import main
+from msquant.errors import MsquantError
 from msquant.flows import pipeline
 
 NEEDS_NO_NPU = pytest.mark.skipif(Path("/dev/davinci_manager").exists(), reason="an NPU is here")
@@ -108,3 +109,25 @@ def test_a_wrong_choice_is_named_with_the_nearest(
     printed = capsys.readouterr().err
     assert option in printed
     assert f"did you mean {meant}? use one of: " in printed
+
+
+def test_a_terminal_breaks_sentences_between_words_and_a_pipe_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "what was found in the folder is none of what the manifest says that it is made of"
+    shown = {}
+    for terminal in (True, False):
+        for name in ("stdout", "stderr"):
+            stream = console.PlainConsole(
+                width=40, stderr=name == "stderr", force_terminal=terminal, color_system=None
+            )
+            monkeypatch.setattr(console, name, stream)
+        console.print_error(MsquantError(sentence, where="folder", remedy=sentence))
+        console.print_warning(sentence)
+        console.print_note(sentence)
+        console.print_table(sentence, ["a"], [["b"]], caption=sentence)
+        printed = capsys.readouterr()
+        shown[terminal] = printed.err + printed.out
+    assert all(len(line) <= 40 for line in shown[True].splitlines())
+    assert shown[True].split() == shown[False].split()
+    assert shown[False].count(sentence) == 6
