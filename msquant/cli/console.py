@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.filesize import decimal
@@ -123,6 +123,12 @@ def ask(prompt: str) -> str | None:
             print_text("\n")
 
 
+def confirm(question: str) -> bool:
+    """Ask on stderr for a yes or a no, which is what anything but a yes counts as."""
+    stderr.print(Text(f"{plain_line(question)} [y/N] "), end="")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def print_table(
     title: str,
     columns: list[str],
@@ -153,7 +159,9 @@ def print_table(
     table = Table()
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(Text(plain_line(column)), justify="right" if rows and numeric else "left")
+        justify: Literal["right", "left"] = "right" if rows and numeric else "left"
+        # What fits nowhere goes on in the next line: a name or a number that is cut is of no use.
+        table.add_column(Text(plain_line(column)), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(plain_line(str(cell))) for cell in row))
     _print_prose(stdout, Text(plain_line(title), "table.title"))

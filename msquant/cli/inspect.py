@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console, scores
+from msquant.cli import console, options, scores
 from msquant.errors import CheckpointError, EngineError, choices
 from msquant.schemes import parse_scheme
 
@@ -19,7 +19,12 @@ SHOWN_FINDINGS = 20
 
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, quantized or not.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint folder, quantized or not.",
+            show_default=False,
+            autocompletion=options.complete_folders,
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document with every module.")
@@ -32,6 +37,7 @@ def inspect(
         typer.Option(
             "--for",
             help="vllm-mindspore, vllm-ascend or vllm: exit with 1 if no version of it serves the folder.",
+            autocompletion=options.complete_servers,
         ),
     ] = None,
     tensor_parallel: Annotated[

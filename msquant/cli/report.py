@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -17,7 +17,12 @@ _LINE_SECONDS = 10.0
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, quantized or not.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint folder, quantized or not.",
+            show_default=False,
+            autocompletion=options.complete_folders,
+        ),
     ],
     format: Annotated[str, typer.Option(help="html, or markdown with the same numbers in tables.")] = "html",
     output: Annotated[

@@ -33,7 +33,8 @@ def run(
         Path | None,
         typer.Option(
             help="Model folder. Without it: the newest result of `quantize`; if there is none, "
-            "DeepSeek-R1-W8A8 in the current folder."
+            "DeepSeek-R1-W8A8 in the current folder.",
+            autocompletion=options.complete_folders,
         ),
     ] = None,
     max_tokens: Annotated[
@@ -49,13 +50,7 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End the text before this string; repeat it for more.")
     ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="auto, embedded, vllm or vllm-mindspore; auto takes vllm-mindspore where it and an NPU are "
-            "there, else embedded."
-        ),
-    ] = "auto",
+    engine: options.EngineName = "auto",
     device: options.EngineDevice = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 def serve(
     model: Annotated[
-        Path | None, typer.Option(help="Model folder. Without it: the one that `msquant run` takes.")
+        Path | None,
+        typer.Option(
+            help="Model folder. Without it: the one that `msquant run` takes.",
+            autocompletion=options.complete_folders,
+        ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="auto, embedded, vllm or vllm-mindspore, as of `msquant run`.")
-    ] = "auto",
+    engine: options.EngineName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
     api_key_env: Annotated[

@@ -21,7 +21,7 @@ from msquant.checkpoint.hidden_states import MEMORY_BUDGET, HiddenStateStore
 from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.results import remember_result
+from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.errors import MsquantError, StartOverError
 from msquant.evaluation.inputs import Model, Text
@@ -100,7 +100,7 @@ def quantize(
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         offline: ask no hub for calibration text.
         progress: callbacks.
-        remember: note the folder as the newest result, which `msquant run` takes.
+        remember: note the folder as the newest result, which `msquant run` takes, and `msquant list` shows.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -118,6 +118,8 @@ def quantize(
         plan = plans[0]
         calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)
         texts = short_texts(recipe.evaluation, model.folder, model.config)
+        if remember:
+            remember_folder(target.path, "unfinished")
         if restart:
             target.clear()
         identity = job_identity(recipe, model.checkpoint, calibration.record, device)
@@ -168,7 +170,9 @@ def quantize(
             for other, folder in others:
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
-                folder.finish()
+                finished_export = folder.finish()
+                if remember:
+                    remember_folder(finished_export, "export")
                 progress.lap("export")
         result = target.finish(scratch=[SCRATCH])
     if remember:
