@@ -167,7 +167,7 @@ def _title(summary: "Summary") -> str:
 
 
 def _caption(summary: "Summary") -> str:
-    size = f"{summary.nbytes / 1e6:,.1f} MB, {summary.parameters / 1e6:,.1f} M parameters"
+    size = f"{console.as_bytes(summary.nbytes)}, {summary.parameters / 1e6:,.1f} M parameters"
     if not summary.quantization:
         return size
     integers = " and ".join(f"int{bits}" for bits in summary.weight_bits) or "integers"

@@ -115,7 +115,7 @@ def run(
             verify=verify,
             recipe=recipe,
             chat=chat,
-            on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
+            on_ready=_say_who_answers,
             on_text=show,
         )
     if as_json:
@@ -141,9 +141,13 @@ def _converse(model: Path | None, sampling: "Sampling", **chosen: Any) -> None:
         # Found out before the model is loaded: whether there is a chat template.
         chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
         loaded = load_engine(folder, **chosen)
-    console.print_note(f"{loaded.name} runs {folder}")
+    _say_who_answers(folder, loaded.name)
     with closing(loaded):
         chat(loaded, tokenizer, sampling)
+
+
+def _say_who_answers(folder: Path, engine: str) -> None:
+    console.print_note(f"{folder.name} answers, on the engine {engine}: {folder}")
 
 
 def _check_usage(prompts: list[str], conversation: bool, stream: bool, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msquant.calibration.tokens import Samples
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import peak_memory
 from msquant.errors import RecipeError
@@ -163,9 +164,9 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
                 f"{form.consumer} runs {' and '.join(form.words.values())} only", "use --keep-float"
             )
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
+        given, least = shown_sizes(int(budget.amount), plan.tensor_bytes)
         raise budget.refused(
-            f"{budget.amount:.0f} bytes are less than the {plan.tensor_bytes} that the recipe makes as it is",
-            f"give {plan.tensor_bytes} or more",
+            f"{given} is less than the {least} that the recipe makes as it is", "give more than that"
         )
     if budget.kind in ("keep_float", "keep_dynamic"):
         able = [

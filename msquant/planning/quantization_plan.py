@@ -18,7 +18,7 @@ from msquant.flows.conversion import output_folders
 from msquant.flows.pipeline import MEMORY_BUDGET
 from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
 from msquant.formats.registry import FormatName
-from msquant.hub.published import published_config, stored_bytes
+from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
@@ -388,7 +388,8 @@ def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) 
         raise OutputError(
             f"{left} are free on its disk, {wanted} are needed{both}",
             where=output,
-            remedy="free some space, or choose other disks with --output and MSQUANT_CACHE",
+            remedy="free some space, or choose other disks with --output and MSQUANT_CACHE; what memory and "
+            f"time it needs too, says msquant plan {published_name(recipe.model) or recipe.model}",
         )
 
 
