@@ -166,7 +166,8 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
         given, least = shown_sizes(int(budget.amount), plan.tensor_bytes)
         raise budget.refused(
-            f"{given} is less than the {least} that the recipe makes as it is", "give more than that"
+            f"{given} is less than the {least} that the recipe makes as it is",
+            f"give {math.ceil(plan.tensor_bytes / 1e6)}MB or more",
         )
     if budget.kind in ("keep_float", "keep_dynamic"):
         able = [
