@@ -72,7 +72,12 @@ def print_json_line(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """Write one plain line to stdout; nothing in it is taken for markup, or for the end of the line."""
-    stdout.print(plain_line(text), markup=False)
+    _print_prose(stdout, Text(plain_line(text)))
+
+
+def print_next(command: str) -> None:
+    """Write the command to go on with to stdout, in one line whatever the terminal's width, to copy it."""
+    stdout.print(plain_line(f"Next: {command}"), markup=False)
 
 
 def print_document(text: str) -> None:
@@ -156,7 +161,7 @@ def print_table(
             continue
         place = columns.index(heading)
         columns, *rows = [[*line[:place], *line[place + 1 :]] for line in [columns, *rows]]
-    table = Table()
+    table = Table(show_header=any(columns))
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
         justify: Literal["right", "left"] = "right" if rows and numeric else "left"

@@ -30,7 +30,8 @@ def list_stored(
         console.print_json([_document(item) for item in items])
         return
     if not items:
-        console.print_line("There is nothing yet. Next: msquant quantize smollm2-135m --algo osl")
+        console.print_line("There is nothing yet.")
+        console.print_next("msquant quantize smollm2-135m --algo osl")
         return
     rows = [
         [

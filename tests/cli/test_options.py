@@ -125,9 +125,20 @@ def test_a_terminal_breaks_sentences_between_words_and_a_pipe_not_at_all(
         console.print_error(MsquantError(sentence, where="folder", remedy=sentence))
         console.print_warning(sentence)
         console.print_note(sentence)
+        console.print_line(sentence)
         console.print_table(sentence, ["a"], [["b"]], caption=sentence)
         printed = capsys.readouterr()
         shown[terminal] = printed.err + printed.out
     assert all(len(line) <= 40 for line in shown[True].splitlines())
     assert shown[True].split() == shown[False].split()
-    assert shown[False].count(sentence) == 6
+    assert shown[False].count(sentence) == 7
+
+
+def test_a_command_to_copy_stays_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = console.PlainConsole(width=40, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "stdout", terminal)
+    command = "msquant run --model /a/folder/with/a/long/name --prompt 'I am'"
+    console.print_next(command)
+    assert capsys.readouterr().out == f"Next: {command}\n"
