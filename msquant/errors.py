@@ -1,5 +1,6 @@
 """The errors msquant raises on purpose: what went wrong, where, and what to do about it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -55,3 +56,14 @@ class OutputError(MsquantError):
 
 class EngineError(MsquantError):
     """An inference engine is missing or failed."""
+
+
+def choices(value: object, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of the known ones: `did you mean osl? use one of: osl, rtn`."""
+    # Imported here because only a wrong name needs it.
+    from difflib import get_close_matches
+
+    lower = {name.lower(): name for name in known}
+    near = get_close_matches(str(value).lower(), lower, n=1)
+    hint = f"did you mean {lower[near[0]]}? " if near else ""
+    return f"{hint}use one of: {', '.join(known)}"

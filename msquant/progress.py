@@ -1,6 +1,6 @@
 """What a flow over decoder layers tells whoever started it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,10 @@ Part = Literal[
 computed as the evaluation will do; the attention block of a decoder layer, where the feed-forward block comes
 apart; the rest of a layer, or all of it; a layer evaluated; the predictions compared; a further format."""
 
+Phase = Literal["start", "layers", "ends", "evaluation", "formats"]
+"""A phase of a whole quantization: what needs no layer, the calibration text above all; the decoder layers;
+the two ends of the model; the comparison of the result with the float model; further formats."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -18,6 +22,8 @@ class Progress:
 
     Attributes:
         stage: called with a line that says what begins.
+        phases: called with the phases that the whole run will have, in their order.
+        phase: called when one of them begins.
         layers: called with the number of decoder layers and how many an earlier run has finished.
         layer: called with a decoder layer's record when it is done, for good where the flow can be continued.
         step: called with what goes on within a layer.
@@ -26,6 +32,8 @@ class Progress:
     """
 
     stage: Callable[[str], None] = lambda text: None
+    phases: Callable[[Sequence[Phase]], None] = lambda names: None
+    phase: Callable[[Phase], None] = lambda name: None
     layers: Callable[[int, int], None] = lambda count, done: None
     layer: Callable[[dict[str, Any]], None] = lambda record: None
     step: Callable[[str], None] = lambda text: None

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msquant.errors import RecipeError
+from msquant.errors import RecipeError, choices
 
 Granularity = Literal["tensor", "channel", "group", "token"]
 """What shares one scale: the whole tensor, an output channel of a weight, some neighbouring columns of an
@@ -176,5 +176,5 @@ def parse_scheme(word: str) -> Scheme:
             return replace(scheme, weights=replace(weights, symmetric=not asymmetric))
     raise RecipeError(
         f"{word!r} is not a scheme",
-        remedy=f"use one of {', '.join(PRESETS)}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC",
+        remedy=f"{choices(word, tuple(PRESETS))}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC",
     )

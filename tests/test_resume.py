@@ -102,8 +102,8 @@ def test_a_killed_run_continues_with_the_layer_it_was_in(
     assert not output.exists()
 
     errors = finish(recipe, output)
-    assert f"continuing after decoder layer {done}/{LAYERS}" in errors
-    assert errors.count(f"/{LAYERS}  ") == LAYERS - done
+    assert f"continuing: {done} of {LAYERS} decoder layers are done" in errors
+    assert errors.count(f" of {LAYERS} decoder layers  ") == LAYERS - done
     assert digests(output) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

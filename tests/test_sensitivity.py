@@ -141,7 +141,7 @@ def test_a_mixture_of_experts_is_ranked_but_its_experts_cannot_be_kept(deepseek:
             Budget("keep_dynamic", 1),
             ["--keep-dynamic", "native backend", "W8A8 and FLOAT only", "--keep-float"],
         ),
-        (Budget("max_size", 1000), ["--max-size", "1000 bytes", "or more"]),
+        (Budget("max_size", 1000), ["--max-size", "1.0 kB is less than", "give 1MB or more"]),
         (Budget("max_error", -1), ["--max-error", "-1 is too little"]),
         (Budget("max_error", float("nan")), ["--max-error", "nan"]),
     ],

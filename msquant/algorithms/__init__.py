@@ -1,10 +1,9 @@
 """The algorithms by name: one file each, imported by one registry when it is asked for."""
 
-import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from msquant.errors import RecipeError
+from msquant.errors import RecipeError, choices
 
 if TYPE_CHECKING:
     from msquant.algorithms.base import Algorithm
@@ -38,12 +37,10 @@ def find_algorithm(name: Any) -> "type[Algorithm]":
         import_module(f"msquant.algorithms.{name.replace('-', '_')}")
     if isinstance(name, str) and name in _REGISTERED:
         return _REGISTERED[name]
-    known = algorithm_names()
     # What is the default now was called so while `osl` stood for golden-stick's own arithmetic.
-    near = [DEFAULT] if name == "osl-robust" else difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    meant = DEFAULT if name == "osl-robust" else name
     raise RecipeError(
-        f"{name!r} is not an algorithm", where="algorithm", remedy=f"{hint}known: {', '.join(known)}"
+        f"{name!r} is not an algorithm", where="algorithm", remedy=choices(meant, algorithm_names())
     )
 
 

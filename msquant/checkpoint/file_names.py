@@ -8,6 +8,9 @@ SINGLE_NAME = "model.safetensors"
 STATE_FOLDER = ".msquant"
 """Holds the marker, the lock and what is not complete yet, inside of a downloaded folder."""
 
+SOURCE_RECORD = "msquant-source.json"
+"""What the bundled model was converted from, in its folder in msquant's cache; written last."""
+
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2000
 _RESERVED = {STATE_FOLDER, ".git"}

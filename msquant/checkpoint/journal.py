@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msquant.checkpoint.disk import writing
+from msquant.checkpoint.disk import shown_sizes, writing
 from msquant.checkpoint.file_names import is_file_name
 from msquant.checkpoint.json_file import MAX_BYTES, decode_json
 from msquant.checkpoint.regular_file import read_regular
@@ -154,7 +154,8 @@ def _check_files(folder: Path, path: Path, record: Mapping[str, Any]) -> None:
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         if size != entry["size"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {entry['size']}"
+            here, written = shown_sizes(size or 0, entry["size"])
+            found = "is missing" if size is None else f"has {here} instead of {written}"
             raise OutputError(f"{found}, though an earlier run finished it", where=file, remedy=_START_OVER)
 
 

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.json_file import decode_json
 from msquant.checkpoint.regular_file import open_regular
 from msquant.errors import CheckpointError
@@ -116,7 +117,7 @@ class Shard:
                 status = os.fstat(file.fileno())
                 found = status.st_size
                 if found < 8:
-                    raise _truncated(path, found, "at least 8")
+                    raise _truncated(path, found, 8, "at least ")
                 length = int.from_bytes(file.read(8), "little")
                 if length > MAX_HEADER_BYTES:
                     raise CheckpointError(
@@ -126,7 +127,7 @@ class Shard:
                         remedy=_DOWNLOAD_AGAIN,
                     )
                 if found < 8 + length:
-                    raise _truncated(path, found, f"at least {8 + length}")
+                    raise _truncated(path, found, 8 + length, "at least ")
                 header = file.read(length)
         except FileNotFoundError:
             raise CheckpointError("the shard is missing", where=path, remedy=_DOWNLOAD_AGAIN) from None
@@ -135,7 +136,7 @@ class Shard:
         entries = _parse_header(path, header)
         expected = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
         if found != expected:
-            raise _truncated(path, found, str(expected))
+            raise _truncated(path, found, expected)
         return cls(path, entries, status, hashlib.sha256(header).hexdigest())
 
     def read(self, name: str) -> NDArray[Any]:
@@ -172,7 +173,7 @@ class Shard:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], position + done)
                 if not count:
-                    raise _truncated(self.path, position + done, str(self.size))
+                    raise _truncated(self.path, position + done, self.size)
                 done += count
 
         try:
@@ -187,7 +188,7 @@ class Shard:
 
     def _check_unchanged(self, status: os.stat_result) -> None:
         if status.st_size != self.size:
-            raise _truncated(self.path, status.st_size, str(self.size))
+            raise _truncated(self.path, status.st_size, self.size)
         # Its ctime changes with its rights and its links, too.
         if (status.st_mtime_ns, status.st_ino) != (self.state["mtime_ns"], self.state["inode"]):
             raise CheckpointError(
@@ -197,9 +198,10 @@ class Shard:
             )
 
 
-def _truncated(path: Path, found: int, expected: str) -> CheckpointError:
+def _truncated(path: Path, found: int, expected: int, least: str = "") -> CheckpointError:
+    here, whole = shown_sizes(found, expected)
     return CheckpointError(
-        f"{found} bytes found, {expected} bytes expected: the file is truncated or damaged",
+        f"{here} found, {least}{whole} expected: the file is truncated or damaged",
         where=path,
         remedy=_DOWNLOAD_AGAIN,
     )

@@ -169,7 +169,8 @@ def _print(analysis: "Analysis", output: Path | None, source: str | None) -> Non
     console.print_table("Result", ["", ""], rows)
     if output is not None:
         command = ["msquant", "quantize", str(output), *(["--source", source] if source else [])]
-        console.print_line(f"Wrote {output}. Next: {shlex.join(command)}")
+        console.print_line(f"Wrote {output}.")
+        console.print_next(shlex.join(command))
     elif analysis.recipe is not None:
         from msquant.recipe.recipe import recipe_text
 

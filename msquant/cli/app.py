@@ -13,6 +13,7 @@ from msquant.checkpoint.transformers_import import leave_torch_out
 from msquant.cli import console
 from msquant.cli.analyze import analyze
 from msquant.cli.calibration import calibration
+from msquant.cli.command_group import CommandGroup
 from msquant.cli.compare import compare
 from msquant.cli.doctor import doctor
 from msquant.cli.download import download
@@ -26,6 +27,7 @@ from msquant.cli.recipes import recipes
 from msquant.cli.report import report
 from msquant.cli.run import run
 from msquant.cli.serve import serve
+from msquant.cli.stored import list_stored, remove
 from msquant.cli.unexpected import explain
 from msquant.cli.upload import upload
 from msquant.errors import MsquantError
@@ -39,10 +41,10 @@ DEBUG = "--debug"
 
 app = typer.Typer(
     name="msquant",
+    cls=CommandGroup,
     help="Quantize large language models to W8A8 for MindSpore and Ascend, and run them.",
-    epilog="Example: msquant quantize smollm2-135m --algo osl && msquant run --prompt 'I am'",
+    epilog="Example: msquant quantize smollm2-135m && msquant run --prompt 'I am'",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -81,28 +83,35 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-for _command in (
-    quantize,
-    export,
-    plan,
-    analyze,
-    run,
-    serve,
-    inspect,
-    evaluate,
-    compare,
-    report,
-    download,
-    upload,
-    doctor,
+_QUANTIZE, _RUN, _JUDGE, _KEEP = "Quantize", "Run and serve", "Judge", "Get, share and tidy up"
+
+for _panel, _name, _command, _summary in (
+    (_QUANTIZE, "quantize", quantize, "Quantize a model and write the checkpoint to serve."),
+    (_QUANTIZE, "plan", plan, "Say what quantizing would make and take here."),
+    (_QUANTIZE, "analyze", analyze, "Find the layers that cost most accuracy, and spare them."),
+    (_QUANTIZE, "export", export, "Write a quantized folder in another format."),
+    (_RUN, "run", run, "Continue prompts with a model, or chat with it."),
+    (_RUN, "serve", serve, "Serve a model by OpenAI's HTTP interface."),
+    (_RUN, "doctor", doctor, "Check this machine, or whether a model can be served."),
+    (_JUDGE, "evaluate", evaluate, "Measure what quantization cost a model."),
+    (_JUDGE, "compare", compare, "Compare quantized folders of one float model."),
+    (_JUDGE, "report", report, "Write one page on a checkpoint: what it is, how good."),
+    (_JUDGE, "inspect", inspect, "Check a checkpoint, and say which servers take it."),
+    (_KEEP, "download", download, "Download a model or a dataset from a hub."),
+    (_KEEP, "upload", upload, "Upload a quantized model, with a model card."),
+    (_KEEP, "list", list_stored, "List models, datasets, results and engines here."),
+    (_KEEP, "remove", remove, "Remove some of them."),
 ):
-    app.command()(_interruptible(_command))
-app.add_typer(recipes)
-for _group in (calibration, engine):
+    app.command(_name, short_help=_summary, rich_help_panel=_panel)(_interruptible(_command))
+for _panel, _group, _summary in (
+    (_QUANTIZE, recipes, "List, show and copy recipes, and check your own."),
+    (_QUANTIZE, calibration, "Look at the text that a model would be calibrated on."),
+    (_RUN, engine, "Install, check and remove serving engines."),
+):
     for _registered in _group.registered_commands:
         if _registered.callback is not None:
             _registered.callback = _interruptible(_registered.callback)
-    app.add_typer(_group)
+    app.add_typer(_group, short_help=_summary, rich_help_panel=_panel)
 
 
 def own_process() -> None:
@@ -123,7 +132,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = DEBUG in arguments
     try:
-        code = app([argument for argument in arguments if argument != DEBUG], standalone_mode=False)
+        given = [argument for argument in arguments if argument != DEBUG]
+        # By whatever name it was started: completion and the remedies of errors are for `msquant`.
+        code = app(given, prog_name="msquant", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         console.print_note("aborted")

@@ -88,7 +88,7 @@ def list_datasets(
         console.print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
     console.print_table("Datasets", ["name", "source", "licence"], rows)
-    console.print_line("Next: msquant calibration show MODEL --calibration NAME")
+    console.print_next("msquant calibration show MODEL --calibration NAME")
 
 
 def _as_json(shown: "ShownCalibration") -> dict[str, Any]:

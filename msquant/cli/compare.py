@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Two or more folders, quantized.", show_default=False)],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more folders, quantized.",
+            show_default=False,
+            autocompletion=options.complete_folders,
+        ),
+    ],
     baseline: Annotated[
         str | None,
         typer.Option(

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.filesize import decimal
@@ -72,7 +72,12 @@ def print_json_line(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """Write one plain line to stdout; nothing in it is taken for markup, or for the end of the line."""
-    stdout.print(plain_line(text), markup=False)
+    _print_prose(stdout, Text(plain_line(text)))
+
+
+def print_next(command: str) -> None:
+    """Write the command to go on with to stdout, in one line whatever the terminal's width, to copy it."""
+    stdout.print(plain_line(f"Next: {command}"), markup=False)
 
 
 def print_document(text: str) -> None:
@@ -91,7 +96,12 @@ def print_text(text: str) -> None:
 
 def print_note(text: str) -> None:
     """Write a remark to stderr, in one line."""
-    stderr.print(plain_line(text), markup=False, style="dim")
+    _print_prose(stderr, Text(plain_line(text), "dim"))
+
+
+def _print_prose(on: Console, text: str | Text) -> None:
+    """Write a sentence: broken between words on a terminal, in one line elsewhere, to search in."""
+    on.print(text, soft_wrap=not on.is_terminal)
 
 
 def print_speed(tokens: int, seconds: float) -> None:
@@ -116,6 +126,12 @@ def ask(prompt: str) -> str | None:
             return None
         except KeyboardInterrupt:
             print_text("\n")
+
+
+def confirm(question: str) -> bool:
+    """Ask on stderr for a yes or a no, which is what anything but a yes counts as."""
+    stderr.print(Text(f"{plain_line(question)} [y/N] "), end="")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def print_table(
@@ -145,18 +161,18 @@ def print_table(
             continue
         place = columns.index(heading)
         columns, *rows = [[*line[:place], *line[place + 1 :]] for line in [columns, *rows]]
-    table = Table(
-        title=Text(plain_line(title), "table.title"),
-        caption=None if caption is None else Text(plain_line(caption), "table.caption"),
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = Table(show_header=any(columns))
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(Text(plain_line(column)), justify="right" if rows and numeric else "left")
+        justify: Literal["right", "left"] = "right" if rows and numeric else "left"
+        # What fits nowhere goes on in the next line: a name or a number that is cut is of no use.
+        table.add_column(Text(plain_line(column)), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(plain_line(str(cell))) for cell in row))
+    _print_prose(stdout, Text(plain_line(title), "table.title"))
     stdout.print(table)
+    if caption is not None:
+        _print_prose(stdout, Text(plain_line(caption), "table.caption"))
 
 
 def print_error(error: MsquantError, *, as_json: bool = False) -> None:
@@ -167,9 +183,9 @@ def print_error(error: MsquantError, *, as_json: bool = False) -> None:
         print_json({"error": details})
         return
     place = f"{foreign(error.where)}: " if error.where else ""
-    stderr.print(f"[bold red]error:[/bold red] {place}{escape(_indented(error.what))}")
+    _print_prose(stderr, f"[bold red]error:[/bold red] {place}{escape(_indented(error.what))}")
     if error.remedy:
-        stderr.print(f"  [bold]try:[/bold] {escape(_indented(error.remedy))}")
+        _print_prose(stderr, f"  [bold]try:[/bold] {escape(_indented(error.remedy))}")
     _print_notes(notes)
 
 
@@ -186,15 +202,15 @@ def print_interrupted(error: KeyboardInterrupt) -> None:
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        stderr.print(f"  [bold]note:[/bold] {escape(_indented(note))}")
+        _print_prose(stderr, f"  [bold]note:[/bold] {escape(_indented(note))}")
 
 
 def print_warning(text: str, *, severe: bool = False) -> None:
     """Write a warning to stderr, all of it in red if it is severe."""
     if severe:
-        stderr.print(f"[bold red]warning:[/bold red] [red]{escape(_indented(text))}[/red]")
+        _print_prose(stderr, f"[bold red]warning:[/bold red] [red]{escape(_indented(text))}[/red]")
     else:
-        stderr.print(f"[bold yellow]warning:[/bold yellow] {escape(_indented(text))}")
+        _print_prose(stderr, f"[bold yellow]warning:[/bold yellow] {escape(_indented(text))}")
 
 
 def foreign(text: str) -> str:

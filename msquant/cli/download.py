@@ -149,4 +149,4 @@ def _print_result(result: "DownloadResult") -> None:
         console.print_line(
             f"{result.files} files, {size}, are in {result.folder} as they should be; nothing was fetched"
         )
-    console.print_line(f"Next: msquant inspect {shlex.quote(str(result.folder))}")
+    console.print_next(f"msquant inspect {shlex.quote(str(result.folder))}")

@@ -63,7 +63,7 @@ def install_engine(
         console.print_json(_document(found))
         return
     console.print_line(f"{spec.name} {found.version} is ready in {found.path}, {_size(found)}.")
-    console.print_line("Next: msquant engine check " + spec.name)
+    console.print_next("msquant engine check " + spec.name)
 
 
 @engine.command("list")

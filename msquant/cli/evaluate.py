@@ -14,6 +14,7 @@ def evaluate(
         typer.Argument(
             help="A folder, quantized or not; or a recipe or a model's name, for its float model.",
             show_default=False,
+            autocompletion=options.complete_folders,
         ),
     ],
     baseline: Annotated[

@@ -5,17 +5,25 @@ from typing import Annotated
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A quantized folder, of any format.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A quantized folder, of any format.",
+            show_default=False,
+            autocompletion=options.complete_folders,
+        ),
+    ],
     formats: Annotated[
         str,
         typer.Option(
             "--format",
             help="golden-stick, compressed-tensors, ascend, or several with commas between them.",
             show_default=False,
+            autocompletion=options.complete_formats,
         ),
     ],
     output: Annotated[

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console, scores
-from msquant.errors import CheckpointError, EngineError
+from msquant.cli import console, options, scores
+from msquant.errors import CheckpointError, EngineError, choices
 from msquant.schemes import parse_scheme
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ SHOWN_FINDINGS = 20
 
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, quantized or not.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint folder, quantized or not.",
+            show_default=False,
+            autocompletion=options.complete_folders,
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document with every module.")
@@ -32,6 +37,7 @@ def inspect(
         typer.Option(
             "--for",
             help="vllm-mindspore, vllm-ascend or vllm: exit with 1 if no version of it serves the folder.",
+            autocompletion=options.complete_servers,
         ),
     ] = None,
     tensor_parallel: Annotated[
@@ -55,7 +61,9 @@ def inspect(
 
     named = next((name for name in SERVER_NAMES if name == server), None)
     if server is not None and named is None:
-        raise typer.BadParameter(f"one of {', '.join(SERVER_NAMES)} is expected", param_hint="--for")
+        raise typer.BadParameter(
+            f"{server!r} is no server: {choices(server, SERVER_NAMES)}", param_hint="--for"
+        )
     from msquant import api
     from msquant.flows.serving_checks import require_server
 
@@ -159,7 +167,7 @@ def _title(summary: "Summary") -> str:
 
 
 def _caption(summary: "Summary") -> str:
-    size = f"{summary.nbytes / 1e6:,.1f} MB, {summary.parameters / 1e6:,.1f} M parameters"
+    size = f"{console.as_bytes(summary.nbytes)}, {summary.parameters / 1e6:,.1f} M parameters"
     if not summary.quantization:
         return size
     integers = " and ".join(f"int{bits}" for bits in summary.weight_bits) or "integers"

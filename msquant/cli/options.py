@@ -1,5 +1,7 @@
 """The options that several commands share, and what they stand for."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,13 +19,92 @@ def _known_algorithm(name: str | None) -> str | None:
     return name
 
 
+def _known_device(name: str) -> str:
+    from msquant.models.device import mindspore_target
+
+    mindspore_target(name)
+    return name
+
+
+def _complete(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """Names of models and recipes for the shell; where none fits, it completes files itself."""
+    from msquant.recipe.recipe import shipped_recipes
+
+    return _complete(shipped_recipes(), incomplete)
+
+
+def complete_algorithms(incomplete: str) -> list[str]:
+    """Names of algorithms for the shell."""
+    return _complete(algorithm_names(), incomplete)
+
+
+def complete_formats(incomplete: str) -> list[str]:
+    """Names of formats for the shell, also behind a comma."""
+    from msquant.formats.registry import format_names
+
+    before, comma, last = incomplete.rpartition(",")
+    given = before.split(",")
+    rest = [name for name in format_names() if name not in given]
+    return [f"{before}{comma}{name}" for name in _complete(rest, last)]
+
+
+def complete_devices(incomplete: str) -> list[str]:
+    """Names of devices for the shell."""
+    from msquant.models.device import DEVICES
+
+    return _complete(DEVICES, incomplete)
+
+
+def complete_engines(incomplete: str) -> list[str]:
+    """What `--engine` takes, for the shell."""
+    from msquant.flows.engines import engine_names
+
+    return _complete(engine_names(), incomplete)
+
+
+def complete_servers(incomplete: str) -> list[str]:
+    """Names of servers for the shell."""
+    from msquant.formats.servers import SERVER_NAMES
+
+    return _complete(SERVER_NAMES, incomplete)
+
+
+def complete_stored(incomplete: str) -> list[str]:
+    """Names of what `msquant list` shows, for the shell."""
+    from msquant.flows.storage import stored_items
+
+    return _complete([item.name for item in stored_items()], incomplete)
+
+
+def complete_folders(incomplete: str) -> list[str]:
+    """Folders of models and results that msquant made, for the shell; from here if they are below."""
+    from msquant.flows.storage import stored_items
+
+    here = Path.cwd()
+    folders = [item.folder for item in stored_items() if item.kind in ("model", "result")]
+    shown = [folder.relative_to(here) if here in folder.parents else folder for folder in folders]
+    return _complete(map(str, shown), incomplete)
+
+
 Model = Annotated[
-    str, typer.Argument(help="A recipe's name or file (.yaml), or a model's folder (Hugging Face).")
+    str,
+    typer.Argument(
+        help="A recipe's name or file (.yaml), or a model's folder (Hugging Face).",
+        autocompletion=complete_models,
+    ),
 ]
 Source = Annotated[str | None, typer.Option(help="Folder of the weights, in place of the recipe's model.")]
 Algo = Annotated[
     str | None,
-    typer.Option(help=f"Algorithm: {', '.join(algorithm_names())}.", callback=_known_algorithm),
+    typer.Option(
+        help=f"Algorithm: {', '.join(algorithm_names())}.",
+        callback=_known_algorithm,
+        autocompletion=complete_algorithms,
+    ),
 ]
 Calibration = Annotated[
     list[str] | None,
@@ -64,10 +145,30 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the choice of calibratio
 Formats = Annotated[
     str | None,
     typer.Option(
-        "--format", help="golden-stick, compressed-tensors, ascend, or several with commas between them."
+        "--format",
+        help="golden-stick, compressed-tensors, ascend, or several with commas between them.",
+        autocompletion=complete_formats,
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+Device = Annotated[
+    str, typer.Option(help="cpu or ascend.", callback=_known_device, autocompletion=complete_devices)
+]
+EngineDevice = Annotated[
+    str,
+    typer.Option(
+        help="Where the embedded engine computes: cpu or ascend.",
+        callback=_known_device,
+        autocompletion=complete_devices,
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="auto, embedded, vllm or vllm-mindspore; auto takes vllm-mindspore where it and an NPU are "
+        "there, else embedded.",
+        autocompletion=complete_engines,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show golden-stick's own log.")]
 MemoryBudget = Annotated[
     str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")

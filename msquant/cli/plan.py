@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from msquant.checkpoint.checkpoint_reader import Checkpoint
     from msquant.models.config import ModelConfig
     from msquant.planning.measure import Measured, Span
-    from msquant.planning.quantization_plan import PartPlan, Plan, Stage
+    from msquant.planning.quantization_plan import PartPlan, Plan
+    from msquant.progress import Phase
     from msquant.recipe.recipe import Recipe
 
 _CAPTION = (
     "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
     "through; ends: embeddings, last norm, output head."
 )
-_STAGES: "dict[Stage, str]" = {
+_STAGES: "dict[Phase, str]" = {
     "layers": "decoder layers",
     "evaluation": "comparing the result with the float model",
     "ends": "the two ends and prediction layers",

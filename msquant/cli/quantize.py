@@ -213,7 +213,7 @@ def _print_result(result: "QuantizeResult") -> None:
             "calibration tokens and were quantized from their weights alone; msquant.json lists them, "
             "--max-samples, --samples and --sequence-length give them more"
         )
-    console.print_line(f"Next: msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")
+    console.print_next(f"msquant run --model {shlex.quote(str(result.folder))} --prompt 'I am'")
 
 
 def _warn_of_limits(evaluation: dict[str, Any], folder: Path) -> None:

@@ -49,7 +49,7 @@ def list_recipes(
         return
     rows = [[name, recipe.description] for name, recipe in found.items()]
     console.print_table("Recipes", ["name", "description"], rows)
-    console.print_line("Next: msquant recipes show NAME")
+    console.print_next("msquant recipes show NAME")
 
 
 @recipes.command("show")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def report(
         typer.Argument(
             help="A checkpoint folder, quantized or not; or several that msquant made, to compare them.",
             show_default=False,
+            autocompletion=options.complete_folders,
         ),
     ],
     format: Annotated[str, typer.Option(help="html, or markdown with the same numbers in tables.")] = "html",

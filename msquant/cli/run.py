@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import EngineError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def run(
         Path | None,
         typer.Option(
             help="Model folder. Without it: the newest result of `quantize`; if there is none, "
-            "DeepSeek-R1-W8A8 in the current folder."
+            "DeepSeek-R1-W8A8 in the current folder.",
+            autocompletion=options.complete_folders,
         ),
     ] = None,
     max_tokens: Annotated[
@@ -49,14 +50,8 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End the text before this string; repeat it for more.")
     ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="auto, embedded, vllm or vllm-mindspore; auto takes vllm-mindspore where it and an NPU are "
-            "there, else embedded."
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Where the embedded engine computes: cpu or ascend.")] = "cpu",
+    engine: options.EngineName = "auto",
+    device: options.EngineDevice = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -120,7 +115,7 @@ def run(
             verify=verify,
             recipe=recipe,
             chat=chat,
-            on_ready=lambda folder, name: status.update(f"{name} runs {folder}"),
+            on_ready=_say_who_answers,
             on_text=show,
         )
     if as_json:
@@ -134,7 +129,7 @@ def run(
     console.print_speed(result.tokens, result.seconds)
 
 
-def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
+def _converse(model: Path | None, sampling: "Sampling", **chosen: Any) -> None:
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.cli.run import chat
     from msquant.flows.generation import find_model, load_engine
@@ -145,10 +140,14 @@ def _converse(model: Path | None, sampling: "Sampling", **options: Any) -> None:
         tokenizer = load_tokenizer(folder)
         # Found out before the model is loaded: whether there is a chat template.
         chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
-        loaded = load_engine(folder, **options)
-    console.print_note(f"{loaded.name} runs {folder}")
+        loaded = load_engine(folder, **chosen)
+    _say_who_answers(folder, loaded.name)
     with closing(loaded):
         chat(loaded, tokenizer, sampling)
+
+
+def _say_who_answers(folder: Path, engine: str) -> None:
+    console.print_note(f"{folder.name} answers, on the engine {engine}: {folder}")
 
 
 def _check_usage(prompts: list[str], conversation: bool, stream: bool, as_json: bool) -> None:

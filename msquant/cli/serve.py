@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import EngineError
 
 if TYPE_CHECKING:
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 def serve(
     model: Annotated[
-        Path | None, typer.Option(help="Model folder. Without it: the one that `msquant run` takes.")
+        Path | None,
+        typer.Option(
+            help="Model folder. Without it: the one that `msquant run` takes.",
+            autocompletion=options.complete_folders,
+        ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="auto, embedded, vllm or vllm-mindspore, as of `msquant run`.")
-    ] = "auto",
+    engine: options.EngineName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8000,
     api_key_env: Annotated[
@@ -41,7 +43,7 @@ def serve(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of one answer; without it, what the model takes.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the embedded engine computes: cpu or ascend.")] = "cpu",
+    device: options.EngineDevice = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of activations, for the engine vllm: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -84,11 +86,11 @@ def serve(
 
     if not verbose:
         silence_libraries()
-    folder = find_model(model)
     kind = find_engine(engine)
-    place = _Place(folder, kind.name, host, port, as_json)
     chosen = EngineOptions(device, dtype, recipe, Node(node, head_address, network_interface))
     check_options(kind, chosen)
+    folder = find_model(model)
+    place = _Place(folder, kind.name, host, port, as_json)
     if not dry_run:
         require_intact(folder, verify)
     key = _api_key(api_key_env)
@@ -140,18 +142,18 @@ class _Place:
             console.print_line(f"{self.name} ({self.engine}) is served at {url}/v1; Ctrl-C ends it")
 
 
-def _embedded(place: _Place, device: str, options: "ServerOptions", allowed: list[str]) -> None:
+def _embedded(place: _Place, device: str, settings: "ServerOptions", allowed: list[str]) -> None:
     from msquant.flows.engines import load_embedded
     from msquant.server.address import accepted_hosts, bind
     from msquant.server.http_server import serve_engine
 
     listener = bind(place.host, place.port)
-    options = replace(options, hosts=accepted_hosts(place.host, listener.getsockname()[0], allowed))
-    place.warn_of_strangers(options.api_key)
+    settings = replace(settings, hosts=accepted_hosts(place.host, listener.getsockname()[0], allowed))
+    place.warn_of_strangers(settings.api_key)
     with console.Working("loading the model"):
         engine = load_embedded(place.folder, device)
     port = listener.getsockname()[1]
-    serve_engine(engine, place.name, listener, options, lambda: place.say_ready(port, os.getpid()))
+    serve_engine(engine, place.name, listener, settings, lambda: place.say_ready(port, os.getpid()))
 
 
 def _other_server(

@@ -86,4 +86,4 @@ def upload(
         f"{result.files} files, {console.as_bytes(result.nbytes)}, are in {repository} at commit "
         f"{result.commit[:10]}; {len(result.sent)} of them were sent"
     )
-    console.print_line(f"Next: msquant download {repository} --hub {hub}")
+    console.print_next(f"msquant download {repository} --hub {hub}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msquant.calibration.tokens import Samples
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.errors import RecipeError
@@ -23,6 +24,7 @@ from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.layer_report import GroupError
 from msquant.models.config import ModelConfig
+from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
@@ -86,6 +88,7 @@ def analyze(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
     model = open_source(source or recipe.model, note=progress.stage)
@@ -130,7 +133,6 @@ def _measure(
 ) -> list[GroupError]:
     progress.stage("loading MindSpore and golden-stick")
     from msquant.kernels import golden_stick
-    from msquant.models.device import use_device
     from msquant.quantization.group_errors import SensitivityPass
 
     dtype = use_device(device)
@@ -163,9 +165,10 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
                 f"{form.consumer} runs {' and '.join(form.words.values())} only", "use --keep-float"
             )
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
+        given, least = shown_sizes(int(budget.amount), plan.tensor_bytes)
         raise budget.refused(
-            f"{budget.amount:.0f} bytes are less than the {plan.tensor_bytes} that the recipe makes as it is",
-            f"give {plan.tensor_bytes} or more",
+            f"{given} is less than the {least} that the recipe makes as it is",
+            f"give {math.ceil(plan.tensor_bytes / 1e6)}MB or more",
         )
     if budget.kind in ("keep_float", "keep_dynamic"):
         able = [

@@ -33,6 +33,7 @@ from msquant.hub.choose import is_offline
 from msquant.hub.models import resolve_model
 from msquant.interrupts import deferred_interrupts
 from msquant.models.config_json import read_config
+from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
@@ -121,6 +122,7 @@ def compare(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
     folders = [find_named_model(model) for model in models]
     notes: list[str] = []
     float_folder = find_named_model(baseline) if baseline is not None else _made_from(folders, notes)
@@ -161,7 +163,6 @@ def score_folders(
     """Score model folders; the first is the baseline of the others. Raises as `lockstep.evaluate`."""
     from msquant.evaluation.inputs import Model
     from msquant.evaluation.lockstep import evaluate
-    from msquant.models.device import use_device
 
     progress = progress or Progress()
     dtype = use_device(device)

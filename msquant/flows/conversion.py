@@ -22,7 +22,7 @@ from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.results import MANIFEST_NAME, is_result
+from msquant.checkpoint.results import MANIFEST_NAME, is_result, remember_folder
 from msquant.checkpoint.weights import WeightSource
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, RecipeError
@@ -225,6 +225,7 @@ def export(
             progress.stage(f"writing {plan.format.name} for {plan.format.consumer}")
             write_export(source.weights, source.folder, plan, target.path, progress)
             written = target.finish()
+            remember_folder(written, "export")
             seconds = time.monotonic() - started
             results.append(ExportResult(written, plan.format.name, plan.variant, plan.tensor_bytes, seconds))
     return results

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import WeightSource
-from msquant.errors import EngineError
+from msquant.errors import EngineError, choices
 from msquant.flows.folder_checks import require_memory
 from msquant.flows.serving_checks import parallelism, require_served, serving_settings
 from msquant.formats.servers import Parallelism
@@ -19,6 +19,7 @@ from msquant.inference.engine_protocol import Engine
 from msquant.inference.environments import VLLM_CPU
 from msquant.inference.launch import Launch
 from msquant.inference.serving_settings import ServingSettings
+from msquant.models.device import require_device
 
 if TYPE_CHECKING:
     from msquant.inference.embedded import EmbeddedEngine
@@ -220,15 +221,19 @@ def find_engine(name: str = AUTO) -> EngineKind:
         name = Embedded.name if vllm_mindspore.available() else VllmMindSpore.name
     if name not in _REGISTERED:
         raise EngineError(
-            f"engine {name!r} is unknown",
-            where="--engine",
-            remedy=f"use one of: {', '.join(engine_names())}",
+            f"engine {name!r} is unknown", where="--engine", remedy=choices(name, engine_names())
         )
     return _REGISTERED[name]
 
 
 def check_options(kind: EngineKind, options: EngineOptions) -> None:
-    """Refuse options of another engine, which would have no effect. Raises EngineError."""
+    """Refuse options of another engine, which would have no effect, and a device that is not there.
+
+    Raises:
+        EngineError: names the option.
+    """
+    if kind.in_process:
+        require_device(options.device)
     for field in ("dtype", "recipe"):
         value = getattr(options, field)
         if value != getattr(EngineOptions, field) and field not in kind.takes:

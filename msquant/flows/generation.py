@@ -10,7 +10,7 @@ from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.results import newest_result
 from msquant.checkpoint.weight_map import find_weights
 from msquant.errors import ModelError
-from msquant.flows.engines import AUTO, EngineOptions, check_options, find_engine
+from msquant.flows.engines import AUTO, EngineKind, EngineOptions, check_options, find_engine
 from msquant.flows.folder_checks import require_intact
 from msquant.hub.models import resolve_model
 from msquant.inference.engine_protocol import Completion, Engine, OnText, Sampling, check_prompts
@@ -162,10 +162,11 @@ def generate(
         RecipeError: the serving section is not valid.
     """
     check_prompts(prompts)
+    chosen = _choice(engine, EngineOptions(device, dtype, recipe))
     folder = find_model(model)
     texts = _rendered(folder, prompts) if chat else prompts
     start = time.perf_counter()
-    loaded = load_engine(folder, engine, device, dtype, verify, recipe)
+    loaded = _load(folder, *chosen, verify)
     load_seconds = time.perf_counter() - start
     if on_ready is not None:
         on_ready(folder, loaded.name)
@@ -228,8 +229,16 @@ def load_engine(
     recipe: str | None = None,
 ) -> Engine:
     """Load a model folder into an engine; see `generate` for the arguments and the errors."""
-    kind, options = find_engine(engine), EngineOptions(device, dtype, recipe)
+    return _load(folder, *_choice(engine, EngineOptions(device, dtype, recipe)), verify)
+
+
+def _choice(engine: str, options: EngineOptions) -> tuple[EngineKind, EngineOptions]:
+    kind = find_engine(engine)
     check_options(kind, options)
+    return kind, options
+
+
+def _load(folder: Path, kind: EngineKind, options: EngineOptions, verify: bool | None) -> Engine:
     require_intact(folder, verify)
     kind.require_served(folder, options)
     return kind.load(folder, options)
@@ -243,9 +252,8 @@ def dry_run(
     Returns:
         The worker of the engine; None for the embedded engine, which runs in this process.
     """
+    kind, options = _choice(engine, EngineOptions(dtype=dtype, recipe=recipe))
     folder = find_model(model)
-    kind, options = find_engine(engine), EngineOptions(dtype=dtype, recipe=recipe)
-    check_options(kind, options)
     kind.require_served(folder, options)
     return kind.launch(folder, options)
 

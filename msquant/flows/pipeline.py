@@ -21,7 +21,7 @@ from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.results import remember_result
+from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.errors import MsquantError, StartOverError
 from msquant.evaluation.inputs import Model, Text
@@ -35,7 +35,8 @@ from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
-from msquant.progress import Progress
+from msquant.models.device import require_device, use_device
+from msquant.progress import Phase, Progress
 from msquant.recipe.recipe import Recipe
 
 # Of a tensor that is carried through in floating point.
@@ -99,7 +100,7 @@ def quantize(
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         offline: ask no hub for calibration text.
         progress: callbacks.
-        remember: note the folder as the newest result, which `msquant run` takes.
+        remember: note the folder as the newest result, which `msquant run` takes, and `msquant list` shows.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -107,6 +108,8 @@ def quantize(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
+    _announce(recipe, progress)
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
@@ -115,6 +118,8 @@ def quantize(
         plan = plans[0]
         calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)
         texts = short_texts(recipe.evaluation, model.folder, model.config)
+        if remember:
+            remember_folder(target.path, "unfinished")
         if restart:
             target.clear()
         identity = job_identity(recipe, model.checkpoint, calibration.record, device)
@@ -133,11 +138,13 @@ def quantize(
             finished = len(_finished_layers(journal))
             progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
             progress.lap("start")
+            progress.phase("ends")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
             _write_rest(model, journal, writer, files)
             progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
+            progress.phase("layers")
             run = recipe, model, calibration, texts, journal, writer, files
             seconds = _write_layers(*run, store, device, verbose, progress)
             if files.unverified:
@@ -147,6 +154,8 @@ def quantize(
             layers = _finished_layers(journal)
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
             progress.lap("start")
+            if texts:
+                progress.phase("evaluation")
             evaluation = evaluate_result(
                 recipe.evaluation,
                 texts,
@@ -156,10 +165,14 @@ def quantize(
                 memory_budget=memory_budget,
                 progress=progress,
             )
+            if others:
+                progress.phase("formats")
             for other, folder in others:
                 progress.stage(f"writing {other.format.name}")
                 write_export(plan.format.open(target.path), target.path, other, folder.path)
-                folder.finish()
+                finished_export = folder.finish()
+                if remember:
+                    remember_folder(finished_export, "export")
                 progress.lap("export")
         result = target.finish(scratch=[SCRATCH])
     if remember:
@@ -175,6 +188,17 @@ def quantize(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _announce(recipe: Recipe, progress: Progress) -> None:
+    """Tell which phases the whole run will have, and begin the first."""
+    phases: list[Phase] = ["start", "ends", "layers"]
+    if recipe.evaluation.sequences:
+        phases.append("evaluation")
+    if recipe.formats[1:]:
+        phases.append("formats")
+    progress.phases(phases)
+    progress.phase("start")
 
 
 SCRATCH = "scratch"
@@ -218,7 +242,6 @@ def _write_layers(
     progress.stage("loading MindSpore and golden-stick")
     from msquant.evaluation.lockstep import first_layer
     from msquant.kernels import golden_stick
-    from msquant.models.device import use_device
     from msquant.quantization.decoder_pass import DecoderPass
 
     dtype = use_device(device)

@@ -13,7 +13,7 @@ from msquant.checkpoint.file_names import STATE_FOLDER
 from msquant.checkpoint.folder_files import listed_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.errors import CheckpointError, ModelError, RecipeError
+from msquant.errors import CheckpointError, ModelError, RecipeError, choices
 from msquant.evaluation.ranking import rank_layers
 from msquant.formats.base import Format
 from msquant.formats.registry import DEFAULT_FORMAT, find_format, format_names
@@ -123,7 +123,7 @@ def publish(
         MsquantError: as `prepare` and `upload`; or there is no such hub.
     """
     if hub not in HUBS:
-        raise ModelError(f"there is no hub {hub!r}", where="--hub", remedy=f"use one of: {', '.join(HUBS)}")
+        raise ModelError(f"there is no hub {hub!r}", where="--hub", remedy=choices(hub, tuple(HUBS)))
     progress = progress or HubProgress()
     progress.stage(f"inspecting {folder}")
     found = prepare(folder, repository, license_name)

@@ -68,7 +68,7 @@ def evaluate_result(
 
     def on_layer(record: dict[str, Any]) -> None:
         progress.lap("evaluated layer")
-        progress.step(f"evaluated decoder layer {record['index'] + 1}")
+        progress.step(f"evaluated decoder layer {record['index']}")
 
     within = Progress(layer=on_layer)
     expected, score = score_folders([source, folder], texts, device, memory_budget, within)

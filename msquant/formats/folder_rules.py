@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.file_names import is_file_name
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
@@ -158,7 +159,8 @@ def check_manifest(folder: Path, verify_hashes: bool, suffix: str = "") -> Itera
         elif not path.is_file():
             yield Finding(name, f"missing: {MANIFEST_NAME} lists it")
         elif path.stat().st_size != size:
-            yield Finding(name, f"has {path.stat().st_size} bytes, {MANIFEST_NAME} says {size}")
+            here, written = shown_sizes(path.stat().st_size, size)
+            yield Finding(name, f"has {here}, {MANIFEST_NAME} says {written}")
         elif verify_hashes and file_sha256(path) != sha256:
             yield Finding(name, f"was changed: its sha256 is not the one in {MANIFEST_NAME}")
 

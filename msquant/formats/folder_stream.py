@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import INDEX_NAME
-from msquant.checkpoint.disk import writing
+from msquant.checkpoint.disk import shown_sizes, writing
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream
@@ -234,10 +234,9 @@ class FolderStream:
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != entry["size"]:
-                state = "missing" if found is None else f"{found} bytes long"
-                raise OutputError(
-                    f"is {state}, {entry['size']} bytes were written", where=path, remedy="use --restart"
-                )
+                here, written = shown_sizes(found or 0, entry["size"])
+                state = "is missing" if found is None else f"has {here}"
+                raise OutputError(f"{state}, {written} were written", where=path, remedy="use --restart")
         self.files.update({name: {"sha256": e["sha256"], "size": e["size"]} for name, e in files.items()})
 
     def finish(self, source: Path, manifest: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
-from msquant.errors import CheckpointError, RecipeError
+from msquant.errors import CheckpointError, RecipeError, choices
 from msquant.formats.ascend.form import AscendFormat
 from msquant.formats.base import Format
 from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
@@ -42,9 +42,7 @@ def find_format(name: str) -> type[Format]:
         RecipeError: there is none.
     """
     if name not in _REGISTERED:
-        raise RecipeError(
-            f"{name!r} is not a format", where="format", remedy=f"use one of: {', '.join(format_names())}"
-        )
+        raise RecipeError(f"{name!r} is not a format", where="format", remedy=choices(name, format_names()))
     return _REGISTERED[name]
 
 
@@ -73,8 +71,14 @@ FORMAT_DESCRIPTION = (
 
 def parse_formats(text: str) -> FormatName | tuple[FormatName, ...]:
     """The formats that an option names, with commas between them. Raises RecipeError."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in _REGISTERED:
+            raise RecipeError(
+                f"{name!r} is not a format", where="--format", remedy=choices(name, format_names())
+            )
     try:
-        found: FormatName | tuple[FormatName, ...] = _known([name.strip() for name in text.split(",")])
+        found: FormatName | tuple[FormatName, ...] = _known(names)
     except ValueError as error:
         raise RecipeError(f"is {text!r}: {error}", where="--format") from error
     return found

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.errors import HubError
 
 MAX_JSON_BYTES = 8 << 20
@@ -24,7 +25,8 @@ MAX_FILE_BYTES = 1 << 42
 def require_size(nbytes: int, where: str) -> None:
     """Refuse an answer that has grown too large. Raises HubError."""
     if nbytes > MAX_JSON_BYTES:
-        raise HubError(f"the answer is larger than {MAX_JSON_BYTES} bytes, as no listing is", where=where)
+        (most,) = shown_sizes(MAX_JSON_BYTES)
+        raise HubError(f"the answer is larger than {most}, as no listing is", where=where)
 
 
 def parse_listing(body: bytearray, title: str, where: str) -> Any:

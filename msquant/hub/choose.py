@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from msquant.errors import HubError, ModelError
+from msquant.errors import HubError, ModelError, choices
 from msquant.hub.huggingface import HuggingFaceHub
 from msquant.hub.listing import Hub, NotFoundError, RemoteFile, RepositoryKind, Snapshot
 from msquant.hub.modelers import ModelersHub
@@ -178,7 +178,7 @@ def _order(repository: str, revision: str, hub: str, token_file: Path | None) ->
             remedy="write it as organisation/name, for example MindSpore-Lab/DeepSeek-R1-W8A8",
         )
     if hub not in HUBS:
-        raise ModelError(f"there is no hub {hub!r}", where="--hub", remedy=f"use one of: {', '.join(HUBS)}")
+        raise ModelError(f"there is no hub {hub!r}", where="--hub", remedy=choices(hub, tuple(HUBS)))
     unsafe = revision.startswith(("-", "/")) or ".." in revision or not revision.isprintable()
     if not revision or unsafe or len(revision) > 200:
         raise ModelError(

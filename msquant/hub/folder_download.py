@@ -15,6 +15,7 @@ from pathlib import Path
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
 from msquant.checkpoint.folder_files import require_own_files
+from msquant.checkpoint.results import remember_folder
 from msquant.errors import CheckpointError, HubError, OutputError
 from msquant.hub.hashing import DiskCheck
 from msquant.hub.job import Job
@@ -99,6 +100,7 @@ def download(
         fetched: list[str] = []
         received = 0
         if found.missing:
+            remember_folder(folder.path, "download")
             fetched, received = _fetch(folder, found, marker, snapshot, workers, progress)
             folder.release([file.path for file in files])
             _check_all_there(folder, files, marker)

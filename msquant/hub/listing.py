@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.errors import HubError
 from msquant.hub.bounds import MAX_FILE_BYTES
 from msquant.hub.http import HttpClient
@@ -99,8 +100,9 @@ def remote_file(path: Any, size: Any, digest: Any, where: str) -> RemoteFile:
     if not isinstance(path, str) or type(size) is not int or size < 0 or not (sha256 or sha1):
         raise HubError(f"the entry of {path!r} has no size or no hash that could be verified", where=where)
     if size > MAX_FILE_BYTES:
+        listed, most = shown_sizes(size, MAX_FILE_BYTES)
         raise HubError(
-            f"lists {path!r} with {size:.3g} bytes, the largest file that is taken has {MAX_FILE_BYTES}",
+            f"lists {path!r} with {listed}, the largest file that is taken has {most}",
             where=where,
             remedy="do not use this repository, and tell its hub",
         )

@@ -123,4 +123,5 @@ def _not_here(hub_id: str, reason: str = "") -> ModelError:
 def _download(hub_id: str) -> str:
     name = published_name(hub_id)
     then = f"msquant quantize {name} --source FOLDER" if name else "msquant quantize FOLDER"
-    return f"Where there is a network: msquant download {hub_id} --output FOLDER, then: {then}"
+    first = f"msquant plan {name} says what quantizing it needs. " if name else ""
+    return f"{first}Where there is a network: msquant download {hub_id} --output FOLDER, then: {then}"

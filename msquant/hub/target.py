@@ -19,7 +19,7 @@ from msquant.hub.listing import RemoteFile, Snapshot
 from msquant.hub.names import HELD, PARTIAL, check_folders
 from msquant.hub.partial import is_partial
 
-_LOCK = "lock"
+LOCK_NAME = "lock"
 _POLL_SECONDS = 0.2
 
 
@@ -78,7 +78,7 @@ class TargetFolder:
             while self._lock is None:
                 self.state.mkdir(parents=True, exist_ok=True)
                 try:
-                    self._lock = acquire_lock(self.state / _LOCK)
+                    self._lock = acquire_lock(self.state / LOCK_NAME)
                 except FileNotFoundError:
                     continue
                 except LockHeld as held:
@@ -97,7 +97,7 @@ class TargetFolder:
             for folder in (self.partial, self.state / HELD):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-            (self.state / _LOCK).unlink(missing_ok=True)
+            (self.state / LOCK_NAME).unlink(missing_ok=True)
             # Nothing is left where nothing was written; a folder that holds something stays.
             self.state.rmdir()
             if self._made:

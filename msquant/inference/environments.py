@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from msquant.checkpoint.cache import cache_folder
 from msquant.checkpoint.json_file import read_json
-from msquant.errors import CheckpointError, EngineError
+from msquant.errors import CheckpointError, EngineError, choices
 
 State = Literal["ready", "incomplete", "outdated", "not installed"]
 
@@ -95,7 +95,7 @@ def find_spec(name: str) -> EngineSpec:
         raise EngineError(
             f"there is no engine {name!r} to install",
             where="engine",
-            remedy=f"use one of: {', '.join(SPECS)}; the embedded engine needs no installation",
+            remedy=f"{choices(name, tuple(SPECS))}; the embedded engine needs no installation",
         )
     return SPECS[name]
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.json_file import decode_json
 from msquant.errors import EngineError
 
@@ -39,8 +40,9 @@ def read_prompts(path: Path) -> list[str]:
             f"the file of prompts cannot be read ({error.strerror})", where=where, remedy="check its name"
         ) from error
     if len(data) > MAX_BYTES:
+        (most,) = shown_sizes(MAX_BYTES)
         raise EngineError(
-            f"the file of prompts has more than {MAX_BYTES} bytes, as many are read",
+            f"the file of prompts has more than {most}, as much is read",
             where=where,
             remedy="split it into several files",
         )

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from msquant.errors import EngineError, ModelError
+from msquant.errors import EngineError, ModelError, choices
 from msquant.formats.registry import marked_formats
 from msquant.inference.environments import SITE, VLLM_CPU, require_ready
 from msquant.inference.launch import Launch
@@ -69,9 +69,7 @@ def worker_launch(folder: Path, dtype: str = "auto") -> Launch:
         ModelError: the folder holds no tokenizer.
     """
     if dtype not in DTYPES:
-        raise EngineError(
-            f"dtype {dtype!r} is unknown", where="--dtype", remedy=f"use one of: {', '.join(DTYPES)}"
-        )
+        raise EngineError(f"dtype {dtype!r} is unknown", where="--dtype", remedy=choices(dtype, DTYPES))
     require_servable(folder)
     python = require_ready(VLLM_CPU).python
     env = child_environment(workarounds.worker_environment())

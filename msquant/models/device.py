@@ -6,9 +6,12 @@ import threading
 from functools import cache
 from typing import Any
 
-from msquant.errors import EngineError
+from msquant.errors import EngineError, choices
 
-DEVICES = ("cpu", "ascend")
+_TARGETS = {"cpu": "CPU", "ascend": "Ascend"}
+"""What MindSpore calls each device."""
+
+DEVICES = tuple(_TARGETS)
 
 
 def silence_libraries() -> None:
@@ -21,6 +24,30 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+def mindspore_target(device: str) -> str:
+    """What MindSpore calls a device. Raises EngineError if there is none of that name."""
+    if device not in _TARGETS:
+        # "npu" is nearer to "cpu" in letters, and means the other.
+        meant = "ascend" if device == "npu" else device
+        raise EngineError(f"device {device!r} is unknown", where="--device", remedy=choices(meant, DEVICES))
+    return _TARGETS[device]
+
+
+def require_device(device: str) -> None:
+    """Refuse a device before any work; unlike `use_device`, the process may use another one afterwards.
+
+    Raises:
+        EngineError: the device is unknown or not there.
+    """
+    target = mindspore_target(device)
+    if device == "cpu":
+        return
+    import mindspore as ms
+
+    if not ms.hal.is_available(target):
+        raise _not_usable(device, "its libraries or the NPU's driver cannot be loaded")
+
+
 @cache
 def use_device(device: str = "cpu") -> Any:
     """Prepare MindSpore for eager execution on `device` and return the compute dtype.
@@ -31,25 +58,29 @@ def use_device(device: str = "cpu") -> Any:
     Raises:
         EngineError: the device is unknown or not there.
     """
-    if device not in DEVICES:
-        raise EngineError(f"device {device!r} is unknown", remedy=f"use one of: {', '.join(DEVICES)}")
+    target = mindspore_target(device)
     # Read by MindSpore when a network is built: without it PyNative compiles every cell.
     os.environ["ENFORCE_EAGER"] = "true"
     import mindspore as ms
 
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        ms.set_device({"cpu": "CPU", "ascend": "Ascend"}[device])
+        ms.set_device(target)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(
-            f"MindSpore cannot use the device {device!r}: {str(error).splitlines()[0]}",
-            remedy="use --device cpu, or install CANN and its driver on this machine",
-        ) from error
+        raise _not_usable(device, str(error).splitlines()[0]) from error
     if device == "cpu":
         # Asynchronous dispatch starves on few cores: blocking is over 4x faster, with identical results.
         ms.runtime.launch_blocking()
     _keep_ctrl_c()
     return ms.float32 if device == "cpu" else ms.bfloat16
+
+
+def _not_usable(device: str, reason: str) -> EngineError:
+    return EngineError(
+        f"MindSpore cannot use the device {device!r}: {reason}",
+        where="--device",
+        remedy="use --device cpu, or install CANN and its driver on this machine",
+    )
 
 
 def _keep_ctrl_c() -> None:

@@ -17,12 +17,13 @@ from msquant.flows.calibration import most_characters
 from msquant.flows.conversion import output_folders
 from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
 from msquant.formats.registry import FormatName
-from msquant.hub.published import published_config, stored_bytes
+from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
 from msquant.planning.measure import NOTHING, Machine, Measured, Span
 from msquant.planning.work import feed_forward_rounds
+from msquant.progress import Phase
 from msquant.recipe.recipe import Recipe
 from msquant.schemes import Scheme
 
@@ -81,7 +82,6 @@ def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
 
 Kind = Literal["dense", "experts", "prediction", "ends"]
 Probe = Callable[[ModelConfig, Checkpoint | None], Measured]
-Stage = Literal["start", "layers", "ends", "evaluation", "formats"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Plan:
     peak_memory: int
     available_memory: int | None
     seconds: Span | None
-    seconds_by_stage: dict[Stage, Span] | None
+    seconds_by_stage: dict[Phase, Span] | None
     machine: Machine | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
@@ -247,7 +247,7 @@ def make_plan(
             measured = probe(config, subject.checkpoint)
         except MsquantError as error:
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
-    stages: dict[Stage, Span] = dict.fromkeys(get_args(Stage), NOTHING)
+    stages: dict[Phase, Span] = dict.fromkeys(get_args(Phase), NOTHING)
     peaks, parts = [0], []
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())
@@ -387,7 +387,8 @@ def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) 
         raise OutputError(
             f"{left} are free on its disk, {wanted} are needed{both}",
             where=output,
-            remedy="free some space, or choose other disks with --output and MSQUANT_CACHE",
+            remedy="free some space, or choose other disks with --output and MSQUANT_CACHE; what memory and "
+            f"time it needs too, says msquant plan {published_name(recipe.model) or recipe.model}",
         )
 
 

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from msquant import __version__
 from msquant.checkpoint.writer import write_text
-from msquant.errors import OutputError
+from msquant.errors import OutputError, choices
 from msquant.reporting import comparison
 from msquant.reporting.charts import Charts, charts, comparison_charts
 from msquant.reporting.collect import collect
@@ -127,9 +127,7 @@ def report_format(name: str) -> ReportFormat:
     for known in FORMATS:
         if name == known:
             return known
-    raise OutputError(
-        f"there is no format {name!r}", where="--format", remedy=f"use one of: {', '.join(FORMATS)}"
-    )
+    raise OutputError(f"there is no format {name!r}", where="--format", remedy=choices(name, FORMATS))
 
 
 def default_output(folder: Path, format: ReportFormat = "html", what: str = "report") -> Path:

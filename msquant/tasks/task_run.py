@@ -15,6 +15,7 @@ from msquant.flows.engines import load_embedded
 from msquant.flows.generation import find_named_model
 from msquant.flows.requirements import pip_install
 from msquant.models.config_json import read_config
+from msquant.models.device import require_device
 from msquant.progress import Progress
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ def evaluate_tasks(
         raise EngineError(
             "lm_eval is not installed", where="--tasks", remedy=f"install it: {pip_install('eval')}"
         )
+    if endpoint is None or baseline is not None:
+        require_device(device)
     folder = find_named_model(model)
     float_folder = find_named_model(baseline) if baseline is not None else None
     from msquant.tasks.loading import load_tasks

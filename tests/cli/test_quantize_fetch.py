@@ -78,6 +78,7 @@ def test_without_a_network_the_size_and_the_next_step_are_said(way: str, tmp_pat
     done = msquant("quantize", "deepseek-r1-distill-qwen-1.5b", *options, cwd=tmp_path, **variables)
     assert done.returncode == 1
     assert "about 4 GB" in done.stderr
+    assert "msquant plan deepseek-r1-distill-qwen-1.5b says what quantizing it needs" in done.stderr
     assert "msquant download deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --output FOLDER" in done.stderr
     assert done.stderr.count("error:") == 1
     assert ("cannot be reached" in done.stderr) == (way == "unreachable")
@@ -100,6 +101,7 @@ def test_what_has_no_room_to_be_quantized_is_not_downloaded(
     assert done.returncode == 1
     assert "B are free on its disk, 702.7 GB are needed" in done.stderr
     assert "MSQUANT_CACHE" in done.stderr
+    assert done.stderr.rstrip().endswith("msquant plan deepseek-r1")
     assert hub.requests == []
 
 

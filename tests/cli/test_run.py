@@ -37,7 +37,9 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(model), "--max-tokens", "4", "--json"]
     assert run([*options, "--prompt", "I am", "--prompt", "It's"], monkeypatch) == 0
-    document = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert printed.err == f"{model.name} answers, on the engine embedded: {model}\n"
     assert document["engine"] == "embedded"
     assert document["model"] == str(model)
     assert [completion["prompt"] for completion in document["completions"]] == ["I am", "It's"]
@@ -60,7 +62,9 @@ def test_lines_of_the_guide_and_nothing_else(
         f"Prompt: 'I am'. Generated text: {texts[0]!r}",
         f'Prompt: "It\'s". Generated text: {texts[1]!r}',
     ]
-    assert re.fullmatch(r"8 tokens in \d+\.\d s, \d+\.\d tokens/s\n", process.stderr)
+    who, speed = process.stderr.splitlines()
+    assert who == f"{model.name} answers, on the engine embedded: {model}"
+    assert re.fullmatch(r"8 tokens in \d+\.\d s, \d+\.\d tokens/s", speed)
 
 
 def test_without_model(

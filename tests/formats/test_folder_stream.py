@@ -104,7 +104,7 @@ def test_what_cannot_be_taken_over(tmp_path: Path, stream: FolderStream, plan: F
         other.restore(1, writer.files)
     name = next(iter(writer.files))
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(OutputError, match="0 bytes long"):
+    with pytest.raises(OutputError, match="has 0 bytes, "):
         other.restore(0, writer.files)
     (tmp_path / name).unlink()
     with pytest.raises(OutputError, match="is missing"):

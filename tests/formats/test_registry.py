@@ -68,7 +68,7 @@ def test_a_format_that_is_not_registered_is_refused() -> None:
     assert format_names() == ("golden-stick", "compressed-tensors", "ascend")
     with pytest.raises(RecipeError, match="'toy' is not a format"):
         find_format("toy")
-    with pytest.raises(RecipeError, match="one of golden-stick, compressed-tensors, ascend is expected"):
+    with pytest.raises(RecipeError, match="use one of: golden-stick, compressed-tensors, ascend"):
         parse_formats("toy")
     with pytest.raises(ValueError, match="is expected"):
         registry._known([{}])

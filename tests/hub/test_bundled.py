@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from msquant.checkpoint.file_names import SOURCE_RECORD
 from msquant.errors import ModelError, OutputError
 from msquant.zoo import bundled
-from msquant.zoo.bundled import SOURCE_RECORD, smollm2_folder
+from msquant.zoo.bundled import smollm2_folder
 from tests.fixtures.tiny_gguf import write_tiny_gguf
 
 

@@ -9,7 +9,7 @@ import mindspore as ms
 import pytest
 
 from msquant.errors import EngineError
-from msquant.models.device import use_device
+from msquant.models.device import require_device, use_device
 
 _ASCEND_PROBE = """
 from msquant.errors import EngineError
@@ -29,7 +29,11 @@ def test_the_cpu_computes_in_float32(dtype: Any) -> None:
 def test_an_unknown_device_names_the_known_ones() -> None:
     with pytest.raises(EngineError, match="device 'tpu' is unknown") as caught:
         use_device("tpu")
-    assert caught.value.remedy == "use one of: cpu, ascend"
+    assert caught.value.remedy == "did you mean cpu? use one of: cpu, ascend"
+    assert caught.value.where == "--device"
+    with pytest.raises(EngineError) as caught:
+        require_device("npu")
+    assert caught.value.remedy == "did you mean ascend? use one of: cpu, ascend"
 
 
 @pytest.mark.skipif(Path("/dev/davinci_manager").exists(), reason="an NPU is here")

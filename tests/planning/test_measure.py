@@ -18,15 +18,15 @@ from msquant.models.config_json import parse_config
 from msquant.planning import measure, sample
 from msquant.planning.blocks import LayerBlocks, weights_of
 from msquant.planning.measure import Measured, Span
-from msquant.planning.quantization_plan import Stage, make_plan
+from msquant.planning.quantization_plan import make_plan
 from msquant.planning.sample import sample_config, write_sample
 from msquant.planning.work import Work
-from msquant.progress import Part, Progress
+from msquant.progress import Part, Phase, Progress
 from msquant.recipe.recipe import Recipe, find_recipe
 from tests.fixtures.fp8 import to_fp8
 from tests.fixtures.tiny_families import write_tiny
 
-STAGE_OF: dict[Part, Stage] = {
+STAGE_OF: dict[Part, Phase] = {
     "attention": "layers",
     "layer": "layers",
     "evaluated layer": "evaluation",
@@ -34,9 +34,9 @@ STAGE_OF: dict[Part, Stage] = {
 }
 
 
-def timed_run(recipe: Recipe, output: Path) -> dict[Stage, Span]:
+def timed_run(recipe: Recipe, output: Path) -> dict[Phase, Span]:
     """What the layers and their evaluation take in a real run: seconds of computing, and of time."""
-    taken: dict[Stage, Span] = {"layers": Span(0, 0), "evaluation": Span(0, 0)}
+    taken: dict[Phase, Span] = {"layers": Span(0, 0), "evaluation": Span(0, 0)}
     last = time.process_time(), time.perf_counter()
 
     def lap(part: Part) -> None:
