@@ -70,19 +70,15 @@ class Reply(Response):
         await send({"type": "http.response.body", "body": DONE})
 
     async def _whole(self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int) -> bytes:
-        texts: list[list[str]] = []
-        reasons: list[str] = []
+        pieces: list[list[Piece]] = []
         tokens = 0
         async for piece in job:
             assert isinstance(piece, Piece)
-            if piece.choice == len(texts):
-                texts.append([])
-            texts[piece.choice].append(piece.text)
+            if piece.choice == len(pieces):
+                pieces.append([])
+            pieces[piece.choice].append(piece)
             tokens += piece.tokens
-            if piece.finish_reason is not None:
-                reasons.append(piece.finish_reason)
-        joined = ["".join(pieces) for pieces in texts]
-        return dumps(self._shape.whole(joined, reasons, usage(prompt_tokens, tokens)))
+        return dumps(self._shape.whole(pieces, usage(prompt_tokens, tokens)))
 
     async def _events(
         self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int, send: Send
@@ -93,7 +89,7 @@ class Reply(Response):
         async for piece in job:
             assert isinstance(piece, Piece)
             tokens += piece.tokens
-            if piece.text or piece.finish_reason is not None:
+            if piece.text or piece.scored or piece.finish_reason is not None:
                 await _send_more(send, event(self._shape.chunk(piece)))
         if self._include_usage:
             await _send_more(send, event(self._shape.usage(usage(prompt_tokens, tokens))))

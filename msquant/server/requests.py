@@ -12,13 +12,13 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 5
+MAX_TOP_LOGPROBS = 20
 
 # Parameters of OpenAI's and vLLM's that change nothing at these values, and are refused by name at others.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
@@ -108,6 +108,16 @@ class _Request(_Strict):
         """How many tokens the client asked for."""
         return self.max_tokens
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def alternatives(self) -> int | None:
+        """So many of the most probable tokens beside each, with log probabilities; None is without any."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int, seed: int) -> Sampling:
         """OpenAI's defaults where nothing is asked for: temperature and top_p are 1.
 
@@ -115,6 +125,8 @@ class _Request(_Strict):
             max_tokens: so many tokens at most.
             seed: used if the client gives none.
         """
+        # Without new tokens the prompt's are all that is computed.
+        prompt_logprobs = self.alternatives if max_tokens else self.alternatives or 0
         return Sampling(
             max_tokens,
             1.0 if self.temperature is None else self.temperature,
@@ -122,6 +134,8 @@ class _Request(_Strict):
             seed if self.seed is None else self.seed,
             bool(self.ignore_eos),
             tuple(self.stop),
+            self.alternatives,
+            prompt_logprobs if self.echoes else None,
         )
 
 
@@ -130,8 +144,26 @@ class CompletionRequest(_Request):
 
     prompt: Any
     echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: int | None = Field(None, ge=0)
 
     usual_tokens = 16
+
+    @property
+    def echoes(self) -> bool:
+        """See `_Request.echoes`."""
+        return bool(self.echo)
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Request.alternatives`."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "'max_tokens' may be 0 only with 'echo'")
+        return self
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "CompletionRequest":
@@ -199,6 +231,19 @@ class ChatRequest(_Request):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs' to be true")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Request.alternatives`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def wanted_tokens(self) -> int | None:
