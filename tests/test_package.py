@@ -35,6 +35,7 @@ HEAVY = {
     "fastapi",
     "starlette",
     "uvicorn",
+    "prometheus_client",
     "lm_eval",
 }
 

@@ -58,30 +58,41 @@ StopString = Annotated[
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class StreamOptions(_Strict):
     """How a stream ends."""
 
     include_usage: bool | None = None
+    """A last event has the numbers of tokens."""
 
 
 class _Request(_Strict):
     model: str | None = None
+    """The one that answers, if it is named at all."""
     max_tokens: int | None = Field(None, ge=1)
+    """Of the answer: 16 of a completion, as many as fit of a chat."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """0 takes the most probable token; 1 if it is not given."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    """Samples from the most probable tokens that together reach this probability; 1 if it is not given."""
     seed: int | None = Field(None, ge=0, lt=2**63)
+    """The same seed gives the same text; another one each time if it is not given."""
     stop: Annotated[
         list[StopString],
         Field(max_length=MAX_STOPS),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value or []),
     ] = []
+    """One or several texts before which the answer ends."""
     stream: bool | None = None
+    """Server-sent events, as the tokens come."""
     stream_options: StreamOptions | None = None
+    """How a stream ends: with the numbers of tokens or without."""
     ignore_eos: bool | None = None
+    """Go on after the token that ends a text; vLLM's."""
     user: str | None = None
+    """Has no effect."""
 
     usual_tokens: ClassVar[int | None] = None
     """Of an answer for which the client gives no number; None is as many as fit."""
@@ -143,9 +154,13 @@ class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
     prompt: Any
+    """A text, token ids, or a list of either."""
     echo: bool | None = None
+    """Begin the answer with the prompt."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """The log probability of each token, and those of so many of the most probable ones."""
     max_tokens: int | None = Field(None, ge=0)
+    """16 if it is not given; 0 only with echo."""
 
     usual_tokens = 16
 
@@ -230,9 +245,13 @@ class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    """The turns so far, the oldest first."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The newer name of max_tokens."""
     logprobs: bool | None = None
+    """The log probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Those of so many of the most probable tokens beside it."""
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":

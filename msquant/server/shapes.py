@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from msquant.server.scored_tokens import ScoredToken
@@ -11,12 +12,12 @@ from msquant.server.steps import Piece
 DONE = b"data: [DONE]\n\n"
 
 
-def dumps(document: dict[str, Any]) -> bytes:
+def dumps(document: Mapping[str, Any]) -> bytes:
     """A document as ASCII JSON, which can hold whatever a client has sent, half a surrogate pair as well."""
     return json.dumps(document).encode("ascii")
 
 
-def event(document: dict[str, Any]) -> bytes:
+def event(document: Mapping[str, Any]) -> bytes:
     """A document as a server-sent event."""
     return b"data: " + dumps(document) + b"\n\n"
 

@@ -32,6 +32,10 @@ class RequestLimits:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
 
+    def longest_answer(self, room: int) -> int:
+        """So many tokens may be asked for of a model that takes `room` tokens."""
+        return min(self.max_tokens or room, room)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -106,7 +110,7 @@ def _generate(
     seed: int,
 ) -> Steps:
     room = engine.config.max_position_embeddings
-    wanted, most = request.wanted_tokens, min(limits.max_tokens or room, room)
+    wanted, most = request.wanted_tokens, limits.longest_answer(room)
     if wanted is not None and wanted > most:
         raise ApiError(400, f"max_tokens is {wanted}, the server's limit is {most}", param="max_tokens")
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
