@@ -34,6 +34,7 @@ HEAVY = {
     "fastapi",
     "starlette",
     "uvicorn",
+    "prometheus_client",
     "lm_eval",
 }
 

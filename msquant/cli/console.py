@@ -7,6 +7,7 @@ direction of writing let one text look like another.
 """
 
 import json
+import logging
 import re
 import sys
 import traceback
@@ -56,6 +57,18 @@ class PlainConsole(Console):
 
 stdout = PlainConsole()
 stderr = PlainConsole(stderr=True)
+
+
+class LogLines(logging.Handler):
+    """Writes every record of a log as one plain line with its time to stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; see `logging.Handler.emit`."""
+        stderr.print(plain_line(self.format(record)), markup=False)
 
 
 def print_json(value: Any) -> None:

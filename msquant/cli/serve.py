@@ -1,5 +1,6 @@
 """`msquant serve`."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -68,12 +69,19 @@ def serve(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line, with url and pid, when clients can connect.")
     ] = False,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="A line on stderr for each request: method, path, status, tokens, seconds.",
+        ),
+    ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show MindSpore's own warnings.")] = False,
 ) -> None:
     """Serve a model folder by OpenAI's HTTP interface, until Ctrl-C or SIGTERM.
 
-    The options --max-..., --allow-host and --device are for the embedded engine; other engines bring servers
-    of their own.
+    The options --max-..., --allow-host, --access-log and --device are for the embedded engine; other engines
+    bring servers of their own.
 
     Example: msquant serve --port 8000 --max-requests 16
     """
@@ -107,7 +115,8 @@ def serve(
     elif dry_run:
         _print_commands([], as_json, "# the embedded engine serves in this process; nothing is started")
     else:
-        _embedded(place, device, ServerOptions(max_requests, body, limits, api_key=key), allow_host or [])
+        options = ServerOptions(max_requests, body, limits, api_key=key)
+        _embedded(place, device, options, allow_host or [], access_log)
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,8 @@ class _Place:
             who = "everybody who reaches it" if key is None else "everybody who has the key"
             console.print_warning(f"listening on {self.host}: {who} can use the model, over plain HTTP")
 
-    def say_ready(self, port: int, pid: int) -> None:
-        from msquant.server.address import base_url
+    def say_ready(self, port: int, pid: int, page: bool = False) -> None:
+        from msquant.server.address import base_url, reachable
 
         url = base_url(self.host, port)
         if self.as_json:
@@ -140,12 +149,17 @@ class _Place:
             console.print_json_line(document)
         else:
             console.print_line(f"{self.name} ({self.engine}) is served at {url}/v1; Ctrl-C ends it")
+            if page:
+                console.print_line(f"try it in a browser: {base_url(reachable(self.host), port)}/")
 
 
-def _embedded(place: _Place, device: str, settings: "ServerOptions", allowed: list[str]) -> None:
+def _embedded(
+    place: _Place, device: str, settings: "ServerOptions", allowed: list[str], access_log: bool
+) -> None:
     from msquant.flows.engines import load_embedded
     from msquant.server.address import accepted_hosts, bind
     from msquant.server.http_server import serve_engine
+    from msquant.server.observed import ACCESS_LOG
 
     listener = bind(place.host, place.port)
     settings = replace(settings, hosts=accepted_hosts(place.host, listener.getsockname()[0], allowed))
@@ -153,7 +167,13 @@ def _embedded(place: _Place, device: str, settings: "ServerOptions", allowed: li
     with console.Working("loading the model"):
         engine = load_embedded(place.folder, device)
     port = listener.getsockname()[1]
-    serve_engine(engine, place.name, listener, settings, lambda: place.say_ready(port, os.getpid()))
+    if access_log:
+        log = logging.getLogger(ACCESS_LOG)
+        log.setLevel(logging.INFO)
+        log.addHandler(console.LogLines())
+    serve_engine(
+        engine, place.name, listener, settings, lambda: place.say_ready(port, os.getpid(), page=True)
+    )
 
 
 def _other_server(

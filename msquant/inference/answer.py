@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from msquant.inference.engine_protocol import FinishReason, Sampling
+from msquant.inference.logprobs import TokenLogprobs
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Enough tokens before the first new one for a tokenizer that treats the start of a text differently.
@@ -110,10 +111,13 @@ class Answer:
         prompt_ids: the tokens before the new ones.
         sampling: its stop strings end the text.
         ends: whether a token is one that ends the text; it is no part of the text.
+        logprobs: of the new tokens, if they are kept; filled before `tokens` gives the token.
+        prompt_logprobs: of the tokens before; filled before the first new token.
 
     Attributes:
         token_ids: all tokens so far, with the one that ended the text.
         finish_reason: why the text ended; None until it has.
+        prompt_logprobs: as given; complete with the first piece.
     """
 
     def __init__(
@@ -123,6 +127,8 @@ class Answer:
         prompt_ids: Sequence[int],
         sampling: Sampling,
         ends: Callable[[int], bool],
+        logprobs: Sequence[TokenLogprobs] = (),
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -130,6 +136,14 @@ class Answer:
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stops = StopStrings(sampling.stop)
         self._ends = ends
+        self._logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs]:
+        """Of each of `token_ids`; empty unless they are kept."""
+        # One more token may be computed already.
+        return self._logprobs[: len(self.token_ids)]
 
     def __iter__(self) -> Iterator[str]:
         for token in self._tokens:

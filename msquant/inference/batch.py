@@ -53,7 +53,14 @@ class DecodeBatch:
     def tokens(self, ids: Sequence[int], sampler: Sampler, room: int, ends: Collection[int]) -> Iterator[int]:
         """Continue `ids` by at most `room` tokens, and by none after one of `ends`.
 
-        Nothing is computed and no memory is taken before the first token is asked for.
+        Nothing is computed and no memory is taken before the first token is asked for. A sampler that scores
+        the prompt has done so before the first token.
+
+        Args:
+            ids: at least one token.
+            sampler: chooses the tokens.
+            room: 0 computes the prompt alone.
+            ends: tokens.
 
         Raises:
             EngineError: while iterating: the logits of this sequence are not finite.
@@ -61,11 +68,13 @@ class DecodeBatch:
         sequence = _Sequence(ids, sampler, room, ends, self._model.new_cache())
         self._active.append(sequence)
         try:
-            while not sequence.finished or sequence.token is not None:
-                while sequence.token is None:
+            while True:
+                while sequence.waits:
                     self._step()
-                    if sequence.failure is not None:
-                        raise sequence.failure
+                if sequence.failure is not None:
+                    raise sequence.failure
+                if sequence.token is None:
+                    return
                 token, sequence.token = sequence.token, None
                 yield token
         finally:
@@ -90,11 +99,17 @@ class DecodeBatch:
             if count := min(len(sequence.pending), left):
                 left -= count
                 moving.append((sequence, count))
-        logits = self._model.next_logits(
-            [(sequence.cache, sequence.pending[:count]) for sequence, count in moving]
-        )
-        for (sequence, count), row in zip(moving, logits, strict=True):
-            sequence.advance(count, row)
+        together = [(sequence, count) for sequence, count in moving if not sequence.scoring]
+        if together:
+            logits = self._model.next_logits(
+                [(sequence.cache, sequence.pending[:count]) for sequence, count in together]
+            )
+            for (sequence, count), row in zip(together, logits, strict=True):
+                sequence.advance(count, row[None])
+        for sequence, count in moving:
+            if sequence.scoring:
+                rows = self._model.logits(sequence.cache, sequence.pending[:count], count)
+                sequence.advance(count, rows)
 
 
 class _Sequence:
@@ -104,6 +119,7 @@ class _Sequence:
         cache: its keys and values.
         pending: tokens that the model has not seen yet.
         token: the newest, until it is taken.
+        scoring: whether the logits after each of the pending tokens are needed.
         finished: whether the last token has been made.
         failure: why there is none.
     """
@@ -114,9 +130,12 @@ class _Sequence:
         self.cache = cache
         self.pending = list(ids)
         self.token: int | None = None
+        self.scoring = sampler.scores_prompt
         self.finished = False
         self.failure: EngineError | None = None
         self._sampler, self._room, self._ends = sampler, room, ends
+        if self.scoring:
+            sampler.begin_prompt(self.pending[0])
 
     @property
     def waits(self) -> bool:
@@ -124,12 +143,24 @@ class _Sequence:
         return self.token is None and not self.finished and self.failure is None
 
     def advance(self, count: int, logits: NDArray[np.float32]) -> None:
-        """Take note that the model has seen `count` pending tokens, after which it gave `logits`."""
+        """Take note that the model has seen `count` pending tokens.
+
+        Args:
+            count: tokens.
+            logits: after each of them while `scoring`, otherwise after the last, `[rows, V]`.
+        """
+        seen = self.pending[1 : count + 1]
         del self.pending[:count]
-        if self.pending:
-            return
         try:
-            self.token = self._sampler.next_token(logits)
+            if self.scoring:
+                self._sampler.score_prompt(logits[: len(seen)], seen)
+            if self.pending:
+                return
+            self.scoring = False
+            if self._room == 0:
+                self.finished = True
+                return
+            self.token = self._sampler.next_token(logits[-1])
         except EngineError as error:
             self.failure = error
             return

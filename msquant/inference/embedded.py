@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from msquant.inference.answer import Answer
 from msquant.inference.batch import BatchModel, DecodeBatch
 from msquant.inference.engine_protocol import Completion, OnText, Sampling, check_prompts
 from msquant.inference.sampling import Sampler
+from msquant.inference.token_bytes import TokenBytes
 from msquant.models.config import ModelConfig
 
 NAME = "embedded"
@@ -55,6 +57,11 @@ class EmbeddedEngine:
             model = MindSporeModel(config, source, device)
         self._batch = DecodeBatch(model)
 
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of the vocabulary's tokens."""
+        return TokenBytes(self.tokenizer)
+
     def generate(
         self, prompts: Sequence[str], sampling: Sampling, on_text: OnText | None = None
     ) -> list[Completion]:
@@ -89,7 +96,8 @@ class EmbeddedEngine:
 
         Args:
             ids: the tokens to continue.
-            sampling: how tokens are chosen; at most `max_tokens` of them, fewer where the model ends.
+            sampling: how tokens are chosen; at most `max_tokens` of them, fewer where the model ends. It
+                is `answer` that has the log probabilities.
             index: so that equal prompts are continued differently.
 
         Returns:
@@ -99,15 +107,20 @@ class EmbeddedEngine:
         Raises:
             EngineError: as `encode`; or, while iterating, the logits are not finite.
         """
-        self._check(ids)
-        room = min(sampling.max_tokens, self.config.max_position_embeddings - len(ids))
-        ends = () if sampling.ignore_eos else self.config.eos_token_ids
-        return self._batch.tokens(ids, Sampler(sampling, index), room, ends)
+        return self._tokens(ids, sampling, Sampler(sampling, index))
 
     def answer(self, ids: Sequence[int], sampling: Sampling, index: int = 0) -> Answer:
-        """The text of `tokens`, piece by piece; it ends at a stop string too."""
-        tokens = self.tokens(ids, sampling, index)
-        return Answer(tokens, self.tokenizer, ids, sampling, lambda token: self._ends(token, sampling))
+        """The text of `tokens`, piece by piece, with log probabilities; it ends at a stop string too."""
+        sampler = Sampler(sampling, index)
+        return Answer(
+            self._tokens(ids, sampling, sampler),
+            self.tokenizer,
+            ids,
+            sampling,
+            lambda token: self._ends(token, sampling),
+            sampler.logprobs,
+            sampler.prompt_logprobs,
+        )
 
     def logits(self, ids: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
         """What the model predicts after each of the last `count` of `ids`, to score tokens that are given.
@@ -124,6 +137,12 @@ class EmbeddedEngine:
         """
         self._check(ids, room=0)
         return self._batch.logits(ids, count)
+
+    def _tokens(self, ids: Sequence[int], sampling: Sampling, sampler: Sampler) -> Iterator[int]:
+        self._check(ids, room=min(sampling.max_tokens, 1))
+        room = min(sampling.max_tokens, self.config.max_position_embeddings - len(ids))
+        ends = () if sampling.ignore_eos else self.config.eos_token_ids
+        return self._batch.tokens(ids, sampler, room, ends)
 
     def _ends(self, token: int, sampling: Sampling) -> bool:
         return token in self.config.eos_token_ids and not sampling.ignore_eos

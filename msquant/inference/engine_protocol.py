@@ -23,6 +23,9 @@ class Sampling:
         seed: of the sampling; the same seed gives the same text.
         ignore_eos: go on after an end-of-sequence token, to compare or to time a fixed number of tokens.
         stop: strings that end the text; it ends before the first of them, wherever tokens begin and end.
+        logprobs: keep the log probability of each new token, and those of so many of the most probable ones
+            beside it; None keeps nothing.
+        prompt_logprobs: the same of the prompt's tokens; `max_tokens` may then be 0.
 
     Raises:
         EngineError: a value is out of its range.
@@ -34,10 +37,15 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise EngineError(f"max_tokens is {self.max_tokens}, it must be at least 1", where="--max-tokens")
+        least = 1 if self.prompt_logprobs is None else 0
+        if self.max_tokens < least:
+            raise EngineError(
+                f"max_tokens is {self.max_tokens}, it must be at least {least}", where="--max-tokens"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise EngineError(
                 f"temperature is {self.temperature}, it must be 0 or a positive number",
@@ -52,6 +60,9 @@ class Sampling:
             )
         if self.seed < 0:
             raise EngineError(f"seed is {self.seed}, it must not be negative", where="--seed")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and count < 0:
+                raise EngineError(f"{name} is {count}, it must not be negative")
         if "" in self.stop:
             raise EngineError("a stop string is empty", where="--stop", remedy="give a text to stop at")
 

@@ -1,12 +1,29 @@
 """What a client is told when its request fails, in the shape that OpenAI's clients read."""
 
 import json
-from typing import Any
+
+# pydantic takes no other one before Python 3.12.
+from typing_extensions import TypedDict
 
 from msquant.errors import MsquantError
 
 INVALID_REQUEST = "invalid_request_error"
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorDocument(TypedDict):
+    """The body of every answer that is an error, https://platform.openai.com/docs/guides/error-codes."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -41,8 +58,8 @@ class ApiError(Exception):
         """What a client may know of one of msquant's own errors: not the place, which names files here."""
         return cls(status, error.what + (f"; {error.remedy}" if error.remedy else ""), param=param)
 
-    def document(self) -> dict[str, Any]:
-        """The body, https://platform.openai.com/docs/guides/error-codes."""
+    def document(self) -> ErrorDocument:
+        """The body."""
         kind = _TYPES.get(self.status, INVALID_REQUEST if self.status < 500 else "server_error")
         return {
             "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},

@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from msquant.server.address import AcceptedHosts
 from msquant.server.api_errors import ApiError, busy
 
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/metrics"})
+"""Without a key too, as vLLM has it: a browser's address line, a load balancer and Prometheus send none."""
 HELD_BODIES = 16
 """So many of the largest bodies may be in memory at once; of what comes beyond, nothing is kept."""
 FREE_BYTES = 65_536
@@ -89,8 +91,8 @@ class Guard:
         app: what is guarded.
         max_body: bytes of a request's body.
         body_seconds: time to send it.
-        api_key: clients must send it as `Authorization: Bearer KEY` to every path but `/health`; None lets
-            everybody in.
+        api_key: clients must send it as `Authorization: Bearer KEY` to every path but `OPEN_PATHS`; None
+            lets everybody in.
         hosts: what clients may call the server.
         refusal: why no further request is taken now, or None; asked before a body is read.
     """
@@ -150,7 +152,7 @@ class Guard:
             )
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.api_key is None or path == "/health":
+        if self.api_key is None or path in OPEN_PATHS:
             return
         given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):

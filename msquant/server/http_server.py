@@ -9,12 +9,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import uvicorn
+from starlette.routing import Route
 
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.address import AcceptedHosts, cannot_listen
 from msquant.server.connection import Connection
 from msquant.server.guard import Guard
 from msquant.server.http_app import build_app
+from msquant.server.observed import Metrics, Observed
 from msquant.server.steps import RequestLimits
 from msquant.server.worker import AnswerWorker
 
@@ -75,18 +77,24 @@ class HttpServer(uvicorn.Server):
     ) -> None:
         self.worker = AnswerWorker(options.max_requests)
         self._on_ready = on_ready
-        app = Guard(
-            build_app(engine, self.worker, model, options.limits),
+        metrics = Metrics(model)
+        keyed = options.api_key is not None
+        app = build_app(engine, self.worker, model, options.limits, metrics, keyed)
+        guarded = Guard(
+            app,
             options.max_body,
             options.body_seconds,
             options.api_key,
             options.hosts,
             self.worker.refusal,
         )
+        observed = Observed(
+            guarded, metrics, frozenset(route.path for route in app.routes if isinstance(route, Route))
+        )
         times = {"header_seconds": options.header_seconds, "stall_seconds": options.stall_seconds}
         super().__init__(
             uvicorn.Config(
-                app,
+                observed,
                 http=type("LimitedConnection", (Connection,), times),
                 ws="none",
                 loop="asyncio",

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import closing
 from typing import Any
 
@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from msquant.errors import MsquantError
 from msquant.server.api_errors import ApiError
+from msquant.server.observed import Observation
 from msquant.server.shapes import DONE, Shape, dumps, event, usage
 from msquant.server.steps import Encoded, Piece, Started, Steps
 from msquant.server.worker import AnswerJob, AnswerWorker
@@ -46,16 +47,25 @@ class Reply(Response):
         except ApiError as error:
             await _send(send, error.status, error.raw_headers(), error.body())
             return
-        with closing(job):
-            await _until_first(self._reply(job, send), _disconnected(receive))
+        observation: Observation = scope["observation"]
+        observation.taken()
+        try:
+            with closing(job):
+                await _until_first(self._reply(job, send, observation), _disconnected(receive))
+        finally:
+            observation.left()
 
-    async def _reply(self, job: AnswerJob[Encoded | Started | Piece], send: Send) -> None:
+    async def _reply(
+        self, job: AnswerJob[Encoded | Started | Piece], send: Send, observation: Observation
+    ) -> None:
         try:
             while isinstance(started := await anext(job), Encoded):
                 pass
             assert isinstance(started, Started)
+            observation.started(started.prompt_tokens)
+            pieces = _observed(job, observation)
             if not self._stream:
-                body = await self._whole(job, started.prompt_tokens)
+                body = dumps(self._shape.whole(await _by_choice(pieces), _usage(observation)))
                 await _send(send, 200, [(b"content-type", b"application/json")], body)
                 return
         except Exception as error:
@@ -64,39 +74,41 @@ class Reply(Response):
             return
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
-            await self._events(job, started.prompt_tokens, send)
+            await self._events(pieces, observation, send)
         except Exception as error:
             await _send_more(send, event(_as_api_error(error).document()))
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _whole(self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int) -> bytes:
-        texts: list[list[str]] = []
-        reasons: list[str] = []
-        tokens = 0
-        async for piece in job:
-            assert isinstance(piece, Piece)
-            if piece.choice == len(texts):
-                texts.append([])
-            texts[piece.choice].append(piece.text)
-            tokens += piece.tokens
-            if piece.finish_reason is not None:
-                reasons.append(piece.finish_reason)
-        joined = ["".join(pieces) for pieces in texts]
-        return dumps(self._shape.whole(joined, reasons, usage(prompt_tokens, tokens)))
-
-    async def _events(
-        self, job: AnswerJob[Encoded | Started | Piece], prompt_tokens: int, send: Send
-    ) -> None:
+    async def _events(self, pieces: AsyncIterator[Piece], observation: Observation, send: Send) -> None:
         for document in self._shape.opening():
             await _send_more(send, event(document))
-        tokens = 0
-        async for piece in job:
-            assert isinstance(piece, Piece)
-            tokens += piece.tokens
-            if piece.text or piece.finish_reason is not None:
+        async for piece in pieces:
+            if piece.text or piece.scored or piece.finish_reason is not None:
                 await _send_more(send, event(self._shape.chunk(piece)))
         if self._include_usage:
-            await _send_more(send, event(self._shape.usage(usage(prompt_tokens, tokens))))
+            await _send_more(send, event(self._shape.usage(_usage(observation))))
+
+
+async def _observed(
+    job: AnswerJob[Encoded | Started | Piece], observation: Observation
+) -> AsyncIterator[Piece]:
+    async for piece in job:
+        assert isinstance(piece, Piece)
+        observation.piece(piece.choice, piece.tokens, piece.finish_reason)
+        yield piece
+
+
+async def _by_choice(pieces: AsyncIterator[Piece]) -> list[list[Piece]]:
+    choices: list[list[Piece]] = []
+    async for piece in pieces:
+        if piece.choice == len(choices):
+            choices.append([])
+        choices[piece.choice].append(piece)
+    return choices
+
+
+def _usage(observation: Observation) -> dict[str, int]:
+    return usage(observation.prompt_tokens or 0, observation.completion_tokens)
 
 
 def _as_api_error(error: Exception) -> ApiError:

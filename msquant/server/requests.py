@@ -12,13 +12,13 @@ MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 5
+MAX_TOP_LOGPROBS = 20
 
 # Parameters of OpenAI's and vLLM's that change nothing at these values, and are refused by name at others.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
@@ -58,30 +58,41 @@ StopString = Annotated[
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class StreamOptions(_Strict):
     """How a stream ends."""
 
     include_usage: bool | None = None
+    """A last event has the numbers of tokens."""
 
 
 class _Request(_Strict):
     model: str | None = None
+    """The one that answers, if it is named at all."""
     max_tokens: int | None = Field(None, ge=1)
+    """Of the answer: 16 of a completion, as many as fit of a chat."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """0 takes the most probable token; 1 if it is not given."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    """Samples from the most probable tokens that together reach this probability; 1 if it is not given."""
     seed: int | None = Field(None, ge=0, lt=2**63)
+    """The same seed gives the same text; another one each time if it is not given."""
     stop: Annotated[
         list[StopString],
         Field(max_length=MAX_STOPS),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value or []),
     ] = []
+    """One or several texts before which the answer ends."""
     stream: bool | None = None
+    """Server-sent events, as the tokens come."""
     stream_options: StreamOptions | None = None
+    """How a stream ends: with the numbers of tokens or without."""
     ignore_eos: bool | None = None
+    """Go on after the token that ends a text; vLLM's."""
     user: str | None = None
+    """Has no effect."""
 
     usual_tokens: ClassVar[int | None] = None
     """Of an answer for which the client gives no number; None is as many as fit."""
@@ -108,6 +119,16 @@ class _Request(_Strict):
         """How many tokens the client asked for."""
         return self.max_tokens
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def alternatives(self) -> int | None:
+        """So many of the most probable tokens beside each, with log probabilities; None is without any."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int, seed: int) -> Sampling:
         """OpenAI's defaults where nothing is asked for: temperature and top_p are 1.
 
@@ -115,6 +136,8 @@ class _Request(_Strict):
             max_tokens: so many tokens at most.
             seed: used if the client gives none.
         """
+        # Without new tokens the prompt's are all that is computed.
+        prompt_logprobs = self.alternatives if max_tokens else self.alternatives or 0
         return Sampling(
             max_tokens,
             1.0 if self.temperature is None else self.temperature,
@@ -122,6 +145,8 @@ class _Request(_Strict):
             seed if self.seed is None else self.seed,
             bool(self.ignore_eos),
             tuple(self.stop),
+            self.alternatives,
+            prompt_logprobs if self.echoes else None,
         )
 
 
@@ -129,9 +154,31 @@ class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
     prompt: Any
+    """A text, token ids, or a list of either."""
     echo: bool | None = None
+    """Begin the answer with the prompt."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """The log probability of each token, and those of so many of the most probable ones."""
+    max_tokens: int | None = Field(None, ge=0)
+    """16 if it is not given; 0 only with echo."""
 
     usual_tokens = 16
+
+    @property
+    def echoes(self) -> bool:
+        """See `_Request.echoes`."""
+        return bool(self.echo)
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Request.alternatives`."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "'max_tokens' may be 0 only with 'echo'")
+        return self
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "CompletionRequest":
@@ -198,7 +245,24 @@ class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    """The turns so far, the oldest first."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The newer name of max_tokens."""
+    logprobs: bool | None = None
+    """The log probability of each token of the answer."""
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Those of so many of the most probable tokens beside it."""
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs' to be true")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Request.alternatives`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -9,12 +9,15 @@ from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import FinishReason
 from msquant.server.api_errors import ApiError
 from msquant.server.requests import ChatRequest, CompletionRequest
+from msquant.server.scored_tokens import ScoredToken, Scorer
 
 PROMPT_BYTES = 8
 """For each token that a prompt may have, so many bytes are taken: a text that is longer is not tokenized to
 find out how many it has. Texts have 3 to 5."""
 LEAST_PROMPT_BYTES = 65_536
 """So many are taken in any case; they cost some hundredths of a second."""
+MAX_LOGPROBS = 131_072
+"""So many log probabilities may be in one answer, which take some 15 MB."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class RequestLimits:
 
     prompt_tokens: int | None = None
     max_tokens: int | None = None
+
+    def longest_answer(self, room: int) -> int:
+        """So many tokens may be asked for of a model that takes `room` tokens."""
+        return min(self.max_tokens or room, room)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,22 @@ class Started:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that `tokens` more tokens added to a choice, which ends here if there is a reason."""
+    """The text that `tokens` more tokens added to a choice, which ends here if there is a reason.
+
+    Attributes:
+        choice: index of the choice.
+        text: may be empty.
+        tokens: new ones, those of an echoed prompt not counted.
+        finish_reason: why the choice ends.
+        scored: the tokens with their log probabilities, those of an echoed prompt included; None if they
+            were not asked for.
+    """
 
     choice: int
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    scored: tuple[ScoredToken, ...] | None = None
 
 
 CheckBytes = Callable[[int], None]
@@ -93,7 +110,7 @@ def _generate(
     seed: int,
 ) -> Steps:
     room = engine.config.max_position_embeddings
-    wanted, most = request.wanted_tokens, min(limits.max_tokens or room, room)
+    wanted, most = request.wanted_tokens, limits.longest_answer(room)
     if wanted is not None and wanted > most:
         raise ApiError(400, f"max_tokens is {wanted}, the server's limit is {most}", param="max_tokens")
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -110,19 +127,43 @@ def _generate(
                 raise _too_long(f"{len(ids)} tokens", str(limits.prompt_tokens), param)
             prompts.append(ids)
             yield Encoded()
-        tokens = min(wanted or request.usual_tokens or most, most)
+        tokens = min(most if request.usual_tokens is None else request.usual_tokens, most)
+        tokens = tokens if wanted is None else wanted
+        _check_logprobs(request, prompts, tokens, room)
         sampling = request.sampling(tokens, seed)
         answers = [engine.answer(ids, sampling, i) for i, ids in enumerate(prompts)]
     except EngineError as error:
         raise ApiError.of(error, 400, param) from error
     yield Started(sum(len(ids) for ids in prompts))
     for i, answer in enumerate(answers):
-        if isinstance(request, CompletionRequest) and request.echo:
-            yield Piece(i, _text(engine, request.prompts[i]), 0)
+        scorer = None if request.alternatives is None else Scorer(engine.token_bytes)
+        echoed = isinstance(request, CompletionRequest) and request.echoes
         seen = 0
         for text in answer:
-            yield Piece(i, text, len(answer.token_ids) - seen, answer.finish_reason)
-            seen = len(answer.token_ids)
+            if echoed and isinstance(request, CompletionRequest):
+                prompt = _text(engine, request.prompts[i])
+                scored = scorer.prompt(prompt, answer.prompt_logprobs) if scorer else None
+                yield Piece(i, prompt, 0, scored=scored)
+                echoed = False
+            tokens = len(answer.token_ids) - seen
+            scored = scorer.new(answer.logprobs[seen:]) if scorer else None
+            yield Piece(i, text, tokens, answer.finish_reason, scored)
+            seen += tokens
+
+
+def _check_logprobs(
+    request: CompletionRequest | ChatRequest, prompts: list[list[int]], tokens: int, room: int
+) -> None:
+    if request.alternatives is None:
+        return
+    count = sum((len(ids) if request.echoes else 0) + min(tokens, room - len(ids)) for ids in prompts)
+    if (count := count * (1 + request.alternatives)) > MAX_LOGPROBS:
+        raise ApiError(
+            400,
+            f"the answer may have {count} log probabilities, the server's limit is {MAX_LOGPROBS}; ask for "
+            "fewer tokens (max_tokens), prompts or alternatives",
+            param="logprobs",
+        )
 
 
 def _too_long(size: str, limit: str, param: str) -> ApiError:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from msquant.errors import EngineError
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
+from msquant.inference.logprobs import log_softmax, require_finite
 from msquant.progress import Progress
 
 # What lm_eval's own models take where a task says nothing.
@@ -127,14 +128,8 @@ class EmbeddedLM(TemplateLM):
             yield self._newest[1]
             return
         for logits in self._engine.logits(ids, count):
-            if not np.isfinite(logits).all():
-                raise EngineError(
-                    "the logits are not finite",
-                    remedy="check the folder with msquant inspect, or quantize again",
-                )
-            rows = logits.astype(np.float64)
-            rows -= rows.max(axis=1, keepdims=True)
-            rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+            require_finite(logits)
+            rows = log_softmax(logits)
             if count == 1:
                 self._newest = tuple(ids), rows
             yield rows
@@ -265,8 +260,8 @@ class EndpointLM(LM):
                 f"serves no log probabilities of a prompt's tokens (it answers {reply.status_code}), which "
                 "tasks with given answers need",
                 where=self._url,
-                remedy="leave --endpoint out, serve the model with vLLM, or choose tasks that are answered "
-                "in free text, as gsm8k",
+                remedy="leave --endpoint out, serve the model with `msquant serve`, or choose tasks that are "
+                "answered in free text, as gsm8k",
             )
 
     def _request(self, method: str, path: str, **options: Any) -> requests.Response:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -79,15 +80,29 @@ def test_serves_scripts_until_ctrl_c(model: Path) -> None:
         ready = json.loads(line)
         assert ready == {"url": ready["url"], "pid": process.pid, "model": "tiny", "engine": "embedded"}
         assert httpx.get(f"{ready['url']}/v1/models", trust_env=False).status_code == 401
+        assert httpx.get(f"{ready['url']}/", trust_env=False).status_code == 200, "the page needs no key"
         rest, errors = end(process, ready["url"], signal.SIGINT, "s3cret")
-        assert (rest, errors, process.returncode) == ("", "interrupted\n", 130)
+        assert (rest, process.returncode) == ("", 130)
+        *log, last = errors.splitlines()
+        assert last == "interrupted"
+        assert [line.split()[2:5] for line in log] == [
+            ["GET", "/v1/models", "status=401"],
+            ["GET", "/", "status=200"],
+            ["POST", "/v1/completions", "status=200"],
+            ["POST", "/v1/completions", "status=200"],
+        ]
+        assert re.search(r" prompt_tokens=\d+ completion_tokens=2 seconds=", log[2])
+        assert "s3cret" not in errors
+        assert "I am" not in errors
 
 
 @pytest.mark.e2e
 def test_serves_people_until_sigterm(model: Path) -> None:
-    with served(model, "--host", "0.0.0.0") as (process, line):
+    with served(model, "--host", "0.0.0.0", "--no-access-log") as (process, line):
         assert line.startswith("tiny (embedded) is served at http://0.0.0.0:")
         url = line.split(" served at ")[1].split("/v1")[0].replace("0.0.0.0", "127.0.0.1")
+        assert process.stdout
+        assert process.stdout.readline() == f"try it in a browser: {url}/\n"
         assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "ok", "active_requests": 0}
         rest, errors = end(process, url, signal.SIGTERM, "any")
         assert (rest, process.returncode) == ("", 0)

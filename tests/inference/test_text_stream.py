@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from msquant.inference.answer import TextStream
+from msquant.inference.token_bytes import TokenBytes
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve — done."
 
@@ -77,3 +78,21 @@ def test_special_tokens_are_no_text(byte_level: Any) -> None:
     stream = TextStream(byte_level)
     assert stream.add(byte_level.eos_token_id) == ""
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", [TEXT, "I am", " two  spaces\n\N{REPLACEMENT CHARACTER}"])
+def test_bytes_of_tokens_join_to_the_text(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    found = TokenBytes(tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(found[token] for token in ids).decode()
+    assert joined == tokenizer.decode([*tokenizer.encode("a"), *ids]).removeprefix("a")
+    assert joined.endswith(text)
+
+
+def test_bytes_of_special_tokens_and_of_those_beyond_the_tokenizer(byte_level: Any) -> None:
+    found = TokenBytes(byte_level)
+    assert found[byte_level.bos_token_id] == byte_level.bos_token.encode()
+    assert found.special == {byte_level.bos_token_id, byte_level.eos_token_id}
+    assert found[len(byte_level) + 5] == b""

@@ -23,6 +23,8 @@ FIELDS = {
     "stream": st.one_of(st.booleans(), VALUES),
     "stream_options": st.one_of(st.fixed_dictionaries({"include_usage": st.booleans()}), VALUES),
     "echo": st.one_of(st.booleans(), VALUES),
+    "logprobs": st.one_of(st.integers(-1, 6), st.booleans(), VALUES),
+    "top_logprobs": st.one_of(st.integers(-1, 21), VALUES),
     "n": st.one_of(st.just(1), VALUES),
     "logit_bias": VALUES,
     "model": st.one_of(st.just("tiny"), VALUES),

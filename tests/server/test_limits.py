@@ -159,7 +159,7 @@ def test_unfinished_bodies_are_bounded_in_sum(
     monkeypatch.setattr("msquant.server.guard.FREE_BYTES", 1000)
     size = 200_000
     with running(engine, max_body=size, body_seconds=30) as server:
-        pool = server.server.config.app.pool  # type: ignore[union-attr]
+        pool = server.server.config.app.app.pool  # type: ignore[union-attr]
         connections = [raw(server, unfinished(size)) for _ in range(30)]
         wait_for(lambda: pool.held > pool.limit - size)
         assert server.post("/v1/completions", json=SHORT).status_code == 200
@@ -183,7 +183,7 @@ def test_nothing_of_a_body_is_kept_when_all_places_are_taken(engine: EmbeddedEng
         next(stream)
         connection = raw(server, unfinished(1_000_000))
         assert server.post("/v1/completions", json=SHORT).status_code == 429
-        assert server.server.config.app.pool.held == 0  # type: ignore[union-attr]
+        assert server.server.config.app.app.pool.held == 0  # type: ignore[union-attr]
         connection.sendall(b"}")
         assert connection.recv(100).startswith(b"HTTP/1.1 429 ")
         connection.close()
@@ -329,7 +329,7 @@ def test_a_hundred_and_fifty_unfinished_bodies_take_little_memory(engine: Embedd
         connections = []
         for _ in range(150):
             connections.append(raw(server, data))
-        pool = server.server.config.app.pool  # type: ignore[union-attr]
+        pool = server.server.config.app.app.pool  # type: ignore[union-attr]
         wait_for(lambda: pool.held > pool.limit - len(data))
         grown = 0
         # All the rest of what was sent is read, and dropped, within this time.

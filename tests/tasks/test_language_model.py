@@ -18,6 +18,7 @@ pytest.importorskip("lm_eval", reason="tasks need the extra eval")
 from lm_eval.api.instance import Instance
 
 from msquant.tasks.language_model import EmbeddedLM
+from tests.server.running import MODEL, running
 
 LONG = "The with statement is used to wrap the execution of a block. " * 40
 
@@ -57,6 +58,38 @@ def test_loglikelihoods_are_those_of_transformers(own: EmbeddedLM, theirs: Any) 
     assert len({value for value, _ in found}) == len(asked)
 
 
+def test_their_model_of_endpoints_gets_the_same_from_our_server(own: EmbeddedLM, tiny_llama: Path) -> None:
+    """lm_eval's `local-completions` sums what the server says of each token of an echoed prompt."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    asked = requests(
+        "loglikelihood",
+        *[("Two and two are\nAnswer:", f" {letter}") for letter in "ABCD"],
+        ("def f(x):", " return x + 1"),
+        ("The with", " statement is used to wrap"),
+    )
+    likeliest = own.generate_until(requests("generate_until", ("I am", {"until": [], "max_gen_toks": 2})))
+    asked += requests("loglikelihood", ("I am", likeliest[0]))
+    expected = own.loglikelihood(asked)
+    with running(load_embedded(tiny_llama)) as server:
+        endpoint = LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model=MODEL,
+            tokenizer=str(tiny_llama),
+            tokenizer_backend="huggingface",
+            max_length=256,
+            batch_size=3,
+        )
+        found = endpoint.loglikelihood(asked, disable_tqdm=True)
+        texts = endpoint.loglikelihood_rolling(requests("loglikelihood_rolling", (LONG[:200],)))
+    for (value, greedy), (own_value, own_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(own_value, abs=1e-4)
+        assert greedy == own_greedy
+    assert {greedy for _, greedy in found} == {True, False}
+    whole = own.loglikelihood_rolling(requests("loglikelihood_rolling", (LONG[:200],)))
+    assert texts == pytest.approx(whole, abs=1e-3)
+
+
 def test_long_texts_in_pieces(own: EmbeddedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests("loglikelihood", (LONG[:40], LONG[:90]))
     whole = own.loglikelihood(asked)
@@ -70,7 +103,7 @@ def test_a_broken_model(tiny_llama: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"] = np.full(64, 3e38, np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = EmbeddedLM(load_embedded(folder), Progress())
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(EngineError, match="NaN or infinite"):
         model.loglikelihood(requests("loglikelihood", ("I", " am")))
 
 

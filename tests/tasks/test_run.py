@@ -11,6 +11,7 @@ import pytest
 from msquant.errors import CalibrationError, EngineError, RecipeError
 from msquant.progress import Progress
 from msquant.tasks.task_run import evaluate_tasks
+from tests.fixtures.raw_server import RawServer
 from tests.inference.quantized_folder import write_quantized
 from tests.server.running import RunningServer, running
 from tests.tasks.questions import mmlu_questions, sums, write_records
@@ -31,6 +32,13 @@ def server(quantized: Path) -> Iterator[RunningServer]:
 
     with running(load_embedded(quantized)) as server:
         yield server
+
+
+@pytest.fixture
+def raw_server() -> Iterator[RawServer]:
+    server = RawServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture
@@ -100,10 +108,20 @@ def test_both_models_and_the_endpoint(
     assert json.loads(json.dumps(there.as_dict()))["endpoint"] == f"{server.url}/v1"
 
 
+def test_given_answers_by_the_endpoint(quantized: Path, question_folder: Path, server: RunningServer) -> None:
+    settings: dict[str, Any] = {"task_data": question_folder, "num_fewshot": 0, "limit": 8}
+    here = evaluate_tasks(str(quantized), ["ceval-valid_law"], **settings)
+    there = evaluate_tasks(str(quantized), ["ceval-valid_law"], endpoint=f"{server.url}/v1", **settings)
+    assert there.scores == here.scores
+    assert [score.metric for score in there.scores] == ["acc", "acc_norm"]
+
+
 def test_an_endpoint_without_log_probabilities(
-    quantized: Path, question_folder: Path, server: RunningServer
+    quantized: Path, question_folder: Path, raw_server: RawServer
 ) -> None:
-    settings: dict[str, Any] = {"task_data": question_folder, "endpoint": f"{server.url}/v1"}
+    """It says which model it has, and says the same to everything else."""
+    raw_server.answer = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"data": [{"id": "tiny"}]}'
+    settings: dict[str, Any] = {"task_data": question_folder, "endpoint": f"{raw_server.address}/v1"}
     with pytest.raises(EngineError, match=r"no log probabilities(.|\n)*gsm8k"):
         evaluate_tasks(str(quantized), ["ceval-valid_law"], **settings)
 
