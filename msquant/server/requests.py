@@ -72,7 +72,7 @@ class _Request(_Strict):
     model: str | None = None
     """The one that answers, if it is named at all."""
     max_tokens: int | None = Field(None, ge=1)
-    """Of the answer: 16 of a completion, as many as fit of a chat."""
+    """Of the answer; as many as fit if it is not given."""
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     """0 takes the most probable token; 1 if it is not given."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from typing import Any
@@ -14,6 +15,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.observed import ACCESS_LOG
 from msquant.server.pages import Pages
@@ -99,7 +101,11 @@ def test_the_box_gives_an_answer(server: RunningServer, open_page: Open, scheme:
     assert page.locator(".turn").count() == 0
 
 
-def test_the_box_can_be_stopped(server: RunningServer, open_page: Open) -> None:
+def test_the_box_can_be_stopped(
+    server: RunningServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = CpuModel.next_logits
+    monkeypatch.setattr(CpuModel, "next_logits", lambda *given: (time.sleep(0.05), whole(*given))[1])
     page = open_page(f"{server.url}/").page
     page.evaluate("""() => {
         const whole = window.fetch;
@@ -192,6 +198,7 @@ def test_metrics(engine: EmbeddedEngine) -> None:
                 model=MODEL, prompt="I am", max_tokens=4, stream=stream, extra_body={"ignore_eos": True}
             )
             assert made if not stream else list(made)  # type: ignore[call-overload]
+            wait_for(lambda: server.server.worker.active == 0)
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model=MODEL, prompt="")
         httpx.request("BREW", f"{server.url}/made/up", trust_env=False)
