@@ -49,7 +49,7 @@ def test_everything_that_is_offered_is_there_typed_and_explained() -> None:
         assert inspect.getdoc(getattr(msquant, name))
     for name in (*COMMANDS, "load", "find_recipe"):
         function = getattr(msquant, name)
-        assert "Example:" in function.__doc__
+        assert "Examples:" in function.__doc__
         assert "Raises:" in function.__doc__
         hints = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
         assert inspect.Parameter.empty not in [*hints, inspect.signature(function).return_annotation]

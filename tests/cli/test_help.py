@@ -140,8 +140,9 @@ def test_what_the_shell_completes_is_what_is_there(tmp_path: Path, monkeypatch: 
 
 
 def test_completion_installs_for_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The shell is found among the parents; with a single command bash would make way for it.
     shown = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m msquant --show-completion"],
+        ["bash", "-c", f"{sys.executable} -m msquant --show-completion; exit $?"],
         capture_output=True,
         text=True,
         env=os.environ | {"HOME": str(tmp_path)},
