@@ -144,7 +144,7 @@ def truncate(folder: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BAD_SOURCES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "truncated shard": (truncate, [".safetensors", "bytes"]),
+    "truncated shard": (truncate, [".safetensors", "truncated"]),
     "missing shard": (lambda f: drop(f, sorted(f.glob("*.safetensors"))[0].name), [".safetensors"]),
     "missing index": (lambda f: drop(f, "model.safetensors.index.json"), ["model.safetensors.index.json"]),
     "wrong shape": (lambda f: rewrite(f, UP, lambda a: a[:, :-1].copy()), [UP, "[128, 63]", "[128, 64]"]),
