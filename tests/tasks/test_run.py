@@ -149,7 +149,7 @@ def test_tasks_that_cannot_be_asked(
 
 def test_without_the_extra(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"pip install 'msquant\[eval\]'"):
+    with pytest.raises(EngineError, match=r"pip install .*lm-eval\[api\]"):
         evaluate_tasks(str(tiny_llama), ["gsm8k"])
 
 
