@@ -83,6 +83,8 @@ def quantize(
     output: str | Path | None = None,
     *,
     algo: str | None = None,
+    scheme: str | Scheme | None = None,
+    group_size: int | None = None,
     calibration: str | Sequence[str] | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -107,6 +109,8 @@ def quantize(
         model: as `find_recipe` takes it.
         output: the folder to make; it appears when it is complete. MODEL-ALGO in the current folder if None.
         algo: in place of the recipe's algorithm.
+        scheme: of all linears but those that the recipe keeps in floating point: `W4A16`, `W8A8_DYNAMIC`.
+        group_size: columns that share a scale of the weights, in that scheme.
         calibration: in place of its sources: `builtin`, a file, `hf:ORG/NAME`, `gsm8k=25%`, or several.
         samples: calibration sequences.
         sequence_length: tokens in each.
@@ -139,6 +143,8 @@ def quantize(
 
     recipe = find_recipe(model).adjusted(
         algo=algo,
+        scheme=scheme,
+        group_size=group_size,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
@@ -177,6 +183,8 @@ def plan(
     model: "str | Path | Recipe",
     output: str | Path | None = None,
     *,
+    scheme: str | Scheme | None = None,
+    group_size: int | None = None,
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> "Plan":
@@ -185,6 +193,8 @@ def plan(
     Args:
         model: as `find_recipe` takes it; a published model needs no weights here.
         output: the folder that would be made; MODEL-ALGO in the current folder if None.
+        scheme: as for `quantize`.
+        group_size: likewise.
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
 
@@ -202,10 +212,10 @@ def plan(
         '689 GB become 702 GB'
     """
     from msquant.planning.quantization_plan import make_plan
-    from msquant.recipe.recipe import default_folder
+    from msquant.recipe.recipe import Recipe, default_folder
 
-    recipe = find_recipe(model)
-    target = default_folder(str(model if model is not recipe else recipe.model), recipe)
+    recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size)
+    target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     return make_plan(
         recipe,
         target if output is None else Path(output),
@@ -217,6 +227,8 @@ def plan(
 def analyze(
     model: "str | Path | Recipe",
     *,
+    scheme: str | Scheme | None = None,
+    group_size: int | None = None,
     keep_float: int | None = None,
     keep_dynamic: int | None = None,
     max_error: float | None = None,
@@ -231,6 +243,8 @@ def analyze(
 
     Args:
         model: as `find_recipe` takes it.
+        scheme: as for `quantize`.
+        group_size: likewise.
         keep_float: keep at most so many matrices in floating point.
         keep_dynamic: give at most so many a scale per token.
         max_error: keep as few in floating point as bring the summed error down to this.
@@ -257,7 +271,7 @@ def analyze(
     from msquant.quantization.selection import budget_of
 
     return run(
-        find_recipe(model),
+        find_recipe(model).adjusted(scheme=scheme, group_size=group_size),
         budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
         source=None if source is None else str(source),
         device=device,

@@ -1,7 +1,7 @@
 """How a linear layer is computed, as one value: the integers of its weights, of its inputs and of its cache.
 
 The terms are those of compressed-tensors (`quantization/quant_args.py`, `quant_scheme.py`), the words those
-of msModelSlim and golden-stick: `W8A8`, `W8A8_DYNAMIC`, `W8A16`, `FLOAT`.
+of msModelSlim and golden-stick: `W8A8`, `W8A8_DYNAMIC`, `W4A8_DYNAMIC`, `W8A16`, `FLOAT`.
 """
 
 import re
@@ -136,6 +136,9 @@ W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 W8A16 = Scheme(_int(8))
 """Int8 weights; inputs in floating point."""
 
+W4A8_DYNAMIC = Scheme(_int(4), _per_token(8))
+"""Int4 weights; int8 inputs with a scale for every token."""
+
 W4A16 = Scheme(_int(4, 128))
 """Int4 weights in groups of 128 columns; inputs in floating point."""
 
@@ -144,6 +147,7 @@ PRESETS: dict[str, Scheme] = {
     "W8A8": W8A8,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
     "W8A16": W8A16,
+    "W4A8_DYNAMIC": W4A8_DYNAMIC,
     "W4A16": W4A16,
 }
 """The schemes that have a word of their own."""
@@ -176,5 +180,5 @@ def parse_scheme(word: str) -> Scheme:
             return replace(scheme, weights=replace(weights, symmetric=not asymmetric))
     raise RecipeError(
         f"{word!r} is not a scheme",
-        remedy=f"{choices(word, tuple(PRESETS))}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC",
+        remedy=f"{choices(word, tuple(PRESETS))}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC_G64",
     )

@@ -18,6 +18,7 @@ from msquant.recipe.recipe import (
     validate_recipe,
     write_recipe,
 )
+from msquant.schemes import FLOAT, W4A16, Scheme, parse_scheme
 from tests.fixtures.policies import rules
 
 
@@ -44,7 +45,7 @@ def test_a_name_a_file_and_a_folder(tmp_path: Path) -> None:
         ("deepseek-ai/deepseek-r1-0528", "deepseek-r1-0528"),
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b-instruct"),
         ("deepseek-r1-distill-*-70b", "deepseek-r1-distill-llama-70b"),
-        ("Qwen3-30B*", "qwen3-30b-a3b"),
+        ("Qwen3-235B*", "qwen3-235b-a22b"),
         ("qwen3-[38]b", "qwen3-8b"),
         ("SMOLLM2-135m", "smollm2-135m"),
     ],
@@ -282,3 +283,42 @@ def test_the_first_pattern_that_matches_decides() -> None:
     assert str(policy.scheme("model.layers.1.mlp.up_proj")) == "FLOAT"
     assert str(policy.scheme("model.layers.0.mlp.up_proj")) == "W8A8_DYNAMIC"
     assert str(policy.scheme("model.layers.0.self_attn.q_proj")) == "W8A8"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "wanted"),
+    [
+        ("W4A16", None, "W4A16"),
+        ("W4A16", 64, "W4A16_G64"),
+        ("W4A16_G32_ASYM", None, "W4A16_G32_ASYM"),
+        ("W4A8_DYNAMIC", 128, "W4A8_DYNAMIC_G128"),
+        (W4A16, 32, "W4A16_G32"),
+    ],
+)
+def test_a_scheme_replaces_all_rules_but_those_for_floating_point(
+    scheme: str | Scheme, group_size: int | None, wanted: str
+) -> None:
+    changed = find_recipe("deepseek-r1").adjusted(scheme=scheme, group_size=group_size)
+    expected = (("lm_head", FLOAT), ("kv_b_proj", FLOAT), ("*", parse_scheme(wanted)))
+    assert changed.quantization.schemes == expected
+    assert changed.quantization.feed_forward_smoothing == 0.5
+    assert changed.adjusted(samples=3).quantization == changed.quantization
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "message"),
+    [
+        ("W4A61", None, "--scheme: 'W4A61' is not a scheme"),
+        (None, 64, "--group-size: is given without a scheme"),
+        ("W4A16", 0, "--group-size: is 0, a number of columns is expected"),
+        ("W4A16", -1, "--group-size: is -1"),
+        ("FLOAT", 64, "--group-size: FLOAT has no groups"),
+        ("W4A16_G64", 32, "--group-size: is 32, and W4A16_G64 says by itself what shares a scale"),
+        ("W4A16_CHANNEL", 32, "--group-size: is 32, and W4A16_CHANNEL says by itself"),
+    ],
+)
+def test_a_scheme_that_makes_no_sense(scheme: str | None, group_size: int | None, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        find_recipe("qwen3-8b").adjusted(scheme=scheme, group_size=group_size)
+    assert message in str(caught.value)
+    assert caught.value.remedy

@@ -38,8 +38,9 @@ class QuantizedLinear:
     """A linear layer with integer weights.
 
     With quantized inputs `y = weight_scale * input_scale * (weight @ (x_q - input_offset)) + bias` with
-    `x_q = clamp(round(x / input_scale) + input_offset)`, with inputs in floating point `y = (weight_scale *
-    (weight - weight_offset)) @ x + bias`.
+    `x_q = clamp(round(x / input_scale) + input_offset)`, in groups `y = input_scale * ((weight_scale *
+    weight) @ (x_q - input_offset)) + bias`; with inputs in floating point `y = (weight_scale * (weight -
+    weight_offset)) @ x + bias`.
 
     Attributes:
         weight: int8 `[N, K]`, one integer of the scheme's bits in each.
@@ -79,6 +80,17 @@ class QuantizedLinear:
         if self.weight_offset is not None:
             values -= self.weight_offset.reshape(groups.shape)
         return (values * groups).reshape(self.weight.shape)
+
+    @property
+    def factors(self) -> tuple[NDArray[np.int8] | NDArray[np.float32], NDArray[np.float32]]:
+        """What rounded inputs are multiplied by, `[N, K]`, and then each output, `[N]`.
+
+        The integers and their scales; with scales of groups, which are different within a sum, what the
+        integers stand for, and 1.
+        """
+        if self.weight_scale.ndim == 1:
+            return self.weight, self.weight_scale
+        return self.float_weight, np.ones(len(self.weight), np.float32)
 
     def take_rows(self, rows: NDArray[np.integer]) -> "QuantizedLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""

@@ -21,6 +21,8 @@ SHOWN = 20
 def analyze(
     model: options.Model,
     algo: options.Algo = None,
+    scheme: options.SchemeWord = None,
+    group_size: options.GroupSize = None,
     calibration: options.Calibration = None,
     template: options.Template = None,
     chat_template: options.ChatTemplate = None,
@@ -89,6 +91,8 @@ def analyze(
 
     recipe = api.find_recipe(model).adjusted(
         algo=algo,
+        scheme=scheme,
+        group_size=group_size,
         calibration=calibration,
         template=template,
         chat_template=chat_template,

@@ -8,6 +8,7 @@ import typer
 
 from msquant.algorithms import algorithm_names, find_algorithm
 from msquant.errors import RecipeError
+from msquant.schemes import FLOAT, PRESETS
 
 
 def _known_algorithm(name: str | None) -> str | None:
@@ -40,6 +41,11 @@ def complete_models(incomplete: str) -> list[str]:
 def complete_algorithms(incomplete: str) -> list[str]:
     """Names of algorithms for the shell."""
     return _complete(algorithm_names(), incomplete)
+
+
+def complete_schemes(incomplete: str) -> list[str]:
+    """Schemes with a word of their own, for the shell."""
+    return _complete(PRESETS, incomplete)
 
 
 def complete_formats(incomplete: str) -> list[str]:
@@ -105,6 +111,20 @@ Algo = Annotated[
         callback=_known_algorithm,
         autocompletion=complete_algorithms,
     ),
+]
+SchemeWord = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        help="How linears are computed that the recipe does not keep in floating point: "
+        f"{', '.join(word for word in PRESETS if word != str(FLOAT))}, or as in W4A16_G64_ASYM.",
+        autocompletion=complete_schemes,
+        show_default=False,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="Columns that share a scale of the weights, in that scheme.", show_default=False),
 ]
 Calibration = Annotated[
     list[str] | None,

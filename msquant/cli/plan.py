@@ -34,6 +34,8 @@ _STAGES: "dict[Phase, str]" = {
 def plan(
     model: options.Model,
     algo: options.Algo = None,
+    scheme: options.SchemeWord = None,
+    group_size: options.GroupSize = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
@@ -63,6 +65,8 @@ def plan(
     silence_libraries()
     recipe = find_recipe(model).adjusted(
         algo=algo,
+        scheme=scheme,
+        group_size=group_size,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

@@ -1,4 +1,4 @@
-"""`msquant quantize`: a model to W8A8."""
+"""`msquant quantize`: a model to W8A8, or to another scheme."""
 
 import shlex
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ _SHOWN_LAYERS, _WARNED_LAYERS = 10, 3
 def quantize(
     model: options.Model,
     algo: options.Algo = None,
+    scheme: options.SchemeWord = None,
+    group_size: options.GroupSize = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,
@@ -58,7 +60,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Quantize a model to W8A8 and write the checkpoint that an engine serves.
+    """Quantize a model to W8A8, or another scheme, and write the checkpoint that an engine serves.
 
     One decoder layer is in memory at a time. Finished layers are kept when the run is interrupted or killed:
     the same command continues with the next one. Weights that are not here are downloaded first, into
@@ -74,6 +76,8 @@ def quantize(
 
     Example: msquant quantize smollm2-135m --format golden-stick,compressed-tensors
 
+    Example: msquant quantize smollm2-135m --scheme W4A16 --group-size 64 --format compressed-tensors
+
     Example: msquant quantize ./Llama-3.1-8B --calibration texts.jsonl --samples 32
 
     Example: msquant quantize qwen3-8b --calibration builtin --calibration gsm8k=25% --calibration self=4
@@ -87,6 +91,8 @@ def quantize(
 
     recipe = find_recipe(model).adjusted(
         algo=algo,
+        scheme=scheme,
+        group_size=group_size,
         calibration=calibration,
         template=template,
         chat_template=chat_template,

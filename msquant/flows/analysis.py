@@ -91,7 +91,7 @@ def analyze(
     require_device(device)
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
-    model = open_source(source or recipe.model, note=progress.stage)
+    model = open_source(source or recipe.model, note=progress.stage, predictions=recipe.prediction_layers)
     plans = folder_plans(recipe, model)
     plan = plans[0]
     if budget is not None:

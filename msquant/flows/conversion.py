@@ -30,7 +30,7 @@ from msquant.flows.source import model_groups, prediction_layers, refuse_unknown
 from msquant.formats.base import Format
 from msquant.formats.dtypes import DTYPE_CODES, cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan, plan_folder
-from msquant.formats.folder_rules import check_manifest
+from msquant.formats.folder_rules import StoredTensor, check_manifest
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName, folder_format, model_format, refuse_other_formats
 from msquant.interrupts import check_interrupt
@@ -98,7 +98,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
 def _expect(form: Format, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     """As `Checkpoint.expect`, also where another tensor holds the one of that name."""
     found = form.stored(checkpoint, name)
-    if found is None or found.name == name:
+    if found is None or found == StoredTensor(name, checkpoint.shape(name)):
         checkpoint.expect(name, shape)
     elif found.shape != tuple(shape):
         raise CheckpointError(

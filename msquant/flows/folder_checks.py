@@ -61,10 +61,10 @@ def require_memory(folder: Path, config: ModelConfig) -> None:
 
 
 def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
-    """Bytes that the weights take on a CPU, by the headers alone: one for an int8 value, else 4.
+    """Bytes that the weights take on a CPU, by the headers alone: one for an int8 or int4 value, else 4.
 
-    Weights that alone are quantized are computed in floating point. An embedding of its own is read by rows,
-    and multi-token-prediction layers are not computed.
+    Weights that alone are quantized, and those in groups, are computed in floating point. An embedding of its
+    own is read by rows, and multi-token-prediction layers are not computed.
     """
     from msquant.inference.cpu import onednn
 
@@ -81,10 +81,19 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     ]
     form = folder_format(checkpoint.folder)
     schemes = form.stored_schemes(checkpoint, {name.rpartition(".")[0] for name in names}) if form else {}
-    alone = {module for module, scheme in schemes.items() if scheme.is_weight_only}
+    alone = {
+        module
+        for module, scheme in schemes.items()
+        if scheme.is_weight_only or (scheme.weights is not None and scheme.weights.group_size is not None)
+    }
     held = [form.stored(checkpoint, f"{module}.weight") for module in alone] if form else []
+
+    def nbytes(name: str) -> int:
+        if checkpoint.dtype(name) != "I8":
+            return 4 * prod(checkpoint.shape(name))
+        weight = form.stored(checkpoint, name) if form else None
+        return widened * prod(checkpoint.shape(name) if weight is None else weight.shape)
+
     return sum(4 * prod(weight.shape) for weight in held if weight is not None) + sum(
-        prod(checkpoint.shape(name)) * (widened if checkpoint.dtype(name) == "I8" else 4)
-        for name in names
-        if name.rpartition(".")[0] not in alone
+        nbytes(name) for name in names if name.rpartition(".")[0] not in alone
     )

@@ -113,7 +113,9 @@ def quantize(
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
-        model = open_source(source or recipe.model, fetch, progress.stage)
+        model = open_source(
+            source or recipe.model, fetch, progress.stage, predictions=recipe.prediction_layers
+        )
         plans = folder_plans(recipe, model)
         plan = plans[0]
         calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)

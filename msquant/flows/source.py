@@ -50,6 +50,8 @@ def open_source(
     model: str,
     fetch: Callable[[str], Path] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    *,
+    predictions: bool = True,
 ) -> Source:
     """Find a model and check from the headers alone that it is whole and that its config describes it.
 
@@ -57,6 +59,7 @@ def open_source(
         model: as `resolve_model` takes it.
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         note: called with what takes a while.
+        predictions: whether to take its multi-token-prediction layers; without, it is as if it had none.
 
     Raises:
         MsquantError: there is no such model; or a file, tensor, dtype or shape is wrong, those of the scales
@@ -72,7 +75,7 @@ def open_source(
         for name, shape in shapes.items():
             checkpoint.expect_weight(name, shape)
     refuse_unknown_tensors(checkpoint, config.shapes.keys() | {name for shapes in extras for name in shapes})
-    return Source(folder, config, checkpoint, extras)
+    return Source(folder, config, checkpoint, extras if predictions else [])
 
 
 def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:

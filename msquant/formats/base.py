@@ -147,14 +147,14 @@ class Format(ABC):
             dtype: the model's, one of `dtypes`.
             bias: whether it has one.
         """
-        parts = self.part_specs(shape, scheme, dtype)
+        parts = self.part_specs(module, shape, scheme, dtype)
         if bias:
             parts["bias"] = "F32" if self.bias_in_float32 else DTYPE_CODES[dtype], shape[:1]
         return [TensorSpec(f"{module}.{part}", *spec) for part, spec in parts.items()]
 
     @abstractmethod
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The safetensors dtype and the shape of each part beside the bias, as for `linear_specs`."""
 

@@ -22,6 +22,9 @@ Shape = tuple[int, ...]
 # The first two say how the source was quantized; the last names Python files that are not copied.
 _DROPPED = ("quantization_config", "compression_config", "auto_map")
 
+# Those that servers have kernels for, the one that takes the fewest scales first.
+_GROUP_SIZES = (256, 128, 64, 32)
+
 FALLBACK_DTYPE = "bfloat16"
 """What a model is stored in whose own dtype a format does not take."""
 
@@ -127,6 +130,7 @@ def plan_folder(
     form = model_format(format_name, config).made_for(linears)
     stored = dtype if dtype in form.dtypes else FALLBACK_DTYPE
     _check_runs(form, linears, config)
+    _check_groups(groups, linears)
     missing = dict.fromkeys(linears)
     specs: list[list[TensorSpec]] = []
     for shapes in groups:
@@ -139,7 +143,7 @@ def plan_folder(
             has_bias = f"{module}.bias" in shapes
             if module in linears and part == "weight":
                 missing.pop(module, None)
-                _check_linear(name, shape, shapes.get(f"{module}.bias"), scheme)
+                _check_linear(name, shape, shapes.get(f"{module}.bias"))
             if scheme.is_float:
                 specs[-1].append(TensorSpec(name, DTYPE_CODES[stored_dtype(name, stored)], tuple(shape)))
             elif part == "weight":
@@ -158,21 +162,33 @@ def plan_folder(
     )
 
 
-def _check_linear(name: str, shape: Shape, bias: Shape | None, scheme: Scheme) -> None:
+def _check_linear(name: str, shape: Shape, bias: Shape | None) -> None:
     if len(shape) != 2:
         raise CheckpointError(f"has shape {list(shape)}, a matrix [N, K] is expected", where=name)
     if bias is not None and tuple(bias) != tuple(shape[:1]):
         raise CheckpointError(f"has shape {list(shape)}, but its bias {list(bias)}", where=name)
-    size = scheme.weights.group_size if scheme.weights is not None else None
-    if size is not None and shape[1] % size:
-        module, fits = name.removesuffix(".weight"), gcd(shape[1], size)
-        smaller = f"give it groups that do, as in {scheme.in_groups(fits)}, or " if fits > 1 else ""
-        raise RecipeError(
-            f"is {scheme}, but groups of {size} do not divide its {shape[1]} inputs",
-            where=module,
-            remedy=f"{smaller}keep it in floating point: put {{{module}: FLOAT}} at the head of the recipe's "
-            "schemes",
-        )
+
+
+def _check_groups(groups: Sequence[Mapping[str, Shape]], linears: Mapping[str, Scheme]) -> None:
+    """Check that the groups of every layer divide its inputs; the sizes that it names divide all layers'."""
+    shapes = {name: shape for part in groups for name, shape in part.items()}
+    inputs: dict[str, tuple[Scheme, int, int]] = {}
+    for module, scheme in linears.items():
+        shape = shapes.get(f"{module}.weight", ())
+        if scheme.weights is not None and scheme.weights.group_size is not None and len(shape) == 2:
+            inputs[module] = scheme, scheme.weights.group_size, shape[1]
+    for module, (scheme, size, columns) in inputs.items():
+        if columns % size:
+            common = gcd(*(inputs[other][2] for other in inputs))
+            fits = [each for each in _GROUP_SIZES if common % each == 0] or [gcd(columns, size)]
+            sizes = " or ".join(filter(None, (", ".join(map(str, fits[:-1])), str(fits[-1]))))
+            instead = f"groups of {sizes} fit: {scheme.in_groups(fits[0])}; or " if fits[0] > 1 else ""
+            raise RecipeError(
+                f"is {scheme}, but groups of {size} do not divide its {columns} inputs",
+                where=module,
+                remedy=f"{instead}keep it in floating point: put {{{module}: FLOAT}} at the head of the "
+                "recipe's schemes",
+            )
 
 
 def _check_runs(form: Format, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> None:

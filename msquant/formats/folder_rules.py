@@ -17,6 +17,7 @@ from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.dtypes import DTYPE_CODES
 from msquant.formats.scales import all_positive
+from msquant.schemes import Quant
 
 _T = TypeVar("_T")
 
@@ -217,6 +218,16 @@ def layer_shape(checkpoint: Checkpoint, module: str, parts: Iterable[str]) -> tu
     if len(shape) != 2:
         return [Finding(f"{module}.weight", f"has shape {list(shape)}, a matrix [N, K] is expected")]
     return shape[0], shape[1]
+
+
+def check_integers(checkpoint: Checkpoint, name: str, quant: Quant) -> Iterator[Finding]:
+    """Check that a tensor of integers, one in a byte, holds none that its number of bits does not."""
+    values = checkpoint.raw(name)
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if low < quant.low or high > quant.high:
+        yield Finding(
+            name, f"holds {low} to {high}, integers of {quant.bits} bits are {quant.low} to {quant.high}"
+        )
 
 
 def check_positive(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:

@@ -14,12 +14,15 @@ _NARROWER, _WIDER = np.float32(0.992), np.float32(1.01)
 
 
 def weight_scales(module: str, linear: QuantizedLinear) -> NDArray[np.float32]:
-    """The scales of a layer's rows, float32 `[N]`; 1 for a row of zeros, whose own scale is 0.
+    """The scales of a layer's rows, float32 `[N]`, or of their groups, `[N, G]`.
+
+    It is 1 for a row or a group of zeros, whose own scale is 0.
 
     Raises:
         CheckpointError: one is not positive and finite.
     """
-    empty = (linear.weight_scale == 0) & ~linear.weight.any(axis=1)
+    groups = linear.weight.reshape(*linear.weight_scale.shape, -1)
+    empty = (linear.weight_scale == 0) & ~groups.any(axis=-1)
     scales = np.where(empty, np.float32(1), linear.weight_scale).astype(np.float32)
     if not all_positive(scales):
         raise CheckpointError(

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from msquant.families import find_family
-from msquant.formats.compressed_tensors.packed_kernels import kernel_problems
+from msquant.families import expected_shapes, find_family
+from msquant.formats.ascend import four_bits
+from msquant.formats.compressed_tensors.packed_kernels import int4_problems, kernel_problems
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.fused_layers import experts_parent
 from msquant.formats.golden_stick.layout import SECTION
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, refused_keys, rope_problems
 from msquant.formats.registry import find_format, format_names
 from msquant.formats.servers import Parallelism, ServedModel, Server
-from msquant.schemes import FLOAT
+from msquant.schemes import FLOAT, W4A8_DYNAMIC
 
 Reason = tuple[str, str, str]
 """The key, layer or format; what is wrong with it; what to do."""
@@ -264,6 +265,40 @@ def _packed_weights(server: Server, model: ServedModel, parallelism: Parallelism
         return
 
 
+def _int4_kernels(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    if server.name != "vllm":
+        return
+    for module, problem in int4_problems(server.version, model.linears, model.config, parallelism.tensor):
+        yield (
+            module,
+            f"is {model.linears[module]}: {problem}",
+            "serve it with vLLM on a CPU, choose other groups or a smaller tensor_parallel_size, or quantize "
+            "it as W8A8_DYNAMIC",
+        )
+        return
+
+
+def _int4_experts(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    if server.name != "vllm-ascend":
+        return
+    found = [module for module, scheme in model.linears.items() if scheme == W4A8_DYNAMIC]
+    # Experts that are shared out whole are not split.
+    processors = 1 if parallelism.expert else parallelism.tensor
+    if not found or processors == 1:
+        return
+    remedy = "choose a smaller tensor_parallel_size, or share the experts out whole: expert_parallel_size"
+    if four_bits.MOST_PROCESSORS % processors:
+        parts = f"the {four_bits.MOST_PROCESSORS} parts of scale_bias are not shared evenly"
+        yield found[0], f"is W4A8_DYNAMIC: {parts} by {processors} NPUs", remedy
+        return
+    shapes = expected_shapes(dict(model.config)) or {}
+    for module in found:
+        shape = shapes.get(f"{module}.weight")
+        if shape is not None and (problem := four_bits.shape_problem(module, shape, processors)):
+            yield module, f"is W4A8_DYNAMIC: on each of {processors} NPUs {problem}", remedy
+            return
+
+
 def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
     if server.name != "vllm":
         return
@@ -299,5 +334,7 @@ RULES = (
     Rule("key-value-heads", _key_value_heads),
     Rule("expert-kernels", _expert_kernels),
     Rule("packed-weights", _packed_weights),
+    Rule("int4-kernels", _int4_kernels),
+    Rule("int4-experts", _int4_experts),
 )
 """All of them, those that decide first."""

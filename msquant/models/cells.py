@@ -56,7 +56,8 @@ class Int8Linear(nn.Cell):
     Static per tensor when the layer carries `input_scale`, with `x_q = clamp(round(x r + z))` where it has a
     reciprocal r too; otherwise `s_x = max|x| / 127` per token and `z = 0`, see `token_scales`. The sum is
     exact: it is added in float32 over as many channels as stay within float32's exact integers with these
-    weights, and such parts in int32.
+    weights, and such parts in int32. With scales of groups the weights are what the integers stand for, and
+    the sum is float32's.
     """
 
     def __init__(self, linear: QuantizedLinear, dtype: Any) -> None:
@@ -72,13 +73,17 @@ class Int8Linear(nn.Cell):
         self.offset = float(offset)
         # The offset is taken off before the product: x_q - z lies between these.
         self.lowest, self.highest = float(INT8_MIN - offset), float(INT8_MAX - offset)
-        bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
+        weight, output_scale = linear.factors
+        if weight.dtype == np.int8:
+            bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
+        else:
+            bounds = [0, weight.shape[1]]
         self.parts = list(pairwise(bounds))
         self.weights = [
-            Tensor.from_numpy(np.asarray(linear.weight[:, start:stop], dtype=np.float32, order="C"))
+            Tensor.from_numpy(np.asarray(weight[:, start:stop], dtype=np.float32, order="C"))
             for start, stop in self.parts
         ]
-        self.weight_scale = Tensor(linear.weight_scale, ms.float32)
+        self.weight_scale = Tensor(output_scale, ms.float32)
         if self.input_scale is not None:
             self.output_scale = self.weight_scale * self.input_scale
         self.bias = None if linear.bias is None else Tensor(linear.bias, ms.float32)

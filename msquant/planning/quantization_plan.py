@@ -320,14 +320,15 @@ def make_plan(
 
 def _subject(recipe: Recipe, source: str | None) -> _Subject:
     try:
-        found = open_source(source or recipe.model)
+        found = open_source(source or recipe.model, predictions=recipe.prediction_layers)
     except ModelError as error:
         raw = None if source else published_config(recipe.model)
         if raw is None:
             raise
         config = parse_config(raw, "the published config.json")
         note = f"planned from the published config.json alone: {error.what}"
-        return _Subject(None, config, None, config.extra_layers, note)
+        extras = config.extra_layers if recipe.prediction_layers else []
+        return _Subject(None, config, None, extras, note)
     return _Subject(found.folder, found.config, found.checkpoint, found.extras)
 
 

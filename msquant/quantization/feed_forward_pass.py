@@ -327,8 +327,9 @@ def _apply(linear: Linear, x: Floats) -> Floats:
         y = x @ linear.weight.T
     else:
         scale = token_scales(x)
-        y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ linear.weight.T.astype(np.float32)
-        y *= linear.weight_scale * scale
+        weight, output_scale = linear.factors
+        y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ weight.T.astype(np.float32, copy=False)
+        y *= output_scale * scale
     return y if linear.bias is None else y + linear.bias
 
 

@@ -42,6 +42,7 @@ from msquant.formats.registry import (
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving_settings import ServingSettings
 from msquant.recipe.recipe_yaml import read_yaml
+from msquant.schemes import Scheme, parse_scheme
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -134,6 +135,11 @@ class Recipe(BaseModel):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
+    prediction_layers: bool = Field(
+        True,
+        description="Carry multi-token-prediction layers through in floating point; false leaves them out, "
+        "and with them speculative decoding.",
+    )
 
     @property
     def formats(self) -> tuple[FormatName, ...]:
@@ -144,6 +150,8 @@ class Recipe(BaseModel):
         self,
         *,
         algo: str | None = None,
+        scheme: str | Scheme | None = None,
+        group_size: int | None = None,
         calibration: str | Sequence[str] | None = None,
         template: str | None = None,
         chat_template: bool | None = None,
@@ -159,6 +167,8 @@ class Recipe(BaseModel):
 
         Args:
             algo: the algorithm; options that it has in common with the recipe's are kept.
+            scheme: of all linears but those that the recipe keeps in floating point.
+            group_size: columns that share a scale of the weights, in that scheme.
             calibration: a source, or several for a mix.
             template: how a row becomes text, with columns in braces.
             chat_template: put conversations through the tokenizer's chat template.
@@ -173,7 +183,8 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: a value is not valid.
         """
-        changed = self.replace("quantization", algorithm=algo).replace(
+        rules = self._rules(scheme, group_size)
+        changed = self.replace("quantization", algorithm=algo, schemes=rules).replace(
             "calibration",
             source=[calibration] if isinstance(calibration, str) else list(calibration or ()) or None,
             template=template,
@@ -189,6 +200,22 @@ class Recipe(BaseModel):
             changed = changed.model_copy(update={"format": parse_formats(names)})
         return changed if evaluate else changed.replace("evaluation", sequences=0)
 
+    def _rules(
+        self, scheme: str | Scheme | None, group_size: int | None
+    ) -> tuple[tuple[str, Scheme], ...] | None:
+        """The rules for one scheme in place of all others but floating point; None to keep the recipe's."""
+        if scheme is None:
+            if group_size is not None:
+                raise RecipeError(
+                    "is given without a scheme",
+                    where="--group-size",
+                    remedy=f"name the scheme that it is of: --scheme W4A16 --group-size {group_size}",
+                )
+            return None
+        wanted = _scheme_of(scheme, group_size)
+        kept = [(pattern, own) for pattern, own in self.quantization.schemes if own.is_float]
+        return (*(rule for rule in kept if rule[0] != "*"), ("*", wanted))
+
     def replace(self, section: str, **values: Any) -> "Recipe":
         """A copy with those values that are not None put into a section.
 
@@ -201,6 +228,33 @@ class Recipe(BaseModel):
             raw[section] = options_in_common(self.quantization, given["algorithm"])
         raw[section] = {**raw[section], **given}
         return validate_recipe(raw, "the options given")
+
+
+def _scheme_of(scheme: str | Scheme, group_size: int | None) -> Scheme:
+    """A scheme by its word, in groups of so many columns where they are given. Raises RecipeError."""
+    try:
+        found = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    except RecipeError as error:
+        raise RecipeError(error.what, where="--scheme", remedy=error.remedy) from error
+    if group_size is None:
+        return found
+    if group_size < 1:
+        raise RecipeError(
+            f"is {group_size}, a number of columns is expected",
+            where="--group-size",
+            remedy="use 32, 64, 128 or 256",
+        )
+    if found.is_float:
+        raise RecipeError(
+            f"{found} has no groups", where="--group-size", remedy="leave it out, or choose another --scheme"
+        )
+    if isinstance(scheme, str) and ("_G" in scheme or "_CHANNEL" in scheme):
+        raise RecipeError(
+            f"is {group_size}, and {scheme} says by itself what shares a scale",
+            where="--group-size",
+            remedy=f"leave one of them out: --scheme {found.in_groups(group_size)}",
+        )
+    return found.in_groups(group_size)
 
 
 def find_recipe(name: str) -> Recipe:

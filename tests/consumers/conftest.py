@@ -20,6 +20,7 @@ from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import find_recipe
+from msquant.schemes import W4A8_DYNAMIC
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -47,8 +48,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek": _DEEPSEEK,
     "deepseek-published": _DEEPSEEK,
     "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
+    "qwen3-moe-w4a8": {"model_type": "qwen3_moe"},
+    "deepseek-w4a8": _DEEPSEEK,
 }
 """Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`."""
+_INT4_EXPERTS = "-w4a8"
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
 
 _TABLE = pytest.StashKey[list[str]]()
@@ -114,7 +118,8 @@ def _shared_out(size: int, *linears: Linear) -> Layer:
 
 def _quantize(root: Path, name: str) -> None:
     settings = {"dtype": "bfloat16", **MODELS[name]}
-    source = write_tiny(root / "models" / name, settings.pop("model_type"), **settings)
+    family = settings.pop("model_type")
+    source = write_tiny(root / "models" / name, family, **settings)
     if name.endswith("-published"):
         path = source / "config.json"
         config = {k: v for k, v in json.loads(path.read_text()).items() if k not in _NOT_PUBLISHED}
@@ -124,14 +129,18 @@ def _quantize(root: Path, name: str) -> None:
     policy = recipe.quantization.model_copy(
         update={"smooth_alpha": (0.4, 0.6), "weight_clip_ratio": (1.0, 0.9)}
     )
+    if name.endswith(_INT4_EXPERTS):
+        rules = ((".experts.", W4A8_DYNAMIC), *policy.schemes)
+        policy = policy.model_copy(update={"schemes": rules})
     changes = {
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
-    formats = "ascend" if name == "qwen3-moe" else "golden-stick,ascend"
+    only_ascend = family == "qwen3_moe" or name.endswith(_INT4_EXPERTS)
+    formats = "ascend" if only_ascend else "golden-stick,ascend"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)
-    if name == "qwen3-moe":
+    if only_ascend:
         (root / name).rename(root / f"{name}-ascend")
         (root / name).mkdir()
 

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 from vllm_ascend.quantization import modelslim_config
-from vllm_ascend.quantization.methods import w8a8_dynamic, w8a8_static
+from vllm_ascend.quantization.methods import w4a8, w8a8_dynamic, w8a8_static
 from vllm_ascend.quantization.methods.registry import get_scheme_class
 
 from msquant.checkpoint.weights import QuantizedLinear, WeightSource
 from msquant.flows.engines import open_weights
 from msquant.formats.fused_layers import experts_parent
 
-assert w8a8_dynamic, w8a8_static
+assert w4a8, (w8a8_dynamic, w8a8_static)
 TOKENS = 16
 # vLLM's own class of a model names what it fuses; these are Llama's and Qwen2's.
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -76,6 +76,11 @@ class Folder:
         return modelslim_config.get_quant_type_for_layer(
             self.quantization.quant_description, layer, "linear", self.fused
         )
+
+    def expert_word(self, parent: str) -> str:
+        """What vllm-ascend takes the routed experts of a layer for."""
+        description = self.quantization.quant_description
+        return modelslim_config.get_quant_type_for_layer(description, parent, "moe", self.fused)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -138,12 +143,13 @@ def experts_difference(folder: Folder, parent: str) -> float:
     """The routed experts of a layer: made, filled, routed and computed by vllm-ascend."""
     config, prefix = folder.config, f"{parent}."
     count = len({name.removeprefix(prefix).partition(".")[0] for name in folder.tensors if prefix in name})
-    word = modelslim_config.get_quant_type_for_layer(
-        folder.quantization.quant_description, parent, "moe", folder.fused
-    )
+    word = folder.expert_word(parent)
     vllm_ascend_on_cpu.CONFIG.model_config.dtype = torch.float32
+    vllm_ascend_on_cpu.CONFIG.quant_config = folder.quantization
     scheme = get_scheme_class(word, "moe")()
-    inner, hidden = folder.tensors[f"{parent}.0.gate_proj.weight"].shape
+    hidden = folder.tensors[f"{parent}.0.gate_proj.weight"].shape[1]
+    # Of int4 weights two rows are one.
+    inner = len(folder.tensors[f"{parent}.0.gate_proj.weight_scale"])
     layer = torch.nn.Module()
     layer.swiglu_limit = 0.0  # type: ignore[assignment]
     parameters = scheme.get_weight(count, inner, hidden, folder.dtype) | scheme.get_dynamic_quant_param(
@@ -215,7 +221,7 @@ def _routed(
 def examine(path: Path) -> dict[str, Any]:
     """Every layer of a folder."""
     folder = Folder(path)
-    found: dict[str, Any] = {"words": {}, "differences": {}, "experts": {}}
+    found: dict[str, Any] = {"words": {}, "differences": {}, "experts": {}, "expert_words": {}}
     for layer in ("lm_head", "model.embed_tokens"):
         assert folder.word(layer) == "FLOAT"
     for layer, modules in folder.layers().items():
@@ -226,6 +232,7 @@ def examine(path: Path) -> dict[str, Any]:
         {str(experts_parent(name.removesuffix(".weight"))) for name in folder.tensors} - {"None"}
     ):
         if folder.tensors.get(f"{parent}.0.gate_proj.weight", torch.zeros(0)).dtype == torch.int8:
+            found["expert_words"][parent] = folder.expert_word(parent)
             found["experts"][parent] = experts_difference(folder, parent)
     return found
 

@@ -60,7 +60,7 @@ class ToyFormat(Format):
     words: ClassVar[Mapping[Scheme, str]] = {FLOAT: "plain", SIX_BITS: "six bits"}
 
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Weight and scale."""
         return {"weight": ("I8", shape), "weight_scale": ("F32", shape[:1])}

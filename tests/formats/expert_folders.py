@@ -94,8 +94,11 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
     stored_bias = rng.normal(size=shape[0]).astype(np.float32) if bias else None
     if scheme == FLOAT:
         return FloatLinear(rng.normal(size=shape).astype(np.float32), stored_bias)
-    weight = rng.integers(-128, 128, shape, dtype=np.int8)
-    scales = rng.uniform(1e-4, 1e-2, shape[0]).astype(np.float32)
+    quant = scheme.weights
+    assert quant is not None
+    weight = rng.integers(quant.low, quant.high + 1, shape, dtype=np.int8)
+    grouped = () if quant.group_size is None else (shape[1] // quant.group_size,)
+    scales = rng.uniform(1e-4, 1e-2, (shape[0], *grouped)).astype(np.float32)
     if scheme != W8A8:
         # Servers keep these in the model's dtype.
         scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)

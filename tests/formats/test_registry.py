@@ -45,7 +45,7 @@ class ToyFormat(Format):
     words = _WORDS
 
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"weight": ("I8", shape), "scale": ("F32", shape[:1])}
 

@@ -8,7 +8,7 @@ import pytest
 from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server
 from msquant.formats.serving_rules import RULES
 from msquant.formats.verdicts import best_refusal, refusals, servers_of, serving_table
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
 from tests.formats.folders import CONFIG
 
@@ -51,9 +51,19 @@ def moe(scheme: Scheme, model_type: str = "qwen3_moe") -> ServedModel:
 PACKED, PACKED_EXPERT = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts.0.up_proj"
 
 
-def packed(word: str, hidden: int = 16) -> ServedModel:
-    changes = {"hidden_size": hidden, "head_dim": 4}
+def packed(word: str, hidden: int = 16, **changes: Any) -> ServedModel:
+    changes = {"hidden_size": hidden, "head_dim": 4} | changes
     return ServedModel("compressed-tensors", "", CONFIG | changes, {PACKED: parse_scheme(word)})
+
+
+EXPERT_UP = "model.layers.0.mlp.experts.0.up_proj"
+
+
+def int4_experts() -> ServedModel:
+    sizes = {"num_attention_heads": 96, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 192}
+    sizes |= {"moe_intermediate_size": 96, "intermediate_size": 96, "num_experts": 96}
+    linears: dict[str, Scheme] = {EXPERT_UP: W4A8_DYNAMIC}
+    return ServedModel("ascend", "ascendV1", QWEN | sizes, linears)
 
 
 CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
@@ -116,6 +126,17 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
         (GPU, moe(parse_scheme("W4A16_G8_ASYM")), Parallelism(), PACKED_EXPERT, "no zero points"),
         (CPU, moe(parse_scheme("W4A16_CHANNEL")), Parallelism(), PACKED_EXPERT, "on a CPU have groups"),
     ],
+    "int4-kernels": [
+        (GPU, packed("W4A8_DYNAMIC"), Parallelism(), PACKED, "no kernel for GPUs takes int4 weights"),
+        (CPU, packed("W4A8_DYNAMIC_G16"), Parallelism(), PACKED, "takes groups of multiples of 32"),
+        (CPU, packed("W4A8_DYNAMIC_G32"), Parallelism(), PACKED, "groups of 32 do not divide the 16 inputs"),
+        (CPU, packed("W4A8_DYNAMIC", head_dim=1), TP4, PACKED, "pairs do not divide the 1 inputs"),
+    ],
+    "int4-experts": [
+        (ASCEND, int4_experts(), Parallelism(3), EXPERT_UP, "not shared evenly by 3 NPUs"),
+        (ASCEND, int4_experts(), Parallelism(32), EXPERT_UP, "not shared evenly by 32 NPUs"),
+        (ASCEND, int4_experts(), Parallelism(16), EXPERT_UP, "on each of 16 NPUs 4 do not divide its 6 rows"),
+    ],
 }
 
 
@@ -154,6 +175,10 @@ def test_what_a_server_refuses_is_named(
         # Multi-token-prediction layers are built without quantization.
         (MF17, deepseek({"model.layers.2.self_attn.q_a_proj": FLOAT}), TP4),
         (CPU, moe(W8A8_DYNAMIC), Parallelism()),
+        (CPU, packed("W4A8_DYNAMIC"), TP4),
+        (CPU, moe(W4A8_DYNAMIC), Parallelism()),
+        (ASCEND, int4_experts(), Parallelism(8)),
+        (ASCEND, int4_experts(), Parallelism(32, 1, 32)),
         (CPU, moe(FLOAT, "deepseek_v3"), Parallelism()),
         (GPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism()),
     ],

@@ -109,6 +109,46 @@ def test_published_models_are_planned_without_weights(name: str, tmp_path: Path)
     assert 0.45 < plan.output_bytes / plan.source_bytes < 0.65
 
 
+def test_r1_with_int4_experts_fits_eight_npus(tmp_path: Path) -> None:
+    recipe = find_recipe("deepseek-r1-w4a8")
+    plan = make_plan(recipe, tmp_path / "out")
+    assert plan.output_bytes < 380e9
+    assert plan.variant == "ascendV1"
+    experts = next(part for part in plan.parts if part.kind == "experts")
+    assert experts.linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3, "W4A8_DYNAMIC": 768}
+    assert [part.kind for part in plan.parts].count("prediction") == 0
+    whole = make_plan(recipe.model_copy(update={"prediction_layers": True}), tmp_path / "out")
+    assert [part.kind for part in whole.parts].count("prediction") == 1
+    # Embedding, head and experts of a layer in bfloat16.
+    assert whole.output_bytes - plan.output_bytes == pytest.approx(26.9e9, rel=1e-2)
+
+
+def test_qwen3_with_int4_experts(tmp_path: Path) -> None:
+    eight, four = (make_plan(find_recipe(f"qwen3-30b-a3b{end}"), tmp_path / "out") for end in ("", "-w4a8"))
+    # 48 layers of 128 experts with three matrices of 768 x 2048, half a byte each, less the added scale_bias.
+    saved = 48 * 128 * (3 * 768 * 2048 // 2 - 4 * (2 * 768 + 16 * 2048))
+    assert eight.output_bytes - four.output_bytes == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "problem", "remedy"),
+    [
+        ("W4A16", 96, "groups of 96 do not divide its 4096 inputs", "256, 128, 64 or 32 fit: W4A16_G256"),
+        ("W4A8_DYNAMIC", 100, "groups of 100 do not divide its 4096 inputs", "W4A8_DYNAMIC_G256"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused_with_those_that_fit(
+    scheme: str, group_size: int, problem: str, remedy: str, tmp_path: Path
+) -> None:
+    recipe = find_recipe("qwen3-8b").adjusted(
+        scheme=scheme, group_size=group_size, formats="compressed-tensors"
+    )
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe, tmp_path / "out")
+    assert problem in str(caught.value)
+    assert remedy in str(caught.value.remedy)
+
+
 def test_planning_does_not_load_mindspore(tiny_llama: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from msquant.planning.quantization_plan import make_plan; "

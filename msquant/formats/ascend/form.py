@@ -1,10 +1,11 @@
 """msModelSlim's format for vllm-ascend, as one of the formats.
 
 Read in vllm-ascend (quantization/modelslim_config.py: `get_linear_quant_type`, `is_layer_skipped_ascend`;
-methods/registry.py; attention/mla_v1.py: `process_weights_after_loading`) and msModelSlim (ascendv1.py).
+methods/registry.py, w4a8.py; attention/mla_v1.py: `process_weights_after_loading`) and msModelSlim
+(ascendv1.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.families import expected_shapes
+from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
+    PER_CHANNEL,
     QUANT_METHOD,
     SERVED_DTYPES,
     WORDS,
@@ -28,10 +32,17 @@ from msquant.formats.ascend.layout import (
     read_description,
 )
 from msquant.formats.ascend.reader import AscendCheckpoint
-from msquant.formats.ascend.rules import check_config, check_head, check_tensors, check_words
+from msquant.formats.ascend.rules import (
+    check_config,
+    check_four_bits,
+    check_head,
+    check_tensors,
+    check_words,
+)
 from msquant.formats.base import Format
 from msquant.formats.dtypes import model_dtype
-from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.folder_rules import Finding, StoredTensor, attempt
+from msquant.formats.fused_layers import experts_parent
 from msquant.formats.scales import (
     all_positive,
     deq_scales,
@@ -40,7 +51,7 @@ from msquant.formats.scales import (
     weight_scales,
 )
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import Scheme
+from msquant.schemes import W4A8_DYNAMIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class AscendFormat(Format):
     # msModelSlim keeps the bias beside `quant_bias` so.
     bias_in_float32 = True
     folded = "{}, which it folds into the attention,"
+    expert_schemes = "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
 
     variant: str = "ascendV1"
 
@@ -74,11 +86,29 @@ class AscendFormat(Format):
             return False
         return "version" in described or "model_quant_type" in described
 
+    def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Check that vllm-ascend can run the layers of a model in the given schemes together."""
+        yield from super().check(linears, config)
+        small = [module for module, scheme in linears.items() if scheme == W4A8_DYNAMIC]
+        shapes = (expected_shapes(dict(config)) or {}) if small else {}
+        for module in small:
+            shape = shapes.get(f"{module}.weight")
+            if not experts_parent(module):
+                yield Finding(
+                    module,
+                    "is W4A8_DYNAMIC: no version of vllm-ascend has that, with one scale a row, for other "
+                    "layers than routed experts",
+                )
+            elif shape is not None and (problem := four_bits.shape_problem(module, shape)):
+                yield Finding(module, f"is W4A8_DYNAMIC: {problem}")
+
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows = shape[:1]
+        if scheme == W4A8_DYNAMIC:
+            return four_bits.part_specs(module, shape)
         if not scheme.is_static:
             scales = "F32", (*rows, 1)
             return {"weight": ("I8", shape), "weight_scale": scales, "weight_offset": scales}
@@ -103,12 +133,14 @@ class AscendFormat(Format):
             s_x s_w float32 [N], in a float16 model int64 with its bits; `quant_bias` = round(bias /
             deq_scale) - sum_k zp W int32 [N]; `input_scale` = s_x and `input_offset` = zp float32 [1].
             W8A8_DYNAMIC and W8A16: `weight` int8 [N, K]; `weight_scale` = s_w and `weight_offset` = 0,
-            float32 [N, 1].
+            float32 [N, 1]. W4A8_DYNAMIC: what `four_bits.encode` returns.
 
         Raises:
             CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the
                 zero point is no int8; a sum does not fit int32.
         """
+        if linear.scheme == W4A8_DYNAMIC:
+            return four_bits.encode(module, linear.weight, weight_scales(module, linear))
         if not linear.is_static:
             scale = weight_scales(module, linear).reshape(-1, 1)
             return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
@@ -145,10 +177,19 @@ class AscendFormat(Format):
             module, _, part = name.rpartition(".")
             description[name] = FLOAT if part == "bias" else described.get(module, FLOAT)
         words = set(description.values())
-        # The order of msModelSlim's QUANT_TYPE_PRIORITY.
-        model_type = next(word for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", FLOAT) if word in words)
-        entries = {"version": "1.0.0", "model_quant_type": model_type, "metadata": {}, "group_size": 0}
+        # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
+        order = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
+        model_type = next(word for word in order if word in words)
+        entries = {"model_quant_type": model_type, "metadata": {}, **PER_CHANNEL}
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
+
+    def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
+        """What holds a tensor of the model, also where one byte of a weight is two numbers."""
+        found = super().stored(checkpoint, name)
+        module, _, part = name.rpartition(".")
+        if found is None or part != "weight" or f"{module}.scale_bias" not in checkpoint:
+            return found
+        return StoredTensor(name, (2 * found.shape[0], *found.shape[1:]))
 
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """By the tensors, and by the description where those are alike.
@@ -162,7 +203,7 @@ class AscendFormat(Format):
         schemes = {module: stored_scheme(checkpoint, module) for module in modules}
         for module, scheme in schemes.items():
             said = described.scheme(module)
-            if scheme.is_dynamic and said is not None and said.is_weight_only:
+            if scheme.is_dynamic and said is not None and (said.is_weight_only or said.is_dynamic):
                 schemes[module] = said
         return schemes
 
@@ -185,6 +226,7 @@ class AscendFormat(Format):
             schemes = {module: description.scheme(module) for module in modules}
             findings += check_words(description, checkpoint.weight_map)
             findings += check_head(description)
+            findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
             findings += self.check(known, config or {})

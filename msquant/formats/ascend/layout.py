@@ -14,6 +14,8 @@ itself. The layer's own bias is part of `quant_bias`. Per-token activations:
 With weights alone in int8 (W8A16) the tensors are the same, and
 
     y = (weight_scale * weight) @ x + bias
+
+Those of routed experts with int4 weights (W4A8_DYNAMIC) are in `four_bits`.
 """
 
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from msquant import schemes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.formats.ascend import four_bits
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
 from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
@@ -42,6 +45,7 @@ WORDS: Mapping[Scheme, str] = {
     schemes.FLOAT: FLOAT,
     schemes.W8A8: "W8A8",
     schemes.W8A8_DYNAMIC: "W8A8_DYNAMIC",
+    schemes.W4A8_DYNAMIC: "W4A8_DYNAMIC",
     schemes.W8A16: "W8A16",
 }
 """The word the description has for each scheme that vllm-ascend runs and msquant reads."""
@@ -54,6 +58,10 @@ STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scal
 
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 """The tensors of a W8A8_DYNAMIC or W8A16 linear layer, likewise."""
+
+PER_CHANNEL: Mapping[str, Any] = {"version": "1.0.0", "group_size": 0}
+"""Entries of the description by which vllm-ascend takes int4 weights as packed, with one scale a row. What it
+takes a missing `group_size` for is 256."""
 
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vllm-ascend accepts with this format (`AscendModelSlimConfig.get_supported_act_dtypes`)."""
@@ -103,8 +111,15 @@ def read_description(folder: Path) -> Description:
 
 def _refused(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        what, where=path, remedy="msquant reads layers in int8 with a floating-point cache"
+        what, where=path, remedy="msquant reads layers in int8 or int4 with a floating-point cache"
     )
+
+
+def parts_of(scheme: Scheme) -> tuple[str, ...]:
+    """The tensors of a quantized layer; the layer's own `bias` is the only other one."""
+    if scheme == schemes.W4A8_DYNAMIC:
+        return four_bits.PARTS
+    return STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
 
 
 def deq_scale_code(dtype: str | None) -> str:
@@ -156,7 +171,8 @@ def decode_linear(
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
         dtype: the model's, in which the engine keeps `weight_scale`, `input_scale` and its reciprocal; None
             if config.json does not say: they are then exact.
-        scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same.
+        scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same. Of
+            experts with int4 weights the engine keeps `weight_scale` in float32.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -170,7 +186,9 @@ def decode_linear(
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
         scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
-        if dtype is not None:
+        if scheme == schemes.W4A8_DYNAMIC:
+            weight = four_bits.unpack_rows(weight)
+        elif dtype is not None:
             scale = held_scales(scale, dtype)
         if not all_positive(scale):
             raise CheckpointError("its scales are not positive and finite", where=module)

@@ -7,11 +7,10 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend.layout import (
-    DYNAMIC_PARTS,
-    STATIC_PARTS,
     WORDS,
     Description,
     decode_linear,
+    parts_of,
     read_description,
 )
 from msquant.formats.ascend.rules import check_layout
@@ -72,6 +71,5 @@ class AscendCheckpoint(FolderSource):
                 where=f"{self.checkpoint.folder}, {module}",
                 remedy=f"msquant reads {', '.join(WORDS.values())}",
             )
-        names = STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
-        parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme))
+        parts = self.parts(module, parts_of(scheme), check_layout(self.checkpoint, module, scheme))
         return decode_linear(module, parts, self.dtype, scheme)

@@ -1,8 +1,8 @@
 """The rules a folder must keep for vllm-ascend to load and compute it correctly.
 
 Each rule is taken from what vllm-ascend does (quantization/modelslim_config.py, method_adapters.py; in
-methods/ w8a8_static.py, w8a8_dynamic.py, w8a16.py: `get_pertensor_param`, `get_perchannel_param`), and from
-vLLM, whose loader calls it: it copies into a parameter's dtype, but insists on its shape.
+methods/ w8a8_static.py, w8a8_dynamic.py, w8a16.py: `get_pertensor_param`, `get_perchannel_param`; w4a8.py),
+and from vLLM, whose loader calls it: it copies into a parameter's dtype, but insists on its shape.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
+from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
-    DYNAMIC_PARTS,
+    PER_CHANNEL,
     SERVED_DTYPES,
-    STATIC_PARTS,
     WORDS,
     Description,
     deq_scale_code,
     deq_scale_values,
     folded_bias,
+    parts_of,
     zero_point_of,
 )
 from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
@@ -38,7 +39,7 @@ from msquant.formats.folder_rules import (
 )
 from msquant.formats.fused_layers import check_fused_inputs
 from msquant.formats.scales import all_positive, rounded_reciprocal
-from msquant.schemes import FLOAT, Scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, Scheme
 
 _INT8 = frozenset({"I8"})
 _ANY_DEQ_SCALE = frozenset({"F32", "I64"})
@@ -90,6 +91,19 @@ def check_words(description: Description, stored: Mapping[str, str]) -> Iterator
             )
 
 
+def check_four_bits(description: Description) -> Iterator[Finding]:
+    """Check what vllm-ascend reads of the description where experts have int4 weights."""
+    if WORDS[W4A8_DYNAMIC] not in description.tensors.values():
+        return
+    for key, wanted in PER_CHANNEL.items():
+        found = description.entries.get(key)
+        if found != wanted or type(found) is not type(wanted):
+            yield Finding(
+                DESCRIPTION_NAME,
+                f"{key} is {found!r}: {W4A8_DYNAMIC} is read with {wanted!r}, packed, with one scale a row",
+            )
+
+
 def check_layout(
     checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None = None
 ) -> list[Finding]:
@@ -101,13 +115,21 @@ def check_layout(
         scheme: one of `WORDS`, not in floating point.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
     """
+    if scheme == W4A8_DYNAMIC and (grouped := f"{module}.{four_bits.GROUP_PART}") in checkpoint:
+        return [Finding(grouped, "is there: int4 weights are read with one scale a row, not in groups")]
     static = scheme.is_static
-    shape = layer_shape(checkpoint, module, STATIC_PARTS if static else DYNAMIC_PARTS)
+    shape = layer_shape(checkpoint, module, parts_of(scheme))
     if isinstance(shape, list):
         return shape
     rows = shape[:1]
     expected: Parts = {"weight": (_INT8, (shape,))}
-    if not static:
+    if scheme == W4A8_DYNAMIC:
+        whole = 2 * shape[0], shape[1]
+        if problem := four_bits.shape_problem(module, whole):
+            return [Finding(f"{module}.weight", problem)]
+        specs = four_bits.part_specs(module, whole)
+        expected = {part: (frozenset({code}), (size,)) for part, (code, size) in specs.items()}
+    elif not static:
         expected["weight_scale"] = (FLOAT_CODES, ((*rows, 1),))
         expected["weight_offset"] = (FLOAT_CODES, ((*rows, 1),))
     else:
@@ -159,6 +181,11 @@ def _check_values(
             yield Finding(
                 f"{module}.weight_offset", "is not zero everywhere: the engine takes weights as symmetric"
             )
+        if scheme == W4A8_DYNAMIC:
+            stored = (checkpoint.raw(f"{module}.{part}") for part in ("weight", "weight_scale", "scale_bias"))
+            weight, scale, added = stored
+            for problem in four_bits.bias_problems(four_bits.unpack_rows(weight), scale, added):
+                yield Finding(f"{module}.scale_bias", problem)
         return
     deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
     zero_point = zero_point_of(checkpoint.raw(f"{module}.input_offset"))

@@ -19,7 +19,7 @@ from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import folded_linears
 from msquant.formats.base import Format
-from msquant.formats.compressed_tensors import packed
+from msquant.formats.compressed_tensors import layout, packed
 from msquant.formats.compressed_tensors.layout import SERVED_DTYPES, exact_scale
 from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoint
 from msquant.formats.compressed_tensors.rules import check_fused_targets, check_tensors, section_schemes
@@ -34,10 +34,13 @@ from msquant.formats.compressed_tensors.section import (
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import Finding, StoredTensor, attempt
 from msquant.formats.scales import input_parameters, weight_scales
-from msquant.schemes import FLOAT, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 
-# Beside these, weights alone in other groups and widths, see `packed.is_packed`.
-_WORDS: Mapping[Scheme, str] = {scheme: str(scheme) for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16, W4A16)}
+# Beside these, int4 weights with per-token activations in groups, see `layout.takes`, and weights alone in
+# other groups and widths, see `packed.is_packed`.
+_WORDS: Mapping[Scheme, str] = {
+    scheme: str(scheme) for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, W8A16, W4A16)
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class CompressedTensorsFormat(Format):
     server = "vllm"
     dtypes = SERVED_DTYPES
     words = _WORDS
-    expert_schemes = "weights alone quantized, or per-token activations (W8A8_DYNAMIC)"
+    expert_schemes = "weights alone quantized, or per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
 
     variant: str = FORMAT
 
@@ -67,8 +70,8 @@ class CompressedTensorsFormat(Format):
         return find_section(config) is not None
 
     def takes(self, scheme: Scheme) -> bool:
-        """One of `words`, or weights alone in any width that the packed layout holds."""
-        return super().takes(scheme) or packed.is_packed(scheme)
+        """One of `words`, also in groups, or weights alone in any width that the packed layout holds."""
+        return scheme.is_float or layout.takes(scheme) or packed.is_packed(scheme)
 
     def takes_experts(self, scheme: Scheme) -> bool:
         """Per-token activations, or weights alone."""
@@ -91,12 +94,16 @@ class CompressedTensorsFormat(Format):
                 )
 
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         if packed.is_packed(scheme) and scheme.weights is not None:
             return packed.part_specs(scheme.weights, shape, dtype)
-        parts = {"weight": ("I8", shape), "weight_scale": ("F32", (*shape[:1], 1))}
+        assert scheme.weights is not None
+        parts = {
+            "weight": ("I8", shape),
+            "weight_scale": ("F32", layout.scale_shape(scheme.weights, shape)),
+        }
         if scheme.is_static:
             parts |= {"input_scale": ("F32", (1,)), "input_zero_point": ("I8", (1,))}
         return parts
@@ -110,8 +117,9 @@ class CompressedTensorsFormat(Format):
         takes symmetric static activations for dynamic ones.
 
         Returns:
-            `weight` int8 [N, K], `weight_scale` float32 [N, 1] and, with static activations, `input_scale`
-            float32 [1], rounded to `dtype` and to 16 bits, and `input_zero_point` int8 [1].
+            `weight` int8 [N, K], one integer in each, `weight_scale` float32 [N, 1], or [N, K / group_size],
+            and, with static activations, `input_scale` float32 [1], rounded to `dtype` and to 16 bits, and
+            `input_zero_point` int8 [1].
 
         Raises:
             CheckpointError: a scale is not positive and finite; the zero point is no int8.
@@ -120,7 +128,7 @@ class CompressedTensorsFormat(Format):
             return packed.encode_parts(module, linear, dtype)
         parts: dict[str, NDArray[Any]] = {
             "weight": linear.weight,
-            "weight_scale": weight_scales(module, linear).reshape(-1, 1),
+            "weight_scale": weight_scales(module, linear).reshape(len(linear.weight), -1),
         }
         if linear.is_static:
             scale, zero_point = input_parameters(module, linear, dtype)
@@ -142,14 +150,16 @@ class CompressedTensorsFormat(Format):
         return StoredTensor(tensor, packed.stored_shape(checkpoint, name.removesuffix(".weight")))
 
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
-        """The schemes of some modules; of packed ones as `config.json` says, which knows their width."""
+        """The schemes of some modules; `config.json` knows the width of integers that tensors do not tell."""
         modules = list(modules)
         schemes = super().stored_schemes(checkpoint, modules)
-        hidden = [module for module in modules if f"{module}.weight_packed" in checkpoint]
         section = attempt([], lambda: read_section(read_json(checkpoint.folder / "config.json")))
-        for module in hidden:
-            group = section.group(module) if section is not None else None
-            if group is not None and packed.is_packed(group.scheme):
+        for module in modules:
+            hidden = f"{module}.weight_packed" in checkpoint
+            if section is None or not (hidden or schemes[module].is_dynamic):
+                continue
+            group = section.group(module)
+            if group is not None and (packed.is_packed(group.scheme) if hidden else group.scheme.is_dynamic):
                 schemes[module] = group.scheme
         return schemes
 

@@ -1,12 +1,14 @@
 """The tensors of one linear layer in the compressed-tensors layout `int-quantized`, written and read back.
 
-It is that of vLLM's `CompressedTensorsW8A8Int8` (vllm 0.11.0 and 0.32.0, compressed_tensors/schemes), whose
-kernels (kernels/.../scaled_mm) compute
+It is that of vLLM's `CompressedTensorsW8A8Int8` and, with one int4 weight in a byte,
+`CompressedTensorsW4A8Int` (vllm 0.11.0 and 0.32.0, compressed_tensors/schemes), whose kernels
+(kernels/.../scaled_mm) compute
 
     y = input_scale * weight_scale * (weight @ (x_q - input_zero_point)) + bias
     x_q = clamp(round(x / input_scale) + input_zero_point)
 
 with static activations; with dynamic ones `input_scale` is max|x| / 127 of each token, without a zero point.
+int4 weights may have a scale for each group of columns.
 """
 
 from collections.abc import Mapping
@@ -17,8 +19,9 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
+from msquant.formats.compressed_tensors.packed import groups_of
 from msquant.formats.scales import all_positive
-from msquant.schemes import W8A8, W8A8_DYNAMIC
+from msquant.schemes import W8A8, W8A8_DYNAMIC, Quant, Scheme
 
 STATIC_PARTS = ("weight", "weight_scale", "input_scale", "input_zero_point")
 """The tensors of a layer with static activations; the layer's own `bias` is the only other one."""
@@ -44,7 +47,24 @@ def exact_scale(scale: np.float32) -> np.float32:
     return np.float32(np.ldexp(np.rint(np.ldexp(mantissa, _SCALE_BITS)), exponent - _SCALE_BITS))
 
 
-def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def takes(scheme: Scheme) -> bool:
+    """Whether a layer is stored so: int8 weights with int8 inputs, or int4 weights with per-token ones."""
+    return scheme in (W8A8, W8A8_DYNAMIC) or (
+        scheme.inputs == W8A8_DYNAMIC.inputs
+        and scheme.weights is not None
+        and scheme.weights.bits == 4
+        and scheme.weights.symmetric
+    )
+
+
+def scale_shape(quant: Quant, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of `weight_scale` of a weight `[N, K]`: one a row, or one a group of it."""
+    return shape[0], groups_of(quant, shape[1])
+
+
+def decode_linear(
+    module: str, tensors: Mapping[str, NDArray[Any]], scheme: Scheme | None = None
+) -> QuantizedLinear:
     """The quantized layer that `encode_linear`, or another tool, stored.
 
     Args:
@@ -52,14 +72,15 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
         tensors: `weight` and `weight_scale` by full name; `input_scale` where activations are static,
             `input_zero_point` where they are asymmetric too; `bias` if there is one. Scales may be in any
             floating-point dtype, and one for the whole weight.
+        scheme: as `config.json` has it; None for int8 weights.
 
     Raises:
         CheckpointError: a scale is not positive and finite.
     """
     weight, bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
-    scale = np.broadcast_to(
-        tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1), weight.shape[:1]
-    )
+    scale = tensors[f"{module}.weight_scale"].astype(np.float32)
+    if scheme is None or scheme.weights is None or scheme.weights.group_size is None:
+        scale = np.broadcast_to(scale.reshape(-1), weight.shape[:1])
     input_scale, input_offset = None, None
     if f"{module}.input_scale" in tensors:
         input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)
@@ -70,7 +91,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]]) -> Quantized
     return QuantizedLinear(
         weight=weight,
         weight_scale=scale.copy(),
-        scheme=W8A8_DYNAMIC if input_scale is None else W8A8,
+        scheme=scheme or (W8A8_DYNAMIC if input_scale is None else W8A8),
         bias=None if bias is None else bias.astype(np.float32),
         input_scale=input_scale,
         input_offset=input_offset,

@@ -58,4 +58,4 @@ class CompressedTensorsCheckpoint(FolderSource):
                 where=self.checkpoint.folder,
                 remedy="quantize again with symmetric weights, as vLLM takes them to be",
             )
-        return decode_linear(module, parts)
+        return decode_linear(module, parts, group.scheme)

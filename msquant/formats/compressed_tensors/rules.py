@@ -12,7 +12,7 @@ import numpy as np
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.formats.compressed_tensors import packed
-from msquant.formats.compressed_tensors.layout import DYNAMIC_PARTS, STATIC_PARTS
+from msquant.formats.compressed_tensors.layout import DYNAMIC_PARTS, STATIC_PARTS, scale_shape
 from msquant.formats.compressed_tensors.section import ConfigGroup, Section
 from msquant.formats.folder_rules import (
     FLOAT_CODES,
@@ -20,6 +20,7 @@ from msquant.formats.folder_rules import (
     Parts,
     Shape,
     check_float,
+    check_integers,
     check_parts,
     check_positive,
     layer_shape,
@@ -80,9 +81,14 @@ def check_layout(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> lis
     shape = layer_shape(checkpoint, module, parts_of(group))
     if isinstance(shape, list):
         return shape
+    quant = group.scheme.weights
+    assert quant is not None
+    if quant.group_size is not None and shape[1] % quant.group_size:
+        problem = f"has {shape[1]} inputs, which groups of {quant.group_size} do not divide"
+        return [Finding(f"{module}.weight", problem)]
     expected: Parts = {
         "weight": (_INT8, (shape,)),
-        "weight_scale": (FLOAT_CODES, ((shape[0], 1),) if group.per_channel else _NUMBER),
+        "weight_scale": (FLOAT_CODES, (scale_shape(quant, shape),) if group.per_channel else _NUMBER),
         "input_scale": (FLOAT_CODES, _NUMBER),
         "input_zero_point": (_INT8, _NUMBER),
     }
@@ -137,5 +143,8 @@ def _check_values(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> It
     zero_point = f"{module}.weight_zero_point"
     if packed.is_packed(group.scheme):
         return
+    quant = group.scheme.weights
+    if quant is not None and quant.bits < 8:
+        yield from check_integers(checkpoint, f"{module}.weight", quant)
     if zero_point in checkpoint and np.any(checkpoint.raw(zero_point)):
         yield Finding(zero_point, "is not zero: vLLM takes weights as symmetric")

@@ -7,7 +7,7 @@ Read in vllm 0.11.0 and 0.32.0 (compressed_tensors.py, utils.py) and compressed-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from msquant.errors import CheckpointError
@@ -24,15 +24,13 @@ MIXED = "mixed-precision"
 """The format of a folder whose groups are in several, each of which names its own."""
 
 # `naive-quantized`, its older name, stores the same tensors.
-_INT8_FORMATS = (FORMAT, "naive-quantized")
-_FORMATS = (*_INT8_FORMATS, packed.FORMAT, MIXED)
+_INT_FORMATS = (FORMAT, "naive-quantized")
+_FORMATS = (*_INT_FORMATS, packed.FORMAT, MIXED)
 
 _CLASS = "Linear"
 _INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
-_INPUTS: dict[Scheme, dict[str, Any]] = {
-    W8A8: {**_INT8, "symmetric": False, "strategy": "tensor", "dynamic": False},
-    W8A8_DYNAMIC: {**_INT8, "symmetric": True, "strategy": "token", "dynamic": True},
-}
+_STATIC = {**_INT8, "symmetric": False, "strategy": "tensor", "dynamic": False}
+_PER_TOKEN = {**_INT8, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -45,9 +43,10 @@ class ConfigGroup:
     Attributes:
         name: its key in `config_groups`.
         targets: names, patterns or classes of layers.
-        scheme: `W8A8` or `W8A8_DYNAMIC`, or one with weights alone that is packed.
+        scheme: `W8A8`, `W8A8_DYNAMIC` or `W4A8_DYNAMIC`, this in groups too, or one with weights alone that
+            is packed.
         symmetric: whether activations have no zero point.
-        per_channel: whether a weight has one scale a row, or one for all.
+        per_channel: whether a row of a weight has scales of its own, or all have one.
     """
 
     name: str
@@ -110,7 +109,7 @@ def make_section(linears: Mapping[str, Scheme], names: Iterable[str]) -> dict[st
         groups[f"group_{number}"] = {
             "targets": patterns(mine, others, fused=True) if number else [_CLASS],
             "weights": _weights(scheme),
-            "input_activations": dict(_INPUTS[scheme]) if scheme in _INPUTS else None,
+            "input_activations": _inputs(scheme),
             "output_activations": None,
         }
         # Without it, the format of the whole is a group's own.
@@ -131,6 +130,12 @@ def format_of(schemes: Iterable[Scheme]) -> str:
     """The value of `format` for layers in these schemes together."""
     found = {packed.FORMAT if packed.is_packed(s) else FORMAT for s in schemes if not s.is_float}
     return MIXED if len(found) > 1 else next(iter(found), FORMAT)
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.inputs is None:
+        return None
+    return dict(_PER_TOKEN if scheme.is_dynamic else _STATIC)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
@@ -155,7 +160,8 @@ def read_section(config: Mapping[str, Any]) -> Section:
 
     Raises:
         CheckpointError: there is no such section, or it names something that msquant cannot compute: floats
-            of 8 bits, inputs in other widths than int8, a quantized cache, sparsity, rotations.
+            of 8 bits, inputs in other widths than int8, int4 weights with static inputs, a quantized cache,
+            sparsity, rotations.
     """
     section = find_section(config)
     if section is None:
@@ -188,7 +194,7 @@ def _group(name: str, value: Any, whole: str) -> ConfigGroup:
     if not isinstance(value, dict):
         raise _refused(f"{name} is not a group")
     own = value.get("format") or (FORMAT if whole == MIXED else whole)
-    if own not in (*_INT8_FORMATS, packed.FORMAT):
+    if own not in (*_INT_FORMATS, packed.FORMAT):
         raise _refused(f"the format of {name} is {own!r}, only {FORMAT} and {packed.FORMAT} are read")
     if value.get("output_activations"):
         raise _refused(f"{name} quantizes outputs, which is not computed")
@@ -196,11 +202,9 @@ def _group(name: str, value: Any, whole: str) -> ConfigGroup:
     if own == packed.FORMAT:
         return _packed_group(name, value, weights, inputs)
     if not isinstance(weights, dict) or not isinstance(inputs, dict):
-        raise _refused(
-            f"{name} quantizes weights or inputs alone: only both in int8 (W8A8) are read in {own}"
-        )
-    _expect(name, "weights", weights, symmetric=(True,), strategy=("channel", "tensor"), dynamic=(False,))
+        raise _refused(f"{name} quantizes weights or inputs alone: only both (W8A8, W4A8) are read in {own}")
     dynamic = bool(inputs.get("dynamic"))
+    quant = _int_weights(name, weights, dynamic=dynamic)
     _expect(
         name,
         "input_activations",
@@ -212,10 +216,34 @@ def _group(name: str, value: Any, whole: str) -> ConfigGroup:
     return ConfigGroup(
         name=name,
         targets=_strings(f"targets of {name}", value.get("targets")),
-        scheme=W8A8_DYNAMIC if dynamic else W8A8,
+        scheme=replace(W8A8_DYNAMIC if dynamic else W8A8, weights=quant),
         symmetric=_value(inputs, "symmetric"),
-        per_channel=_value(weights, "strategy") == "channel",
+        per_channel=_value(weights, "strategy") != "tensor",
     )
+
+
+def _int_weights(name: str, weights: Mapping[str, Any], *, dynamic: bool) -> Quant:
+    """The integers of weights that are stored one in a byte: int8, or with per-token inputs int4 as well."""
+    four = dynamic and _value(weights, "num_bits") == 4
+    _expect(
+        name,
+        "weights",
+        weights,
+        num_bits=(8, 4) if dynamic else (8,),
+        symmetric=(True,),
+        strategy=("channel", "group") if four else ("channel", "tensor"),
+        dynamic=(False,),
+        group_size=(weights.get("group_size"),) if four else (None,),
+    )
+    bits = 4 if four else 8
+    return _grouped(name, weights, bits) if _value(weights, "strategy") == "group" else Quant(bits, "channel")
+
+
+def _grouped(name: str, weights: Mapping[str, Any], bits: int, symmetric: bool = True) -> Quant:
+    size = weights.get("group_size")
+    if type(size) is not int or size < 1:
+        raise _refused(f"group_size of the weights of {name} is {size!r}, a number of columns is expected")
+    return Quant(bits, "group", size, symmetric)
 
 
 def _packed_group(name: str, value: Mapping[str, Any], weights: Any, inputs: Any) -> ConfigGroup:
@@ -233,12 +261,9 @@ def _packed_group(name: str, value: Mapping[str, Any], weights: Any, inputs: Any
         # Other orders come with a tensor that says which column is in which group.
         actorder=(None, "weight", "static"),
     )
-    size, symmetric = weights.get("group_size"), _value(weights, "symmetric")
+    symmetric, bits = _value(weights, "symmetric"), _value(weights, "num_bits")
     grouped = _value(weights, "strategy") == "group"
-    if grouped and (type(size) is not int or size < 1):
-        raise _refused(f"group_size of the weights of {name} is {size!r}, a number of columns is expected")
-    bits = _value(weights, "num_bits")
-    quant = Quant(bits, "group", size, symmetric) if grouped else Quant(bits, "channel", None, symmetric)
+    quant = _grouped(name, weights, bits, symmetric) if grouped else Quant(bits, "channel", None, symmetric)
     return ConfigGroup(
         name=name,
         targets=_strings(f"targets of {name}", value.get("targets")),
@@ -282,8 +307,8 @@ def _refused(what: str) -> CheckpointError:
     return CheckpointError(
         what,
         where="config.json",
-        remedy="msquant reads W8A8 with int8 weights and static or per-token int8 activations, and packed "
-        "weights with inputs in floating point",
+        remedy="msquant reads W8A8 with int8 weights and static or per-token int8 activations, W4A8 with "
+        "int4 weights and per-token ones, and packed weights with inputs in floating point",
     )
 
 

@@ -119,7 +119,7 @@ class GoldenStickFormat(Format):
         return row_orders(config) if self.variant == "mindformers" else super().row_orders(config)
 
     def part_specs(
-        self, shape: tuple[int, ...], scheme: Scheme, dtype: str
+        self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows, columns = shape[:1], shape[1:]

@@ -51,7 +51,8 @@ def linear_layer(*linears: Linear) -> Layer:
 
 def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     return (
-        a.input_scale == b.input_scale
+        a.scheme == b.scheme
+        and a.input_scale == b.input_scale
         and a.input_offset == b.input_offset
         and a.input_reciprocal == b.input_reciprocal
     )
@@ -76,7 +77,7 @@ class _FloatLayer:
 
 
 class _Int8Layer:
-    """W8A8; see `msquant.models.cells.Int8Linear` for the formula."""
+    """Integer weights and int8 inputs; see `msquant.models.cells.Int8Linear` for the formula."""
 
     def __init__(self, linears: Sequence[QuantizedLinear]) -> None:
         first = linears[0]
@@ -90,13 +91,16 @@ class _Int8Layer:
         self._offset = np.float32(offset)
         # The offset is taken off before the product: x_q - z lies between these.
         self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
-        weight = _stack([linear.weight for linear in linears])
+        weights, output_scales = zip(*(linear.factors for linear in linears), strict=True)
+        weight = _stack(weights)
         gemm = onednn.load_int8() if weight.shape[1] < onednn.LONGEST else None
-        if gemm is None:
-            self._product: Layer = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
+        if weight.dtype != np.int8:
+            self._product: Layer = lambda quantized: quantized @ weight.T
+        elif gemm is None:
+            self._product = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
         else:
             self._product = _Int8Product(gemm, weight, -int(self._lowest))
-        self._output_scale = np.concatenate([linear.weight_scale for linear in linears])
+        self._output_scale = np.concatenate(output_scales)
         if self._input_scale is not None:
             self._output_scale = self._output_scale * self._input_scale
         self._bias = _biases(linears)

@@ -60,14 +60,54 @@ def npu_grouped_matmul(
     **_: Any,
 ) -> list[torch.Tensor]:
     """Each expert's rows by its weight `[K, N]`; `group_list` counts the rows, or ends them (type 0)."""
-    assert bias is None
     counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=torch.zeros(1))
     rows = []
     for expert, (part, tokens) in enumerate(_parts(x[0], per_token_scale[0], counts)):
-        assert part.dtype == weight[0].dtype == torch.int8
-        sums = part.double() @ weight[0][expert].double()
-        rows.append(sums * scale[0][expert].double() * tokens.double()[:, None])
+        assert part.dtype == torch.int8
+        if weight[0].dtype == torch.int32:
+            sums = _int4_sums(part, weight[0][expert], scale[0][expert], bias[0][expert])
+        else:
+            assert bias is None
+            assert weight[0].dtype == torch.int8
+            sums = part.double() @ weight[0][expert].double() * scale[0][expert].double()
+        rows.append(sums * tokens.double()[:, None])
     return [torch.cat(rows).float()]
+
+
+def _int4_sums(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """As the operator: inputs as two int4 each, of which the low one is 8 less, for which `bias` makes up.
+
+    A weight `[K, N / 8]` has eight int4 of a row in a number, the first in its lowest bits; a scale is the
+    bits of a float32 in an int64.
+    """
+    assert scale.dtype == torch.int64
+    assert bias.dtype == torch.float32
+    halves = weight.contiguous().view(torch.int8).to(torch.int16)
+    whole = torch.stack([((halves & 15) ^ 8) - 8, halves >> 4], -1).reshape(len(weight), -1)
+    inputs = x.to(torch.int64)
+    taken = 16 * (inputs >> 4) + (inputs & 15) - 8
+    values = scale.to(torch.int32).view(torch.float32)
+    return taken.double() @ whole.double() * values.double() + bias.double()
+
+
+def grouped_matmul_swiglu_quant_v2(
+    x: torch.Tensor,
+    weight: list[torch.Tensor],
+    weight_scale: list[torch.Tensor],
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    weight_assist_matrix: list[torch.Tensor],
+    dequant_mode: int,
+    group_list_type: int,
+    swiglu_limit: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grouped_matmul_swiglu_quant_weight_nz` of int4 weights; `group_list` counts the rows."""
+    assert (dequant_mode, group_list_type, swiglu_limit) == (0, 1, 0.0)
+    (both,) = npu_grouped_matmul([x], weight, weight_scale, [x_scale], group_list, 1, weight_assist_matrix)
+    gate, up = both.chunk(2, -1)
+    return npu_dynamic_quant(torch.nn.functional.silu(gate) * up)
 
 
 def grouped_matmul_swiglu_quant_weight_nz(
@@ -161,10 +201,12 @@ class _Event:
         """A CPU has done everything at once."""
 
 
+torch.Tensor.npu = lambda self: self  # type: ignore[attr-defined]
 torch.npu = SimpleNamespace(current_stream=_Event, Event=_Event, empty_cache=lambda: None)
 torch.ops.vllm = SimpleNamespace(quantize=quantize)
 torch.ops._C_ascend = SimpleNamespace(
     npu_moe_init_routing_custom=npu_moe_init_routing,
     grouped_matmul_swiglu_quant_weight_nz=grouped_matmul_swiglu_quant_weight_nz,
+    grouped_matmul_swiglu_quant_v2=grouped_matmul_swiglu_quant_v2,
     moe_gating_top_k=moe_gating_top_k,
 )

@@ -18,6 +18,7 @@ REAL = (
     "vllm_ascend.quantization.tp_weight_switch",
     "vllm_ascend.quantization.methods.base",
     "vllm_ascend.quantization.methods.registry",
+    "vllm_ascend.quantization.methods.w4a8",
     "vllm_ascend.quantization.methods.w8a8_static",
     "vllm_ascend.quantization.methods.w8a8_dynamic",
     "vllm_ascend.quantization.methods.w8a16",
@@ -71,8 +72,10 @@ class _Anything:
 CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(mode=None),
     model_config=SimpleNamespace(enforce_eager=False, dtype=None),
+    parallel_config=SimpleNamespace(enable_expert_parallel=False),
+    quant_config=None,
 )
-"""vLLM's config; who makes a scheme sets the dtype."""
+"""vLLM's config; who makes a scheme sets the dtype, and what is said of the folder's quantization."""
 CONTEXT = SimpleNamespace(moe_comm_type=MoECommType.ALLGATHER, moe_comm_method=None, use_mega_moe=False)
 ASCEND_CONFIG = SimpleNamespace(
     multistream_overlap_gate=False,
@@ -85,6 +88,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "get_current_vllm_config": lambda: CONFIG,
         "CompilationMode": SimpleNamespace(VLLM_COMPILE=3),
     },
+    "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
     "vllm.logger": {"logger": _Anything(), "init_logger": lambda *_: _Anything()},
     "vllm.model_executor.layers.fused_moe.activation": {
         "MoEActivation": MoEActivation,
@@ -103,7 +107,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "COMPRESSED_TENSORS_METHOD": "compressed-tensors",
         "AscendDeviceType": AscendDeviceType,
         "dispose_tensor": lambda *_: None,
-        "enable_custom_op": lambda: False,
+        "enable_custom_op": lambda: True,
         "enable_dsa_cp": lambda: False,
         "get_ascend_device_type": lambda: AscendDeviceType.A2,
         "get_weight_prefetch_method": _Anything,

@@ -206,7 +206,7 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
     [
         (
             {f"{Q}.weight": "W4A8"},
-            f"{Q}.weight: described as 'W4A8': only FLOAT, W8A8, W8A8_DYNAMIC and W8A16",
+            f"{Q}.weight: described as 'W4A8': only FLOAT, W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC and W8A16",
         ),
         ({f"{Q}.deq_scale": "W8A8_DYNAMIC"}, f"{Q}.deq_scale: described as W8A8_DYNAMIC, but the layer's"),
         ({f"{Q}.smooth": "W8A8"}, f"{Q}.smooth: described, but not stored"),
@@ -230,8 +230,8 @@ def test_a_broken_description_is_found(folder: Path, changes: dict[str, Any], me
 
 
 def test_a_layer_in_a_scheme_that_is_not_computed_is_an_error_when_it_is_read(folder: Path) -> None:
-    change_json(folder / DESCRIPTION_NAME, lambda d: d.update({f"{Q}.weight": "W4A8_DYNAMIC"}))
-    with pytest.raises(CheckpointError, match="W4A8_DYNAMIC is not computed by msquant") as caught:
+    change_json(folder / DESCRIPTION_NAME, lambda d: d.update({f"{Q}.weight": "W4A4_DYNAMIC"}))
+    with pytest.raises(CheckpointError, match="W4A4_DYNAMIC is not computed by msquant") as caught:
         AscendCheckpoint.open(folder).linear(Q)
     assert Q in str(caught.value)
 
@@ -273,7 +273,7 @@ def test_a_missing_description_is_an_error(folder: Path) -> None:
         (CONFIG, {Q: W8A16}, f"{K}: is W8A8, unlike {Q} (W8A16): they run as one layer"),
         (CONFIG, {"lm_head": W8A8_DYNAMIC}, "vllm-ascend takes the output head in floating point only"),
         (QWEN, {EXPERT: FLOAT}, "they run as one layer"),
-        (QWEN, {EXPERT: W8A8}, "per-token activations (W8A8_DYNAMIC) only"),
+        (QWEN, {EXPERT: W8A8}, "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC) only"),
         (
             QWEN,
             {EXPERT: W8A16},

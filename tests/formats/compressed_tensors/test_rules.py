@@ -179,7 +179,7 @@ def test_a_changed_file_is_found(folder: Path) -> None:
         (
             CONFIG,
             {Q: parse_scheme("W6A16")},
-            "in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC, W8A16, W4A16 for vLLM",
+            "in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, W8A16, W4A16 for vLLM",
         ),
         (CONFIG, {"lm_head": W8A8_DYNAMIC}, "vLLM takes the output head in floating point only"),
         (QWEN, {EXPERT: FLOAT}, "they run as one layer"),
@@ -202,7 +202,7 @@ def test_static_experts_are_refused_before_any_work() -> None:
     found = list(model_format("compressed-tensors", QWEN).check(schemes, QWEN))
     experts = [module for module in schemes if ".experts." in module]
     assert [finding.where for finding in found] == experts
-    assert "per-token activations (W8A8_DYNAMIC) only" in found[0].problem
+    assert "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC) only" in found[0].problem
 
 
 def test_a_quantized_kv_b_proj_that_vllm_can_take_apart_is_accepted(tmp_path: Path) -> None:
