@@ -121,13 +121,14 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
         ("model: a\nquantization: {algorithm: osl-robust}\n", "did you mean osl?"),
         ("model: a\nquantization: {algorithm: 3}\n", "3 is not an algorithm"),
+        ("model: a\nquantization: {rotation: hadamar}\n", "quantization.rotation"),
         (
             "model: a\nquantization: {smooth_alfa: [0.5]}\n",
             "quantization.smooth_alfa (did you mean smooth_alpha?)",
         ),
         (
             "model: a\nquantization: {algorithm: rtn, range_floor: [0.5]}\n",
-            "unknown key quantization.range_floor (known: algorithm, schemes, min_expert_tokens)",
+            "unknown key quantization.range_floor (known: algorithm, schemes, rotation, min_expert_tokens)",
         ),
         ("model: a\nquantization: [osl]\n", "quantization"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),

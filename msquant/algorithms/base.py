@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
@@ -87,6 +87,11 @@ class Algorithm(BaseModel):
         description="How each linear is computed, as an ordered list of PATTERN: SCHEME; the first pattern "
         "that matches decides. A pattern with *, ? or [ must match the full name, any other a part of it. "
         f"Schemes: {', '.join(PRESETS)}; the last pattern is '*'.",
+    )
+    rotation: Literal["none", "hadamard"] = Field(
+        "none",
+        description="hadamard: the residual stream and the values within a head are rotated before anything "
+        "else, folded into the weights; unties the output head from the embeddings.",
     )
     min_expert_tokens: int = Field(
         32,

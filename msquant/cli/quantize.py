@@ -154,6 +154,7 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
         "folders": {name: str(folder) for name, folder in result.folders.items()},
         "source_bytes": result.source_bytes,
         "output_bytes": result.output_bytes,
+        "notes": list(result.notes),
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory,
         "layer_seconds": [round(seconds, 3) for seconds in result.layer_seconds],
@@ -207,6 +208,8 @@ def _print_result(result: "QuantizeResult") -> None:
             ["peak memory", console.as_bytes(result.peak_memory)],
         ],
     )
+    for note in result.notes:
+        console.print_line(f"Note: {note}")
     if result.evaluation is not None:
         scores.print_scores("Compared with the float model", result.evaluation)
         _warn_of_limits(result.evaluation, result.folder)

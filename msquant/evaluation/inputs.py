@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CalibrationError, ModelError
 from msquant.models.config import ModelConfig
+from msquant.models.rotation import Hadamard
 
 # What two models must have in common to go through the same tokens side by side.
 _ALIKE = (
@@ -24,11 +25,13 @@ class Model:
         name: what errors call it.
         config: its shape.
         source: its weights.
+        rotation: that its residual stream is in; None where it is not rotated.
     """
 
     name: str
     config: ModelConfig
     source: WeightSource
+    rotation: Hadamard | None = None
 
 
 @dataclass(frozen=True)

@@ -124,26 +124,32 @@ class _Lockstep:
                     hidden.append(_floats(embedding(tokens)))
 
     def layer(self, index: int) -> list[LayerScore]:
-        """Run one decoder layer of every model, and the baseline's inputs through that of the others, too."""
+        """Run one decoder layer of every model, and the baseline's inputs through that of the others, too.
+
+        Hidden states are kept as the models have them, and compared without their rotations.
+        """
         scores = []
         expected: Sequence[Floats] = []
         samples: list[Floats] = []
+        baseline = self._models[0]
         for number, model in enumerate(self._models):
             inputs = self._store.open(self._boundary(index, number))
-            outputs = self._outputs(model, index, chain(inputs, samples))
+            own_inputs = (_rotated(model, sample) for sample in samples)
+            outputs = self._outputs(model, index, chain(inputs, own_inputs))
             noise, own = Noise(), Noise()
             with self._store.write(self._boundary(index + 1, number)) as written:
                 for i, output in enumerate(islice(outputs, len(inputs))):
                     written.append(output)
                     if number:
-                        noise.add(expected[i], output)
+                        noise.add(_unrotated(baseline, expected[i]), _unrotated(model, output))
             for first, output in zip(self._firsts, outputs, strict=False):
-                own.add(expected[first][:1, : self._own], output)
+                sample = expected[first][:1, : self._own]
+                own.add(_unrotated(baseline, sample), _unrotated(model, output))
             if number:
                 scores.append(LayerScore(index, noise.decibels, own.decibels))
             elif len(self._models) > 1:
                 expected = self._store.open(self._boundary(index + 1, 0))
-                samples = [inputs[first][:1, : self._own] for first in self._firsts]
+                samples = [_unrotated(model, inputs[first][:1, : self._own]) for first in self._firsts]
         for number in range(len(self._models)):
             self._store.discard(self._boundary(index, number))
         return scores
@@ -242,6 +248,16 @@ def _rounds(batches: Iterable[Floats], budget: int) -> Iterator[list[Floats]]:
         held.append(batch)
     if held:
         yield held
+
+
+def _rotated(model: Model, states: Floats) -> Floats:
+    """Hidden states as a model has them, `[B, T, H]`."""
+    return states if model.rotation is None else model.rotation.rotate(states)
+
+
+def _unrotated(model: Model, states: Floats) -> Floats:
+    """A model's hidden states without its rotation, `[B, T, H]`."""
+    return states if model.rotation is None else model.rotation.undo(states)
 
 
 def _floats(tensor: Tensor) -> Floats:

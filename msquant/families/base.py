@@ -230,6 +230,41 @@ class Family:
         gate, up, down = names.within_feed_forward(names.gate, names.up, names.down)
         return SmoothGroup("gate_up", (gate, up), names.feed_forward_norm), SmoothGroup("down", (down,), up)
 
+    def norm_before(self, config: Config, linear: str) -> str | None:
+        """The norm through which a linear reads the residual stream; None for one that reads something else.
+
+        Args:
+            config: the content of `config.json`.
+            linear: its name within the layer, for example `mlp.experts.3.up_proj`; the router is one, too.
+
+        Returns:
+            The norm's name within the layer.
+        """
+        names, (block, _, part) = self.names, linear.partition(".")
+        if block == names.feed_forward:
+            reads = part.rpartition(".")[2] in (names.gate, names.up, names.router)
+            return names.feed_forward_norm if reads else None
+        reading = (
+            group.linears for group in self.attention_groups(config) if group.previous == names.input_norm
+        )
+        return names.input_norm if any(linear in linears for linears in reading) else None
+
+    def writes_residual(self, linear: str) -> bool:
+        """Whether a linear's outputs are added to the residual stream; by its name within the layer."""
+        block, last = linear.partition(".")[0], linear.rpartition(".")[2]
+        return linear == self.value_columns or (block, last) == (self.names.feed_forward, self.names.down)
+
+    @property
+    def value_rows(self) -> str:
+        """The linear within a layer whose rows make the values; with latent attention, see `SmoothGroup`."""
+        names = self.names
+        return f"{names.attention}.{names.latent_up if self.attention == 'latent' else names.values}"
+
+    @property
+    def value_columns(self) -> str:
+        """The linear within a layer whose columns read the heads' values."""
+        return f"{self.names.attention}.{self.names.output}"
+
     # What is stored.
 
     def shapes(self, config: Config) -> Shapes:

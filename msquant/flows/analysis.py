@@ -19,7 +19,15 @@ from msquant.errors import RecipeError
 from msquant.evaluation.ranking import rank
 from msquant.flows.calibration import calibration_of, require_sources
 from msquant.flows.pipeline import embed
-from msquant.flows.source import Source, batch_tokens, folder_plan, folder_plans, open_source, require_target
+from msquant.flows.source import (
+    Source,
+    batch_tokens,
+    folder_plan,
+    folder_plans,
+    open_source,
+    require_target,
+    rotated,
+)
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.layer_report import GroupError
@@ -91,7 +99,8 @@ def analyze(
     require_device(device)
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
-    model = open_source(source or recipe.model, note=progress.stage, predictions=recipe.prediction_layers)
+    stored = open_source(source or recipe.model, note=progress.stage, predictions=recipe.prediction_layers)
+    model = rotated(stored, recipe.quantization)
     plans = folder_plans(recipe, model)
     plan = plans[0]
     if budget is not None:
@@ -141,7 +150,7 @@ def _measure(
     measured: list[GroupError] = []
     with tempfile.TemporaryDirectory(prefix="msquant-") as folder, deferred_interrupts():
         store = HiddenStateStore(Path(folder), memory_budget)
-        decoder = SensitivityPass(config, source.checkpoint, policy, length, dtype, store, progress.step)
+        decoder = SensitivityPass(config, source.weights, policy, length, dtype, store, progress.step)
         progress.layers(config.num_hidden_layers, 0)
         embed(source, samples.batches(batch_tokens(config)), store, dtype)
         for index in range(config.num_hidden_layers):

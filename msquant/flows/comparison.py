@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from msquant.interrupts import deferred_interrupts
 from msquant.models.config_json import read_config
 from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
+
+if TYPE_CHECKING:
+    from msquant.models.rotation import Hadamard
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
@@ -166,7 +169,11 @@ def score_folders(
 
     progress = progress or Progress()
     dtype = use_device(device)
-    opened = [Model(str(f), read_config(f), open_weights(f)) for f in folders]
+    configs = [read_config(folder) for folder in folders]
+    opened = [
+        Model(str(folder), config, open_weights(folder), _rotation(folder, config.hidden_size))
+        for folder, config in zip(folders, configs, strict=True)
+    ]
     progress.layers(opened[0].config.num_hidden_layers, 0)
 
     def on_layer(index: int, layers: list[LayerScore]) -> None:
@@ -194,10 +201,24 @@ def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: 
     ]
 
 
+def _rotation(folder: Path, hidden_size: int) -> "Hadamard | None":
+    """The rotation that a folder's residual stream is in, by its manifest; None without one."""
+    from msquant.models.rotation import ROTATIONS
+
+    policy = (_manifest(folder).get("recipe") or {}).get("quantization") or {}
+    rotation = ROTATIONS.get(policy.get("rotation", "none"))
+    return None if rotation is None else rotation(hidden_size)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A folder's `msquant.json`; empty if it has none."""
+    return read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+
+
 def _made_from(folders: Sequence[Path], notes: list[str]) -> Path | None:
     """The float model that one of the folders says it was made from; notes what is to be said of it."""
     for folder in folders:
-        manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+        manifest = _manifest(folder)
         name = (manifest.get("recipe") or {}).get("model")
         if not isinstance(name, str):
             continue

@@ -30,7 +30,15 @@ from msquant.flows.conversion import other_folders, output_folders, write_export
 from msquant.flows.forecast import Forecast
 from msquant.flows.manifest import build_manifest, job_identity, layer_record
 from msquant.flows.short_evaluation import evaluate_result, short_texts
-from msquant.flows.source import Source, batch_tokens, folder_plans, hidden_bytes, open_source
+from msquant.flows.source import (
+    Source,
+    batch_tokens,
+    folder_plans,
+    hidden_bytes,
+    open_source,
+    rotated,
+    untying_note,
+)
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
@@ -55,6 +63,7 @@ class QuantizeResult:
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors in `folder`.
+        notes: what the user should know of the result.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
     """
@@ -66,6 +75,7 @@ class QuantizeResult:
     layer_seconds: list[float]
     source_bytes: int
     output_bytes: int
+    notes: tuple[str, ...]
     seconds: float
     peak_memory: int
 
@@ -113,11 +123,13 @@ def quantize(
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
-        model = open_source(
+        stored = open_source(
             source or recipe.model, fetch, progress.stage, predictions=recipe.prediction_layers
         )
+        model = rotated(stored, recipe.quantization)
         plans = folder_plans(recipe, model)
         plan = plans[0]
+        untying = untying_note(stored.config, plan)
         calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)
         texts = short_texts(recipe.evaluation, model.folder, model.config)
         if remember:
@@ -187,6 +199,7 @@ def quantize(
         layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
+        notes=(untying,) if untying else (),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
@@ -217,7 +230,7 @@ def embed(source: Source, batches: Iterable[NDArray[np.int32]], store: HiddenSta
     """
     from msquant.models.network import Embedding
 
-    embedding = Embedding(source.config, source.checkpoint, dtype)
+    embedding = Embedding(source.config, source.weights, dtype)
     with store.write(0) as hidden:
         for batch in batches:
             hidden.append(embedding(batch).asnumpy().astype(np.float32))
@@ -237,7 +250,7 @@ def _write_layers(
     progress: Progress,
 ) -> list[float]:
     """Quantize, write and journal the decoder layers that are not finished; returns each one's seconds."""
-    config, checkpoint = source.config, source.checkpoint
+    config, weights = source.config, source.weights
     count, done = config.num_hidden_layers, len(_finished_layers(journal))
     if done >= count:
         return []
@@ -253,7 +266,7 @@ def _write_layers(
     sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
     decoder = DecoderPass(
         config,
-        checkpoint,
+        weights,
         policy,
         max(samples.tokens.shape[1] for samples in sets),
         dtype,
@@ -269,7 +282,7 @@ def _write_layers(
         # What is wrong with the layer, the pass over it says better.
         with suppress(MsquantError):
             states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
-            first_layer(Model(str(source.folder), config, checkpoint), texts, dtype, states)
+            first_layer(Model(str(source.folder), config, weights), texts, dtype, states)
             progress.lap("evaluation sample")
     seconds: list[float] = []
     for index in range(done, count):
@@ -299,7 +312,7 @@ def _write_rest(source: Source, journal: Journal, writer: FolderStream, files: R
         with writer.group(group) as shards:
             for name in names:
                 check_interrupt()
-                for start, block in source.checkpoint.row_blocks(name, BLOCK_BYTES):
+                for start, block in source.weights.row_blocks(name, BLOCK_BYTES):
                     shards.tensor_rows(name, start, block)
         journal.append({"group": group, "files": shards.files, "source": source_read()})
 

@@ -1,9 +1,10 @@
 """A model to quantize and what will become of it, from `config.json` and the shards' headers alone."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, RecipeError
 from msquant.flows.serving_checks import parallelism
@@ -13,6 +14,8 @@ from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import read_config
+from msquant.models.rotated import RotatedWeights, untied
+from msquant.models.rotation import ROTATIONS
 from msquant.quantization.layer_schemes import model_schemes
 from msquant.recipe.recipe import Recipe
 
@@ -33,12 +36,14 @@ class Source:
         config: its shape.
         checkpoint: its tensors.
         extras: the tensors of each multi-token-prediction layer it holds.
+        weights: the tensors as they are to be quantized.
     """
 
     folder: Path
     config: ModelConfig
     checkpoint: Checkpoint
     extras: list[dict[str, tuple[int, ...]]]
+    weights: Checkpoint | RotatedWeights
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +80,16 @@ def open_source(
         for name, shape in shapes.items():
             checkpoint.expect_weight(name, shape)
     refuse_unknown_tensors(checkpoint, config.shapes.keys() | {name for shapes in extras for name in shapes})
-    return Source(folder, config, checkpoint, extras if predictions else [])
+    return Source(folder, config, checkpoint, extras if predictions else [], checkpoint)
+
+
+def rotated(source: Source, policy: Algorithm) -> Source:
+    """A model in the basis that a policy wants it in, with an output head of its own if it is rotated."""
+    rotation = ROTATIONS[policy.rotation]
+    if rotation is None:
+        return source
+    weights = RotatedWeights(source.config, source.checkpoint, rotation)
+    return replace(source, config=untied(source.config), weights=weights)
 
 
 def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:
@@ -123,9 +137,11 @@ def shapes_plans(
         extras: the tensors of each multi-token-prediction layer that comes with it.
 
     Raises:
-        RecipeError: the policy contradicts itself, the format cannot express it, or no version of the
-            format's server would serve it by the recipe's serving section.
+        RecipeError: the policy contradicts itself, the model cannot be rotated, the format cannot express it,
+            or no version of the format's server would serve it by the recipe's serving section.
     """
+    if ROTATIONS[recipe.quantization.rotation] is not None:
+        config = _rotated_shape(recipe.quantization, config, extras)
     groups = model_groups(config, extras)
     schemes = model_schemes(config, recipe.quantization)
     formats = [model_format(name, config.raw) for name in recipe.formats]
@@ -135,6 +151,39 @@ def shapes_plans(
     plans = [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
     require_target(recipe, plans)
     return plans
+
+
+def _rotated_shape(
+    policy: Algorithm, config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
+) -> ModelConfig:
+    """The shape of a rotated model. Raises RecipeError if it cannot be rotated."""
+    if extras:
+        raise RecipeError(
+            f"rotation: {policy.rotation} is not possible with multi-token-prediction layers "
+            f"({config.family.layer_name(config.num_hidden_layers)}): they normalize what the last norm has "
+            "scaled, and rotation folds that norm's weight into the output head",
+            where="quantization.rotation",
+            remedy="write rotation: none, or start from a conversion of the model without these layers",
+        )
+    return untied(config)
+
+
+def untying_note(config: ModelConfig, plan: FolderPlan) -> str | None:
+    """What is to be said of an output head that the source has none of; None if there is no such.
+
+    Args:
+        config: the source's shape, or one whose `tie_word_embeddings` is the source's.
+        plan: of the folder.
+    """
+    name = f"{config.family.names.head}.weight"
+    heads = (spec for shard in plan.shards for spec in shard.specs if spec.name == name)
+    head = next(heads, None)
+    if head is None or name in config.shapes:
+        return None
+    return (
+        f"the rotation unties the output head from the embeddings: {name} takes {head.nbytes / 1e6:,.1f} MB "
+        "that the source does not have"
+    )
 
 
 def require_target(recipe: Recipe, plans: Sequence[FolderPlan]) -> None:

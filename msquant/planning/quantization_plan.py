@@ -15,7 +15,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
 from msquant.flows.calibration import most_characters
 from msquant.flows.conversion import output_folders
-from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans
+from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans, untying_note
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.models.config import ModelConfig
@@ -240,7 +240,7 @@ def make_plan(
     folders = shapes_plans(recipe, config, subject.extras)
     batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.total, settings.sequence_length, batch)
-    notes = [subject.note] if subject.note else []
+    notes = [note for note in (subject.note, untying_note(config, folders[0])) if note]
     measured = None
     if probe is not None:
         try:
