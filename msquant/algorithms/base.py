@@ -3,12 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from msquant.errors import RecipeError
-from msquant.schemes import FLOAT, PRESETS, W8A8, Scheme, parse_scheme
+from msquant.schemes import FLOAT, PRESETS, W8A8, Quant, Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from msquant.kernels.weight_rounding import RoundedWeight
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 """A migration strength: 0 leaves outliers to the activations, 1 to the weights."""
@@ -75,11 +78,13 @@ class Algorithm(BaseModel):
         summary: one line for `--help` and the docs.
         takes_batches: whether its golden-stick modules take batches of samples as items; golden-stick's own
             take every item for one sample.
+        rounds_by_inputs: whether its quantizer looks at what the linears read, and not at weights alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     summary: ClassVar[str]
     takes_batches: ClassVar[bool] = True
+    rounds_by_inputs: ClassVar[bool] = False
 
     algorithm: str = Field(description="How outliers are suppressed before quantization; see algorithms.md.")
     schemes: SchemeRules = Field(
@@ -137,6 +142,19 @@ class Algorithm(BaseModel):
         from msquant.kernels.quantizer import FastQuantizer
 
         return FastQuantizer
+
+    def round_weight(self, weight: Any, inputs: Any, scale_dtype: str, quant: Quant) -> "RoundedWeight":
+        """Round the weight of an expert, which golden-stick never sees; as the quantizer rounds others.
+
+        Args:
+            weight: float32 `[N, K]`.
+            inputs: what its linear reads, float32 `[T, K]`; T may be 0.
+            scale_dtype: as for `msquant.kernels.weight_rounding.quantize_weight`.
+            quant: the integers.
+        """
+        from msquant.kernels.weight_rounding import quantize_weight
+
+        return quantize_weight(weight, scale_dtype, quant)
 
     def ptq_config(self, scheme: Scheme = W8A8, skip: Sequence[str] = (), dtype: str = "float32") -> Any:
         """golden-stick's `PTQConfig` for linears in a scheme.

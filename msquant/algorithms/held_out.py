@@ -33,8 +33,9 @@ from msquant.interrupts import check_interrupt
 from msquant.kernels.fake_quant import activation_parameters, fake_quantize
 from msquant.kernels.layer_report import GroupReport
 from msquant.kernels.smoothing import smooth_scale
-from msquant.kernels.weight_rounding import smoothed_and_rounded
+from msquant.kernels.weight_rounding import INT8, smoothed_and_rounded
 from msquant.models.layers import DecoderLayer
+from msquant.schemes import Quant, parse_scheme
 
 Floats = NDArray[np.float32]
 
@@ -94,6 +95,7 @@ class HeldOutSearch:
         inputs: of the group.
         weights: of its linears, float32 `[N, K]` each.
         per_token: activations get a scale per token, not a static one.
+        quant: the integers of the weights.
         check: called before every candidate; may raise to interrupt the search.
     """
 
@@ -103,9 +105,11 @@ class HeldOutSearch:
         weights: Sequence[Floats],
         *,
         per_token: bool = False,
+        quant: Quant = INT8,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._inputs, self._weights, self._per_token, self._check = inputs, weights, per_token, check
+        self._quant = quant
         columns = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
         self._columns = inputs.shared(columns)
         self._outputs = [inputs.x @ weight.T for weight in weights]
@@ -152,7 +156,7 @@ class HeldOutSearch:
                 step, offset = activation_parameters((low / scale).min(), (high / scale).max())
                 x = fake_quantize(x, step, offset, out=x)
             for weight, output, factors in zip(self._weights, self._outputs, self._factors, strict=True):
-                error = x @ smoothed_and_rounded(weight, scale).T
+                error = x @ smoothed_and_rounded(weight, scale, quant=self._quant).T
                 error -= output[rows]
                 total += float(np.square(error).sum(axis=1) @ factors[rows])
         return total / (len(self._inputs.x) * len(self._weights))
@@ -221,6 +225,7 @@ class HeldOutSmoother(FastOSLSmoother):
             self._inputs(layer, group, self.batches_of(layer, search_inputs), heads),
             [cell.layer.weight.asnumpy() for cell in group.curr_layer],
             per_token=policy.act_quant_granularity is QuantGranularity.PER_TOKEN,
+            quant=parse_scheme(policy.algo_args["scheme"]).weights or INT8,
             check=check_interrupt,
         )
         choice = search.best(policy.algo_args["smooth_alpha"], policy.algo_args["range_floor"])

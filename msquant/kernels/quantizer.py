@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore_gs.ptq.algo_modules import Quantizer
 from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuantLinearCell
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
+from numpy.typing import NDArray
 
-from msquant.kernels.weight_rounding import quantize_weight
-from msquant.schemes import parse_scheme
+from msquant.kernels.gptq import gptq_weight, gram_matrix
+from msquant.kernels.weight_rounding import RoundedWeight, quantize_weight
+from msquant.schemes import Quant, parse_scheme
 
 
 class FastWeightCell(WeightQuantLinearCell):
@@ -22,7 +25,7 @@ class FastWeightCell(WeightQuantLinearCell):
         quant = parse_scheme(self.cfg.algo_args["scheme"]).weights
         assert quant is not None
         dtype = self.cfg.algo_args["weight_scale_dtype"]
-        weight, scale, offset = quantize_weight(self.layer.weight.asnumpy(), dtype, quant)
+        weight, scale, offset = self.rounded(self.layer.weight.asnumpy(), dtype, quant)
         self.layer.weight = None
         self.weight = Parameter(Tensor.from_numpy(weight))
         self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))
@@ -31,6 +34,10 @@ class FastWeightCell(WeightQuantLinearCell):
         if self.has_bias:
             self.bias = self.layer.bias
             self.layer.bias = None
+
+    def rounded(self, weight: NDArray[np.float32], scale_dtype: str, quant: Quant) -> RoundedWeight:
+        """What `quant` stores, as `quantize_weight` has it."""
+        return quantize_weight(weight, scale_dtype, quant)
 
 
 class FastStaticCell(AllQuantLinearCell, FastWeightCell):
@@ -45,8 +52,8 @@ class _WithoutInputs:
 
     def process(self) -> None:
         """Round the weight."""
-        self.samples.clear()
         self.quant()
+        self.samples.clear()
 
 
 class FastDynamicCell(_WithoutInputs, DynamicQuantLinearCell, FastWeightCell):
@@ -70,3 +77,36 @@ class FastQuantizer(Quantizer):
         """Wrap what golden-stick would wrap, in our cell."""
         wrapper = super().get_wrapper_layer(layer_type, config)
         return self.cells.get(wrapper, wrapper)
+
+
+class _ByInputs(FastWeightCell):
+    """Rounds a weight by what its linear reads, with the options that `GptqQuantizer`'s algorithm gives."""
+
+    def rounded(self, weight: NDArray[np.float32], scale_dtype: str, quant: Quant) -> RoundedWeight:
+        """What `quant` stores, as `gptq_weight` has it."""
+        read = self.samples if self.cat_samples is None else [self.cat_samples]
+        inputs = [batch.asnumpy().reshape(-1, weight.shape[1]) for batch in read]
+        options = self.cfg.algo_args["gptq"]
+        return gptq_weight(weight, gram_matrix(inputs), scale_dtype, quant, **options)
+
+
+class GptqStaticCell(FastStaticCell, _ByInputs):
+    """A static linear by its inputs."""
+
+
+class GptqDynamicCell(FastDynamicCell, _ByInputs):
+    """A linear with a scale per token by its inputs."""
+
+
+class GptqWeightOnlyCell(FastWeightOnlyCell, _ByInputs):
+    """A linear with integer weights alone by its inputs."""
+
+
+class GptqQuantizer(FastQuantizer):
+    """golden-stick's quantizer with cells that round by what their linears read."""
+
+    cells = {  # noqa: RUF012
+        AllQuantLinearCell: GptqStaticCell,
+        DynamicQuantLinearCell: GptqDynamicCell,
+        WeightQuantLinearCell: GptqWeightOnlyCell,
+    }

@@ -29,7 +29,7 @@ from msquant.interrupts import check_interrupt
 from msquant.kernels.layer_report import GroupReport
 from msquant.kernels.ranges import channel_ranges
 from msquant.kernels.smoothing import power_of_two, smooth_scale
-from msquant.kernels.weight_rounding import column_maxima, quantize_weight
+from msquant.kernels.weight_rounding import column_maxima
 from msquant.models.cells import RMSNorm
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
@@ -228,13 +228,13 @@ class FeedForwardPass:
         for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
-            gate = self._linear(expert, self._parts.gate, sink, columns=shared)
+            gate = self._linear(expert, self._parts.gate, sink, given, columns=shared)
             product = _silu(_apply(gate, given))
             del gate
-            up = self._linear(expert, self._parts.up, sink, columns=shared, rows=inner)
+            up = self._linear(expert, self._parts.up, sink, given, columns=shared, rows=inner)
             product *= _apply(up, given)
             del up
-            down = self._linear(expert, self._parts.down, sink, columns=inner)
+            down = self._linear(expert, self._parts.down, sink, product, columns=inner)
             output[rows] += _apply(down, product) * factors
         return output
 
@@ -268,6 +268,7 @@ class FeedForwardPass:
         expert: _Expert,
         name: str,
         sink: LayerSink,
+        inputs: Floats,
         columns: Floats | None = None,
         rows: Floats | None = None,
     ) -> Linear:
@@ -284,7 +285,10 @@ class FeedForwardPass:
         linear: Linear = FloatLinear(weight, bias)
         scheme = self._policy.scheme(module)
         if scheme.weights is not None:
-            rounded, scale, offset = quantize_weight(weight, self._config.dtype, scheme.weights)
+            few = len(inputs) < self._policy.min_expert_tokens
+            rounded, scale, offset = self._policy.round_weight(
+                weight, inputs[:0] if few else inputs, self._config.dtype, scheme.weights
+            )
             linear = QuantizedLinear(rounded, scale, scheme, bias, weight_offset=offset)
         sink.linear(module, linear)
         return linear

@@ -105,7 +105,8 @@ def quantize_layer(
     skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme.is_float]
     modules = [partial(module, report=report) for module in policy.modules()]
     ranges = any(scheme.is_static for scheme in schemes.values()) or not policy.takes_batches
-    pipeline = [*map(passes.of, modules), passes.of(policy.quantizer(), needed=ranges or not modules)]
+    reads = ranges or policy.rounds_by_inputs
+    pipeline = [*map(passes.of, modules), passes.of(policy.quantizer(), needed=reads or not modules)]
     with golden_stick.pipeline(pipeline):
         items = Dataset.from_dict({"item": list(range(len(hidden)))})
         ptq = PTQ(policy.ptq_config(skip=skip), policies)
@@ -130,8 +131,8 @@ class _Passes:
     """golden-stick's passes over the layer, of which only those are computed that something comes of.
 
     The one before all modules is for the layer after it, which there is none of. In each module's own, cells
-    collect what they read: the quantizer's do for static scales alone. The first that is computed also gives
-    the layer's outputs, by weights that nothing has changed yet.
+    collect what they read: the quantizer's do for static scales, and where it rounds by inputs. The first
+    that is computed also gives the layer's outputs, by weights that nothing has changed yet.
     """
 
     def __init__(self, samples: list[int], put: Callable[[NDArray[np.float32]], None]) -> None:
