@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,24 +18,12 @@ from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.observed import ACCESS_LOG
 from msquant.server.pages import Pages
-from tests.reporting.test_page import BROWSERS, QUIET
 from tests.server.running import MODEL, RunningServer, running, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
 
 QUESTION = [{"role": "user", "content": "a secret question"}]
 HOSTILE = "<script>alert(1)</script>'\"`$(touch x)`"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=path, args=list(QUIET))
-        yield found
-        found.close()
 
 
 class Opened:
