@@ -13,16 +13,20 @@ from msquant.checkpoint.weights import QuantizedLinear, token_scales
 from msquant.errors import CheckpointError, RecipeError
 from msquant.flows.conversion import export, open_quantized
 from msquant.flows.folder_checks import weight_bytes
+from msquant.flows.pipeline import quantize
 from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.form import AscendFormat
 from msquant.formats.ascend.layout import DESCRIPTION_NAME
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.summary import summarize
 from msquant.inference.cpu import onednn
+from msquant.kernels.weight_rounding import quantize_weight
 from msquant.models.config_json import read_config
 from msquant.schemes import W4A8_DYNAMIC, W8A8, Scheme, parse_scheme
+from tests.fixtures.tiny_families import write_tiny
 from tests.formats.expert_folders import DEEPSEEK, QWEN, groups_of, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_json, change_tensors
+from tests.test_pipeline_formats import recipe_of
 
 FORM = AscendFormat()
 UP, DOWN = (f"model.layers.1.mlp.experts.1.{name}_proj" for name in ("up", "down"))
@@ -142,6 +146,30 @@ def test_the_bytes_that_an_engine_holds(folder: Path, monkeypatch: pytest.Monkey
         if scheme == W4A8_DYNAMIC and (size := (16, 16 if module.endswith("down_proj") else 1))
     )
     assert four == whole + added
+
+
+def test_a_model_is_quantized_so_and_its_prediction_layer_left_out(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "float", "deepseek_v3", dtype="bfloat16", prediction_layers=1)
+    schemes = [
+        {"kv_b_proj": "FLOAT"},
+        {"mlp.experts.": "W4A8_DYNAMIC"},
+        {"mlp.": "W8A8_DYNAMIC"},
+        {"*": "W8A8"},
+    ]
+    recipe = recipe_of(source, "ascend", schemes=schemes).replace("evaluation", sequences=0)
+    recipe = recipe.model_copy(update={"prediction_layers": False})
+    folder = quantize(recipe, tmp_path / "quantized", remember=False).folder
+    assert FORM.validate(folder, verify_hashes=True) == []
+    assert not [name for name in Checkpoint.open(folder).names() if name.startswith("model.layers.2.")]
+    opened, original = open_quantized(folder), Checkpoint.open(source)
+    experts = [module for module, scheme in opened.linears.items() if scheme == W4A8_DYNAMIC]
+    assert len(experts) == 3 * 8
+    weight, found = original.tensor(f"{experts[0]}.weight"), opened.weights.linear(experts[0])
+    assert isinstance(found, QuantizedLinear)
+    # Rounded to nearest, with scales that bfloat16 holds.
+    expected = quantize_weight(weight, "bfloat16", parse_scheme("W4A8_DYNAMIC").weights)
+    np.testing.assert_array_equal(found.weight, expected.weight)
+    np.testing.assert_array_equal(found.weight_scale, expected.scale)
 
 
 @pytest.mark.parametrize(
