@@ -108,7 +108,7 @@ def test_the_reference_has_every_command_and_every_function(site: Path) -> None:
         commands = (site / language / "reference" / "cli.html").read_text(encoding="utf-8")
         for command in app.registered_commands:
             assert command.callback is not None
-            assert f'id="msquant-{command.callback.__name__}"' in commands
+            assert f'id="msquant-{command.name or command.callback.__name__}"' in commands
         functions = (site / language / "reference" / "api.html").read_text(encoding="utf-8")
         for name in api.__all__:
             whole = f"{getattr(api, name).__module__}.{name}"
