@@ -116,7 +116,7 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\ncalibration: {samples: 0}\n", "calibration.samples: Input should be greater than"),
         (
             "model: a\nquantization: {algorithm: awq}\n",
-            "'awq' is not an algorithm\nuse one of: osl, osl-golden-stick, smoothquant, rtn",
+            "'awq' is not an algorithm\nuse one of: osl, osl-golden-stick, gptq, smoothquant, rtn",
         ),
         ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
         ("model: a\nquantization: {algorithm: osl-robust}\n", "did you mean osl?"),
