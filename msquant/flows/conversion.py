@@ -98,7 +98,8 @@ def open_quantized(folder: Path) -> QuantizedFolder:
 def _expect(form: Format, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     """As `Checkpoint.expect`, also where another tensor holds the one of that name."""
     found = form.stored(checkpoint, name)
-    if found is None or found == StoredTensor(name, checkpoint.shape(name)):
+    as_named = name in checkpoint and found == StoredTensor(name, checkpoint.shape(name))
+    if found is None or as_named:
         checkpoint.expect(name, shape)
     elif found.shape != tuple(shape):
         raise CheckpointError(

@@ -200,7 +200,7 @@ def test_groups_that_do_not_divide_a_layers_inputs_are_refused_before_any_work(
         quantize(recipe_of(tiny_llama, "compressed-tensors", schemes=[{"*": "W4A16"}]), tmp_path / "out")
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
     assert "groups of 128 do not divide its 64 inputs" in str(caught.value)
-    assert "as in W4A16_G64" in str(caught.value.remedy)
+    assert "groups of 64 or 32 fit: W4A16_G64" in str(caught.value.remedy)
     assert "{model.layers.0.self_attn.q_proj: FLOAT}" in str(caught.value.remedy)
     assert list(tmp_path.iterdir()) == []
 
