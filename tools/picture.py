@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -21,16 +22,19 @@ COMMANDS = (
     "msquant run --prompt 'I am'",
     "msquant run --chat --prompt 'What is the capital of France?' --max-tokens 32",
 )
-SHOWN_LINES = 30
-"""Of one command, at most; the layers in the middle of a longer table are left out."""
+SHOWN_ROWS = 7
+"""Of a table; that of the decoder layers has many, the noisiest first."""
 
 
-def shortened(lines: list[str]) -> list[str]:
-    """The lines, or their beginning and their end with a mark between."""
-    if len(lines) <= SHOWN_LINES:
-        return lines
-    first = SHOWN_LINES // 3
-    return [*lines[:first], "  ...", *lines[first - SHOWN_LINES + 1 :]]
+def shortened(lines: list[str]) -> Iterator[str]:
+    """The lines, without a long table's later rows."""
+    rows = 0
+    for line in lines:
+        rows = rows + 1 if line.startswith("│") else 0
+        if rows <= SHOWN_ROWS:
+            yield line
+        elif rows == SHOWN_ROWS + 1:
+            yield "│   ..."
 
 
 def main() -> None:
@@ -47,15 +51,15 @@ def main() -> None:
                 command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=True
             )
             console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
-            for line in shortened(done.stdout.rstrip().splitlines()):
-                console.print(Text.from_ansi(line), no_wrap=True, crop=True)
+            # The folder that it ran in is gone when anybody reads this.
+            shown = done.stdout.rstrip().replace(f"{folder}/", "")
+            for line in shortened(shown.splitlines()):
+                console.print(Text.from_ansi(line))
             console.print()
     picture.parent.mkdir(parents=True, exist_ok=True)
     # A fixed id, so that equal output gives equal bytes; and no font from another site.
-    drawn = re.sub(
-        r"@font-face \{.*?\}", "", console.export_svg(title="msquant", unique_id="msquant"), flags=re.S
-    )
-    picture.write_text(drawn, encoding="utf-8")
+    drawn = console.export_svg(title="msquant", unique_id="msquant")
+    picture.write_text(re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.S), encoding="utf-8")
 
 
 if __name__ == "__main__":
