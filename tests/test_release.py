@@ -13,8 +13,8 @@ import pytest
 import msquant
 from tests.test_package import MODULES, REPOSITORY, name_of
 
-MOST_BYTES = 3_500_000_000
-"""Of an environment with msquant alone in it."""
+MOST_BYTES = 3_800_000_000
+"""Of an environment with msquant alone in it and the bytecode that pip makes; MindSpore has 2.6 GB of it."""
 
 
 def run(*command: object, **options: str) -> str:
