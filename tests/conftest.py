@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.fixtures import fuzzing  # noqa: F401  # registers the profiles
+from tests.fixtures.browser import Open, chromium, pages
 from tests.fixtures.tiny_model import CHAT_TEMPLATE, write_tiny_llama
 
 
@@ -54,29 +54,18 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The machine's Chromium, by playwright; a test that asks for it is skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=path, args=list(QUIET))
+    """See `chromium`."""
+    with chromium() as found:
         yield found
-        found.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """See `pages`."""
+    with pages(browser) as opens:
+        yield opens
 
 
 @pytest.fixture(scope="session")

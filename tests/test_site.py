@@ -17,6 +17,7 @@ import yaml
 import msquant
 from msquant import api
 from msquant.cli.app import app
+from tests.fixtures.browser import Open, OpenedPage
 
 pytest.importorskip("mkdocs", reason="mkdocs is in the docs extra")
 
@@ -65,30 +66,22 @@ def address(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-Open = Callable[..., Any]
+Show = Callable[..., Any]
 
 
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Open]:
-    """Opens a page; at the end, it has asked nobody else and said nothing to the console."""
-    contexts: list[Any] = []
-    said: list[str] = []
-    requested: set[str] = set()
+def open_page(open_page: Open, address: str) -> Iterator[Show]:
+    """Opens a page of the site; at the end, it has asked nobody else and said nothing to the console."""
+    opened: list[OpenedPage] = []
 
-    def open_page(path: str, scheme: str = "light", width: int = 1300) -> Any:
-        contexts.append(browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: requested.add(request.url))
-        page.goto(address + path)
-        return page
+    def show(path: str, scheme: str = "light", width: int = 1300) -> Any:
+        opened.append(open_page(address + path, scheme, width))
+        return opened[-1].page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert {urlsplit(url).netloc for url in requested} == {urlsplit(address).netloc}
+    yield show
+    assert [line for page in opened for line in page.said] == []
+    requested = {urlsplit(url).netloc for page in opened for url in page.requested}
+    assert requested == {urlsplit(address).netloc}
 
 
 def _nav(config: str) -> list[list[str]]:
@@ -117,7 +110,7 @@ def test_the_reference_has_every_command_and_every_function(site: Path) -> None:
         assert 'class="example"' not in functions
 
 
-def test_a_page_leads_to_itself_in_the_other_language(open_page: Open, address: str) -> None:
+def test_a_page_leads_to_itself_in_the_other_language(open_page: Show, address: str) -> None:
     page = open_page("guides/accuracy.html")
     page.locator(".md-header .md-select button").hover()
     page.get_by_role("link", name="简体中文").click()
@@ -137,7 +130,7 @@ def test_a_page_leads_to_itself_in_the_other_language(open_page: Open, address: 
         ("zh-CN/index.html", "对话模板", "zh-CN/calibration.html"),
     ],
 )
-def test_the_search_finds(open_page: Open, address: str, start: str, query: str, found: str) -> None:
+def test_the_search_finds(open_page: Show, address: str, start: str, query: str, found: str) -> None:
     page = open_page(start)
     page.locator("input.md-search__input").click()
     page.keyboard.type(query)
@@ -152,6 +145,6 @@ def test_the_search_finds(open_page: Open, address: str, start: str, query: str,
 
 
 @pytest.mark.parametrize("path", ["reference/api.html", "zh-CN/troubleshooting.html", "zh-CN/recipes.html"])
-def test_a_phone_scrolls_no_page_sideways(open_page: Open, path: str) -> None:
+def test_a_phone_scrolls_no_page_sideways(open_page: Show, path: str) -> None:
     page = open_page(path, scheme="dark", width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,13 +1,12 @@
 """The page in a real browser: what it loads, draws and prints, in light, in dark and on a phone."""
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from msquant.reporting.write import write_comparison
+from tests.fixtures.browser import Open
 from tests.reporting.folders import HOSTILE, LAYERS, evaluation
 from tests.reporting.test_comparison import scored
 
@@ -16,51 +15,6 @@ SMALLEST_TEXT = 9.0
 """Pixels of a chart's text."""
 CONTRAST, CHART_CONTRAST = 4.5, 3.0
 """WCAG 2.2, 1.4.3 and 1.4.11: of text and of graphics."""
-
-
-class Page:
-    """An opened page, and what the browser said about it."""
-
-    def __init__(self, page: Any, path: Path) -> None:
-        self.page = page
-        self.said: list[str] = []
-        self.requested: list[str] = []
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: self.requested.append(request.url))
-        self.url = path.absolute().as_uri()
-        self.protocol = page.context.new_cdp_session(page)
-        # Processor time of the page's own thread, in which other processes of a busy machine have no part.
-        self.protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
-        page.goto(self.url)
-
-    def evaluate(self, script: str) -> Any:
-        return self.page.evaluate(script)
-
-    def worked(self) -> float:
-        """Seconds of processor time that the page's main thread has spent on tasks."""
-        metrics = self.protocol.send("Performance.getMetrics")["metrics"]
-        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
-
-    def count(self, selector: str) -> int:
-        return self.page.locator(selector).count()
-
-
-Open = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    contexts = []
-
-    def open_page(path: Path, scheme: str = "light", width: int = 1200, height: int = 900) -> Page:
-        contexts.append(browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height}))
-        return Page(contexts[-1].new_page(), path)
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 def test_it_opens_at_once_and_asks_for_nothing(large: Path, open_page: Open) -> None:

@@ -5,7 +5,6 @@ import logging
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from html import unescape
 from typing import Any
 
@@ -18,42 +17,13 @@ from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.server.observed import ACCESS_LOG
 from msquant.server.pages import Pages
+from tests.fixtures.browser import Open
 from tests.server.running import MODEL, RunningServer, running, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
 
 QUESTION = [{"role": "user", "content": "a secret question"}]
 HOSTILE = "<script>alert(1)</script>'\"`$(touch x)`"
-
-
-class Opened:
-    """An opened page, what the browser said about it, and what it asked for."""
-
-    def __init__(self, page: Any, url: str) -> None:
-        self.page = page
-        self.said: list[str] = []
-        self.requested: list[str] = []
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: self.requested.append(request.url))
-        page.goto(url)
-
-
-Open = Callable[..., Opened]
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    contexts = []
-
-    def open_page(url: str, scheme: str = "light", width: int = 1200) -> Opened:
-        contexts.append(browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}))
-        return Opened(contexts[-1].new_page(), url)
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 def says(page: Any, text: str) -> None:
