@@ -171,9 +171,10 @@ def best_parameters(
     """
     least = np.full(len(groups), np.inf, np.float32)
     best_scale, best_zero = np.empty_like(least), np.zeros_like(least)
+    # All that parameters are made of; a ratio of them is that of the whole row.
+    extremes = np.stack([groups.min(axis=1), groups.max(axis=1)], axis=1)
     for ratio in ratios:
-        # The range of a row times a ratio, through the one place that makes parameters of ranges.
-        scale, offset = group_parameters(groups * np.float32(ratio), scale_dtype, quant)
+        scale, offset = group_parameters(extremes * np.float32(ratio), scale_dtype, quant)
         zero = np.float32(0) if offset is None else offset
         values = np.clip(np.rint(groups / scale + zero), quant.low, quant.high)
         error = np.square((values - zero) * scale - groups) @ loudness
