@@ -160,6 +160,31 @@ def test_a_folder_with_a_file_of_somebody_else_stays(extra: str, cache: Path, tm
         remove_item(stored(folder))
 
 
+def test_a_result_that_was_not_cleared_up_is_checked_like_any(cache: Path, tmp_path: Path) -> None:
+    """As a run leaves it that is killed right after its folder got its name."""
+    folder = write_result(
+        tmp_path / "done", "journal.jsonl", ".msquant.replaced/msquant.json", "own-notes.txt"
+    )
+    remember_result(folder)
+    assert stored(folder).kind == "result"
+    with pytest.raises(OutputError, match="none of the files that msquant put") as caught:
+        remove_item(stored(folder))
+    assert caught.value.where == str(folder / "own-notes.txt")
+    (folder / "own-notes.txt").unlink()
+    remove_item(stored(folder))
+    assert not folder.exists()
+
+
+def test_an_earlier_result_that_was_being_replaced_stays(cache: Path, tmp_path: Path) -> None:
+    """As a run leaves it that is killed after the earlier result moved, and before its own came."""
+    partial = write_files(tmp_path / "done.partial", "journal.jsonl", ".msquant.replaced/msquant.json")
+    remember_folder(partial, "unfinished")
+    with pytest.raises(OutputError, match="earlier result"):
+        remove_item(stored(partial))
+    assert (partial / ".msquant.replaced" / "msquant.json").is_file()
+    assert (partial / "journal.jsonl").is_file()
+
+
 def test_no_symlink_is_followed(cache: Path, tmp_path: Path) -> None:
     precious = write_files(tmp_path / "precious", "config.json", "photo.jpg")
     result = write_result(tmp_path / "result")
@@ -216,7 +241,7 @@ def test_an_interrupted_removal_can_be_repeated(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("msquant.flows.storage._remove", fail)
+        patch.setattr("msquant.flows.storage.remove_path", fail)
         with pytest.raises(OutputError):
             remove_item(stored(folder))
     # It is no model any more, and still one of ours.

@@ -11,6 +11,9 @@ STATE_FOLDER = ".msquant"
 SOURCE_RECORD = "msquant-source.json"
 """What the bundled model was converted from, in its folder in msquant's cache; written last."""
 
+DOWNLOAD_LOCK = "lock"
+"""Within `STATE_FOLDER`, locked while a process downloads into the folder."""
+
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 2000
 _RESERVED = {STATE_FOLDER, ".git"}

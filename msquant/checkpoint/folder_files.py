@@ -34,7 +34,7 @@ def listed_files(folder: Path) -> frozenset[str] | None:
     marker = DownloadMarker.read(folder)
     downloaded = None if marker is None else frozenset(marker.files)
     if downloaded is None or MANIFEST_NAME in downloaded:
-        written = _manifest_files(folder)
+        written = manifest_files(folder)
         if downloaded is None or written is None:
             return written if downloaded is None else downloaded
         return downloaded & written
@@ -75,7 +75,12 @@ def is_read(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _READ)
 
 
-def _manifest_files(folder: Path) -> frozenset[str] | None:
+def manifest_files(folder: Path) -> frozenset[str] | None:
+    """The files that a manifest lists, and itself; None without one that lists any.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if not (folder / MANIFEST_NAME).is_file():
         return None
     files = read_json(folder / MANIFEST_NAME).get("files")

@@ -17,7 +17,8 @@ from msquant.errors import OutputError
 LOCK_NAME = ".msquant.lock"
 
 # The result that is replaced, inside of the one that replaces it: a kill leaves no third folder.
-_REPLACED = ".msquant.replaced"
+REPLACED_NAME = ".msquant.replaced"
+"""Holds an earlier result while it is replaced."""
 
 
 class OutputFolder:
@@ -60,7 +61,7 @@ class OutputFolder:
                 self._check_target()
                 for leftover in self.path.iterdir():
                     if leftover.name != LOCK_NAME and (not self.keep or is_temporary(leftover.name)):
-                        _remove(leftover)
+                        remove_path(leftover)
             except BaseException:
                 self._leave()
                 raise
@@ -92,8 +93,8 @@ class OutputFolder:
             # The journal first: a folder without one is never continued.
             (self.path / JOURNAL_NAME).unlink(missing_ok=True)
             for leftover in self.path.iterdir():
-                if leftover.name not in (LOCK_NAME, _REPLACED):
-                    _remove(leftover)
+                if leftover.name not in (LOCK_NAME, REPLACED_NAME):
+                    remove_path(leftover)
 
     def finish(self, scratch: Iterable[str] = ()) -> Path:
         """Give the complete folder its final name, and return that.
@@ -114,16 +115,16 @@ class OutputFolder:
         with writing(self.target):
             for name in scratch:
                 if os.path.lexists(self.path / name):
-                    _remove(self.path / name)
+                    remove_path(self.path / name)
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
             try:
                 if self.target.exists():
-                    os.rename(self.target, self.path / _REPLACED)
+                    os.rename(self.target, self.path / REPLACED_NAME)
                 os.rename(self.path, self.target)
             except BaseException:
-                if os.path.lexists(self.path / _REPLACED):
-                    os.rename(self.path / _REPLACED, self.target)
+                if os.path.lexists(self.path / REPLACED_NAME):
+                    os.rename(self.path / REPLACED_NAME, self.target)
                 raise
             _tidy(self.target)
             sync_folder(self.target)
@@ -133,7 +134,7 @@ class OutputFolder:
 
     def _recover(self) -> None:
         """Clear up after a process that was killed in `finish`; the lock is held."""
-        replaced = self.path / _REPLACED
+        replaced = self.path / REPLACED_NAME
         if not os.path.lexists(replaced):
             if (self.target / MANIFEST_NAME).is_file() and not self.target.is_symlink():
                 _tidy(self.target)
@@ -190,12 +191,13 @@ class OutputFolder:
 
 def _tidy(target: Path) -> None:
     """Remove from a finished result what is no part of it."""
-    shutil.rmtree(target / _REPLACED, ignore_errors=True)
+    shutil.rmtree(target / REPLACED_NAME, ignore_errors=True)
     for name in (JOURNAL_NAME, LOCK_NAME):
         (target / name).unlink(missing_ok=True)
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, a symlink, or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

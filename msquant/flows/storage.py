@@ -6,21 +6,20 @@ itself, by its manifest or its marker, which files are its own: nothing else is 
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from msquant.checkpoint.cache import cache_folder
-from msquant.checkpoint.disk import writing
 from msquant.checkpoint.download_marker import MARKER_NAME, DownloadMarker
-from msquant.checkpoint.file_names import SOURCE_RECORD, STATE_FOLDER
+from msquant.checkpoint.file_names import DOWNLOAD_LOCK, SOURCE_RECORD, STATE_FOLDER
+from msquant.checkpoint.folder_files import manifest_files
 from msquant.checkpoint.journal import JOURNAL_NAME
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.lock import LockHeld, acquire_lock
-from msquant.checkpoint.output_folder import LOCK_NAME
+from msquant.checkpoint.output_folder import LOCK_NAME, REPLACED_NAME, remove_path
 from msquant.checkpoint.results import MANIFEST_NAME, remembered_folders
 from msquant.errors import CheckpointError, ModelError, OutputError, choices
 from msquant.inference.environments import SPECS, environment
@@ -126,25 +125,36 @@ def remove_item(item: StoredItem) -> int:
 
         remove(SPECS[item.name])
         return item.nbytes
-    with writing(item.folder):
+    with _removing(item.folder):
         if _kind(item.folder) is None:
             raise OutputError("is no longer what msquant made", where=item.folder, remedy="see: msquant list")
-        nbytes = _disk_bytes(item.folder)
         with _alone(item.folder):
             _require_only_ours(item.folder)
             (item.folder / "config.json").unlink(missing_ok=True)
             last = item.folder / _identity(item.folder).parts[0]
             for path in list(item.folder.iterdir()):
                 if path.name not in (last.name, LOCK_NAME):
-                    _remove(path)
-            _remove(last)
+                    remove_path(path)
+            remove_path(last)
             (item.folder / LOCK_NAME).unlink(missing_ok=True)
             item.folder.rmdir()
         with suppress(OSError):
             # In the cache, the folder of an organisation or of all models, when this was the last in it.
             if _cache() in item.folder.parents:
                 item.folder.parent.rmdir()
-    return nbytes
+    return item.nbytes
+
+
+@contextmanager
+def _removing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot be removed: {error.strerror or error}",
+            where=error.filename or folder,
+            remedy="check the rights of the folder, and run the same command again",
+        ) from error
 
 
 def _in_cache() -> Iterator[tuple[Path, str]]:
@@ -188,7 +198,10 @@ def _cache() -> Path:
 
 def _identity(folder: Path) -> Path:
     """The file by which a folder is msquant's, within it."""
-    names = (f"{STATE_FOLDER}/{MARKER_NAME}", JOURNAL_NAME, MANIFEST_NAME, SOURCE_RECORD)
+    names = [f"{STATE_FOLDER}/{MARKER_NAME}", MANIFEST_NAME, SOURCE_RECORD]
+    # A finished result may hold one still, where the run was killed before it cleared up.
+    if folder.name.endswith(".partial"):
+        names.insert(1, JOURNAL_NAME)
     return next(Path(name) for name in names if (folder / name).is_file())
 
 
@@ -222,15 +235,23 @@ def _disk_bytes(folder: Path) -> int:
 def _require_only_ours(folder: Path) -> None:
     """Refuse a folder with a file that neither its marker nor its manifest lists. Raises OutputError."""
     identity = _identity(folder)
+    if identity.name == JOURNAL_NAME and os.path.lexists(folder / REPLACED_NAME):
+        raise OutputError(
+            "holds the earlier result that a killed --overwrite was replacing, so the folder stays",
+            where=folder / REPLACED_NAME,
+            remedy="run the same `msquant quantize` again, which puts it back, or move it away",
+        )
     if identity.name in (JOURNAL_NAME, SOURCE_RECORD):
         # Folders that only msquant writes into, and clears itself when it makes them anew.
         return
-    ours = {MANIFEST_NAME, LOCK_NAME, *_manifest_files(folder)}
+    ours = {MANIFEST_NAME, LOCK_NAME, JOURNAL_NAME}
+    with suppress(CheckpointError):
+        ours |= manifest_files(folder) or set()
     if (marker := DownloadMarker.read(folder)) is not None:
         ours = {*marker.files, *marker.obsolete}
     for parent, folders, files in os.walk(folder):
         inner = Path(parent).relative_to(folder)
-        if inner.parts[:1] == (STATE_FOLDER,):
+        if inner.parts[:1] in ((STATE_FOLDER,), (REPLACED_NAME,)):
             continue
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
         for name in [*files, *links]:
@@ -242,18 +263,10 @@ def _require_only_ours(folder: Path) -> None:
                 )
 
 
-def _manifest_files(folder: Path) -> list[str]:
-    manifest: dict[str, Any] = {}
-    with suppress(CheckpointError):
-        manifest = read_json(folder / MANIFEST_NAME)
-    files = manifest.get("files")
-    return list(files) if isinstance(files, dict) else []
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes of msquant out of an unfinished folder. Raises OutputError if one is in it."""
-    locks = {JOURNAL_NAME: LOCK_NAME, MARKER_NAME: f"{STATE_FOLDER}/lock"}
+    locks = {JOURNAL_NAME: LOCK_NAME, MARKER_NAME: f"{STATE_FOLDER}/{DOWNLOAD_LOCK}"}
     lock = locks.get(_identity(folder).name)
     if lock is None:
         yield
@@ -268,10 +281,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

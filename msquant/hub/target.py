@@ -12,14 +12,13 @@ from typing import Self
 
 from msquant.checkpoint.disk import sync_folder, writing
 from msquant.checkpoint.download_marker import DownloadMarker, MarkedFile
-from msquant.checkpoint.file_names import STATE_FOLDER
+from msquant.checkpoint.file_names import DOWNLOAD_LOCK, STATE_FOLDER
 from msquant.checkpoint.lock import LockHeld, acquire_lock
 from msquant.errors import CheckpointError, OutputError
 from msquant.hub.listing import RemoteFile, Snapshot
 from msquant.hub.names import HELD, PARTIAL, check_folders
 from msquant.hub.partial import is_partial
 
-LOCK_NAME = "lock"
 _POLL_SECONDS = 0.2
 
 
@@ -78,7 +77,7 @@ class TargetFolder:
             while self._lock is None:
                 self.state.mkdir(parents=True, exist_ok=True)
                 try:
-                    self._lock = acquire_lock(self.state / LOCK_NAME)
+                    self._lock = acquire_lock(self.state / DOWNLOAD_LOCK)
                 except FileNotFoundError:
                     continue
                 except LockHeld as held:
@@ -97,7 +96,7 @@ class TargetFolder:
             for folder in (self.partial, self.state / HELD):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-            (self.state / LOCK_NAME).unlink(missing_ok=True)
+            (self.state / DOWNLOAD_LOCK).unlink(missing_ok=True)
             # Nothing is left where nothing was written; a folder that holds something stays.
             self.state.rmdir()
             if self._made:
