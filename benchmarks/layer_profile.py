@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Label] = {
     "msquant.quantization.decoder_pass:DecoderPass._compute": "attention in floating point and in int8",
     f"{_FEED_FORWARD}:FeedForwardPass.forward": "experts in floating point",
     f"{_FEED_FORWARD}:FeedForwardPass.quantize": "experts in int8",
-    "msquant.algorithms.base:Algorithm.round_weight": "quantizing experts",
+    "msquant.kernels.weight_rounding:quantize_weight": "quantizing experts",
     f"{_FEED_FORWARD}:column_maxima": "ranges for smoothing",
     "gc:collect": "collecting garbage",
     "msquant.algorithms.smoothers:FastOSLSmoother._search_best_ratio": _search,

@@ -1,7 +1,7 @@
 """What an algorithm is: the options that a recipe gives it, and what it asks of the quantization pass."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,6 +12,8 @@ from msquant.schemes import FLOAT, PRESETS, W8A8, Quant, Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from msquant.kernels.weight_rounding import RoundedWeight
+
+    Rounder = Callable[[Any, str, Quant], RoundedWeight]
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 """A migration strength: 0 leaves outliers to the activations, 1 to the weights."""
@@ -143,18 +145,18 @@ class Algorithm(BaseModel):
 
         return FastQuantizer
 
-    def round_weight(self, weight: Any, inputs: Any, scale_dtype: str, quant: Quant) -> "RoundedWeight":
-        """Round the weight of an expert, which golden-stick never sees; as the quantizer rounds others.
+    def rounder(self, inputs: Any) -> "Rounder":
+        """How the weights of an expert are rounded that read these inputs; golden-stick never sees experts.
 
         Args:
-            weight: float32 `[N, K]`.
-            inputs: what its linear reads, float32 `[T, K]`; T may be 0.
-            scale_dtype: as for `msquant.kernels.weight_rounding.quantize_weight`.
-            quant: the integers.
+            inputs: float32 `[T, K]`; T may be 0.
+
+        Returns:
+            As `msquant.kernels.weight_rounding.quantize_weight` is called and returns.
         """
         from msquant.kernels.weight_rounding import quantize_weight
 
-        return quantize_weight(weight, scale_dtype, quant)
+        return quantize_weight
 
     def ptq_config(self, scheme: Scheme = W8A8, skip: Sequence[str] = (), dtype: str = "float32") -> Any:
         """golden-stick's `PTQConfig` for linears in a scheme.

@@ -1,15 +1,15 @@
 """GPTQ on top of `osl`: weights rounded by what their linears read, without fitting the calibration text."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from msquant.algorithms import register
 from msquant.algorithms.osl import Osl
-from msquant.schemes import Quant
 
 if TYPE_CHECKING:
-    from msquant.kernels.weight_rounding import RoundedWeight
+    from msquant.algorithms.base import Rounder
 
 
 @register
@@ -41,14 +41,13 @@ class Gptq(Osl):
     @property
     def search_options(self) -> dict[str, Any]:
         """See `Algorithm`."""
-        return {**super().search_options, "gptq": self._rounding}
+        return {**super().search_options, "gptq": (self.shrinkage, self.damping, self._ratios)}
 
     @property
-    def _rounding(self) -> dict[str, Any]:
+    def _ratios(self) -> tuple[float, ...]:
         from msquant.kernels.gptq import SCALE_RATIOS
 
-        ratios = SCALE_RATIOS if self.search_scales else (1.0,)
-        return {"shrinkage": self.shrinkage, "damping": self.damping, "ratios": ratios}
+        return SCALE_RATIOS if self.search_scales else (1.0,)
 
     def quantizer(self) -> Any:
         """See `Algorithm`."""
@@ -56,10 +55,10 @@ class Gptq(Osl):
 
         return GptqQuantizer
 
-    def round_weight(self, weight: Any, inputs: Any, scale_dtype: str, quant: Quant) -> "RoundedWeight":
-        """See `Algorithm`; an expert without inputs is rounded from its weights alone."""
-        from msquant.kernels.gptq import gptq_weight, gram_matrix
+    def rounder(self, inputs: Any) -> "Rounder":
+        """See `Algorithm`; without inputs, from the weights alone."""
+        from msquant.kernels.gptq import InputMoments
 
         if not len(inputs):
-            return super().round_weight(weight, inputs, scale_dtype, quant)
-        return gptq_weight(weight, gram_matrix([inputs]), scale_dtype, quant, **self._rounding)
+            return super().rounder(inputs)
+        return partial(InputMoments([inputs], self.shrinkage, self.damping).rounded, ratios=self._ratios)

@@ -11,6 +11,7 @@ Two changes keep it from fitting the calibration text so closely that another te
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,66 +93,76 @@ def inverse_factor(hessian: Floats) -> Floats:
     return np.ascontiguousarray(np.triu(upper))
 
 
-def gptq_weight(
-    weight: Floats,
-    gram: Floats,
-    scale_dtype: str,
-    quant: Quant,
-    *,
-    shrinkage: float = 0.0,
-    damping: float = 0.01,
-    ratios: Sequence[float] = (1.0,),
-) -> RoundedWeight:
-    """Round a weight to integers so that the outputs of its linear change least.
+class InputMoments:
+    """What rounding needs of inputs, found at the first use, once for all linears that read them.
 
     Args:
-        weight: `[N, K]`.
-        gram: of the linear's inputs, `[K, K]`, from `gram_matrix`.
-        scale_dtype: as for `quantize_weight`, whose integers and scales these are.
-        quant: the integers.
+        inputs: batches `[T, K]`.
         shrinkage: as for `shrunk`.
         damping: likewise.
-        ratios: of the greatest magnitude, the scales to choose from; `(1.0,)` is round to nearest's scale.
-
-    Raises:
-        CalibrationError: the inputs are not finite, or say too little.
     """
-    rows, columns = weight.shape
-    factor = inverse_factor(shrunk(gram, shrinkage, damping))
-    loudness = gram.diagonal().copy()
-    loudness[loudness == 0] = loudness.mean() or 1.0
-    size = quant.group_size or columns
-    step = _block_columns(size, quant.group_size is None)
-    rounded = np.empty((rows, columns), np.int8)
-    scales = np.empty((rows, columns // size), np.float32)
-    offsets = None if quant.symmetric else np.empty(scales.shape, np.int32)
 
-    def work(part: slice) -> None:
-        # A row for each column of the weight: what is changed together lies together.
-        left = np.ascontiguousarray(weight[part].T)
-        for start in range(0, columns, step):
-            check_interrupt()
-            stop = min(start + step, columns)
-            errors = np.empty((stop - start, left.shape[1]), np.float32)
-            for column in range(start, stop):
-                if column % size == 0:
-                    group = np.ascontiguousarray(left[column : column + size].T)
-                    loud = loudness[column : column + size]
-                    scale, zero = best_parameters(group, loud, scale_dtype, quant, ratios)
-                    scales[part, column // size] = scale
-                    if offsets is not None:
-                        offsets[part, column // size] = zero
-                values = np.rint(left[column] / scale + zero)
-                np.clip(values, quant.low, quant.high, out=values)
-                rounded[part, column] = values
-                error = (left[column] - (values - zero) * scale) / factor[column, column]
-                errors[column - start] = error
-                left[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
-            left[stop:] -= factor[start:stop, stop:].T @ errors
+    def __init__(self, inputs: Sequence[Floats], shrinkage: float, damping: float) -> None:
+        self._inputs, self._shrinkage, self._damping = inputs, shrinkage, damping
 
-    for_parts(rows, work)
-    shape = (rows,) if quant.group_size is None else scales.shape
-    return RoundedWeight(rounded, scales.reshape(shape), None if offsets is None else offsets.reshape(shape))
+    @cached_property
+    def _found(self) -> tuple[Floats, Floats]:
+        """How loud each column is, `[K]`, and the factor of the Hessian's inverse, `[K, K]`."""
+        gram = gram_matrix(self._inputs)
+        loudness = gram.diagonal().copy()
+        loudness[loudness == 0] = loudness.mean() or 1.0
+        return loudness, inverse_factor(shrunk(gram, self._shrinkage, self._damping))
+
+    def rounded(
+        self, weight: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float] = (1.0,)
+    ) -> RoundedWeight:
+        """Round a weight to integers so that the outputs of its linear change least.
+
+        Args:
+            weight: `[N, K]`.
+            scale_dtype: as for `quantize_weight`, whose integers and scales these are.
+            quant: the integers.
+            ratios: of the greatest magnitude, the scales to choose from; `(1.0,)` is round to nearest's.
+
+        Raises:
+            CalibrationError: the inputs are not finite, or say too little.
+        """
+        rows, columns = weight.shape
+        loudness, factor = self._found
+        size = quant.group_size or columns
+        step = _block_columns(size, quant.group_size is None)
+        rounded = np.empty((rows, columns), np.int8)
+        scales = np.empty((rows, columns // size), np.float32)
+        offsets = None if quant.symmetric else np.empty(scales.shape, np.int32)
+
+        def work(part: slice) -> None:
+            # A row for each column of the weight: what is changed together lies together.
+            left = np.ascontiguousarray(weight[part].T)
+            for start in range(0, columns, step):
+                check_interrupt()
+                stop = min(start + step, columns)
+                errors = np.empty((stop - start, left.shape[1]), np.float32)
+                for column in range(start, stop):
+                    if column % size == 0:
+                        group = np.ascontiguousarray(left[column : column + size].T)
+                        loud = loudness[column : column + size]
+                        scale, zero = best_parameters(group, loud, scale_dtype, quant, ratios)
+                        scales[part, column // size] = scale
+                        if offsets is not None:
+                            offsets[part, column // size] = zero
+                    values = np.rint(left[column] / scale + zero)
+                    np.clip(values, quant.low, quant.high, out=values)
+                    rounded[part, column] = values
+                    error = (left[column] - (values - zero) * scale) / factor[column, column]
+                    errors[column - start] = error
+                    left[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
+                left[stop:] -= factor[start:stop, stop:].T @ errors
+
+        for_parts(rows, work)
+        shape = (rows,) if quant.group_size is None else scales.shape
+        return RoundedWeight(
+            rounded, scales.reshape(shape), None if offsets is None else offsets.reshape(shape)
+        )
 
 
 def best_parameters(

@@ -10,7 +10,7 @@ from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuan
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 from numpy.typing import NDArray
 
-from msquant.kernels.gptq import gptq_weight, gram_matrix
+from msquant.kernels.gptq import InputMoments
 from msquant.kernels.weight_rounding import RoundedWeight, quantize_weight
 from msquant.schemes import Quant, parse_scheme
 
@@ -83,11 +83,11 @@ class _ByInputs(FastWeightCell):
     """Rounds a weight by what its linear reads, with the options that `GptqQuantizer`'s algorithm gives."""
 
     def rounded(self, weight: NDArray[np.float32], scale_dtype: str, quant: Quant) -> RoundedWeight:
-        """What `quant` stores, as `gptq_weight` has it."""
+        """What `quant` stores, as `InputMoments.rounded` has it."""
         read = self.samples if self.cat_samples is None else [self.cat_samples]
         inputs = [batch.asnumpy().reshape(-1, weight.shape[1]) for batch in read]
-        options = self.cfg.algo_args["gptq"]
-        return gptq_weight(weight, gram_matrix(inputs), scale_dtype, quant, **options)
+        shrinkage, damping, ratios = self.cfg.algo_args["gptq"]
+        return InputMoments(inputs, shrinkage, damping).rounded(weight, scale_dtype, quant, ratios)
 
 
 class GptqStaticCell(FastStaticCell, _ByInputs):

@@ -7,7 +7,7 @@ all tokens, and so is a shared one.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mindspore import Tensor
@@ -35,6 +35,9 @@ from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import Router
 from msquant.models.routing import tokens_of
+
+if TYPE_CHECKING:
+    from msquant.algorithms.base import Rounder
 
 Floats = NDArray[np.float32]
 
@@ -228,13 +231,15 @@ class FeedForwardPass:
         for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
-            gate = self._linear(expert, self._parts.gate, sink, given, columns=shared)
+            # Once for both that read it: what it says of them may take as long as rounding them.
+            read = self._rounder(given)
+            gate = self._linear(expert, self._parts.gate, sink, read, columns=shared)
             product = _silu(_apply(gate, given))
             del gate
-            up = self._linear(expert, self._parts.up, sink, given, columns=shared, rows=inner)
+            up = self._linear(expert, self._parts.up, sink, read, columns=shared, rows=inner)
             product *= _apply(up, given)
             del up
-            down = self._linear(expert, self._parts.down, sink, product, columns=inner)
+            down = self._linear(expert, self._parts.down, sink, self._rounder(product), columns=inner)
             output[rows] += _apply(down, product) * factors
         return output
 
@@ -268,7 +273,7 @@ class FeedForwardPass:
         expert: _Expert,
         name: str,
         sink: LayerSink,
-        inputs: Floats,
+        rounder: "Rounder",
         columns: Floats | None = None,
         rows: Floats | None = None,
     ) -> Linear:
@@ -285,13 +290,14 @@ class FeedForwardPass:
         linear: Linear = FloatLinear(weight, bias)
         scheme = self._policy.scheme(module)
         if scheme.weights is not None:
-            few = len(inputs) < self._policy.min_expert_tokens
-            rounded, scale, offset = self._policy.round_weight(
-                weight, inputs[:0] if few else inputs, self._config.dtype, scheme.weights
-            )
+            rounded, scale, offset = rounder(weight, self._config.dtype, scheme.weights)
             linear = QuantizedLinear(rounded, scale, scheme, bias, weight_offset=offset)
         sink.linear(module, linear)
         return linear
+
+    def _rounder(self, inputs: Floats) -> "Rounder":
+        """For linears that read these; with too few tokens, from the weights alone."""
+        return self._policy.rounder(inputs if len(inputs) >= self._policy.min_expert_tokens else inputs[:0])
 
     def _shared_scale(self) -> Floats:
         """Of the norm's output, which gate, up and the router share; powers of two change no router."""

@@ -11,8 +11,8 @@ from msquant.algorithms import make_algorithm
 from msquant.errors import CalibrationError
 from msquant.kernels.gptq import (
     SCALE_RATIOS,
+    InputMoments,
     best_parameters,
-    gptq_weight,
     gram_matrix,
     inverse_factor,
     shrunk,
@@ -90,8 +90,8 @@ def output_error(weight: Any, inputs: Any, rounded: RoundedWeight) -> float:
 def test_the_integers_are_the_papers(word: str, shrinkage: float) -> None:
     quant = quant_of(word)
     weight, inputs = example(2 * (quant.group_size or 100))
-    gram = gram_matrix([inputs[:250], inputs[250:]])
-    rounded = gptq_weight(weight, gram, "float32", quant, shrinkage=shrinkage, damping=0.01)
+    moments = InputMoments([inputs[:250], inputs[250:]], shrinkage, 0.01)
+    rounded = moments.rounded(weight, "float32", quant)
     assert np.mean(rounded.weight != textbook(weight, inputs, quant, shrinkage, 0.01)) < TIES
     nearest = quantize_weight(weight, "float32", quant)
     assert output_error(weight, inputs, rounded) < 0.8 * output_error(weight, inputs, nearest)
@@ -101,7 +101,7 @@ def test_the_integers_are_the_papers(word: str, shrinkage: float) -> None:
 def test_wholly_shrunk_it_rounds_to_nearest(word: str) -> None:
     quant = quant_of(word)
     weight, inputs = example(128)
-    rounded = gptq_weight(weight, gram_matrix([inputs]), "bfloat16", quant, shrinkage=1.0)
+    rounded = InputMoments([inputs], 1.0, 0.01).rounded(weight, "bfloat16", quant)
     nearest = quantize_weight(weight, "bfloat16", quant)
     for found, expected in zip(rounded, nearest, strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -134,12 +134,12 @@ def test_dead_channels_and_one_repeated_token() -> None:
     weight, inputs = example(64)
     inputs[:, 7] = 0
     quant = quant_of("W4A16_CHANNEL")
-    rounded = gptq_weight(weight, gram_matrix([inputs]), "float32", quant)
+    rounded = InputMoments([inputs], 0.0, 0.01).rounded(weight, "float32", quant)
     # What no token has used is kept as well as it can be, and not set to zero: another text may use it.
     kept = rounded.weight[:, 7] * rounded.scale
     assert np.abs(kept - weight[:, 7]).max() <= rounded.scale.max() / 2 * 1.001
     same = np.repeat(inputs[:1], 300, axis=0)
-    assert np.isfinite(gptq_weight(weight, gram_matrix([same]), "float32", quant, shrinkage=0.3).scale).all()
+    assert np.isfinite(InputMoments([same], 0.3, 0.01).rounded(weight, "float32", quant).scale).all()
 
 
 def test_infinite_inputs_and_a_hessian_that_is_none() -> None:
@@ -154,9 +154,9 @@ def test_an_expert_without_inputs_is_rounded_from_its_weights() -> None:
     policy = make_algorithm(algorithm="gptq")
     weight, inputs = example(64)
     quant = quant_of("W4A8_DYNAMIC")
-    alone = policy.round_weight(weight, inputs[:0], "bfloat16", quant)
+    alone = policy.rounder(inputs[:0])(weight, "bfloat16", quant)
     np.testing.assert_array_equal(alone.weight, quantize_weight(weight, "bfloat16", quant).weight)
-    assert (policy.round_weight(weight, inputs, "bfloat16", quant).weight != alone.weight).any()
+    assert (policy.rounder(inputs)(weight, "bfloat16", quant).weight != alone.weight).any()
 
 
 @pytest.mark.parametrize("word", ["W4A16_G32", "W4A16_CHANNEL"])
