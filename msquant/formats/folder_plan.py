@@ -171,15 +171,19 @@ def _check_linear(name: str, shape: Shape, bias: Shape | None) -> None:
 
 def _check_groups(groups: Sequence[Mapping[str, Shape]], linears: Mapping[str, Scheme]) -> None:
     """Check that the groups of every layer divide its inputs; the sizes that it names divide all layers'."""
+    sizes_of = {
+        module: scheme.weights.group_size
+        for module, scheme in linears.items()
+        if scheme.weights is not None and scheme.weights.group_size is not None
+    }
+    if not sizes_of:
+        return
     shapes = {name: shape for part in groups for name, shape in part.items()}
-    inputs: dict[str, tuple[Scheme, int, int]] = {}
-    for module, scheme in linears.items():
-        shape = shapes.get(f"{module}.weight", ())
-        if scheme.weights is not None and scheme.weights.group_size is not None and len(shape) == 2:
-            inputs[module] = scheme, scheme.weights.group_size, shape[1]
-    for module, (scheme, size, columns) in inputs.items():
+    inputs = {module: shapes[f"{module}.weight"][1] for module in sizes_of if _is_matrix(shapes, module)}
+    for module, columns in inputs.items():
+        scheme, size = linears[module], sizes_of[module]
         if columns % size:
-            common = gcd(*(inputs[other][2] for other in inputs))
+            common = gcd(*inputs.values())
             fits = [each for each in _GROUP_SIZES if common % each == 0] or [gcd(columns, size)]
             sizes = " or ".join(filter(None, (", ".join(map(str, fits[:-1])), str(fits[-1]))))
             instead = f"groups of {sizes} fit: {scheme.in_groups(fits[0])}; or " if fits[0] > 1 else ""
@@ -189,6 +193,10 @@ def _check_groups(groups: Sequence[Mapping[str, Shape]], linears: Mapping[str, S
                 remedy=f"{instead}keep it in floating point: put {{{module}: FLOAT}} at the head of the "
                 "recipe's schemes",
             )
+
+
+def _is_matrix(shapes: Mapping[str, Shape], module: str) -> bool:
+    return len(shapes.get(f"{module}.weight", ())) == 2
 
 
 def _check_runs(form: Format, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> None:

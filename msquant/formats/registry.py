@@ -35,14 +35,18 @@ def format_names() -> tuple[str, ...]:
     return tuple(_REGISTERED)
 
 
-def find_format(name: str) -> type[Format]:
+def find_format(name: str, where: str = "format") -> type[Format]:
     """The format of that name.
+
+    Args:
+        name: one of `format_names()`.
+        where: it was asked for, for the error.
 
     Raises:
         RecipeError: there is none.
     """
     if name not in _REGISTERED:
-        raise RecipeError(f"{name!r} is not a format", where="format", remedy=choices(name, format_names()))
+        raise RecipeError(f"{name!r} is not a format", where=where, remedy=choices(name, format_names()))
     return _REGISTERED[name]
 
 
@@ -73,10 +77,7 @@ def parse_formats(text: str) -> FormatName | tuple[FormatName, ...]:
     """The formats that an option names, with commas between them. Raises RecipeError."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in _REGISTERED:
-            raise RecipeError(
-                f"{name!r} is not a format", where="--format", remedy=choices(name, format_names())
-            )
+        find_format(name, "--format")
     try:
         found: FormatName | tuple[FormatName, ...] = _known(names)
     except ValueError as error:

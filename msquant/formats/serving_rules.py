@@ -6,7 +6,7 @@ case of each by its name.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,30 +252,28 @@ def _key_value_heads(server: Server, model: ServedModel, parallelism: Parallelis
         )
 
 
-def _packed_weights(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if server.name != "vllm":
-        return
-    found = kernel_problems(server.version, model.linears, model.config, parallelism.tensor)
-    for module, problem in found:
-        yield (
-            module,
-            f"is {model.linears[module]}: {problem}",
-            "choose other groups or a smaller tensor_parallel_size, or keep the layer in floating point",
-        )
-        return
+def _kernels(problems: Callable[..., Iterable[tuple[str, str]]], remedy: str) -> Check:
+    """That vLLM has a kernel for every linear of a kind; the first without one is named."""
+
+    def check(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+        if server.name != "vllm":
+            return
+        for module, problem in problems(server.version, model.linears, model.config, parallelism.tensor):
+            yield module, f"is {model.linears[module]}: {problem}", remedy
+            return
+
+    return check
 
 
-def _int4_kernels(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if server.name != "vllm":
-        return
-    for module, problem in int4_problems(server.version, model.linears, model.config, parallelism.tensor):
-        yield (
-            module,
-            f"is {model.linears[module]}: {problem}",
-            "serve it with vLLM on a CPU, choose other groups or a smaller tensor_parallel_size, or quantize "
-            "it as W8A8_DYNAMIC",
-        )
-        return
+_packed_weights = _kernels(
+    kernel_problems,
+    "choose other groups or a smaller tensor_parallel_size, or keep the layer in floating point",
+)
+_int4_kernels = _kernels(
+    int4_problems,
+    "serve it with vLLM on a CPU, choose other groups or a smaller tensor_parallel_size, or quantize it as "
+    "W8A8_DYNAMIC",
+)
 
 
 def _int4_experts(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
