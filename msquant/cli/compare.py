@@ -70,7 +70,8 @@ def compare(
     columns, rows = _table(result, full=markdown)
     if markdown:
         for cells in (columns, ["---"] * len(columns), *rows):
-            console.print_line(f"| {' | '.join(map(str, cells))} |")
+            # A row that goes on in the next line is no Markdown.
+            console.print_document(console.plain_line(f"| {' | '.join(map(str, cells))} |"))
         return
     console.print_table(
         "KL to the float model by text, in nats",

@@ -115,8 +115,8 @@ def serve(
     elif dry_run:
         _print_commands([], as_json, "# the embedded engine serves in this process; nothing is started")
     else:
-        options = ServerOptions(max_requests, body, limits, api_key=key)
-        _embedded(place, device, options, allow_host or [], access_log)
+        settings = ServerOptions(max_requests, body, limits, api_key=key)
+        _embedded(place, device, settings, allow_host or [], access_log)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
@@ -44,13 +43,6 @@ class TwoLines:
     def __init__(self, state: Callable[[], State | None]) -> None:
         self._state = state
         self._live: Live | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Show it."""
