@@ -20,7 +20,7 @@ from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
-from msquant.planning.blocks import LayerBlocks, Tokens, weights_of
+from msquant.planning.blocks import LayerBlocks, Linear, Tokens, weights_of
 from msquant.planning.measure import NOTHING, Machine, Measured, Span
 from msquant.planning.work import feed_forward_rounds
 from msquant.progress import Phase
@@ -61,13 +61,25 @@ def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:
     candidate = max((weights_of(group) for group in groups), default=0)
     clipped = max((2 * linear.size for group in groups for linear in group), default=0)
     # Inputs that golden-stick records, and what our search keeps before each of the layer's steps.
-    recorded = sum(linear.columns for group in groups for linear in group)
+    reading = blocks.groups if blocks.policy.rounds_by_inputs else groups
+    recorded = sum(linear.columns for group in reading for linear in group if not linear.scheme.is_float)
     states = sum(group[0].columns + config.hidden_size for group in blocks.groups)
     if config.latent is not None:
         states += config.num_attention_heads * config.latent.qk_head_dim
     scores = 4 * tokens.first * tokens.length * config.num_attention_heads
     weights = weights_of(blocks.searched)
-    return _FLOAT * (weights + max(candidate, clipped) + tokens.count * (recorded + states) + scores)
+    beside = max(candidate, clipped, _moments(blocks, blocks.searched))
+    return _FLOAT * (weights + beside + tokens.count * (recorded + states) + scores)
+
+
+def _moments(blocks: LayerBlocks, linears: Sequence[Linear]) -> int:
+    """Numbers in what an algorithm that rounds by inputs holds of the widest ones; see `kernels/gptq.py`.
+
+    The moments, what is inverted of them, a copy in reversed order, its factor and the factor's inverse.
+    """
+    if not blocks.policy.rounds_by_inputs:
+        return 0
+    return 5 * max((linear.columns for linear in linears if not linear.scheme.is_float), default=0) ** 2
 
 
 def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
@@ -77,6 +89,7 @@ def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
     inner = max(block[0].rows for block in blocks.inner.values())
     # While it is read: all of it, and the largest matrix as it is stored. While it is quantized: one matrix.
     weights = max(largest + widest // 2, 3 * widest)
+    weights += _moments(blocks, blocks.streamed)
     return _FLOAT * (weights + tokens * (4 * blocks.config.hidden_size + 3 * inner))
 
 

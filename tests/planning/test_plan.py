@@ -1,5 +1,6 @@
 """A plan says what `quantize` then does: the same bytes, and no file of either where it does not fit."""
 
+import json
 import os
 import re
 import shutil
@@ -79,6 +80,17 @@ def test_an_fp8_source_with_a_prediction_layer(tmp_path: Path) -> None:
     assert plan.stored == "FP8 in blocks of 32 x 32"
     assert plan.parts[1].linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3 * (8 + 1)}
     assert plan.parts[2].linears == {}
+
+
+def test_rounding_by_inputs_takes_memory_for_them(tiny_llama: Path, tmp_path: Path) -> None:
+    """Inputs of all linears, of which none has a static scale to be recorded for, and their moments."""
+    recipe = short_recipe(tiny_llama).adjusted(scheme="W4A16_G32", formats="compressed-tensors")
+    peaks = [make_plan(recipe.adjusted(algo=algo), tmp_path / "out").peak_memory for algo in ("rtn", "gptq")]
+    config = json.loads((tiny_llama / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    tokens = recipe.calibration.total * recipe.calibration.sequence_length
+    least = 4 * (tokens * (6 * hidden + inner) + 5 * max(hidden, inner) ** 2)
+    assert least <= peaks[1] - peaks[0] < 2 * least
 
 
 def test_deepseek_r1_is_planned_from_its_published_config(tmp_path: Path) -> None:
