@@ -7,7 +7,7 @@ adds makes a layer that adds much look harmless.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -50,6 +50,11 @@ def rank(noise: Mapping[K, float | None]) -> list[Ranked[K]]:
 def rank_layers(own_snr: Mapping[K, float | None]) -> list[Ranked[K]]:
     """As `rank`, by each part's own signal-to-noise in dB, as `LayerScore.own_snr`: None is no noise."""
     return rank({key: noise_of(snr) for key, snr in own_snr.items()})
+
+
+def listed(own_snr: Mapping[K, float | None], ranked: Sequence[Ranked[K]]) -> str:
+    """Layers of `rank_layers` for people, each with its own signal-to-noise: `11 (23.3 dB), 0 (25.3 dB)`."""
+    return ", ".join(f"{layer.key} ({own_snr[layer.key]:.1f} dB)" for layer in ranked)
 
 
 def noise_of(snr: float | None) -> float | None:

@@ -115,14 +115,20 @@ def _overlaid(identity: str, title: str, series: Mapping[str, Mapping[int, float
         axes.set_title(title, pad=10 + 20 * -(-len(series) // 2))
         axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.01))
 
-    texts = {
-        index: ", ".join(
-            f"{label} {points[index]:.1f} dB" for label, points in series.items() if index in points
-        )
-        for index in sorted(set().union(*series.values()))
-    }
     description = f"{title}, in dB, of {', '.join(series)}."
-    return draw(identity, title, description, paint, layer_values(texts), height=3.4, whole=True)
+    return draw(identity, title, description, paint, _decibels(series), height=3.4, whole=True)
+
+
+def _decibels(series: Mapping[str, Mapping[int, float]]) -> list[Value]:
+    """What each decoder layer has in each of some series."""
+    return layer_values(
+        {
+            index: ", ".join(
+                f"{label} {points[index]:.1f} dB" for label, points in series.items() if index in points
+            )
+            for index in sorted(set().union(*series.values()))
+        }
+    )
 
 
 def _of_group(layers: Sequence[Layer], name: str) -> list[tuple[int, Group]]:
@@ -181,16 +187,8 @@ def _noise(report: Report) -> list[str]:
         whole_numbers(axes)
         legend_above(axes, 2)
 
-    texts = {
-        layer.index: ", ".join(
-            f"{label} {points[layer.index]:.1f} dB"
-            for label, points in series.items()
-            if layer.index in points
-        )
-        for layer in layers
-    }
     description = "Signal-to-noise of each decoder layer's output in dB."
-    return [draw("noise", "Signal to noise", description, paint, layer_values(texts), whole=True)]
+    return [draw("noise", "Signal to noise", description, paint, _decibels(series), whole=True)]
 
 
 def _alphas(identity: str, name: str, found: list[tuple[int, Group]], whole: bool) -> str:
@@ -352,8 +350,8 @@ def _token_map(rows: Sequence[ExpertsRow], minimum: int) -> str:
 
 
 def _spread(row: ExpertsRow) -> str:
-    fewest, median, most = np.quantile(row.tokens, (0, 0.5, 1))
-    return f"fewest tokens {fewest:.0f}, median {median:.0f}, most {most:.0f}"
+    fewest, median, most = row.spread
+    return f"fewest tokens {fewest}, median {median}, most {most}"
 
 
 def _token_spread(rows: Sequence[ExpertsRow], minimum: int) -> str:

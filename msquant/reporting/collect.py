@@ -222,8 +222,7 @@ def _kind(key: tuple[str, str, str, tuple[int, ...]], modules: list[ModuleSummar
 
 
 def _ranked(manifest: Manifest) -> Ranking | None:
-    layers = manifest.evaluation.layers if manifest.evaluation else []
-    snr = {layer.index: layer.own_snr for layer in layers}
+    snr = manifest.evaluation.own_snr if manifest.evaluation else {}
     rows = [
         RankedRow(f"layer {row.key}", (f"model.layers.{row.key}.*",), snr[row.key], row.noise, row.share)
         for row in rank_layers(snr)

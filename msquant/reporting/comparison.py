@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.errors import CheckpointError, RecipeError
-from msquant.evaluation.ranking import rank_layers
+from msquant.evaluation.ranking import listed, rank_layers
 from msquant.reporting.collect import SOURCE_HASH, collect
 from msquant.reporting.data import Report
 from msquant.reporting.drawing import SERIES
@@ -86,8 +86,11 @@ def _labels(folders: Sequence[Path], runs: Sequence[Report]) -> tuple[str, ...]:
 
 def _remarks(labels: Sequence[str], runs: Sequence[Report]) -> list[str]:
     remarks = []
-    if len({run.facts.get(SOURCE_HASH) for run in runs}) > 1:
+    sources = {label: run.facts.get(SOURCE_HASH) for label, run in zip(labels, runs, strict=True)}
+    if len(set(filter(None, sources.values()))) > 1:
         remarks.append("They were not made from the same model: their scores are no measure of the runs.")
+    unknown = [label for label, source in sources.items() if source is None]
+    remarks += [f"It is not recorded which model {label} was made from." for label in unknown]
     texts = {
         tuple((text.text, text.tokens) for text in run.evaluation.texts)
         for run in runs
@@ -118,13 +121,13 @@ def schemes(run: Report) -> str:
 
 def own_snr(run: Report) -> dict[int, float | None]:
     """Signal-to-noise of each decoder layer's own, in dB."""
-    return {layer.index: layer.own_snr for layer in run.evaluation.layers} if run.evaluation else {}
+    return run.evaluation.own_snr if run.evaluation else {}
 
 
 def worst(run: Report) -> str:
     """The decoder layers of a run that add most noise of their own, with that."""
     snr = own_snr(run)
-    return ", ".join(f"{layer.key} ({snr[layer.key]:.1f} dB)" for layer in rank_layers(snr)[:_WORST])
+    return listed(snr, rank_layers(snr)[:_WORST])
 
 
 def texts(found: RunComparison) -> dict[str, list[float | None]]:

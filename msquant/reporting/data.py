@@ -153,6 +153,12 @@ class ExpertsRow:
     tokens: tuple[int, ...]
     few: int
 
+    @property
+    def spread(self) -> tuple[int, int, int]:
+        """The fewest tokens, the upper median and the most; there is an expert."""
+        ordered = sorted(self.tokens)
+        return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
     def below(self, minimum: int) -> int:
         """How many experts got fewer than `minimum` by the router."""
         return sum(tokens < minimum for tokens in self.tokens)

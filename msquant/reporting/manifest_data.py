@@ -179,6 +179,11 @@ class Evaluation(_Record):
     beyond: list[Broken] | None = None
     predictions: list[RecordedPrediction] = Field(default_factory=list)
 
+    @property
+    def own_snr(self) -> dict[int, float | None]:
+        """Signal-to-noise of each decoder layer's own, in dB."""
+        return {layer.index: layer.own_snr for layer in self.layers}
+
 
 class Manifest(_Record):
     """`msquant.json`, as far as a report shows it; all of it is empty where there is none."""

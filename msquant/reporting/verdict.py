@@ -1,8 +1,6 @@
 """The verdict on a folder: what a person reads first."""
 
-from collections.abc import Sequence
-
-from msquant.evaluation.ranking import Ranked, rank_layers
+from msquant.evaluation.ranking import Ranked, listed, rank_layers
 from msquant.formats.summary import Summary
 from msquant.reporting.data import Level, ReportVerdict
 from msquant.reporting.manifest_data import Manifest, RecordedTextScore
@@ -102,7 +100,7 @@ def _noisy(manifest: Manifest) -> list[str]:
     worst = _ranked(manifest)[:_SHOWN]
     if not worst:
         return []
-    return [f"Layers {_listed(manifest, worst)} add most noise: {_REMEDY}."]
+    return [f"Layers {listed(_own_snr(manifest), worst)} add most noise: {_REMEDY}."]
 
 
 def _ranked(manifest: Manifest) -> list[Ranked[int]]:
@@ -110,13 +108,7 @@ def _ranked(manifest: Manifest) -> list[Ranked[int]]:
 
 
 def _own_snr(manifest: Manifest) -> dict[int, float | None]:
-    layers = manifest.evaluation.layers if manifest.evaluation else []
-    return {layer.index: layer.own_snr for layer in layers}
-
-
-def _listed(manifest: Manifest, layers: Sequence[Ranked[int]]) -> str:
-    snr = _own_snr(manifest)
-    return ", ".join(f"{layer.key} ({snr[layer.key]:.1f} dB)" for layer in layers)
+    return manifest.evaluation.own_snr if manifest.evaluation else {}
 
 
 def _few_tokens(manifest: Manifest) -> list[tuple[Level, str]]:
@@ -140,6 +132,6 @@ def _outliers(manifest: Manifest) -> list[str]:
     above = [layer for layer in ranked if layer.noise > _OUTLIER * median]
     if not above:
         return []
-    layers = _listed(manifest, above[:_SHOWN])
+    layers = listed(_own_snr(manifest), above[:_SHOWN])
     some = f"Layers {layers} add" if len(above) > 1 else f"Layer {layers} adds"
     return [f"{some} more than {_OUTLIER} times the noise of the median layer: {_REMEDY}."]

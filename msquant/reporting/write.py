@@ -93,18 +93,13 @@ def _content(report: Report, drawn: Charts | None) -> dict[str, Any]:
         "sampled": sum(found.read for found in report.histograms),
         "weights": sum(found.weights for found in report.histograms),
         "ranged": any(group.before for layer in report.layers for group in layer.groups),
-        "spread": [(row, *_spread(row.tokens)) for row in report.experts if row.tokens],
+        "spread": [(row, *row.spread) for row in report.experts if row.tokens],
     }
 
 
 def _linears(report: Report) -> list[str]:
     """Names of the linears that a clip ratio is recorded for."""
     return list(dict.fromkeys(name for layer in report.layers for name in layer.mean_clip_ratio))
-
-
-def _spread(tokens: Sequence[int]) -> tuple[int, int, int]:
-    ordered = sorted(tokens)
-    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
 def _cell(value: Any) -> str:
