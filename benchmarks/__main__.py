@@ -13,6 +13,7 @@ NAMES = (
     "quantize",
     "accuracy",
     "scales",
+    "four_bits",
     "calibration",
     "coverage",
     "sources",

@@ -90,10 +90,10 @@ class Reference:
             perplexities[name] = _perplexity(found, given)
         return kl, perplexities
 
-    def measure(self, policy: dict[str, Any]) -> tuple[dict[str, float], str, float]:
-        """Quantize, score and count the CPU seconds of quantizing."""
+    def measure(self, policy: dict[str, Any], source: str = "builtin") -> tuple[dict[str, float], str, float]:
+        """Quantize by calibration text of a source, score and count the CPU seconds of quantizing."""
         started = time.process_time()
-        captured = quantized(self.folder, policy)
+        captured = quantized(self.folder, policy, source)
         seconds = time.process_time() - started
         return *self.score(simulated(self.folder, captured)), seconds
 
@@ -121,31 +121,33 @@ def spared(folder: Path) -> dict[str, Any]:
     return mixed.quantization.model_dump() if mixed else {}
 
 
-def quantized(folder: Path, policy: dict[str, Any]) -> Captured:
+def quantized(folder: Path, policy: dict[str, Any], calibration: str = "builtin") -> Captured:
     """All decoder layers of a model, quantized as the pipeline does it."""
     from msquant.checkpoint.hidden_states import HiddenStateStore
     from msquant.checkpoint.memory import MEMORY_BUDGET
     from msquant.flows.calibration import calibration_of
-    from msquant.flows.source import batch_samples, open_source
+    from msquant.flows.source import batch_samples, open_source, rotated
     from msquant.kernels import golden_stick
     from msquant.models.device import use_device
     from msquant.models.network import Embedding
     from msquant.quantization.decoder_pass import DecoderPass
 
     raw = {"model": str(folder), "quantization": policy}
-    recipe = Recipe.model_validate(raw).replace("calibration", **CALIBRATION)
+    recipe = Recipe.model_validate(raw).replace("calibration", source=calibration, **CALIBRATION)
     dtype = use_device()
     golden_stick.set_log_level(verbose=False)
-    source = open_source(str(folder))
+    source = rotated(open_source(str(folder)), recipe.quantization)
     tokens = calibration_of(recipe.calibration, folder).samples.tokens
     step = batch_samples(source.config, SEQUENCE_LENGTH)
-    embedding = Embedding(source.config, source.checkpoint, dtype)
+    embedding = Embedding(source.config, source.weights, dtype)
     hidden = [embedding(tokens[i : i + step]).asnumpy() for i in range(0, SAMPLES, step)]
     store = HiddenStateStore(folder, MEMORY_BUDGET)
-    decoder = DecoderPass(
-        source.config, source.checkpoint, recipe.quantization, SEQUENCE_LENGTH, dtype, store
-    )
+    decoder = DecoderPass(source.config, source.weights, recipe.quantization, SEQUENCE_LENGTH, dtype, store)
     captured = Captured()
+    if source.weights is not source.checkpoint:
+        names = source.config.family.names
+        for name in (names.embedding, names.final_norm, names.head):
+            captured.tensor(f"{name}.weight", source.weights.tensor(f"{name}.weight"))
     for index in range(source.config.num_hidden_layers):
         outputs: list[Any] = []
         decoder.run(index, hidden, outputs.append, captured)
@@ -159,6 +161,8 @@ def simulated(folder: Path, captured: Captured) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # A rotated model's output head is no longer its embedding.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.load_state_dict({k: torch.from_numpy(v) for k, v in captured.tensors.items()}, strict=False)
     for name, stored in captured.linears.items():
         module, linear = model.get_submodule(name), as_computed(stored)

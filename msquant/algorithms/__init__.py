@@ -8,7 +8,7 @@ from msquant.errors import RecipeError, choices
 if TYPE_CHECKING:
     from msquant.algorithms.base import Algorithm
 
-_SHIPPED = ("osl", "osl-golden-stick", "gptq", "smoothquant", "rtn")
+_SHIPPED = ("osl", "osl-golden-stick", "gptq", "awq", "smoothquant", "rtn")
 
 DEFAULT = _SHIPPED[0]
 """The algorithm of a recipe that names none."""

@@ -111,9 +111,12 @@ class Algorithm(BaseModel):
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
         return next(scheme for pattern, scheme in self.schemes if _matches(pattern, linear))
 
-    def smooths(self, scheme: Scheme) -> bool:
-        """Whether groups of linears in that scheme share a smooth scale."""
-        return False
+    def suppression(self, scheme: Scheme) -> str:
+        """The member of golden-stick's `OutliersSuppressionType` for groups of linears in that scheme.
+
+        NONE where they share no smooth scale. golden-stick's check of a config decides which it may be.
+        """
+        return "NONE"
 
     @property
     def searches_feed_forward(self) -> bool:
@@ -124,11 +127,6 @@ class Algorithm(BaseModel):
     def feed_forward_smoothing(self) -> float | None:
         """The migration strength in feed-forward blocks that go one expert at a time; None: no smoothing."""
         return None
-
-    @property
-    def suppression(self) -> str:
-        """The member of golden-stick's `OutliersSuppressionType` for linears that are smoothed."""
-        return "NONE"
 
     @property
     def search_options(self) -> dict[str, Any]:
@@ -179,9 +177,7 @@ class Algorithm(BaseModel):
             opname_blacklist=list(skip),
             weight_quant_dtype=types.int8,
             act_quant_dtype=None if scheme.is_weight_only else types.int8,
-            outliers_suppression=OutliersSuppressionType[
-                self.suppression if self.smooths(scheme) else "NONE"
-            ],
+            outliers_suppression=OutliersSuppressionType[self.suppression(scheme)],
             weight_quant_granularity=QuantGranularity.PER_CHANNEL,
             act_quant_granularity=granularity,
             algo_args={

@@ -37,9 +37,9 @@ class Osl(Algorithm):
         "dense blocks are searched, experts stay unsmoothed.",
     )
 
-    def smooths(self, scheme: Scheme) -> bool:
+    def suppression(self, scheme: Scheme) -> str:
         """See `Algorithm`: golden-stick smooths for quantized inputs only."""
-        return scheme.inputs is not None
+        return "OUTLIER_SUPPRESSION_LITE" if scheme.inputs is not None else "NONE"
 
     @property
     def searches_feed_forward(self) -> bool:
@@ -50,11 +50,6 @@ class Osl(Algorithm):
     def feed_forward_smoothing(self) -> float | None:
         """See `Algorithm`."""
         return self.feed_forward_alpha
-
-    @property
-    def suppression(self) -> str:
-        """See `Algorithm`."""
-        return "OUTLIER_SUPPRESSION_LITE"
 
     @property
     def search_options(self) -> dict[str, Any]:

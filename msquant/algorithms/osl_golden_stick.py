@@ -35,19 +35,14 @@ class OslGoldenStick(Algorithm):
         "no smoothing, as golden-stick has it.",
     )
 
-    def smooths(self, scheme: Scheme) -> bool:
+    def suppression(self, scheme: Scheme) -> str:
         """See `Algorithm`: golden-stick's own configs leave linears with a scale per token as they are."""
-        return scheme.is_static
+        return "OUTLIER_SUPPRESSION_LITE" if scheme.is_static else "NONE"
 
     @property
     def feed_forward_smoothing(self) -> float | None:
         """See `Algorithm`."""
         return self.feed_forward_alpha
-
-    @property
-    def suppression(self) -> str:
-        """See `Algorithm`."""
-        return "OUTLIER_SUPPRESSION_LITE"
 
     @property
     def search_options(self) -> dict[str, Any]:

@@ -24,19 +24,14 @@ class SmoothQuant(Algorithm):
         "that of every group.",
     )
 
-    def smooths(self, scheme: Scheme) -> bool:
+    def suppression(self, scheme: Scheme) -> str:
         """See `Algorithm`: golden-stick smooths for quantized inputs only."""
-        return scheme.inputs is not None
+        return "SMOOTH" if scheme.inputs is not None else "NONE"
 
     @property
     def feed_forward_smoothing(self) -> float | None:
         """See `Algorithm`."""
         return self.smoothquant_alpha if self.feed_forward_alpha is None else self.feed_forward_alpha
-
-    @property
-    def suppression(self) -> str:
-        """See `Algorithm`."""
-        return "SMOOTH"
 
     @property
     def search_options(self) -> dict[str, Any]:

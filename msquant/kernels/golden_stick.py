@@ -24,6 +24,7 @@ def load() -> None:
         from mindspore_gs.ptq.ptq import quant
         from mindspore_gs.ptq.quant_cells.mindone import (
             AllQuantLinearCell,
+            AWQSmoothQuantLinearCell,
             ClipLinearCell,
             DynamicQuantLinearCell,
             OSLSmoothQuantLinearCell,
@@ -38,6 +39,7 @@ def load() -> None:
     quant.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)
     for cell in (
         OSLSmoothQuantLinearCell,
+        AWQSmoothQuantLinearCell,
         SmoothQuantLinearCell,
         ClipLinearCell,
         AllQuantLinearCell,

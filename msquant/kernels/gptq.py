@@ -1,8 +1,9 @@
 """GPTQ: weights rounded column by column, and each column's error made up for by those still to come.
 
 The method is Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers" (2022), as golden-stick 1.4.1 has it (`ptq/quant_cells/mindone/linear_gptq_quant_wrappers.py`).
-Two changes keep it from fitting the calibration text so closely that another text loses by it:
+Transformers" (2022), as golden-stick 1.4.1 has it (`ptq/quant_cells/mindone/linear_gptq_quant_wrappers.py`)
+with its `desc_act` and `static_groups`. Two changes keep it from fitting the calibration text so closely
+that another text loses by it:
 
 - The Hessian's off-diagonal part, which says how columns make up for one another, is shrunk; its diagonal,
   which says how loud each column is, is not.
@@ -26,8 +27,11 @@ Floats = NDArray[np.float32]
 BLOCK_COLUMNS = 64
 """Columns whose errors are handed to all later ones at once."""
 
-SCALE_RATIOS = tuple(ratio / 100 for ratio in range(100, 44, -4))
+SCALE_RATIOS = tuple(ratio / 100 for ratio in range(100, 50, -6))
 """Of the greatest magnitude, what the largest integer may stand for; the first one wins a tie."""
+
+# Of the values whose scales are searched at once: they and what becomes of them stay in a core's cache.
+_SEARCH_BYTES = 1 << 19
 
 
 def gram_matrix(inputs: Sequence[Floats]) -> Floats:
@@ -102,21 +106,38 @@ class InputMoments:
         damping: likewise.
     """
 
-    def __init__(self, inputs: Sequence[Floats], shrinkage: float, damping: float) -> None:
+    def __init__(self, inputs: Sequence[Floats], shrinkage: float = 1.0, damping: float = 0.01) -> None:
         self._inputs, self._shrinkage, self._damping = inputs, shrinkage, damping
 
     @cached_property
-    def _found(self) -> tuple[Floats, Floats]:
-        """How loud each column is, `[K]`, and the factor of the Hessian's inverse, `[K, K]`."""
-        gram = gram_matrix(self._inputs)
-        loudness = gram.diagonal().copy()
+    def _gram(self) -> Floats:
+        return gram_matrix(self._inputs)
+
+    @cached_property
+    def _loudness(self) -> Floats:
+        """The second moment of each column, `[K]`; the mean of all where no token has used it."""
+        loudness = self._gram.diagonal().copy()
         loudness[loudness == 0] = loudness.mean() or 1.0
-        return loudness, inverse_factor(shrunk(gram, self._shrinkage, self._damping))
+        return loudness
+
+    @cached_property
+    def _order(self) -> NDArray[np.intp]:
+        """The columns, the loudest first: golden-stick's `desc_act`."""
+        return np.argsort(-self._gram.diagonal(), kind="stable")
+
+    @cached_property
+    def _factor(self) -> Floats:
+        """The factor of the Hessian's inverse, `[K, K]`, in that order of columns."""
+        hessian = shrunk(self._gram, self._shrinkage, self._damping)
+        return inverse_factor(hessian[np.ix_(self._order, self._order)])
 
     def rounded(
         self, weight: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float] = (1.0,)
     ) -> RoundedWeight:
         """Round a weight to integers so that the outputs of its linear change least.
+
+        The loudest column comes first, whose error all others can make up for. Scales are found before, from
+        the weight as it is (golden-stick's `static_groups`), so that groups are of neighbouring columns.
 
         Args:
             weight: `[N, K]`.
@@ -128,78 +149,133 @@ class InputMoments:
             CalibrationError: the inputs are not finite, or say too little.
         """
         rows, columns = weight.shape
-        loudness, factor = self._found
+        order, factor = self._order, self._factor
         size = quant.group_size or columns
-        step = _block_columns(size, quant.group_size is None)
         rounded = np.empty((rows, columns), np.int8)
         scales = np.empty((rows, columns // size), np.float32)
-        offsets = None if quant.symmetric else np.empty(scales.shape, np.int32)
+        offsets = np.zeros(scales.shape, np.float32)
 
         def work(part: slice) -> None:
+            check_interrupt()
+            scales[part], offsets[part] = best_parameters(
+                weight[part], self._loudness, scale_dtype, quant, ratios
+            )
             # A row for each column of the weight: what is changed together lies together.
-            left = np.ascontiguousarray(weight[part].T)
-            for start in range(0, columns, step):
+            scale, zero = (np.ascontiguousarray(each[part].T) for each in (scales, offsets))
+            left = weight[part].T[order]
+            taken = np.empty(left.shape, np.int8)
+            for start in range(0, columns, BLOCK_COLUMNS):
                 check_interrupt()
-                stop = min(start + step, columns)
+                stop = min(start + BLOCK_COLUMNS, columns)
                 errors = np.empty((stop - start, left.shape[1]), np.float32)
-                for column in range(start, stop):
-                    if column % size == 0:
-                        group = np.ascontiguousarray(left[column : column + size].T)
-                        loud = loudness[column : column + size]
-                        scale, zero = best_parameters(group, loud, scale_dtype, quant, ratios)
-                        scales[part, column // size] = scale
-                        if offsets is not None:
-                            offsets[part, column // size] = zero
-                    values = np.rint(left[column] / scale + zero)
+                for place in range(start, stop):
+                    group = order[place] // size
+                    values = np.rint(left[place] / scale[group] + zero[group])
                     np.clip(values, quant.low, quant.high, out=values)
-                    rounded[part, column] = values
-                    error = (left[column] - (values - zero) * scale) / factor[column, column]
-                    errors[column - start] = error
-                    left[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
+                    taken[place] = values
+                    error = (left[place] - (values - zero[group]) * scale[group]) / factor[place, place]
+                    errors[place - start] = error
+                    left[place + 1 : stop] -= factor[place, place + 1 : stop, None] * error
                 left[stop:] -= factor[start:stop, stop:].T @ errors
+            rounded[part, order] = taken.T
 
         for_parts(rows, work)
-        shape = (rows,) if quant.group_size is None else scales.shape
-        return RoundedWeight(
-            rounded, scales.reshape(shape), None if offsets is None else offsets.reshape(shape)
-        )
+        return _as_stored(rounded, scales, offsets, quant)
+
+    def nearest(
+        self, weight: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float] = (1.0,)
+    ) -> RoundedWeight:
+        """As `rounded`, with every column rounded for itself: the inputs choose nothing but scales."""
+        groups = weight.reshape(len(weight), -1, quant.group_size or weight.shape[1])
+        scales = np.empty(groups.shape[:2], np.float32)
+        offsets = np.zeros(groups.shape[:2], np.float32)
+        rounded = np.empty(groups.shape, np.int8)
+
+        def work(part: slice) -> None:
+            check_interrupt()
+            scales[part], offsets[part] = best_parameters(
+                weight[part], self._loudness, scale_dtype, quant, ratios
+            )
+            values = np.rint(groups[part] / scales[part, :, None] + offsets[part, :, None])
+            rounded[part] = np.clip(values, quant.low, quant.high, out=values)
+
+        for_parts(len(weight), work)
+        return _as_stored(rounded.reshape(weight.shape), scales, offsets, quant)
 
 
 def best_parameters(
-    groups: Floats, loudness: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float]
-) -> tuple[Floats, Floats | np.float32]:
-    """The scale and the zero point of each row with the least squared error, weighted column by column.
+    weight: Floats, loudness: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float]
+) -> tuple[Floats, Floats]:
+    """The scales and zero points of a weight with the least squared error, weighted column by column.
 
     Args:
-        groups: `[G, size]`.
-        loudness: second moments of the columns' inputs, `[size]`.
+        weight: `[N, K]`.
+        loudness: second moments of the columns' inputs, `[K]`.
         scale_dtype: as for `quantize_weight`.
         quant: the integers.
-        ratios: what part of a row's range the integers may take; the first one wins a tie.
+        ratios: what part of a range the integers may take; the first one wins a tie.
 
     Returns:
-        float32 `[G]` both; zero points are 0 for symmetric integers.
+        float32 `[N, K / group_size]` both; zero points are 0 for symmetric integers.
     """
-    least = np.full(len(groups), np.inf, np.float32)
-    best_scale, best_zero = np.empty_like(least), np.zeros_like(least)
-    # All that parameters are made of; a ratio of them is that of the whole row.
-    extremes = np.stack([groups.min(axis=1), groups.max(axis=1)], axis=1)
-    for ratio in ratios:
-        scale, offset = group_parameters(extremes * np.float32(ratio), scale_dtype, quant)
-        zero = np.float32(0) if offset is None else offset
-        values = np.clip(np.rint(groups / scale + zero), quant.low, quant.high)
-        error = np.square((values - zero) * scale - groups) @ loudness
-        better = error < least
-        least[better], best_scale[better] = error[better], scale[better, 0]
-        if offset is not None:
-            best_zero[better] = offset[better, 0]
-    return best_scale, best_zero
+    rows, columns = weight.shape
+    size = quant.group_size or columns
+    scales = np.empty((rows, columns // size), np.float32)
+    zeros = np.zeros_like(scales)
+    loud = loudness.reshape(-1, size, 1)
+    step = max(1, _SEARCH_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        groups = weight[start : start + step].reshape(-1, columns // size, size)
+        # All that parameters are made of; a ratio of them is that of the whole group.
+        extremes = np.stack([groups.min(axis=2), groups.max(axis=2)], axis=2).reshape(-1, 2)
+        least = np.full(groups.shape[:2], np.inf, np.float32)
+        values = np.empty_like(groups)
+        for ratio in ratios:
+            found, offset = group_parameters(extremes * np.float32(ratio), scale_dtype, quant)
+            scale = found.reshape(*least.shape, 1)
+            np.divide(groups, scale, out=values)
+            if offset is not None:
+                zero = offset.reshape(scale.shape)
+                values += zero
+            np.rint(values, out=values)
+            np.clip(values, quant.low, quant.high, out=values)
+            if offset is not None:
+                values -= zero
+            values *= scale
+            values -= groups
+            np.square(values, out=values)
+            # [G, n, size] by [G, size, 1].
+            error = np.matmul(values.transpose(1, 0, 2), loud)[..., 0].T
+            better = error < least
+            least[better] = error[better]
+            scales[start : start + step][better] = scale[better, 0]
+            if offset is not None:
+                zeros[start : start + step][better] = zero[better, 0]
+    return scales, zeros
 
 
-def _block_columns(size: int, alone: bool) -> int:
-    """How many columns hand their errors on at once; a group begins where a block does, or within one."""
-    if alone:
-        return BLOCK_COLUMNS
-    if size <= BLOCK_COLUMNS:
-        return size * (BLOCK_COLUMNS // size)
-    return max(step for step in range(1, BLOCK_COLUMNS + 1) if size % step == 0)
+def kept(weight: Floats, loudness: Floats, quant: Quant, ratios: Sequence[float]) -> Floats:
+    """What integers keep of a weight `[N, K]` by `best_parameters`, whose arguments these are."""
+    result = np.empty_like(weight)
+
+    def work(part: slice) -> None:
+        scales, zeros = best_parameters(weight[part], loudness, "float32", quant, ratios)
+        size = quant.group_size or weight.shape[1]
+        groups = weight[part].reshape(-1, weight.shape[1] // size, size)
+        values = result[part].reshape(groups.shape)
+        np.divide(groups, scales[..., None], out=values)
+        values += zeros[..., None]
+        np.rint(values, out=values)
+        np.clip(values, quant.low, quant.high, out=values)
+        values -= zeros[..., None]
+        values *= scales[..., None]
+
+    for_parts(len(weight), work)
+    return result
+
+
+def _as_stored(rounded: NDArray[np.int8], scales: Floats, offsets: Floats, quant: Quant) -> RoundedWeight:
+    """What `quantize_weight` returns of the same integers."""
+    shape = (len(rounded),) if quant.group_size is None else scales.shape
+    zeros = None if quant.symmetric else offsets.astype(np.int32).reshape(shape)
+    return RoundedWeight(rounded, scales.reshape(shape), zeros)

@@ -1,7 +1,7 @@
 """golden-stick's last module, which rounds the weights, with msquant's rounding in its cells."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -10,9 +10,11 @@ from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuan
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 from numpy.typing import NDArray
 
-from msquant.kernels.gptq import InputMoments
 from msquant.kernels.weight_rounding import RoundedWeight, quantize_weight
 from msquant.schemes import Quant, parse_scheme
+
+if TYPE_CHECKING:
+    from msquant.algorithms.base import Rounder
 
 
 class FastWeightCell(WeightQuantLinearCell):
@@ -80,33 +82,55 @@ class FastQuantizer(Quantizer):
 
 
 class _ByInputs(FastWeightCell):
-    """Rounds a weight by what its linear reads, with the options that `GptqQuantizer`'s algorithm gives."""
+    """Rounds a weight by what its linear reads, with the `rounder` of the quantizer's algorithm."""
 
     def rounded(self, weight: NDArray[np.float32], scale_dtype: str, quant: Quant) -> RoundedWeight:
-        """What `quant` stores, as `InputMoments.rounded` has it."""
+        """What `quant` stores, as `quantize_weight` has it."""
         read = self.samples if self.cat_samples is None else [self.cat_samples]
         inputs = [batch.asnumpy().reshape(-1, weight.shape[1]) for batch in read]
-        shrinkage, damping, ratios = self.cfg.algo_args["gptq"]
-        return InputMoments(inputs, shrinkage, damping).rounded(weight, scale_dtype, quant, ratios)
+        joined = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        return ByInputsQuantizer.rounder(self.cfg.algo_args["algorithm"].rounder, joined)(
+            weight, scale_dtype, quant
+        )
 
 
-class GptqStaticCell(FastStaticCell, _ByInputs):
+class ByInputsStaticCell(FastStaticCell, _ByInputs):
     """A static linear by its inputs."""
 
 
-class GptqDynamicCell(FastDynamicCell, _ByInputs):
+class ByInputsDynamicCell(FastDynamicCell, _ByInputs):
     """A linear with a scale per token by its inputs."""
 
 
-class GptqWeightOnlyCell(FastWeightOnlyCell, _ByInputs):
+class ByInputsWeightOnlyCell(FastWeightOnlyCell, _ByInputs):
     """A linear with integer weights alone by its inputs."""
 
 
-class GptqQuantizer(FastQuantizer):
+class ByInputsQuantizer(FastQuantizer):
     """golden-stick's quantizer with cells that round by what their linears read."""
 
     cells = {  # noqa: RUF012
-        AllQuantLinearCell: GptqStaticCell,
-        DynamicQuantLinearCell: GptqDynamicCell,
-        WeightQuantLinearCell: GptqWeightOnlyCell,
+        AllQuantLinearCell: ByInputsStaticCell,
+        DynamicQuantLinearCell: ByInputsDynamicCell,
+        WeightQuantLinearCell: ByInputsWeightOnlyCell,
     }
+    _last: "tuple[NDArray[np.float32], Rounder] | None" = None
+
+    def process(self, *args: Any, **kwargs: Any) -> None:
+        """Round every weight of a decoder layer."""
+        try:
+            super().process(*args, **kwargs)
+        finally:
+            ByInputsQuantizer._last = None
+
+    @classmethod
+    def rounder(cls, make: "Callable[[Any], Rounder]", inputs: NDArray[np.float32]) -> "Rounder":
+        """What rounds by these inputs; the one before where it had the same, as keys and values do."""
+        last = ByInputsQuantizer._last
+        if last is not None and np.array_equal(last[0], inputs):
+            return last[1]
+        # Let go of the one before first: its matrices are as large as the inputs.
+        last = ByInputsQuantizer._last = None
+        rounder = make(inputs)
+        ByInputsQuantizer._last = inputs, rounder
+        return rounder

@@ -75,11 +75,11 @@ def _golden_stick(blocks: LayerBlocks, tokens: Tokens) -> int:
 def _moments(blocks: LayerBlocks, linears: Sequence[Linear]) -> int:
     """Numbers in what an algorithm that rounds by inputs holds of the widest ones; see `kernels/gptq.py`.
 
-    The moments, what is inverted of them, a copy in reversed order, its factor and the factor's inverse.
+    The moments, what is inverted of them, copies in two other orders, the factor and its inverse.
     """
     if not blocks.policy.rounds_by_inputs:
         return 0
-    return 5 * max((linear.columns for linear in linears if not linear.scheme.is_float), default=0) ** 2
+    return 6 * max((linear.columns for linear in linears if not linear.scheme.is_float), default=0) ** 2
 
 
 def _feed_forward(blocks: LayerBlocks, tokens: int) -> int:
