@@ -243,6 +243,14 @@ class Format(ABC):
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         return {module: stored_scheme(checkpoint, module) for module in modules}
 
+    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+        """The matrix Q, `[H, H]`, that hidden states are multiplied by in a folder's basis, where it says so.
+
+        Raises:
+            CheckpointError: it says it, and has no such matrix.
+        """
+        return None
+
     @abstractmethod
     def open(self, folder: Path) -> WeightSource:
         """Open a folder without validating it.

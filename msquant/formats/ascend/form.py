@@ -29,6 +29,7 @@ from msquant.formats.ascend.layout import (
     folded_bias,
     read_description,
 )
+from msquant.formats.ascend.quarot import global_rotation
 from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.ascend.rules import (
     check_config,
@@ -214,6 +215,10 @@ class AscendFormat(Format):
         """Raises CheckpointError as `AscendCheckpoint.open`."""
         return AscendCheckpoint.open(folder)
 
+    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+        """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `global_rotation`."""
+        return global_rotation(folder, read_description(folder).entries)
+
     def own_findings(
         self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
     ) -> list[Finding]:
@@ -229,9 +234,22 @@ class AscendFormat(Format):
             schemes = {module: description.scheme(module) for module in modules}
             findings += check_words(description, checkpoint.weight_map)
             findings += check_head(description)
+            findings += _check_rotation(folder, description, config or {})
             findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
             findings += self.check(known, config or {})
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
         return findings
+
+
+def _check_rotation(folder: Path, description: Description, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check the file that a draft model would be turned with."""
+    findings: list[Finding] = []
+    matrix = attempt(findings, lambda: global_rotation(folder, description.entries))
+    yield from findings
+    hidden = config.get("hidden_size")
+    if matrix is not None and len(matrix) != hidden:
+        yield Finding(
+            DESCRIPTION_NAME, f"global_rotation is of {len(matrix)} channels, config.json says {hidden}"
+        )

@@ -85,8 +85,9 @@ def read_description(folder: Path) -> Description:
     for key in _CACHE_ENTRIES:
         if entries.get(key):
             raise _refused(path, f"{key} is {entries[key]!r}: a quantized cache or attention")
+    # What `optional` has is folded into the weights, see `quarot`.
     metadata = entries.get("metadata")
-    if entries.get("optional") or (isinstance(metadata, dict) and "quarot" in metadata):
+    if isinstance(metadata, dict) and "quarot" in metadata:
         raise _refused(path, "it describes activations that are rotated while the model runs")
     return Description(tensors, entries, WORDS)
 
