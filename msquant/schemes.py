@@ -89,10 +89,22 @@ class Scheme:
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
         return f"{word.replace('_DYNAMIC', '')}, {inputs}"
 
+    @property
+    def group_size(self) -> int | None:
+        """Columns of a weight's group; None where it has none."""
+        return None if self.weights is None else self.weights.group_size
+
     def in_groups(self, size: int) -> "Scheme":
         """The same with weights in groups of so many columns. Its weights are integers."""
         assert self.weights is not None
         return replace(self, weights=replace(self.weights, granularity="group", group_size=size))
+
+    def in_rows(self) -> "Scheme":
+        """The same with one scale an output channel of its weights, whatever their groups are."""
+        if self.group_size is None:
+            return self
+        assert self.weights is not None
+        return replace(self, weights=replace(self.weights, granularity="channel", group_size=None))
 
     def __str__(self) -> str:
         """The word that recipes have for it, which `parse_scheme` takes."""

@@ -27,7 +27,7 @@ from msquant.recipe.recipe import (
     load_recipe,
     shipped_recipes,
 )
-from msquant.schemes import FLOAT, parse_scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, parse_scheme
 from tests.test_package import SOURCES
 from tests.test_remedies import FILLED, texts
 
@@ -109,6 +109,11 @@ def _supported(recipe: str) -> list[str]:
     kept = [("lm_head", FLOAT), ("kv_b_proj", FLOAT)] if config.latent else [("lm_head", FLOAT)]
     mixed = len({scheme for _, scheme in base.quantization.schemes} - {FLOAT}) > 1
     ways = {"mixed": base.quantization} if mixed else {}
+    # With experts in int4 the largest model needs half as many NPUs.
+    base = base.replace("serving", tensor_parallel_size=min(base.serving.tensor_parallel_size, 8))
+    if config.experts:
+        rules = ((".experts.", W4A8_DYNAMIC), *base.quantization.schemes)
+        ways["experts in W4A8_DYNAMIC"] = base.quantization.model_copy(update={"schemes": rules})
     for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16_G128"):
         rules = (*kept, ("*", parse_scheme(word)))
         ways[word] = make_algorithm(algorithm="rtn", schemes=rules)

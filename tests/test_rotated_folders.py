@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.writer import write_shard
 from msquant.errors import OutputError, RecipeError
 from msquant.flows.comparison import compare
 from msquant.flows.conversion import export
 from msquant.flows.pipeline import Progress, quantize
 from msquant.flows.short_evaluation import short_texts
 from msquant.models.config_json import read_config
+from msquant.models.rotation import Hadamard
 from msquant.planning.quantization_plan import make_plan
 from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
 from tests.fixtures.tiny_families import write_tiny
+from tests.formats.folders import change_json
 from tests.test_pipeline import files
 
 
@@ -62,6 +65,20 @@ def test_a_folder_is_compared_with_the_unrotated_float_model(model_type: str, tm
     found = compare([str(tmp_path / "ascend")], sequences=1, sequence_length=64)
     measured = [layer.own_snr for layer in found.score.layers]
     assert measured == pytest.approx([layer["own_snr"] for layer in record["layers"]], abs=0.5)
+    if model_type != "llama":
+        return
+    # As msModelSlim's QuaRot leaves a folder: the matrix beside it, in the terms of embeddings times Q.
+    folder = tmp_path / "ascend"
+    (folder / "msquant.json").unlink()
+    matrix = Hadamard(64).rotate(np.eye(64, dtype=np.float32))
+    np.testing.assert_allclose(expected.tensor(name) @ matrix, ours.tensor(name), atol=0.02)
+    (folder / "optional").mkdir()
+    write_shard(folder / "optional/quarot.safetensors", {"global_rotation": matrix})
+    described = {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}
+    change_json(folder / "quant_model_description.json", lambda d: d.update(optional=described))
+    found = compare([str(source), str(folder)], sequences=1, sequence_length=64)
+    again = [layer.own_snr for layer in found.score.layers]
+    assert again == pytest.approx(measured, abs=0.05)
 
 
 def test_a_tied_head_is_untied_and_the_cost_is_said(tmp_path: Path) -> None:

@@ -170,6 +170,9 @@ class Algorithm(BaseModel):
         from mindspore_gs.ptq import PTQConfig, PTQMode
         from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
 
+        # vllm-ascend keeps those of int4 groups in float16, and other formats hold the same numbers.
+        if dtype == "bfloat16" and scheme.is_dynamic and scheme.group_size is not None:
+            dtype = "bfloat16 and float16"
         granularity = QuantGranularity.PER_TOKEN if scheme.is_dynamic else QuantGranularity.PER_TENSOR
         return PTQConfig(
             mode=PTQMode.QUANTIZE,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import WeightSource
 from msquant.errors import CalibrationError, ModelError
 from msquant.models.config import ModelConfig
-from msquant.models.rotation import Hadamard
+from msquant.models.rotation import Rotation
 
 # What two models must have in common to go through the same tokens side by side.
 _ALIKE = (
@@ -31,7 +31,7 @@ class Model:
     name: str
     config: ModelConfig
     source: WeightSource
-    rotation: Hadamard | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)

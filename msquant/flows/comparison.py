@@ -29,6 +29,7 @@ from msquant.evaluation.domain_scores import LayerScore, ModelScore
 from msquant.evaluation.inputs import Text
 from msquant.flows.engines import open_weights
 from msquant.flows.generation import find_named_model
+from msquant.formats.registry import folder_format
 from msquant.hub.choose import is_offline
 from msquant.hub.models import resolve_model
 from msquant.interrupts import deferred_interrupts
@@ -37,7 +38,7 @@ from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 
 if TYPE_CHECKING:
-    from msquant.models.rotation import Hadamard
+    from msquant.models.rotation import Rotation
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
@@ -201,13 +202,17 @@ def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: 
     ]
 
 
-def _rotation(folder: Path, hidden_size: int) -> "Hadamard | None":
-    """The rotation that a folder's residual stream is in, by its manifest; None without one."""
-    from msquant.models.rotation import ROTATIONS
+def _rotation(folder: Path, hidden_size: int) -> "Rotation | None":
+    """The rotation that a folder's residual stream is in, by its manifest or its format; None without one."""
+    from msquant.models.rotation import ROTATIONS, StoredRotation
 
     policy = (_manifest(folder).get("recipe") or {}).get("quantization") or {}
     rotation = ROTATIONS.get(policy.get("rotation", "none"))
-    return None if rotation is None else rotation(hidden_size)
+    if rotation is not None:
+        return rotation(hidden_size)
+    form = folder_format(folder)
+    matrix = None if form is None else form.residual_rotation(folder)
+    return None if matrix is None else StoredRotation(matrix)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Format(ABC):
         folded: what is said of a linear, `{}`, that the engine folds into the attention, and so takes in
             floating point only; empty where it does not.
         expert_schemes: what is said of the schemes that `takes_experts` takes.
+        in_groups: those of `words` that are taken in groups of columns as well, by the same word.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
@@ -53,6 +54,7 @@ class Format(ABC):
     bias_in_float32: ClassVar[bool] = False
     folded: ClassVar[str] = ""
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
+    in_groups: ClassVar[frozenset[Scheme]] = frozenset()
 
     variant: str = ""
 
@@ -93,7 +95,11 @@ class Format(ABC):
 
     def takes(self, scheme: Scheme) -> bool:
         """Whether a linear layer can have a scheme: one of `words`, where a format says nothing else."""
-        return scheme in self.words
+        return scheme in self.words or (scheme.in_rows() in self.in_groups and scheme.in_rows() in self.words)
+
+    def word(self, scheme: Scheme) -> str:
+        """The consumer's word for a scheme that a linear layer can have."""
+        return self.words[scheme if scheme in self.words else scheme.in_rows()]
 
     def takes_experts(self, scheme: Scheme) -> bool:
         """Whether the routed experts can have a scheme that other linear layers can have."""
@@ -236,6 +242,14 @@ class Format(ABC):
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         return {module: stored_scheme(checkpoint, module) for module in modules}
+
+    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+        """The matrix Q, `[H, H]`, that hidden states are multiplied by in a folder's basis, where it says so.
+
+        Raises:
+            CheckpointError: it says it, and has no such matrix.
+        """
+        return None
 
     @abstractmethod
     def open(self, folder: Path) -> WeightSource:

@@ -43,6 +43,7 @@ SERVERS = (
     Server("vllm-mindspore", "0.6.0rc1", "Native", model_types=("deepseek_v3",)),
     Server("vllm-ascend", "0.23.0"),
     Server("vllm-ascend", "0.26.0rc1"),
+    Server("vllm-ascend", "main"),
     Server("vllm", "0.11.0"),
     Server("vllm", "0.32.0"),
 )

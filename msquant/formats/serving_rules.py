@@ -15,11 +15,13 @@ from msquant.formats.ascend import four_bits
 from msquant.formats.compressed_tensors.packed_kernels import int4_problems, kernel_problems
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.fused_layers import experts_parent
+from msquant.formats.golden_stick import int4_experts
 from msquant.formats.golden_stick.layout import SECTION
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, refused_keys, rope_problems
+from msquant.formats.int4_rows import is_int4
 from msquant.formats.registry import find_format, format_names
 from msquant.formats.servers import Parallelism, ServedModel, Server
-from msquant.schemes import FLOAT, W4A8_DYNAMIC
+from msquant.schemes import FLOAT
 
 Reason = tuple[str, str, str]
 """The key, layer or format; what is wrong with it; what to do."""
@@ -277,23 +279,45 @@ _int4_kernels = _kernels(
 
 
 def _int4_experts(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if server.name != "vllm-ascend":
-        return
-    found = [module for module, scheme in model.linears.items() if scheme == W4A8_DYNAMIC]
+    found = [module for module, scheme in model.linears.items() if is_int4(scheme)]
     # Experts that are shared out whole are not split.
-    processors = 1 if parallelism.expert else parallelism.tensor
-    if not found or processors == 1:
+    if _is_mindformers(server):
+        processors = max(1, parallelism.tensor * parallelism.data // (parallelism.expert or 1))
+    else:
+        processors = 1 if parallelism.expert else parallelism.tensor
+    if not found or processors == 1 or not (_is_mindformers(server) or server.name == "vllm-ascend"):
         return
-    remedy = "choose a smaller tensor_parallel_size, or share the experts out whole: expert_parallel_size"
-    if four_bits.MOST_PROCESSORS % processors:
+    remedy = "choose a smaller tensor_parallel_size or smaller groups, or share the experts out whole: "
+    remedy += "expert_parallel_size"
+    if not _is_mindformers(server) and four_bits.MOST_PROCESSORS % processors:
         parts = f"the {four_bits.MOST_PROCESSORS} parts of scale_bias are not shared evenly"
-        yield found[0], f"is W4A8_DYNAMIC: {parts} by {processors} NPUs", remedy
+        yield found[0], f"is {model.linears[found[0]]}: {parts} by {processors} NPUs", remedy
         return
     shapes = expected_shapes(dict(model.config)) or {}
     for module in found:
-        shape = shapes.get(f"{module}.weight")
-        if shape is not None and (problem := four_bits.shape_problem(module, shape, processors)):
-            yield module, f"is W4A8_DYNAMIC: on each of {processors} NPUs {problem}", remedy
+        scheme, shape = model.linears[module], shapes.get(f"{module}.weight")
+        if shape is None:
+            continue
+        if _is_mindformers(server):
+            size = scheme.group_size or int4_experts.row_groups(model.config)
+            problem = int4_experts.shape_problem(module, shape, size, processors) if size else None
+        else:
+            problem = four_bits.shape_problem(module, shape, scheme, processors)
+        if problem:
+            yield module, f"is {scheme}: on each of {processors} NPUs {problem}", remedy
+            return
+
+
+def _int4_groups(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    if (server.name, server.version) != ("vllm-ascend", "main"):
+        return
+    for module, scheme in model.linears.items():
+        if is_int4(scheme) and scheme.group_size is not None:
+            yield (
+                module,
+                f"is {scheme}: since August 2026 it refuses int4 weights in groups",
+                "quantize with one scale a row, W4A8_DYNAMIC, or serve it with a release: vllm-ascend 0.23.0",
+            )
             return
 
 
@@ -334,5 +358,6 @@ RULES = (
     Rule("packed-weights", _packed_weights),
     Rule("int4-kernels", _int4_kernels),
     Rule("int4-experts", _int4_experts),
+    Rule("int4-groups", _int4_groups),
 )
 """All of them, those that decide first."""

@@ -44,6 +44,10 @@ def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Stored
     if scheme.is_float:
         return StoredScales()
     weight = _numbers(checkpoint, f"{module}.weight_scale")
+    second = _numbers(checkpoint, f"{module}.weight_scale_second")
+    if weight is not None and second is not None and len(second) % len(weight) == 0:
+        # ascend's of groups are products with those of rows.
+        weight = second * weight.repeat(len(second) // len(weight))
     if not scheme.is_static:
         return StoredScales(weight)
     scale = _numbers(checkpoint, f"{module}.input_scale")
@@ -62,9 +66,9 @@ def _numbers(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:
     if name not in checkpoint:
         return None
     values = checkpoint.raw(name).reshape(-1)
-    if values.dtype == np.int64:
-        # float32 numbers by their bits, as Ascend takes them for float16.
-        values = values.astype(np.int32).view(np.float32)
+    if values.dtype in (np.int64, np.uint64):
+        # float32 numbers by their bits, as NPUs take them.
+        values = values.astype(np.uint32).view(np.float32)
     return values.astype(np.float64) if values.size else None
 
 

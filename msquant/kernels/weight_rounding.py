@@ -21,7 +21,8 @@ BLOCK_BYTES = 1 << 20
 
 
 # Named here because NumPy has no bfloat16 of its own.
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_BFLOAT16, _FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+_DTYPES = {"bfloat16": (_BFLOAT16,), "float16": (_FLOAT16,), "bfloat16 and float16": (_BFLOAT16, _FLOAT16)}
 
 
 class RoundedWeight(NamedTuple):
@@ -50,8 +51,9 @@ def quantize_weight(
 
     Args:
         weight: `[N, K]`; K is a multiple of the group's size.
-        scale_dtype: `bfloat16`, `float16` or `float32`: the scale is rounded up to one that it can hold, so
-            that an engine which keeps scales in that dtype multiplies by what the weight was divided by.
+        scale_dtype: `bfloat16`, `float16`, `bfloat16 and float16` or `float32`: the scale is rounded up to
+            one that it, or each of the two, can hold, so that an engine which keeps scales in that dtype
+            multiplies by what the weight was divided by.
         quant: the integers.
     """
     groups = in_groups(weight, quant)
@@ -110,12 +112,13 @@ def in_groups(weight: NDArray[np.float32], quant: Quant) -> NDArray[np.float32]:
 
 def rounded_up(scale: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     """The least numbers of a dtype (as for `quantize_weight`) that are not below these, in float32."""
-    if dtype not in _DTYPES:
-        return scale
-    with np.errstate(over="ignore"):
-        rounded = scale.astype(_DTYPES[dtype])
-    above = np.nextafter(rounded, np.array(np.inf, rounded.dtype))
-    return np.where(rounded.astype(np.float32) < scale, above, rounded).astype(np.float32)
+    # Where float16 holds fewer digits than bfloat16, bfloat16 holds what it holds.
+    for kind in _DTYPES.get(dtype, ()):
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(kind)
+        above = np.nextafter(rounded, np.array(np.inf, rounded.dtype))
+        scale = np.where(rounded.astype(np.float32) < scale, above, rounded).astype(np.float32)
+    return scale
 
 
 def smoothed_and_rounded(

@@ -1,7 +1,9 @@
 """Orthogonal matrices that spread the outliers among a vector's channels over all of them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil, pi, sqrt
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,37 @@ _SEED = 2404_00456
 
 # The matrix is applied as a Kronecker product of matrices of at most about this size: such products are fast.
 _MOST = 128
+
+
+class Rotation(Protocol):
+    """An orthogonal matrix by which row vectors are multiplied."""
+
+    def rotate(self, vectors: Floats) -> Floats:
+        """Multiply row vectors by the matrix, `[..., size]` to the same."""
+        ...
+
+    def undo(self, vectors: Floats) -> Floats:
+        """The inverse of `rotate`."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredRotation:
+    """A rotation whose matrix is known, not what it is made of.
+
+    Attributes:
+        matrix: `[size, size]`, orthogonal.
+    """
+
+    matrix: Floats
+
+    def rotate(self, vectors: Floats) -> Floats:
+        """Multiply row vectors by the matrix, `[..., size]` to the same."""
+        return vectors @ self.matrix
+
+    def undo(self, vectors: Floats) -> Floats:
+        """The inverse of `rotate`."""
+        return vectors @ self.matrix.T
 
 
 class Hadamard:

@@ -49,10 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek-published": _DEEPSEEK,
     "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
     "qwen3-moe-w4a8": {"model_type": "qwen3_moe"},
+    "qwen3-moe-w4a8-g16": {"model_type": "qwen3_moe"},
     "deepseek-w4a8": _DEEPSEEK,
+    "deepseek-w4a8-g16": _DEEPSEEK,
 }
 """Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`."""
-_INT4_EXPERTS = "-w4a8"
+_INT4_EXPERTS = {"-w4a8": W4A8_DYNAMIC, "-w4a8-g16": W4A8_DYNAMIC.in_groups(16)}
+"""The scheme of the routed experts of a model whose name ends so."""
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
 
 _TABLE = pytest.StashKey[list[str]]()
@@ -106,8 +109,12 @@ def _shared_out(size: int, *linears: Linear) -> Layer:
     first = linears[0]
     if len(linears) > 1 or not isinstance(first, QuantizedLinear) or not first.scheme.is_dynamic:
         return linear_layer(*linears)
-    parts = np.split(first.weight, size, axis=1)
-    layers = [linear_layer(replace(first, weight=np.ascontiguousarray(part))) for part in parts]
+    weights, scale = np.split(first.weight, size, axis=1), first.weight_scale
+    scales = [scale] * size if scale.ndim == 1 else np.split(scale, size, axis=1)
+    layers = [
+        linear_layer(replace(first, weight=np.ascontiguousarray(weight), weight_scale=part))
+        for weight, part in zip(weights, scales, strict=True)
+    ]
 
     def layer(x: Array) -> Array:
         columns = map(np.ascontiguousarray, np.split(x, size, axis=1))
@@ -129,14 +136,14 @@ def _quantize(root: Path, name: str) -> None:
     policy = recipe.quantization.model_copy(
         update={"smooth_alpha": (0.4, 0.6), "weight_clip_ratio": (1.0, 0.9)}
     )
-    if name.endswith(_INT4_EXPERTS):
-        rules = ((".experts.", W4A8_DYNAMIC), *policy.schemes)
-        policy = policy.model_copy(update={"schemes": rules})
+    int4 = next((scheme for end, scheme in _INT4_EXPERTS.items() if name.endswith(end)), None)
+    if int4 is not None:
+        policy = policy.model_copy(update={"schemes": ((".experts.", int4), *policy.schemes)})
     changes = {
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
-    only_ascend = family == "qwen3_moe" or name.endswith(_INT4_EXPERTS)
+    only_ascend = family == "qwen3_moe"
     formats = "ascend" if only_ascend else "golden-stick,ascend"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)

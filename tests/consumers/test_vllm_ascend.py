@@ -20,7 +20,9 @@ MODELS = (
     "deepseek",
     "deepseek-mtp",
     "qwen3-moe-w4a8",
+    "qwen3-moe-w4a8-g16",
     "deepseek-w4a8",
+    "deepseek-w4a8-g16",
 )
 
 
@@ -63,10 +65,10 @@ def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None
     deepseek = models["deepseek"]
     assert {word for layer, word in deepseek["words"].items() if "kv_b_proj" in layer} == {"FLOAT"}
     assert {word for layer, word in deepseek["words"].items() if ".mlp." in layer} == {"W8A8_DYNAMIC"}
-    for model in ("deepseek", "qwen3-moe", "deepseek-w4a8", "qwen3-moe-w4a8"):
+    for model in (name for name in MODELS if name in ("deepseek", "qwen3-moe") or "-w4a8" in name):
         assert list(models[model]["experts"]) == ["model.layers.1.mlp.experts"]
         assert set(models[model]["expert_words"].values()) == {
-            "W4A8_DYNAMIC" if model.endswith("w4a8") else "W8A8_DYNAMIC"
+            "W4A8_DYNAMIC" if "-w4a8" in model else "W8A8_DYNAMIC"
         }
     assert set(models["qwen3-moe-w4a8"]["words"].values()) == {"W8A8", "W8A8_DYNAMIC"}
     predicted = [word for layer, word in models["deepseek-mtp"]["words"].items() if ".layers.2." in layer]

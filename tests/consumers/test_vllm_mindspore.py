@@ -76,6 +76,9 @@ DEEPSEEK = [
     ("deepseek-published", 1, True),
     ("deepseek-mtp", 1, True),
     ("deepseek-mtp", 1, False),
+    ("deepseek-w4a8", 1, True),
+    ("deepseek-w4a8-g16", 1, True),
+    ("deepseek-w4a8-g16", 2, True),
 ]
 """Model, tensor parallelism; fused attention with split caches, or, as at TP16, one cache a layer."""
 
@@ -107,6 +110,7 @@ def test_mindformers_in_the_engine_computes_deepseek(
     assert found["together"].tolist() == [greedy(engine, prompt) for prompt in (PROMPT, OTHER_PROMPT)]
     if size == 1:  # else the operators are called, and counted, in other processes
         assert ("mla" in found["calls"]) == fused
+        assert ("GroupedMatmulV4 int4" in found["calls"]) == ("w4a8" in model)
 
 
 ALONE = [key for key in DEEPSEEK if key[1] == 1]

@@ -91,9 +91,9 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def by_definition(linear: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """The layer's output in float64: per token, or static with the reciprocal that is held, if any."""
     values = x.double()
-    weight = (
-        torch.from_numpy(linear.weight).double() * torch.from_numpy(linear.weight_scale).double()[:, None]
-    )
+    integers, scales = torch.from_numpy(linear.weight).double(), torch.from_numpy(linear.weight_scale)
+    scales = scales.double().reshape(len(integers), -1)
+    weight = integers * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
     if linear.input_scale is None or linear.input_offset is None:
         scale = (x.float().abs().amax(-1, keepdim=True) / 127).double()
         quantized = torch.nan_to_num(torch.round((x.float() / scale.float()).double())) * scale

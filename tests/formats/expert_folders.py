@@ -14,7 +14,7 @@ from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.formats.golden_stick.layout import variant_of
 from msquant.formats.registry import FormatName
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC, Scheme
 
 DEEPSEEK: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -86,6 +86,14 @@ def schemes_of(config: Mapping[str, Any]) -> dict[str, Scheme]:
             predicts = int(module.split(".")[2]) >= config["num_hidden_layers"]
             schemes[module] = FLOAT if predicts else feed_forward if ".mlp." in module else W8A8
     return schemes
+
+
+def four_bit_experts(config: Mapping[str, Any], scheme: Scheme = W4A8_DYNAMIC) -> dict[str, Scheme]:
+    """Routed experts in int4, all else as ever."""
+    schemes = schemes_of(config)
+    own = f".layers.{config['num_hidden_layers']}."
+    experts = [module for module in schemes if ".experts." in module and own not in module]
+    return schemes | dict.fromkeys(experts, scheme)
 
 
 def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: bool = False) -> Linear:

@@ -180,7 +180,12 @@ def with_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
         (described({UP: None}), f"{UP}.weight", "stored, but not described"),
         (described({UP: "FLOAT"}), UP, "run as one layer"),
         (described({f"{LATENT}.o_proj": "W8A8_DYNAMIC"}), f"{LATENT}.o_proj.weight_scale", "missing from a"),
-        (described({"lm_head": "W4A8_DYNAMIC"}), "lm_head.weight", "only W8A8, W8A8_DYNAMIC and FLOAT"),
+        (described({"lm_head": "W4A8_DYNAMIC"}), "lm_head", "runs int4 weights in routed experts alone"),
+        (
+            described({"lm_head": "W8A16"}),
+            "lm_head.weight",
+            "only W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC and FLOAT",
+        ),
         (
             lambda folder: write_shard(folder / "old.safetensors", {"x": np.ones(1)}),
             "old.safetensors",

@@ -29,7 +29,7 @@ PUBLISHED = {
     "v_head_dim": 16,
 }
 LINEARS = schemes_of(DEEPSEEK)
-NATIVE, MF17, MF18, _, LATER, ASCEND, _, GPU, CPU = SERVERS
+NATIVE, MF17, MF18, _, LATER, ASCEND, ASCEND26, ASCEND_MAIN, GPU, CPU = SERVERS
 TP4 = Parallelism(4)
 QUERY = "model.layers.1.self_attn.q_a_proj"
 
@@ -59,10 +59,17 @@ def packed(word: str, hidden: int = 16, **changes: Any) -> ServedModel:
 EXPERT_UP = "model.layers.0.mlp.experts.0.up_proj"
 
 
-def int4_experts() -> ServedModel:
+def deepseek_experts(scheme: Scheme) -> ServedModel:
+    first = "model.layers.1.mlp.experts.0"
+    linears: dict[str, Scheme] = {f"{first}.up_proj": scheme, f"{first}.down_proj": scheme}
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 8}
+    return deepseek(linears, **sizes)
+
+
+def int4_experts(scheme: Scheme = W4A8_DYNAMIC) -> ServedModel:
     sizes = {"num_attention_heads": 96, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 192}
     sizes |= {"moe_intermediate_size": 96, "intermediate_size": 96, "num_experts": 96}
-    linears: dict[str, Scheme] = {EXPERT_UP: W4A8_DYNAMIC}
+    linears: dict[str, Scheme] = {EXPERT_UP: scheme, EXPERT_UP.replace("up_proj", "down_proj"): scheme}
     return ServedModel("ascend", "ascendV1", QWEN | sizes, linears)
 
 
@@ -136,6 +143,29 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
         (ASCEND, int4_experts(), Parallelism(3), EXPERT_UP, "not shared evenly by 3 NPUs"),
         (ASCEND, int4_experts(), Parallelism(32), EXPERT_UP, "not shared evenly by 32 NPUs"),
         (ASCEND, int4_experts(), Parallelism(16), EXPERT_UP, "on each of 16 NPUs 4 do not divide its 6 rows"),
+        (
+            ASCEND26,
+            int4_experts(W4A8_DYNAMIC.in_groups(8)),
+            Parallelism(8),
+            EXPERT_UP.replace("up_proj", "down_proj"),
+            "on each of 8 NPUs groups of 8 do not divide its 12 inputs",
+        ),
+        (
+            MF17,
+            deepseek_experts(W4A8_DYNAMIC),
+            Parallelism(8),
+            "model.layers.1.mlp.experts.0.down_proj",
+            "on each of 8 NPUs groups of 64 do not divide its 16 inputs",
+        ),
+    ],
+    "int4-groups": [
+        (
+            ASCEND_MAIN,
+            int4_experts(W4A8_DYNAMIC.in_groups(8)),
+            Parallelism(),
+            EXPERT_UP,
+            "is W4A8_DYNAMIC_G8: since August 2026 it refuses int4 weights in groups",
+        )
     ],
 }
 
@@ -179,6 +209,12 @@ def test_what_a_server_refuses_is_named(
         (CPU, moe(W4A8_DYNAMIC), Parallelism()),
         (ASCEND, int4_experts(), Parallelism(8)),
         (ASCEND, int4_experts(), Parallelism(32, 1, 32)),
+        (ASCEND, int4_experts(W4A8_DYNAMIC.in_groups(8)), Parallelism(4)),
+        (ASCEND26, int4_experts(W4A8_DYNAMIC.in_groups(8)), Parallelism()),
+        (ASCEND_MAIN, int4_experts(), Parallelism()),
+        (MF17, deepseek_experts(W4A8_DYNAMIC.in_groups(32)), Parallelism(4)),
+        (MF17, deepseek_experts(W4A8_DYNAMIC), Parallelism(2)),
+        (MF18, deepseek_experts(W4A8_DYNAMIC.in_groups(64)), Parallelism(8, 1, 8)),
         (CPU, moe(FLOAT, "deepseek_v3"), Parallelism()),
         (GPU, moe(W8A8_DYNAMIC, "deepseek_v3"), Parallelism()),
     ],

@@ -8,7 +8,7 @@ import torch
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.kernels import golden_stick, weight_rounding
 from msquant.kernels.weight_rounding import column_maxima, for_blocks, quantize_weight, smoothed_and_rounded
-from msquant.schemes import Quant, Scheme
+from msquant.schemes import Quant, Scheme, parse_scheme
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -50,6 +50,25 @@ def test_scales_are_rounded_up_to_what_an_engine_holds_before_the_weights_are_ro
     np.testing.assert_array_equal(rounded, expected)
     # What the engine multiplies is within half a step of the weight.
     assert (np.abs(rounded * held[:, None] - weight) <= 0.5001 * scale[:, None]).all()
+
+
+def test_scales_that_two_dtypes_hold() -> None:
+    """Those of int4 groups; of tiny ones float16 holds few digits, and the integers are of what it holds."""
+    quant = parse_scheme("W4A8_DYNAMIC_G32").weights
+    assert quant is not None
+    sizes = np.float32(10) ** np.arange(-12, 3)[:, None]
+    weight = random_weight(15, 64) * sizes
+    rounded, scale, _ = quantize_weight(weight, "bfloat16 and float16", quant)
+    for dtype in (torch.bfloat16, torch.float16):
+        np.testing.assert_array_equal(torch.from_numpy(scale).to(dtype).float().numpy(), scale)
+    alone = quantize_weight(weight, "bfloat16", quant)
+    large = scale >= 2**-17
+    assert large.any()
+    assert not large.all()
+    np.testing.assert_array_equal(scale[large], alone.scale[large])
+    each = np.repeat(scale, 32, axis=1)
+    np.testing.assert_array_equal(rounded, np.clip(np.rint(weight / each), -8, 7))
+    assert (np.abs(rounded * each - weight) <= 0.51 * each).all()
 
 
 def test_rows_are_clipped_before_they_are_rounded() -> None:

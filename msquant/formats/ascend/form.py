@@ -22,15 +22,14 @@ from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
-    PER_CHANNEL,
     QUANT_METHOD,
     SERVED_DTYPES,
     WORDS,
-    Description,
     deq_scale_code,
     folded_bias,
     read_description,
 )
+from msquant.formats.ascend.quarot import global_rotation
 from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.ascend.rules import (
     check_config,
@@ -40,9 +39,11 @@ from msquant.formats.ascend.rules import (
     check_words,
 )
 from msquant.formats.base import Format
+from msquant.formats.description import Description
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import Finding, StoredTensor, attempt
 from msquant.formats.fused_layers import experts_parent
+from msquant.formats.int4_rows import check_one_size, is_int4, unpacked
 from msquant.formats.scales import (
     all_positive,
     deq_scales,
@@ -71,6 +72,7 @@ class AscendFormat(Format):
     bias_in_float32 = True
     folded = "{}, which it folds into the attention,"
     expert_schemes = "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
+    in_groups = frozenset({W4A8_DYNAMIC})
 
     variant: str = "ascendV1"
 
@@ -89,26 +91,29 @@ class AscendFormat(Format):
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
-        small = [module for module, scheme in linears.items() if scheme == W4A8_DYNAMIC]
+        yield from check_one_size(linears)
+        small = {module: scheme for module, scheme in linears.items() if is_int4(scheme)}
         shapes = (expected_shapes(dict(config)) or {}) if small else {}
-        for module in small:
+        for module, scheme in small.items():
             shape = shapes.get(f"{module}.weight")
+            if not self.takes(scheme):
+                continue
             if not experts_parent(module):
                 yield Finding(
                     module,
-                    "is W4A8_DYNAMIC: no version of vllm-ascend has that, with one scale a row, for other "
-                    "layers than routed experts",
+                    f"is {scheme}: no version of vllm-ascend computes that for other layers than routed "
+                    "experts",
                 )
-            elif shape is not None and (problem := four_bits.shape_problem(module, shape)):
-                yield Finding(module, f"is W4A8_DYNAMIC: {problem}")
+            elif shape is not None and (problem := four_bits.shape_problem(module, shape, scheme)):
+                yield Finding(module, f"is {scheme}: {problem}")
 
     def part_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows = shape[:1]
-        if scheme == W4A8_DYNAMIC:
-            return four_bits.part_specs(module, shape)
+        if is_int4(scheme):
+            return four_bits.part_specs(module, shape, scheme)
         if not scheme.is_static:
             scales = "F32", (*rows, 1)
             return {"weight": ("I8", shape), "weight_scale": scales, "weight_offset": scales}
@@ -137,9 +142,9 @@ class AscendFormat(Format):
 
         Raises:
             CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the
-                zero point is no int8; a sum does not fit int32.
+                zero point is no int8; a sum does not fit int32; or as `four_bits.encode`.
         """
-        if linear.scheme == W4A8_DYNAMIC:
+        if is_int4(linear.scheme):
             return four_bits.encode(module, linear.weight, weight_scales(module, linear))
         if not linear.is_static:
             scale = weight_scales(module, linear).reshape(-1, 1)
@@ -171,7 +176,7 @@ class AscendFormat(Format):
         where it shares the embedding's weight and is not stored: vllm-ascend asks for it before it ties the
         two.
         """
-        described = {module: WORDS[scheme] for module, scheme in linears.items()}
+        described = {module: self.word(scheme) for module, scheme in linears.items()}
         description = {"lm_head.weight": FLOAT}
         for name in names:
             module, _, part = name.rpartition(".")
@@ -180,16 +185,15 @@ class AscendFormat(Format):
         # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
         order = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
         model_type = next(word for word in order if word in words)
-        entries = {"model_quant_type": model_type, "metadata": {}, **PER_CHANNEL}
+        small = next(filter(is_int4, linears.values()), None)
+        entries = {"model_quant_type": model_type, "metadata": {}, **four_bits.entries(small)}
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
 
     def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
         """What holds a tensor of the model, also where one byte of a weight is two numbers."""
         found = super().stored(checkpoint, name)
-        module, _, part = name.rpartition(".")
-        if found is None or part != "weight" or f"{module}.scale_bias" not in checkpoint:
-            return found
-        return StoredTensor(name, (2 * found.shape[0], *found.shape[1:]))
+        small = name.endswith(".weight") and f"{name.removesuffix('.weight')}.scale_bias" in checkpoint
+        return unpacked(found) if small else found
 
     def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
         """By the tensors, and by the description where those are alike.
@@ -199,7 +203,7 @@ class AscendFormat(Format):
         try:
             described = read_description(checkpoint.folder)
         except CheckpointError:
-            described = Description({}, {})
+            described = Description({}, {}, WORDS)
         schemes = {module: stored_scheme(checkpoint, module) for module in modules}
         for module, scheme in schemes.items():
             said = described.scheme(module)
@@ -210,6 +214,10 @@ class AscendFormat(Format):
     def open(self, folder: Path) -> AscendCheckpoint:
         """Raises CheckpointError as `AscendCheckpoint.open`."""
         return AscendCheckpoint.open(folder)
+
+    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+        """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `global_rotation`."""
+        return global_rotation(folder, read_description(folder).entries)
 
     def own_findings(
         self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
@@ -226,9 +234,22 @@ class AscendFormat(Format):
             schemes = {module: description.scheme(module) for module in modules}
             findings += check_words(description, checkpoint.weight_map)
             findings += check_head(description)
+            findings += _check_rotation(folder, description, config or {})
             findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
             findings += self.check(known, config or {})
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
         return findings
+
+
+def _check_rotation(folder: Path, description: Description, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Check the file that a draft model would be turned with."""
+    findings: list[Finding] = []
+    matrix = attempt(findings, lambda: global_rotation(folder, description.entries))
+    yield from findings
+    hidden = config.get("hidden_size")
+    if matrix is not None and len(matrix) != hidden:
+        yield Finding(
+            DESCRIPTION_NAME, f"global_rotation is of {len(matrix)} channels, config.json says {hidden}"
+        )

@@ -1,32 +1,59 @@
 """Routed experts with int4 weights and per-token int8 inputs as msModelSlim writes them for vllm-ascend.
 
 Read in msModelSlim (save/utils/pack.py, save/ascendv1.py) and vllm-ascend 0.23.0 and 0.26.0rc1 (quantization/
-methods/w4a8.py: `AscendW4A8DynamicFusedMoEMethod`, with `version` 1.0.0 and a `group_size` of 0). It computes
+methods/w4a8.py: `AscendW4A8DynamicFusedMoEMethod`, with `version` 1.0.0). With a `group_size` of 0 it
+computes
 
     y = weight_scale * s * (weight @ round(x / s)),    s = max|x| / 127 of each token
 
+and with another one, in groups of so many inputs,
+
+    y = s * sum over groups of float16(weight_scale * weight_scale_second) * (weight @ round(x / s))
+
 but takes inputs apart into two int4: x_q = 16 high + low + 8, low from -8 to 7. What it adds for the 8,
-`scale_bias` = 8 weight_scale sum_k weight, is stored; in so many parts as processors may share the inputs.
+`scale_bias` = 8 sum_k scale weight, is stored; in so many parts as processors may share the inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import lcm
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.families import fused_linears
+from msquant.errors import CheckpointError
+from msquant.formats.description import GROUP_SIZE
+from msquant.formats.int4_rows import pack_rows, splits_outputs
+from msquant.formats.scales import held_scales
+from msquant.schemes import Scheme
 
 PARTS = ("weight", "weight_scale", "weight_offset", "scale_bias")
 """The tensors of such a linear layer."""
 
-GROUP_PART = "weight_scale_second"
-"""A tensor that layers with a scale for each group of columns have beside these."""
+GROUP_PARTS = ("weight_scale_second", "weight_offset_second")
+"""Those that a layer in groups of columns has beside these."""
+
+VERSION: Final = "1.0.0"
+"""The entry `version` of a description whose weights are packed, and have a `scale_bias`."""
 
 MOST_PROCESSORS: Final = 16
 """Those that may share the inputs of a layer: the columns of its `scale_bias`."""
 
 _ROWS, _ROWS_OF_HALF = 8, 4
+
+
+def parts_of(scheme: Scheme) -> tuple[str, ...]:
+    """The tensors of a layer with one scale a row, or in groups."""
+    return PARTS if scheme.group_size is None else PARTS + GROUP_PARTS
+
+
+def entries(scheme: Scheme | None) -> dict[str, Any]:
+    """What a description says of int4 weights beside their tensors.
+
+    Without a `group_size` vllm-ascend 0.23.0 takes groups of 256. It is 0 where nothing is in int4, too.
+    """
+    size = None if scheme is None else scheme.group_size
+    return {"version": VERSION, GROUP_SIZE: size or 0}
 
 
 def bias_columns(module: str) -> int:
@@ -35,10 +62,10 @@ def bias_columns(module: str) -> int:
     Args:
         module: an expert's linear, `model.layers.3.mlp.experts.0.down_proj`.
     """
-    return 1 if _runs_with_another(module) else MOST_PROCESSORS
+    return 1 if splits_outputs(module) else MOST_PROCESSORS
 
 
-def shape_problem(module: str, shape: tuple[int, ...], processors: int = 1) -> str | None:
+def shape_problem(module: str, shape: tuple[int, ...], scheme: Scheme, processors: int = 1) -> str | None:
     """Why an expert's linear `[N, K]` cannot be stored or loaded so; None if it can.
 
     The operator takes eight int4 of a column in one number. Rows of gate and up lie beside one another, so
@@ -47,31 +74,38 @@ def shape_problem(module: str, shape: tuple[int, ...], processors: int = 1) -> s
     Args:
         module: its name.
         shape: of the whole weight.
+        scheme: its groups.
         processors: that share it.
     """
     rows, columns = shape
-    if _runs_with_another(module):
+    together = splits_outputs(module)
+    if together:
         rows //= processors
-        return None if rows % _ROWS_OF_HALF == 0 else f"{_ROWS_OF_HALF} do not divide its {rows} rows"
-    if rows % _ROWS:
-        return f"{_ROWS} do not divide its {rows} rows"
-    return (
-        None
-        if columns % MOST_PROCESSORS == 0
-        else f"{MOST_PROCESSORS}, the parts of scale_bias, do not divide its {columns} inputs"
-    )
+    else:
+        columns //= processors
+    least = _ROWS_OF_HALF if together else _ROWS
+    if rows % least:
+        return f"{least} do not divide its {rows} rows"
+    if scheme.group_size is not None and columns % scheme.group_size:
+        return f"groups of {scheme.group_size} do not divide its {columns} inputs"
+    if not together and shape[1] % MOST_PROCESSORS:
+        return f"{MOST_PROCESSORS}, the parts of scale_bias, do not divide its {shape[1]} inputs"
+    return None
 
 
-def part_specs(module: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def part_specs(module: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The safetensors dtype and the shape of each part of a weight `[N, K]`."""
     rows, columns = shape
     scales = "F32", (rows, 1)
-    return {
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight": ("I8", (rows // 2, columns)),
         "weight_scale": scales,
         "weight_offset": scales,
         "scale_bias": ("F32", (rows, bias_columns(module))),
     }
+    if scheme.group_size is not None:
+        parts |= dict.fromkeys(GROUP_PARTS, ("F32", (rows, columns // scheme.group_size)))
+    return parts
 
 
 def encode(module: str, weight: NDArray[np.int8], scale: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -80,53 +114,74 @@ def encode(module: str, weight: NDArray[np.int8], scale: NDArray[np.float32]) ->
     Args:
         module: its name.
         weight: int4, one in each, `[N, K]`.
-        scale: float32 `[N]`, positive.
+        scale: float32 `[N]` or `[N, G]`, positive.
 
     Returns:
         `weight` int8 `[N / 2, K]`; `weight_scale` and `weight_offset`, zeros, float32 `[N, 1]`; `scale_bias`
-        float32 `[N, 1]` or `[N, 16]`.
+        float32 `[N, 1]` or `[N, 16]`; in groups `weight_scale` is 1, and there are `weight_scale_second` and
+        `weight_offset_second`, zeros, float32 `[N, G]`.
+
+    Raises:
+        CheckpointError: a group's scale is not one that float16 holds.
     """
-    column = scale.reshape(-1, 1)
-    return {
+    column = scale.reshape(-1, 1) if scale.ndim == 1 else np.ones((len(scale), 1), np.float32)
+    parts: dict[str, NDArray[Any]] = {
         "weight": pack_rows(weight),
         "weight_scale": column,
         "weight_offset": np.zeros_like(column),
         "scale_bias": scale_bias(weight, scale, bias_columns(module)),
     }
+    if scale.ndim == 1:
+        return parts
+    if not np.array_equal(held_scales(scale, "float16"), scale):
+        raise CheckpointError(
+            f"its scales have more digits than float16 holds (from {scale.min():.4g} to {scale.max():.4g}), "
+            "in which vllm-ascend keeps those of groups",
+            where=module,
+            remedy="write it with one scale a row (W4A8_DYNAMIC), as compressed-tensors or as golden-stick",
+        )
+    return parts | {"weight_scale_second": scale, "weight_offset_second": np.zeros_like(scale)}
+
+
+def scales(tensors: Mapping[str, NDArray[Any]], module: str, scheme: Scheme) -> NDArray[np.float32]:
+    """The scales that are computed with, float32 `[N]` or `[N, G]`.
+
+    Args:
+        tensors: of the layer, by full name.
+        module: its name.
+        scheme: with one scale a row or in groups.
+    """
+    first = tensors[f"{module}.weight_scale"].astype(np.float32)
+    if scheme.group_size is None:
+        return first.reshape(-1)
+    return held_scales(first * tensors[f"{module}.weight_scale_second"].astype(np.float32), "float16")
 
 
 def scale_bias(weight: NDArray[np.int8], scale: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
-    """`8 weight_scale sum_k weight` of each of so many runs of inputs, float32 `[N, columns]`."""
-    sums = weight.reshape(len(weight), columns, -1).sum(axis=2, dtype=np.int64).astype(np.float64)
-    added: NDArray[np.float64] = 8 * sums * scale.reshape(-1, 1).astype(np.float64)
-    return added.astype(np.float32)
+    """`8 sum_k scale weight` of each of so many runs of inputs, float32 `[N, columns]`.
 
-
-def pack_rows(weight: NDArray[np.int8]) -> NDArray[np.int8]:
-    """int4 `[N, K]` to bytes `[N / 2, K]`: rows 2j in the low halves, rows 2j + 1 in the high ones."""
-    return (weight[0::2] & 0xF) | (weight[1::2] << 4)
-
-
-def unpack_rows(packed: NDArray[np.int8]) -> NDArray[np.int8]:
-    """The int4 `[N, K]`, one in each, of what `pack_rows` returned."""
-    weight = np.empty((2 * len(packed), packed.shape[1]), np.int8)
-    # Shifted to the right, the sign fills what is left free.
-    weight[0::2] = (packed << 4) >> 4
-    weight[1::2] = packed >> 4
-    return weight
+    Args:
+        weight: int4, one in each, `[N, K]`.
+        scale: float32 `[N]` or `[N, G]`.
+        columns: how many runs.
+    """
+    factors = scale.reshape(len(scale), -1).astype(np.float64)
+    # Integers are summed as far as they are in one run and have one scale.
+    runs = lcm(columns, factors.shape[1])
+    sums = weight.reshape(len(weight), runs, -1).sum(axis=2, dtype=np.int64)
+    added: NDArray[np.float64] = 8 * sums * factors.repeat(runs // factors.shape[1], axis=1)
+    return np.asarray(added.reshape(len(weight), columns, -1).sum(axis=2), np.float32)
 
 
 def bias_problems(
     weight: NDArray[np.int8], scale: NDArray[np.float32], stored: NDArray[np.float32]
 ) -> Iterator[str]:
-    """What is wrong with a stored `scale_bias`; other tools sum floating-point products in float32."""
-    runs = np.abs(weight.reshape(len(weight), stored.shape[1], -1).astype(np.int32)).sum(axis=2)
-    allowed = 8 * runs * scale.reshape(-1, 1) * np.float32(1e-4)
+    """What is wrong with a stored `scale_bias`; other tools sum floating-point products in float32.
+
+    Arguments as for `scale_bias`. In groups they take scales that the engine has not rounded yet.
+    """
+    magnitudes = scale_bias(np.abs(weight), scale, stored.shape[1])
+    allowed = magnitudes * np.float32(1e-4 if scale.ndim == 1 else 1e-3)
     away = np.abs(stored - scale_bias(weight, scale, stored.shape[1]))
     if wrong := np.count_nonzero(~(away <= allowed).all(axis=1)):
-        yield f"differs from 8 * weight_scale * sum(weight) in {wrong} of {len(weight)} rows"
-
-
-def _runs_with_another(module: str) -> bool:
-    name = module.rpartition(".")[2]
-    return any(name in members for members in fused_linears().values())
+        yield f"differs from 8 * sum(scale * weight) in {wrong} of {len(weight)} rows"

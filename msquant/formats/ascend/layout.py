@@ -19,7 +19,6 @@ Those of routed experts with int4 weights (W4A8_DYNAMIC) are in `four_bits`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +30,8 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend import four_bits
+from msquant.formats.description import Description
+from msquant.formats.int4_rows import is_int4, unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
 from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
@@ -59,30 +60,11 @@ STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scal
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 """The tensors of a W8A8_DYNAMIC or W8A16 linear layer, likewise."""
 
-PER_CHANNEL: Mapping[str, Any] = {"version": "1.0.0", "group_size": 0}
-"""Entries of the description by which vllm-ascend takes int4 weights as packed, with one scale a row. What it
-takes a missing `group_size` for is 256."""
+OFFSETS = ("weight_offset", "weight_offset_second")
+"""Zeros: the weights of every scheme are symmetric."""
 
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vllm-ascend accepts with this format (`AscendModelSlimConfig.get_supported_act_dtypes`)."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is said of a folder's tensors.
-
-    Attributes:
-        tensors: a word such as `W8A8` or `FLOAT` by tensor name.
-        entries: everything else, such as `version` and `group_size`.
-    """
-
-    tensors: Mapping[str, str]
-    entries: Mapping[str, Any]
-
-    def scheme(self, module: str) -> Scheme | None:
-        """The scheme of a layer by its weight's word, floating point if there is none; None if unknown."""
-        said = self.tensors.get(f"{module}.weight", FLOAT)
-        return next((scheme for scheme, word in WORDS.items() if word == said), None)
 
 
 def read_description(folder: Path) -> Description:
@@ -103,10 +85,11 @@ def read_description(folder: Path) -> Description:
     for key in _CACHE_ENTRIES:
         if entries.get(key):
             raise _refused(path, f"{key} is {entries[key]!r}: a quantized cache or attention")
+    # What `optional` has is folded into the weights, see `quarot`.
     metadata = entries.get("metadata")
-    if entries.get("optional") or (isinstance(metadata, dict) and "quarot" in metadata):
+    if isinstance(metadata, dict) and "quarot" in metadata:
         raise _refused(path, "it describes activations that are rotated while the model runs")
-    return Description(tensors, entries)
+    return Description(tensors, entries, WORDS)
 
 
 def _refused(path: Path, what: str) -> CheckpointError:
@@ -117,8 +100,8 @@ def _refused(path: Path, what: str) -> CheckpointError:
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
     """The tensors of a quantized layer; the layer's own `bias` is the only other one."""
-    if scheme == schemes.W4A8_DYNAMIC:
-        return four_bits.PARTS
+    if is_int4(scheme):
+        return four_bits.parts_of(scheme)
     return STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
 
 
@@ -172,7 +155,7 @@ def decode_linear(
         dtype: the model's, in which the engine keeps `weight_scale`, `input_scale` and its reciprocal; None
             if config.json does not say: they are then exact.
         scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same. Of
-            experts with int4 weights the engine keeps `weight_scale` in float32.
+            experts with int4 weights the engine keeps scales as `four_bits.scales` returns them.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -180,22 +163,24 @@ def decode_linear(
 
     Raises:
         CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the zero
-            point is no int8; a `weight_offset` is not 0; `deq_scale` holds something else than float32 bits.
+            point is no int8; an offset of weights is not 0; `deq_scale` holds something else than float32
+            bits.
     """
     weight, stored_bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
-        scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
-        if scheme == schemes.W4A8_DYNAMIC:
-            weight = four_bits.unpack_rows(weight)
-        elif dtype is not None:
-            scale = held_scales(scale, dtype)
+        if is_int4(scheme):
+            weight, scale = unpack_rows(weight), four_bits.scales(tensors, module, scheme)
+        else:
+            scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
+            scale = scale if dtype is None else held_scales(scale, dtype)
         if not all_positive(scale):
             raise CheckpointError("its scales are not positive and finite", where=module)
-        if tensors[f"{module}.weight_offset"].any():
-            raise CheckpointError(
-                "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
-            )
+        for part in OFFSETS:
+            if f"{module}.{part}" in tensors and tensors[f"{module}.{part}"].any():
+                raise CheckpointError(
+                    "is not zero: the engine takes weights as symmetric", where=f"{module}.{part}"
+                )
         return QuantizedLinear(weight, scale, scheme, bias)
     deq_scale = deq_scale_values(tensors[f"{module}.deq_scale"])
     input_scale = tensors[f"{module}.input_scale"].astype(np.float32).reshape(1)

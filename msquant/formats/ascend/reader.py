@@ -8,12 +8,12 @@ from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend.layout import (
     WORDS,
-    Description,
     decode_linear,
     parts_of,
     read_description,
 )
 from msquant.formats.ascend.rules import check_layout
+from msquant.formats.description import Description
 from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.stored import FolderSource
 from msquant.schemes import FLOAT

@@ -16,16 +16,16 @@ from msquant.errors import CheckpointError
 from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
-    PER_CHANNEL,
+    OFFSETS,
     SERVED_DTYPES,
     WORDS,
-    Description,
     deq_scale_code,
     deq_scale_values,
     folded_bias,
     parts_of,
     zero_point_of,
 )
+from msquant.formats.description import GROUP_SIZE, Description
 from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.folder_rules import (
     FLOAT_CODES,
@@ -38,6 +38,7 @@ from msquant.formats.folder_rules import (
     layer_shape,
 )
 from msquant.formats.fused_layers import check_fused_inputs
+from msquant.formats.int4_rows import is_int4, unpack_rows
 from msquant.formats.scales import all_positive, rounded_reciprocal
 from msquant.schemes import FLOAT, W4A8_DYNAMIC, Scheme
 
@@ -95,13 +96,18 @@ def check_four_bits(description: Description) -> Iterator[Finding]:
     """Check what vllm-ascend reads of the description where experts have int4 weights."""
     if WORDS[W4A8_DYNAMIC] not in description.tensors.values():
         return
-    for key, wanted in PER_CHANNEL.items():
-        found = description.entries.get(key)
-        if found != wanted or type(found) is not type(wanted):
-            yield Finding(
-                DESCRIPTION_NAME,
-                f"{key} is {found!r}: {W4A8_DYNAMIC} is read with {wanted!r}, packed, with one scale a row",
-            )
+    version, size = description.entries.get("version"), description.entries.get(GROUP_SIZE)
+    if version != four_bits.VERSION:
+        yield Finding(
+            DESCRIPTION_NAME,
+            f"version is {version!r}: {W4A8_DYNAMIC} is read with {four_bits.VERSION!r}, packed",
+        )
+    if type(size) is not int or size < 0:
+        yield Finding(
+            DESCRIPTION_NAME,
+            f"{GROUP_SIZE} is {size!r}: {W4A8_DYNAMIC} is read with 0 for one scale a row, or with the "
+            "columns of a group",
+        )
 
 
 def check_layout(
@@ -115,20 +121,24 @@ def check_layout(
         scheme: one of `WORDS`, not in floating point.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
     """
-    if scheme == W4A8_DYNAMIC and (grouped := f"{module}.{four_bits.GROUP_PART}") in checkpoint:
-        return [Finding(grouped, "is there: int4 weights are read with one scale a row, not in groups")]
+    if scheme == W4A8_DYNAMIC and (grouped := f"{module}.{four_bits.GROUP_PARTS[0]}") in checkpoint:
+        problem = f"is there, but with {GROUP_SIZE} 0 int4 weights are read with one scale a row"
+        return [Finding(grouped, problem)]
     static = scheme.is_static
     shape = layer_shape(checkpoint, module, parts_of(scheme))
     if isinstance(shape, list):
         return shape
     rows = shape[:1]
     expected: Parts = {"weight": (_INT8, (shape,))}
-    if scheme == W4A8_DYNAMIC:
+    if is_int4(scheme):
         whole = 2 * shape[0], shape[1]
-        if problem := four_bits.shape_problem(module, whole):
-            return [Finding(f"{module}.weight", problem)]
-        specs = four_bits.part_specs(module, whole)
+        if misfit := four_bits.shape_problem(module, whole, scheme):
+            return [Finding(f"{module}.weight", misfit)]
+        specs = four_bits.part_specs(module, whole, scheme)
         expected = {part: (frozenset({code}), (size,)) for part, (code, size) in specs.items()}
+        for part in set(expected) & set(OFFSETS):
+            # msModelSlim has zeros of another dtype for those of groups.
+            expected[part] = (FLOAT_CODES | frozenset({"I64", "I32"}), expected[part][1])
     elif not static:
         expected["weight_scale"] = (FLOAT_CODES, ((*rows, 1),))
         expected["weight_offset"] = (FLOAT_CODES, ((*rows, 1),))
@@ -176,16 +186,15 @@ def _check_values(
         yield from found
         return
     if not scheme.is_static:
-        yield from check_positive(checkpoint, f"{module}.weight_scale")
-        if checkpoint.raw(f"{module}.weight_offset").any():
-            yield Finding(
-                f"{module}.weight_offset", "is not zero everywhere: the engine takes weights as symmetric"
-            )
-        if scheme == W4A8_DYNAMIC:
-            stored = (checkpoint.raw(f"{module}.{part}") for part in ("weight", "weight_scale", "scale_bias"))
-            weight, scale, added = stored
-            for problem in four_bits.bias_problems(four_bits.unpack_rows(weight), scale, added):
-                yield Finding(f"{module}.scale_bias", problem)
+        for part in parts_of(scheme):
+            if part.startswith("weight_scale"):
+                yield from check_positive(checkpoint, f"{module}.{part}")
+            elif part in OFFSETS and checkpoint.raw(f"{module}.{part}").any():
+                yield Finding(
+                    f"{module}.{part}", "is not zero everywhere: the engine takes weights as symmetric"
+                )
+        if is_int4(scheme):
+            yield from _check_scale_bias(checkpoint, module, scheme)
         return
     deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
     zero_point = zero_point_of(checkpoint.raw(f"{module}.input_offset"))
@@ -198,6 +207,19 @@ def _check_values(
         )
     else:
         yield from _check_quant_bias(checkpoint, module, deq_scale, zero_point)
+
+
+def _check_scale_bias(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterator[Finding]:
+    names = (f"{module}.{part}" for part in four_bits.parts_of(scheme))
+    tensors = {name: checkpoint.raw(name) for name in names}
+    scale = four_bits.scales(tensors, module, scheme)
+    if not all_positive(scale):
+        problem = "holds scales whose products with those of rows are infinite or 0 in float16"
+        yield Finding(f"{module}.{four_bits.GROUP_PARTS[0]}", problem)
+        return
+    weight, stored = unpack_rows(tensors[f"{module}.weight"]), tensors[f"{module}.scale_bias"]
+    for problem in four_bits.bias_problems(weight, scale, stored):
+        yield Finding(f"{module}.scale_bias", problem)
 
 
 def _check_input_scale(checkpoint: Checkpoint, name: str, dtype: str | None) -> Iterator[Finding]:

@@ -15,21 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant import schemes
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.families import row_orders
+from msquant.families import expected_shapes, row_orders
 from msquant.families.row_orders import RopeRows
 from msquant.formats.base import Format
+from msquant.formats.description import Description
 from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, model_dtype
-from msquant.formats.folder_rules import Finding, attempt
+from msquant.formats.folder_rules import Finding, StoredTensor, attempt
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
+from msquant.formats.golden_stick import int4_experts
 from msquant.formats.golden_stick.layout import (
     DESCRIPTION_NAME,
     FLOAT,
     QUANT_METHOD,
     SECTION,
     SERVED_DTYPES,
+    W4A8_DYNAMIC,
     W8A8_DYNAMIC,
     WORDS,
     Variant,
@@ -43,6 +47,7 @@ from msquant.formats.golden_stick.layout import (
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, published_form
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.formats.golden_stick.rules import check_config, check_names, check_stray_files, check_tensors
+from msquant.formats.int4_rows import check_one_size, is_int4, unpacked
 from msquant.formats.scales import deq_scales, input_parameters, weight_scales
 from msquant.schemes import Scheme
 
@@ -57,6 +62,8 @@ class GoldenStickFormat(Format):
 
     Attributes:
         variant: the backend of vLLM-MindSpore that a folder is for.
+        row_groups: the columns of the groups that experts with one scale a row are stored in; 0 where no size
+            fits the model.
     """
 
     name = QUANT_METHOD
@@ -67,16 +74,20 @@ class GoldenStickFormat(Format):
     dtypes = SERVED_DTYPES
     folded = "{}, which it folds into the attention"
 
+    in_groups = frozenset({schemes.W4A8_DYNAMIC})
+
     variant: Variant = "native"
+    row_groups: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> "GoldenStickFormat":
         """The variant that the manifest records, or that of the architecture."""
         try:
-            return cls(folder_variant(config, manifest))
+            variant = folder_variant(config, manifest)
         except CheckpointError:
             # The rules report it.
-            return cls(variant_of(config))
+            variant = variant_of(config)
+        return cls(variant, int4_experts.row_groups(config))
 
     @classmethod
     def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
@@ -95,19 +106,41 @@ class GoldenStickFormat(Format):
 
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that the backend can run the layers of a model in the given schemes together."""
-        return self.check_words({module: str(scheme) for module, scheme in linears.items()}, config)
+        yield from self.check_words(
+            {
+                module: self.word(scheme) if self.takes(scheme) else str(scheme)
+                for module, scheme in linears.items()
+            },
+            config,
+        )
+        yield from check_one_size(linears)
+        small = {module: scheme for module, scheme in linears.items() if is_int4(scheme)}
+        shapes = (expected_shapes(dict(config)) or {}) if small else {}
+        for module, scheme in small.items():
+            size, shape = scheme.group_size or self.row_groups, shapes.get(f"{module}.weight")
+            if not self.takes(scheme) or not experts_parent(module) or shape is None:
+                continue
+            sizes = ", ".join(map(str, int4_experts.ROW_GROUPS))
+            problem = f"of groups of {sizes} columns, in which its scales are stored, none fits its inputs"
+            if found := int4_experts.shape_problem(module, shape, size) if size else problem:
+                yield Finding(module, f"is {scheme}: {found}")
 
     def check_words(self, described: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check the same of layers as a description has them.
 
         Args:
-            described: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by module; only what has a weight counts.
+            described: a word such as `W8A8` or `FLOAT` by module; only what has a weight counts.
             config: the content of `config.json`.
         """
         for module, word in described.items():
             if word not in self.words.values():
-                known = " and ".join(self.words.values())
+                *most, last = self.words.values()
+                known = f"{', '.join(most)} and {last}"
                 yield Finding(module, f"described as {word!r}: the {self.variant} backend knows only {known}")
+            elif word == W4A8_DYNAMIC and not experts_parent(module):
+                yield Finding(
+                    module, f"described as {word}: the engine runs int4 weights in routed experts alone"
+                )
             elif word != FLOAT and (what := self.stays_float(module)):
                 yield Finding(module, f"described as {word}: the engine never quantizes {what}")
         if self.variant == "mindformers":
@@ -123,6 +156,8 @@ class GoldenStickFormat(Format):
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows, columns = shape[:1], shape[1:]
+        if is_int4(scheme):
+            return int4_experts.part_specs(shape, scheme.group_size or self.row_groups)
         if scheme.is_dynamic:
             return {"weight": ("I8", shape), "weight_scale": ("F32", rows), "weight_offset": ("F32", rows)}
         return {
@@ -146,7 +181,8 @@ class GoldenStickFormat(Format):
             W8A8, with s_x the rounded input scale, s_w the weight scales and zp the input's zero point:
             `weight` int8 [N, K]; `deq_scale` = s_x s_w float32 [N]; `quant_bias` = -sum_k zp W int32 [N];
             `input_scale` = s_x in `dtype` [K]; `input_offset` = zp int8 [K]. W8A8_DYNAMIC: `weight` int8 [N,
-            K]; `weight_scale` = s_w and `weight_offset` = 0, float32 [N].
+            K]; `weight_scale` = s_w and `weight_offset` = 0, float32 [N]. W4A8_DYNAMIC: what
+            `int4_experts.encode` returns.
 
         Raises:
             CheckpointError: activations are quantized per token, but the variant is native; a scale is not
@@ -163,6 +199,8 @@ class GoldenStickFormat(Format):
             # float32 loads as it is or, in a bfloat16 model, is rounded by the engine, which changes no scale
             # that the pass has made for such a model.
             scale = weight_scales(module, linear)
+            if is_int4(linear.scheme):
+                return int4_experts.encode(linear.weight, scale, linear.scheme.group_size or self.row_groups)
             return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
         columns = linear.weight.shape[1]
         input_scale, zero_point = input_parameters(module, linear, dtype)
@@ -178,14 +216,37 @@ class GoldenStickFormat(Format):
     def documents(
         self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The description: a word by tensor name, sorted; a bias has its layer's.
+        """The description: a word by tensor name, sorted; a bias has its layer's. Then the groups of int4.
 
         An output head that shares the embedding's weight is not stored, and not described.
         """
-        described = {module: self.words[scheme] for module, scheme in linears.items()}
-        return {
-            DESCRIPTION_NAME: {name: described.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)}
+        described = {module: self.word(scheme) for module, scheme in linears.items()}
+        words: dict[str, Any] = {
+            name: described.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)
         }
+        small = next(filter(is_int4, linears.values()), None)
+        entries = {} if small is None else int4_experts.entries(small, self.row_groups)
+        return {DESCRIPTION_NAME: words | entries}
+
+    def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
+        """What holds a tensor of the model, also where one byte of a weight is two numbers."""
+        found, scales = super().stored(checkpoint, name), f"{name.removesuffix('.weight')}.weight_scale"
+        small = name.endswith(".weight") and scales in checkpoint and checkpoint.dtype(scales) == "U64"
+        return unpacked(found) if small else found
+
+    def stored_schemes(self, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, Scheme]:
+        """By the tensors; the description knows whether groups of int4 weights hold one scale of a row."""
+        try:
+            described = read_description(checkpoint.folder)
+        except CheckpointError:
+            # The rules report it.
+            described = Description({}, {}, self.words)
+        schemes_of = super().stored_schemes(checkpoint, modules)
+        for module in schemes_of:
+            scales = f"{module}.weight_scale"
+            if scales in checkpoint and checkpoint.dtype(scales) == "U64":
+                schemes_of[module] = int4_experts.stored_scheme(checkpoint, module, described)
+        return schemes_of
 
     def config_entries(
         self, linears: Mapping[str, Scheme], names: Iterable[str], config: Mapping[str, Any]
@@ -214,7 +275,7 @@ class GoldenStickFormat(Format):
             findings += check_config(config, variant)
         if checkpoint is not None and description is not None:
             findings += check_names(checkpoint, description, variant)
-            findings += GoldenStickFormat(variant)._check_layers(description, config or {})
+            findings += GoldenStickFormat(variant)._check_layers(description.tensors, config or {})
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
         if checkpoint is not None and variant == "mindformers":
             findings += check_stray_files(folder, checkpoint)
@@ -234,7 +295,7 @@ class GoldenStickFormat(Format):
 
 
 def _check_experts(described: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Experts are one grouped product in int8; multi-token-prediction layers are never quantized."""
+    """Experts are one grouped product of integers; multi-token-prediction layers are never quantized."""
     layers = config.get("num_hidden_layers")
     experts: dict[str, str] = {}
     for module, word in described.items():
@@ -249,9 +310,9 @@ def _check_experts(described: Mapping[str, str], config: Mapping[str, Any]) -> I
             experts.setdefault(parent, word)
     if any(word != FLOAT for word in described.values()):
         for parent, word in experts.items():
-            if word != W8A8_DYNAMIC:
+            if word not in (W8A8_DYNAMIC, W4A8_DYNAMIC):
                 yield Finding(
                     parent,
                     f"described as {word}: the engine runs the experts of a quantized model as "
-                    f"{W8A8_DYNAMIC} only",
+                    f"{W8A8_DYNAMIC} or {W4A8_DYNAMIC} only",
                 )

@@ -9,6 +9,8 @@ computes, with int32 accumulation,
 With per-token activations it is that of MindFormers' `A8W8DynamicLinearMethod` (golden_stick/a8dynw8.py):
 
     y = weight_scale * s * (weight @ round(x / s)) + bias,    s = max|x| / 127 of each token
+
+Those of routed experts with int4 weights (W4A8_DYNAMIC) are in `int4_experts`.
 """
 
 from collections.abc import Mapping
@@ -19,22 +21,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant import schemes
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import find_family
+from msquant.formats.description import Description
+from msquant.formats.golden_stick import int4_experts
+from msquant.formats.int4_rows import is_int4
 from msquant.formats.scales import all_positive, held_scales, row_scales
 from msquant.schemes import Scheme
 
 Variant = Literal["native", "mindformers"]
 """The backend of vLLM-MindSpore that a folder is for."""
 
-W8A8, W8A8_DYNAMIC, FLOAT = "W8A8", "W8A8_DYNAMIC", "FLOAT"
+W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, FLOAT = "W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"
 
 WORDS: Mapping[Variant, Mapping[Scheme, str]] = {
     "native": {schemes.W8A8: W8A8, schemes.FLOAT: FLOAT},
-    "mindformers": {schemes.W8A8: W8A8, schemes.W8A8_DYNAMIC: W8A8_DYNAMIC, schemes.FLOAT: FLOAT},
+    "mindformers": {
+        schemes.W8A8: W8A8,
+        schemes.W8A8_DYNAMIC: W8A8_DYNAMIC,
+        schemes.W4A8_DYNAMIC: W4A8_DYNAMIC,
+        schemes.FLOAT: FLOAT,
+    },
 }
 """What `quantization_description.json` calls the schemes that each backend runs and msquant reads."""
 
@@ -55,7 +66,7 @@ QUANTIZED_PARTS = ("weight", "deq_scale", "quant_bias", "input_scale", "input_of
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
 
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
-"""The tensors of a W8A8_DYNAMIC linear layer, likewise."""
+"""The tensors of a W8A8_DYNAMIC or W4A8_DYNAMIC linear layer, likewise."""
 
 SERVED_DTYPES = ("bfloat16", "float16")
 """Model dtypes vLLM-MindSpore accepts with this format (`GoldenStickConfig.get_supported_act_dtypes`)."""
@@ -93,8 +104,8 @@ def description_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if path.name.endswith(DESCRIPTION_NAMES))
 
 
-def read_description(folder: Path) -> dict[str, str]:
-    """`W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name.
+def read_description(folder: Path) -> Description:
+    """What is said of the tensors of a folder.
 
     Raises:
         CheckpointError: there is not exactly one description, or it does not map names to strings.
@@ -107,12 +118,14 @@ def read_description(folder: Path) -> dict[str, str]:
             where=folder,
             remedy="quantize the model again, or remove the file that does not belong here",
         )
-    description = read_json(files[0])
-    for name, value in description.items():
+    content = read_json(files[0])
+    # The engine, too, takes only dotted names for tensors.
+    tensors = {name: value for name, value in content.items() if "." in name}
+    for name, value in tensors.items():
         if not isinstance(value, str):
             raise CheckpointError(f"{name} is {value!r}, {W8A8} or {FLOAT} is expected", where=files[0])
-    # The engine, too, takes only dotted names for tensors.
-    return {name: value for name, value in description.items() if "." in name}
+    entries = {name: value for name, value in content.items() if "." not in name}
+    return Description(tensors, entries, WORDS["mindformers"])
 
 
 def read_variant(folder: Path, config: Mapping[str, Any]) -> Variant:
@@ -132,8 +145,25 @@ def read_variant(folder: Path, config: Mapping[str, Any]) -> Variant:
     return folder_variant(config, manifest)
 
 
+def parts_of(scheme: Scheme) -> tuple[str, ...]:
+    """The tensors of a quantized layer; the layer's own `bias` is the only other one."""
+    return QUANTIZED_PARTS if scheme.is_static else DYNAMIC_PARTS
+
+
+def stored_scheme(checkpoint: Checkpoint, module: str, description: Description) -> Scheme:
+    """The scheme of a layer of a folder; floating point where a word is unknown, as the rules report it."""
+    scheme = description.scheme(module) or schemes.FLOAT
+    named = all(f"{module}.{part}" in checkpoint for part in ("weight", "weight_scale"))
+    return (
+        int4_experts.stored_scheme(checkpoint, module, description) if is_int4(scheme) and named else scheme
+    )
+
+
 def decode_linear(
-    module: str, tensors: Mapping[str, NDArray[Any]], dtype: str | None = None
+    module: str,
+    tensors: Mapping[str, NDArray[Any]],
+    dtype: str | None = None,
+    scheme: Scheme = schemes.W8A8_DYNAMIC,
 ) -> QuantizedLinear:
     """The quantized layer that `encode_linear` stored.
 
@@ -142,6 +172,7 @@ def decode_linear(
         tensors: at least its parts by full name, and the bias if there is one. With `deq_scale` among them
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
         dtype: the model's. In bfloat16 the engine rounds the `weight_scale` of a layer per token to it.
+        scheme: of a layer per token. Of experts with int4 weights the engine keeps scales in float32.
 
     Raises:
         CheckpointError: the scales are not positive and finite; the input scales or offsets differ among the
@@ -150,7 +181,7 @@ def decode_linear(
     bias = tensors.get(f"{module}.bias")
     bias = None if bias is None else bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
-        return _decode_dynamic(module, tensors, bias, dtype)
+        return _decode_dynamic(module, tensors, bias, dtype, scheme)
     scales = tensors[f"{module}.input_scale"].astype(np.float32)
     offsets = tensors[f"{module}.input_offset"]
     if not (scales == scales[0]).all() or not (offsets == offsets[0]).all():
@@ -171,19 +202,26 @@ def decode_linear(
 
 
 def _decode_dynamic(
-    module: str, tensors: Mapping[str, NDArray[Any]], bias: NDArray[np.float32] | None, dtype: str | None
+    module: str,
+    tensors: Mapping[str, NDArray[Any]],
+    bias: NDArray[np.float32] | None,
+    dtype: str | None,
+    scheme: Scheme,
 ) -> QuantizedLinear:
-    # Other tools store [N, 1], and in the model's dtype.
-    scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
-    if dtype == "bfloat16":
-        scale = held_scales(scale, dtype)
+    weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"]
+    if is_int4(scheme):
+        weight, scale = int4_experts.decode(module, weight, scale, scheme)
+    else:
+        # Other tools store [N, 1], and in the model's dtype.
+        scale = scale.astype(np.float32).reshape(-1)
+        scale = held_scales(scale, dtype) if dtype == "bfloat16" else scale
     if not all_positive(scale):
         raise CheckpointError("its scales are not positive and finite", where=module)
     if tensors[f"{module}.weight_offset"].any():
         raise CheckpointError(
             "is not zero: the engine takes weights as symmetric", where=f"{module}.weight_offset"
         )
-    return QuantizedLinear(tensors[f"{module}.weight"], scale, schemes.W8A8_DYNAMIC, bias)
+    return QuantizedLinear(weight, scale, scheme, bias)
 
 
 def quantized_bias(

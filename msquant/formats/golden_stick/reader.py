@@ -11,17 +11,15 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear
 from msquant.families import row_orders
 from msquant.families.row_orders import RopeRows, RowOrder
+from msquant.formats.description import Description
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.golden_stick.layout import (
-    DYNAMIC_PARTS,
-    FLOAT,
-    QUANTIZED_PARTS,
-    W8A8,
-    W8A8_DYNAMIC,
     Variant,
     decode_linear,
+    parts_of,
     read_description,
     read_variant,
+    stored_scheme,
 )
 from msquant.formats.golden_stick.rules import check_layout
 from msquant.formats.stored import FolderSource
@@ -35,14 +33,14 @@ class GoldenStickCheckpoint(FolderSource):
     Rows that MindFormers wants de-interleaved are given back in the Hugging Face order.
 
     Attributes:
-        description: `W8A8`, `W8A8_DYNAMIC` or `FLOAT` by tensor name.
+        description: what is said of its tensors.
         variant: the backend the folder is for.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        description: dict[str, str],
+        description: Description,
         variant: Variant = "native",
         rope_rows: RopeRows = _NOTHING,
         dtype: str | None = None,
@@ -86,15 +84,13 @@ class GoldenStickCheckpoint(FolderSource):
         Raises:
             CheckpointError: a part is missing, or of a dtype or shape that does not fit.
         """
-        scheme = self.description.get(f"{module}.weight", FLOAT)
-        if scheme not in (W8A8, W8A8_DYNAMIC):
-            linear = self.checkpoint.linear(module)
-            order = self._order(f"{module}.weight")
-            return linear if order is None else linear.take_rows(order.interleaved())
-        names = QUANTIZED_PARTS if scheme == W8A8 else DYNAMIC_PARTS
-        parts = self.parts(module, names, check_layout(self.checkpoint, module, scheme=scheme))
-        decoded = decode_linear(module, parts, self._dtype)
         order = self._order(f"{module}.weight")
+        scheme = stored_scheme(self.checkpoint, module, self.description)
+        if scheme.is_float:
+            linear = self.checkpoint.linear(module)
+            return linear if order is None else linear.take_rows(order.interleaved())
+        parts = self.parts(module, parts_of(scheme), check_layout(self.checkpoint, module, scheme=scheme))
+        decoded = decode_linear(module, parts, self._dtype, scheme)
         return decoded if order is None else decoded.take_rows(order.interleaved())
 
     def _order(self, name: str) -> RowOrder | None:

@@ -152,18 +152,40 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """Each expert's rows by its weight `[K, N]`; `group_list` counts the rows of each."""
     assert (split_item, group_type, group_list_type) == (3, 0, 1)
-    rows, weights, scales = array(x[0]).astype(np.float64), array(weight[0]), array(scale[0])
+    rows, weights, scales = array(x[0]), array(weight[0]), array(scale[0])
     tokens, counts = array(token_scale[0]), array(group_list)
-    assert weights.dtype == np.int8
-    assert scales.shape == (weights.shape[0], weights.shape[2])
-    made_rows, at = np.zeros((len(rows), weights.shape[2]), np.float32), 0
+    small = weight[0].dtype == ms.qint4x2
+    assert rows.dtype == np.int8
+    assert small or (weights.dtype == np.int8 and bias is None)
+    assert small or scales.shape == (weights.shape[0], weights.shape[2])
+    made_rows, at = np.zeros((len(rows), scales.shape[-1]), np.float32), 0
     for expert, count in enumerate(counts):
         part = slice(at, at + count)
-        made_rows[part] = (
-            rows[part] @ weights[expert].astype(np.float64) * scales[expert] * tokens[part, None]
-        )
+        if small:
+            CALLS["GroupedMatmulV4 int4"] += 1
+            product = int4_product(rows[part], weights[expert], scales[expert], array(bias[0])[expert])
+        else:
+            product = rows[part].astype(np.float64) @ weights[expert].astype(np.float64) * scales[expert]
+        made_rows[part] = product * tokens[part, None]
         at += count
     return [Tensor(made_rows)]
+
+
+def int4_product(x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+    """aclnnGroupedMatmulV4 with int4 weights: inputs as two int4, of which the low one is 8 less.
+
+    For that `bias` `[N]` makes up. A weight `[K, N / 2]` has an even output in a byte's low half and the next
+    one in its high half; a scale `[G, N]` is the bits of a float32 in a uint64.
+    """
+    assert scale.dtype == np.uint64
+    assert bias.dtype == np.float32
+    halves = weight.astype(np.uint8).astype(np.int16)
+    whole = np.stack([((halves & 15) ^ 8) - 8, ((halves >> 4) ^ 8) - 8], -1).reshape(len(weight), -1)
+    inputs = x.astype(np.int64)
+    taken = 16 * (inputs >> 4) + (inputs & 15) - 8
+    factors = scale.astype(np.uint32).view(np.float32).astype(np.float64)
+    factors = np.repeat(factors, len(weight) // len(scale), axis=0)
+    return taken.astype(np.float64) @ (whole * factors) + bias.astype(np.float64)
 
 
 def route_tokens(made: Any, x: Any, experts: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -652,6 +674,7 @@ def install(*, custom_ops: bool = True) -> None:
     ms.jit = graph
     mint.zeros, mint.empty, mint.ones = filled(0), filled(0), filled(1)
     mint.index_select = lambda x, axis, index: Tensor(np.take(array(x), array(index), axis))
+    mint.repeat_interleave = lambda x, count, dim: Tensor(np.repeat(array(x), count, dim))
     set_data = Parameter.set_data
 
     def checked_set_data(self: Parameter, data: Any, *arguments: Any, **options: Any) -> Any:

@@ -37,6 +37,12 @@ def npu_dynamic_quant(x: torch.Tensor, dst_type: Any = torch.int8) -> tuple[torc
     return torch.clamp(quantized, -128, 127).to(torch.int8), scale
 
 
+def npu_swiglu(x: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of the two halves of a row."""
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
 def quantize(x: torch.Tensor, scale: Any, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """npu_quantize with `div_mode=False`: `round(x * reciprocal + offset)`."""
     return torch.clamp(torch.round(x.double() * reciprocal.double() + offset.double()), -128, 127).to(
@@ -79,8 +85,8 @@ def _int4_sums(
 ) -> torch.Tensor:
     """As the operator: inputs as two int4 each, of which the low one is 8 less, for which `bias` makes up.
 
-    A weight `[K, N / 8]` has eight int4 of a row in a number, the first in its lowest bits; a scale is the
-    bits of a float32 in an int64.
+    A weight `[K, N / 8]` has eight int4 of a row in a number, the first in its lowest bits; a scale `[N]` or
+    `[G, N]` is the bits of a float32 in an int64.
     """
     assert scale.dtype == torch.int64
     assert bias.dtype == torch.float32
@@ -88,8 +94,9 @@ def _int4_sums(
     whole = torch.stack([((halves & 15) ^ 8) - 8, halves >> 4], -1).reshape(len(weight), -1)
     inputs = x.to(torch.int64)
     taken = 16 * (inputs >> 4) + (inputs & 15) - 8
-    values = scale.to(torch.int32).view(torch.float32)
-    return taken.double() @ whole.double() * values.double() + bias.double()
+    values = scale.to(torch.int32).view(torch.float32).reshape(-1, whole.shape[1]).double()
+    factors = values.repeat_interleave(len(whole) // len(values), 0)
+    return taken.double() @ (whole.double() * factors) + bias.double()
 
 
 def grouped_matmul_swiglu_quant_v2(
@@ -106,8 +113,7 @@ def grouped_matmul_swiglu_quant_v2(
     """`grouped_matmul_swiglu_quant_weight_nz` of int4 weights; `group_list` counts the rows."""
     assert (dequant_mode, group_list_type, swiglu_limit) == (0, 1, 0.0)
     (both,) = npu_grouped_matmul([x], weight, weight_scale, [x_scale], group_list, 1, weight_assist_matrix)
-    gate, up = both.chunk(2, -1)
-    return npu_dynamic_quant(torch.nn.functional.silu(gate) * up)
+    return npu_dynamic_quant(npu_swiglu(both))
 
 
 def grouped_matmul_swiglu_quant_weight_nz(
@@ -124,8 +130,7 @@ def grouped_matmul_swiglu_quant_weight_nz(
     assert not swiglu_limit
     assert weight_scale.dtype == torch.float32
     (both,) = npu_grouped_matmul([x], [weight], [weight_scale], [x_scale], group_list, 0, bias)
-    gate, up = both.chunk(2, -1)
-    quantized, scale = npu_dynamic_quant(torch.nn.functional.silu(gate) * up)
+    quantized, scale = npu_dynamic_quant(npu_swiglu(both))
     return quantized, scale, None
 
 

@@ -214,7 +214,6 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
         ({"lm_head.weight": None}, "does not describe lm_head.weight"),
         ({"fa_quant_type": "FAKQuant"}, "fa_quant_type is 'FAKQuant': a quantized cache or attention"),
         ({"kv_cache_type": "C8"}, "kv_cache_type is 'C8'"),
-        ({"optional": {"quarot": {}}}, "activations that are rotated while the model runs"),
         ({"metadata": {"quarot": {}}}, "activations that are rotated while the model runs"),
     ],
 )
