@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from msquant.recipe.recipe import Recipe
 
 _CAPTION = (
-    "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
-    "through; ends: embeddings, last norm, output head."
+    "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, with an "
+    "embedding and a head of its own; ends: embeddings, last norm, output head."
 )
 _STAGES: "dict[Phase, str]" = {
     "layers": "decoder layers",

@@ -41,6 +41,7 @@ class Format(ABC):
         folded: what is said of a linear, `{}`, that the engine folds into the attention, and so takes in
             floating point only; empty where it does not.
         expert_schemes: what is said of the schemes that `takes_experts` takes.
+        predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
@@ -53,6 +54,7 @@ class Format(ABC):
     bias_in_float32: ClassVar[bool] = False
     folded: ClassVar[str] = ""
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
+    predictions_in_float: ClassVar[bool] = False
 
     variant: str = ""
 

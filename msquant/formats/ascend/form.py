@@ -17,7 +17,7 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.families import expected_shapes
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
@@ -90,7 +90,7 @@ class AscendFormat(Format):
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
         small = [module for module, scheme in linears.items() if scheme == W4A8_DYNAMIC]
-        shapes = (expected_shapes(dict(config)) or {}) if small else {}
+        shapes = (expected_shapes(dict(config)) or {}) | extra_shapes(config) if small else {}
         for module in small:
             shape = shapes.get(f"{module}.weight")
             if not experts_parent(module):

@@ -66,6 +66,7 @@ class GoldenStickFormat(Format):
     marker = DESCRIPTION_NAME
     dtypes = SERVED_DTYPES
     folded = "{}, which it folds into the attention"
+    predictions_in_float = True
 
     variant: Variant = "native"
 
