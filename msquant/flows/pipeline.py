@@ -43,6 +43,7 @@ from msquant.flows.source import (
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.formats.registry import FormatName
+from msquant.inference.serving_need import ServingNeed, serving_need
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.models.config import ModelConfig
 from msquant.models.device import require_device, use_device
@@ -65,6 +66,7 @@ class QuantizeResult:
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors in `folder`.
+        serving: what `folder` needs to be served; None if no number of NPUs is enough.
         notes: what the user should know of the result.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
@@ -77,6 +79,7 @@ class QuantizeResult:
     layer_seconds: list[float]
     source_bytes: int
     output_bytes: int
+    serving: ServingNeed | None
     notes: tuple[str, ...]
     seconds: float
     peak_memory: int
@@ -205,6 +208,7 @@ def quantize(
         layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
+        serving=serving_need(model.config, plan.tensor_bytes),
         notes=tuple(note for note in said if note),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),

@@ -26,6 +26,7 @@ from msquant.flows.source import (
 )
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
+from msquant.inference.serving_need import ServingNeed, serving_need
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Linear, Tokens, weights_of
@@ -170,6 +171,7 @@ class Plan:
         parameters: of all parts.
         source_bytes: of all tensors of the source; by the published shapes where it is not here.
         output_bytes: of all shards, in all formats.
+        serving: what the folder of the first format will need; None if no number of NPUs is enough.
         scratch_bytes: of hidden states beside the output, gone at the end.
         free_disk: on the output's disk; None if that cannot be told.
         peak_memory: resident at most, an estimate.
@@ -196,6 +198,7 @@ class Plan:
     parameters: int
     source_bytes: int
     output_bytes: int
+    serving: ServingNeed | None
     scratch_bytes: int
     free_disk: int | None
     peak_memory: int
@@ -330,6 +333,7 @@ def make_plan(
         parameters=sum(part.parameters for part in parts),
         source_bytes=sum(part.source_bytes for part in parts),
         output_bytes=written_bytes,
+        serving=serving_need(config, folders[0].tensor_bytes),
         scratch_bytes=scratch,
         free_disk=free,
         peak_memory=peak,
