@@ -30,6 +30,7 @@ PARAMETERS = {
     "deepseek-v2-lite": 15_706_484_224,
     "deepseek-v3": 671_026_419_200,
     "deepseek-v3-0324": 671_026_419_200,
+    "deepseek-v3.1": 671_026_419_200,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-8b-instruct": 8_030_261_248,
     "mistral-7b-instruct-v0.3": 7_248_023_552,

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.filesize import decimal
@@ -21,6 +21,9 @@ from rich.segment import Segment
 from rich.text import Text
 
 from msquant.errors import MsquantError, RecipeError
+
+if TYPE_CHECKING:
+    from msquant.inference.serving_need import ServingNeed
 
 # Control characters but tab and line break, direction marks, other line breaks, halves of characters.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -278,6 +281,18 @@ def parse_bytes(text: str, option: str) -> int:
 def as_bytes(count: int) -> str:
     """A number of bytes for people, in decimal units: `269.1 MB`."""
     return decimal(count, precision=1)
+
+
+def as_serving(need: "ServingNeed | None") -> str:
+    """On how many NPUs a folder can be served, for people."""
+    if need is None:
+        return "more NPUs than its heads can be shared out on"
+    weights, cache = as_bytes(need.weight_bytes), as_bytes(need.cache_bytes)
+    npus = "1 NPU" if need.npus == 1 else f"{need.npus} NPUs"
+    return (
+        f"{npus} of {need.npu_bytes >> 30} GiB by size: {weights} of weights on each, {cache} for a cache of "
+        f"{need.cache_tokens:,} tokens"
+    )
 
 
 def as_duration(seconds: float) -> str:

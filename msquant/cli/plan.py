@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from msquant.recipe.recipe import Recipe
 
 _CAPTION = (
-    "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, carried "
-    "through; ends: embeddings, last norm, output head."
+    "Linears by scheme, sizes and time are of one layer. prediction: multi-token prediction, with an "
+    "embedding and a head of its own; ends: embeddings, last norm, output head."
 )
 _STAGES: "dict[Phase, str]" = {
     "layers": "decoder layers",
@@ -139,6 +139,7 @@ def _print(plan: "Plan") -> None:
         ["reads", f"at most {plan.source_characters / 1e6:.0f} million characters of each source"],
         ["size before", console.as_bytes(plan.source_bytes)],
         ["size after", console.as_bytes(plan.output_bytes)],
+        ["to serve", console.as_serving(plan.serving)],
         ["scratch", console.as_bytes(plan.scratch_bytes)],
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
         ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,6 +155,7 @@ def _as_json(result: "QuantizeResult") -> dict[str, Any]:
         "folders": {name: str(folder) for name, folder in result.folders.items()},
         "source_bytes": result.source_bytes,
         "output_bytes": result.output_bytes,
+        "serving": asdict(result.serving) if result.serving else None,
         "notes": list(result.notes),
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory,
@@ -201,9 +203,10 @@ def _print_result(result: "QuantizeResult") -> None:
         ["", ""],
         [
             *([f"folder, {name}", folder] for name, folder in result.folders.items()),
-            ["decoder layers", len(result.layers)],
+            ["layers", len(result.layers)],
             ["size before", console.as_bytes(result.source_bytes)],
             ["size after", f"{console.as_bytes(result.output_bytes)} ({saved:.0%} less)"],
+            ["to serve", console.as_serving(result.serving)],
             ["time", f"{result.seconds:.0f} s"],
             ["peak memory", console.as_bytes(result.peak_memory)],
         ],

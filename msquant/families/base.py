@@ -116,6 +116,24 @@ class Names:
     correction_bias: str = "e_score_correction_bias"
     experts: str = "experts"
     shared_experts: str = "shared_experts"
+    prediction_embedding: str = "embed_tokens"
+    prediction_embedding_norm: str = "enorm"
+    prediction_hidden_norm: str = "hnorm"
+    prediction_projection: str = "eh_proj"
+    prediction_norm: str = "shared_head.norm"
+    prediction_head: str = "shared_head.head"
+
+    @property
+    def around_prediction(self) -> tuple[str, ...]:
+        """The parts of a multi-token-prediction layer that lie around the decoder layer in it."""
+        return (
+            self.prediction_embedding,
+            self.prediction_embedding_norm,
+            self.prediction_hidden_norm,
+            self.prediction_projection,
+            self.prediction_norm,
+            self.prediction_head,
+        )
 
     def layer(self, index: int) -> str:
         """The name of decoder layer `index`."""

@@ -103,14 +103,14 @@ class DeepSeek(Family):
         first = positive(config, "num_hidden_layers")
         shapes: Shapes = {}
         for index in range(first, first + positive(config, "num_nextn_predict_layers")):
-            name = self.layer_name(index)
+            name, names = self.layer_name(index), self.names
             shapes |= {
-                f"{name}.embed_tokens.weight": (vocabulary, hidden),
-                f"{name}.enorm.weight": (hidden,),
-                f"{name}.hnorm.weight": (hidden,),
-                f"{name}.eh_proj.weight": (hidden, 2 * hidden),
-                f"{name}.shared_head.norm.weight": (hidden,),
-                f"{name}.shared_head.head.weight": (vocabulary, hidden),
+                f"{name}.{names.prediction_embedding}.weight": (vocabulary, hidden),
+                f"{name}.{names.prediction_embedding_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_hidden_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_projection}.weight": (hidden, 2 * hidden),
+                f"{name}.{names.prediction_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_head}.weight": (vocabulary, hidden),
             }
             shapes |= self.layer_shapes(config, index)
         return shapes

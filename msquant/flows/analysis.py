@@ -99,7 +99,7 @@ def analyze(
     require_device(device)
     require_sources(recipe.calibration)
     progress.stage(f"reading {source or recipe.model}")
-    stored = open_source(source or recipe.model, note=progress.stage, predictions=recipe.prediction_layers)
+    stored = open_source(source or recipe.model, note=progress.stage, predictions=recipe.keeps_predictions)
     model = rotated(stored, recipe.quantization)
     plans = folder_plans(recipe, model)
     plan = plans[0]

@@ -83,12 +83,12 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     config, checkpoint = read_config(folder), Checkpoint.open(folder)
     for name, shape in config.shapes.items():
         _expect(form, checkpoint, name, shape)
-    modules = [m for index in range(config.num_hidden_layers) for m in layer_linears(config, index)]
-    linears = form.stored_schemes(checkpoint, modules)
     extras = prediction_layers(config, checkpoint)
     for shapes in extras:
         for name, shape in shapes.items():
-            checkpoint.expect(name, shape)
+            _expect(form, checkpoint, name, shape)
+    layers = range(config.num_hidden_layers + len(extras))
+    linears = form.stored_schemes(checkpoint, [m for index in layers for m in layer_linears(config, index)])
     known = {*config.shapes, *(name for shapes in extras for name in shapes)}
     known |= {name for name in checkpoint.names() if name.rpartition(".")[0] in linears}
     refuse_unknown_tensors(checkpoint, known)

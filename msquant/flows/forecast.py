@@ -23,24 +23,32 @@ class Forecast:
     Args:
         progress: the callbacks of whoever started the quantization.
         config: the model's shape.
-        done: decoder layers that an earlier run has finished.
+        done: layers that an earlier run has finished.
         evaluated: whether the result is evaluated at the end.
         exports: how many further formats are to be written.
+        predicted: multi-token-prediction layers that are quantized after the decoder layers.
 
     Attributes:
         progress: the callbacks to run the quantization with.
     """
 
     def __init__(
-        self, progress: Progress, config: ModelConfig, done: int, evaluated: bool, exports: int
+        self,
+        progress: Progress,
+        config: ModelConfig,
+        done: int,
+        evaluated: bool,
+        exports: int,
+        predicted: int = 0,
     ) -> None:
-        count = config.num_hidden_layers
+        count = config.num_hidden_layers + predicted
         layers = [sum(map(prod, config.layer_shapes(index).values())) for index in range(count)]
         kinds = ["experts" if config.has_experts(index) else "dense" for index in range(count)]
         ends = sum(prod(config.shapes[name]) for name in config.end_names)
         # What is to come of each kind, in weights; and the seconds and weights of what is done.
         self._layers = list(zip(kinds, layers, strict=True))[done:]
-        self._evaluated = [*layers, config.vocab_size * config.hidden_size] if evaluated else []
+        head = config.vocab_size * config.hidden_size
+        self._evaluated = [*layers[: config.num_hidden_layers], head] if evaluated else []
         self._exports = [sum(layers) + ends] * exports
         self._first, self._ends = layers[0], 0 if done else ends
         self._paces: dict[str, tuple[float, float]] = {}

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
-from msquant.errors import MsquantError, StartOverError
+from msquant.errors import CalibrationError, MsquantError, StartOverError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
 from msquant.flows.conversion import other_folders, output_folders, write_export
@@ -36,13 +35,17 @@ from msquant.flows.source import (
     folder_plans,
     hidden_bytes,
     open_source,
+    prediction_note,
+    quantized_predictions,
     rotated,
     untying_note,
 )
 from msquant.formats.folder_plan import FolderPlan
-from msquant.formats.folder_stream import FolderStream
+from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.formats.registry import FormatName
+from msquant.inference.serving_need import ServingNeed, serving_need
 from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.models.config import ModelConfig
 from msquant.models.device import require_device, use_device
 from msquant.progress import Phase, Progress
 from msquant.recipe.recipe import Recipe
@@ -63,6 +66,7 @@ class QuantizeResult:
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors in `folder`.
+        serving: what `folder` needs to be served; None if no number of NPUs is enough.
         notes: what the user should know of the result.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
@@ -75,6 +79,7 @@ class QuantizeResult:
     layer_seconds: list[float]
     source_bytes: int
     output_bytes: int
+    serving: ServingNeed | None
     notes: tuple[str, ...]
     seconds: float
     peak_memory: int
@@ -124,13 +129,15 @@ def quantize(
         require_sources(recipe.calibration)
         progress.stage(f"reading {source or recipe.model}")
         stored = open_source(
-            source or recipe.model, fetch, progress.stage, predictions=recipe.prediction_layers
+            source or recipe.model, fetch, progress.stage, predictions=recipe.keeps_predictions
         )
         model = rotated(stored, recipe.quantization)
         plans = folder_plans(recipe, model)
         plan = plans[0]
-        untying = untying_note(stored.config, plan)
+        predicted = quantized_predictions(recipe, model.config, model.extras)
+        said = untying_note(stored.config, plan), prediction_note(recipe, stored.config, stored.extras)
         calibration = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress)
+        _require_further_tokens(calibration, predicted, model.config)
         texts = short_texts(recipe.evaluation, model.folder, model.config)
         if remember:
             remember_folder(target.path, "unfinished")
@@ -140,27 +147,29 @@ def quantize(
         journal = Journal.open(target.path, identity)
         with (
             other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
-            _resumable(target, journal, model.config.num_hidden_layers),
+            _resumable(target, journal, model.config.num_hidden_layers + predicted),
             deferred_interrupts(),
             RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
-            require_free_space(target.path, needed + hidden_bytes(model.config, calibration.size))
+            require_free_space(target.path, needed + hidden_bytes(model.config, calibration.size, predicted))
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
             finished = len(_finished_layers(journal))
-            progress = Forecast(progress, model.config, finished, bool(texts), len(others)).progress
+            progress = Forecast(
+                progress, model.config, finished, bool(texts), len(others), predicted
+            ).progress
             progress.lap("start")
             progress.phase("ends")
             # First, because what is wrong with them should not be found out hours later.
             progress.stage("writing embeddings and output head")
-            _write_rest(model, journal, writer, files)
+            _write_rest(model, predicted, journal, writer, files)
             progress.lap("ends")
             store = HiddenStateStore(target.path / SCRATCH, memory_budget)
             progress.phase("layers")
             run = recipe, model, calibration, texts, journal, writer, files
-            seconds = _write_layers(*run, store, device, verbose, progress)
+            seconds = _write_layers(*run, store, device, verbose, progress, predicted)
             if files.unverified:
                 progress.stage("verifying what an earlier run has finished")
             files.finish()
@@ -199,10 +208,25 @@ def quantize(
         layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
-        notes=(untying,) if untying else (),
+        serving=serving_need(model.config, plan.tensor_bytes),
+        notes=tuple(note for note in said if note),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _require_further_tokens(calibration: Calibration, predicted: int, config: ModelConfig) -> None:
+    """Raise CalibrationError for samples that leave a multi-token-prediction layer without a token."""
+    sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
+    shortest = min(int(samples.lengths.min()) for samples in sets)
+    if predicted and shortest <= predicted:
+        layer = config.family.layer_name(config.num_hidden_layers + predicted - 1)
+        raise CalibrationError(
+            f"a sample has {shortest} tokens, of which none is left to quantize {layer} with: it predicts "
+            f"{predicted + 1} tokens ahead",
+            remedy="pack the samples, leave out the texts that are so short, or write prediction_layers: "
+            "float in the recipe",
+        )
 
 
 def _announce(recipe: Recipe, progress: Progress) -> None:
@@ -248,10 +272,14 @@ def _write_layers(
     device: str,
     verbose: bool,
     progress: Progress,
+    predicted: int,
 ) -> list[float]:
-    """Quantize, write and journal the decoder layers that are not finished; returns each one's seconds."""
+    """Quantize, write and journal the layers that are not finished; returns each one's seconds.
+
+    The decoder layers come first, and so many multi-token-prediction layers after them.
+    """
     config, weights = source.config, source.weights
-    count, done = config.num_hidden_layers, len(_finished_layers(journal))
+    count, done = config.num_hidden_layers + predicted, len(_finished_layers(journal))
     if done >= count:
         return []
     progress.stage("loading MindSpore and golden-stick")
@@ -264,6 +292,7 @@ def _write_layers(
     progress.layers(count, done)
     policy, most = recipe.quantization, batch_tokens(config)
     sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
+    batches = [batch for samples in sets for batch in samples.batches(most)]
     decoder = DecoderPass(
         config,
         weights,
@@ -276,7 +305,7 @@ def _write_layers(
         searched=len(list(calibration.samples.batches(most))),
     )
     if not done:
-        embed(source, chain.from_iterable(samples.batches(most) for samples in sets), store, dtype)
+        embed(source, batches, store, dtype)
     progress.lap("start")
     if texts:
         # What is wrong with the layer, the pass over it says better.
@@ -288,11 +317,20 @@ def _write_layers(
     for index in range(done, count):
         started = time.monotonic()
         source_read = files.reading(config.layer_shapes(index))
+        inputs = index
+        if index >= config.num_hidden_layers:
+            progress.step("inputs")
+            _predict(source, index, batches, store, dtype)
+            inputs = PREDICTION
         with writer.group(index) as shards, store.write(index + 1) as outputs:
-            report = decoder.run(index, store.open(index), outputs.append, shards)
+            report = decoder.run(index, store.open(inputs), outputs.append, shards)
+            if index >= config.num_hidden_layers:
+                within = config.decoder_shapes(index)
+                _carry(source, [name for name in config.layer_shapes(index) if name not in within], shards)
         record = layer_record(index, report, policy)
         journal.append({"group": index, "layer": record, "files": shards.files, "source": source_read()})
         store.discard(index)
+        store.discard(PREDICTION)
         seconds.append(time.monotonic() - started)
         progress.lap("layer")
         progress.layer(record)
@@ -301,20 +339,52 @@ def _write_layers(
     return seconds
 
 
-def _write_rest(source: Source, journal: Journal, writer: FolderStream, files: RunFiles) -> None:
-    """Carry the multi-token-prediction layers and the two ends through in floating point, block by block."""
+PREDICTION = 99_998
+"""The boundary before the decoder layer of a multi-token-prediction layer, among those of decoder layers."""
+
+
+def _predict(
+    source: Source, index: int, batches: Sequence[NDArray[np.int32]], store: HiddenStateStore, dtype: Any
+) -> None:
+    """Put what the decoder layer of a multi-token-prediction layer reads into the store.
+
+    Args:
+        source: the model.
+        index: number of the layer.
+        batches: all calibration tokens, `[B, T]` each; the store has the outputs of the layer before.
+        store: takes the inputs at the boundary `PREDICTION`.
+        dtype: compute dtype.
+    """
+    from msquant.models.network import PredictionInput
+
+    prediction, hidden = PredictionInput(source.config, source.weights, index, dtype), store.open(index)
+    with store.write(PREDICTION) as inputs:
+        for batch, states in zip(batches, hidden, strict=True):
+            check_interrupt()
+            inputs.append(prediction(states, batch))
+
+
+def _write_rest(
+    source: Source, predicted: int, journal: Journal, writer: FolderStream, files: RunFiles
+) -> None:
+    """Carry the two ends through in floating point, and multi-token-prediction layers unless quantized."""
     groups: list[Iterable[str]] = [*source.extras, source.config.end_names]
     finished = {record["group"] for record in journal.records}
-    for group, names in enumerate(groups, start=source.config.num_hidden_layers):
+    for group, names in list(enumerate(groups, start=source.config.num_hidden_layers))[predicted:]:
         if group in finished:
             continue
         source_read = files.reading(names)
         with writer.group(group) as shards:
-            for name in names:
-                check_interrupt()
-                for start, block in source.weights.row_blocks(name, BLOCK_BYTES):
-                    shards.tensor_rows(name, start, block)
+            _carry(source, names, shards)
         journal.append({"group": group, "files": shards.files, "source": source_read()})
+
+
+def _carry(source: Source, names: Iterable[str], shards: GroupWriter) -> None:
+    """Write tensors in floating point, block by block."""
+    for name in names:
+        check_interrupt()
+        for start, block in source.weights.row_blocks(name, BLOCK_BYTES):
+            shards.tensor_rows(name, start, block)
 
 
 def _finished_layers(journal: Journal) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, RecipeError
 from msquant.flows.serving_checks import parallelism
+from msquant.formats.base import Format
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format
 from msquant.formats.verdicts import best_refusal, servers_of
@@ -95,9 +96,50 @@ def rotated(source: Source, policy: Algorithm) -> Source:
 def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:
     """Shapes of the tensors of each multi-token-prediction layer that a checkpoint holds at least in part.
 
-    Many conversions leave these layers out, but none leaves out a part of one.
+    Many conversions leave these layers out, but none leaves out a part of one, or one before another.
     """
-    return [shapes for shapes in config.extra_layers if any(name in checkpoint for name in shapes)]
+    held = [any(name in checkpoint for name in shapes) for shapes in config.extra_layers]
+    return list(
+        config.extra_layers[: max((place for place, is_held in enumerate(held, 1) if is_held), default=0)]
+    )
+
+
+def quantized_predictions(recipe: Recipe, config: ModelConfig, extras: Sequence[object]) -> int:
+    """How many multi-token-prediction layers are quantized as the decoder layers are: all, or none.
+
+    Args:
+        recipe: what is asked for; all of its formats hold the same numbers.
+        config: the model's shape.
+        extras: the multi-token-prediction layers that are written.
+    """
+    if recipe.prediction_layers != "quantized" or _float_predictions(recipe, config):
+        return 0
+    return len(extras)
+
+
+def _float_predictions(recipe: Recipe, config: ModelConfig) -> list[Format]:
+    """The formats of a recipe whose server builds multi-token-prediction layers in floating point only."""
+    forms = (model_format(name, config.raw) for name in recipe.formats)
+    return [form for form in forms if form.predictions_in_float]
+
+
+def prediction_note(recipe: Recipe, config: ModelConfig, extras: Sequence[object]) -> str | None:
+    """What is to be said of multi-token-prediction layers that a format keeps from being quantized.
+
+    Args:
+        recipe: what is asked for.
+        config: the model's shape.
+        extras: the multi-token-prediction layers that are written.
+    """
+    forms = _float_predictions(recipe, config)
+    if not extras or recipe.prediction_layers != "quantized" or not forms:
+        return None
+    others = [name for name in recipe.formats if name not in {form.name for form in forms}]
+    alone = f" and so does {', '.join(others)}, which holds the same numbers" if others else ""
+    return (
+        f"{config.family.layer_name(config.num_hidden_layers)}, which predicts a further token, stays in "
+        f"floating point: {forms[0].consumer} builds it so{alone}; other formats alone quantize it"
+    )
 
 
 def refuse_unknown_tensors(checkpoint: Checkpoint, known: Collection[str]) -> None:
@@ -143,7 +185,7 @@ def shapes_plans(
     if ROTATIONS[recipe.quantization.rotation] is not None:
         config = _rotated_shape(recipe.quantization, config, extras)
     groups = model_groups(config, extras)
-    schemes = model_schemes(config, recipe.quantization)
+    schemes = model_schemes(config, recipe.quantization, quantized_predictions(recipe, config, extras))
     formats = [model_format(name, config.raw) for name in recipe.formats]
     # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
     common = all(config.dtype in form.dtypes for form in formats)
@@ -163,7 +205,7 @@ def _rotated_shape(
             f"({config.family.layer_name(config.num_hidden_layers)}): they normalize what the last norm has "
             "scaled, and rotation folds that norm's weight into the output head",
             where="quantization.rotation",
-            remedy="write rotation: none, or start from a conversion of the model without these layers",
+            remedy="write rotation: none, or leave these layers out with prediction_layers: none",
         )
     return untied(config)
 
@@ -218,14 +260,15 @@ def model_groups(
     return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
 
 
-def hidden_bytes(config: ModelConfig, tokens: int) -> int:
+def hidden_bytes(config: ModelConfig, tokens: int, predicted: int = 0) -> int:
     """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them.
 
     Args:
         config: the model's shape.
         tokens: calibration tokens.
+        predicted: quantized multi-token-prediction layers, whose inputs are made of those that are kept.
     """
-    return 3 * tokens * config.hidden_size * 4
+    return (4 if predicted else 3) * tokens * config.hidden_size * 4
 
 
 def batch_tokens(config: ModelConfig) -> int:

@@ -42,6 +42,7 @@ class Format(ABC):
             floating point only; empty where it does not.
         expert_schemes: what is said of the schemes that `takes_experts` takes.
         in_groups: those of `words` that are taken in groups of columns as well, by the same word.
+        predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
@@ -55,6 +56,7 @@ class Format(ABC):
     folded: ClassVar[str] = ""
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
     in_groups: ClassVar[frozenset[Scheme]] = frozenset()
+    predictions_in_float: ClassVar[bool] = False
 
     variant: str = ""
 

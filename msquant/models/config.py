@@ -24,7 +24,7 @@ class ModelConfig:
         family: the names and options that its architecture implies.
         head_dim: of queries, keys and values; with latent attention, of their rotated part.
         shapes: of every tensor of the unquantized model, by name, experts one by one.
-        extra_shapes: of the multi-token-prediction layers that the model may come with; never computed here.
+        extra_shapes: of the multi-token-prediction layers that the model may come with.
         raw: the content of `config.json`, as it is.
         rope_scaling: the `rope_scaling` section of `config.json`; empty for plain rotary embedding.
         dtype: storage dtype of the floating-point tensors: `bfloat16`, `float16` or `float32`.
@@ -125,6 +125,16 @@ class ModelConfig:
         """Shapes of all tensors of one decoder layer, or multi-token-prediction layer, by full name."""
         return self._by_layer.get(self.family.layer_name(index), {})
 
+    def decoder_shapes(self, index: int) -> Shapes:
+        """As `layer_shapes`, without what a multi-token-prediction layer has around its decoder layer."""
+        name = f"{self.family.layer_name(index)}."
+        around = tuple(f"{name}{part}." for part in self.family.names.around_prediction)
+        return {key: shape for key, shape in self.layer_shapes(index).items() if not key.startswith(around)}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor, multi-token-prediction layers included; None if there is none so called."""
+        return self.shapes.get(name) or self.extra_shapes.get(name)
+
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""
         return f"{self.family.router_name(index)}.weight" in self.layer_shapes(index)
@@ -144,7 +154,7 @@ def check_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> None:
     Raises:
         CheckpointError: the shapes differ, or there is no such tensor; names the tensor and both shapes.
     """
-    expected = config.shapes.get(name)
+    expected = config.shape(name)
     if shape != expected:
         says = "has no such tensor" if expected is None else f"says {list(expected)}"
         raise CheckpointError(

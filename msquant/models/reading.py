@@ -28,7 +28,7 @@ def read_linear(config: ModelConfig, source: WeightSource, name: str) -> Linear:
     """
     linear = source.linear(name)
     check_shape(config, f"{name}.weight", linear.weight.shape)
-    if (linear.bias is not None) != (f"{name}.bias" in config.shapes):
+    if (linear.bias is not None) != (config.shape(f"{name}.bias") is not None):
         found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
         raise CheckpointError(
             f"{name} {found} bias, config.json asks for {asked}",

@@ -15,9 +15,18 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
 from msquant.flows.calibration import most_characters
 from msquant.flows.conversion import output_folders
-from msquant.flows.source import batch_samples, hidden_bytes, open_source, shapes_plans, untying_note
+from msquant.flows.source import (
+    batch_samples,
+    hidden_bytes,
+    open_source,
+    prediction_note,
+    quantized_predictions,
+    shapes_plans,
+    untying_note,
+)
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
+from msquant.inference.serving_need import ServingNeed, serving_need
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Linear, Tokens, weights_of
@@ -162,6 +171,7 @@ class Plan:
         parameters: of all parts.
         source_bytes: of all tensors of the source; by the published shapes where it is not here.
         output_bytes: of all shards, in all formats.
+        serving: what the folder of the first format will need; None if no number of NPUs is enough.
         scratch_bytes: of hidden states beside the output, gone at the end.
         free_disk: on the output's disk; None if that cannot be told.
         peak_memory: resident at most, an estimate.
@@ -188,6 +198,7 @@ class Plan:
     parameters: int
     source_bytes: int
     output_bytes: int
+    serving: ServingNeed | None
     scratch_bytes: int
     free_disk: int | None
     peak_memory: int
@@ -253,7 +264,9 @@ def make_plan(
     folders = shapes_plans(recipe, config, subject.extras)
     batch = batch_samples(config, settings.sequence_length)
     tokens = Tokens(settings.total, settings.sequence_length, batch)
-    notes = [note for note in (subject.note, untying_note(config, folders[0])) if note]
+    predicted = quantized_predictions(recipe, config, subject.extras)
+    said = subject.note, untying_note(config, folders[0]), prediction_note(recipe, config, subject.extras)
+    notes = [note for note in said if note]
     measured = None
     if probe is not None:
         try:
@@ -267,7 +280,7 @@ def make_plan(
         written, *others = (folder.group_bytes[group] for folder in folders)
         schemes: dict[str, Scheme] = {}
         seconds = None
-        if index is not None and index < config.num_hidden_layers:
+        if index is not None and index < config.num_hidden_layers + predicted:
             blocks = LayerBlocks(config, recipe.quantization, index)
             schemes = blocks.schemes
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
@@ -275,7 +288,8 @@ def make_plan(
                 rounds = feed_forward_rounds(config, tokens, memory_budget)
                 seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
                 stages["layers"] += seconds
-                stages["evaluation"] += measured.evaluated_layer(blocks)
+                if index < config.num_hidden_layers:
+                    stages["evaluation"] += measured.evaluated_layer(blocks)
         elif measured is not None:
             seconds = measured.once("ends", written / measured.sample.folder.group_bytes[-1], source_bytes)
             stages["ends"] += seconds
@@ -296,7 +310,7 @@ def make_plan(
         stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
     if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
-    scratch = hidden_bytes(config, settings.most * settings.sequence_length)
+    scratch = hidden_bytes(config, settings.most * settings.sequence_length, predicted)
     peak = BASE_BYTES + max(peaks)
     written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
@@ -319,6 +333,7 @@ def make_plan(
         parameters=sum(part.parameters for part in parts),
         source_bytes=sum(part.source_bytes for part in parts),
         output_bytes=written_bytes,
+        serving=serving_need(config, folders[0].tensor_bytes),
         scratch_bytes=scratch,
         free_disk=free,
         peak_memory=peak,
@@ -333,14 +348,14 @@ def make_plan(
 
 def _subject(recipe: Recipe, source: str | None) -> _Subject:
     try:
-        found = open_source(source or recipe.model, predictions=recipe.prediction_layers)
+        found = open_source(source or recipe.model, predictions=recipe.keeps_predictions)
     except ModelError as error:
         raw = None if source else published_config(recipe.model)
         if raw is None:
             raise
         config = parse_config(raw, "the published config.json")
         note = f"planned from the published config.json alone: {error.what}"
-        extras = config.extra_layers if recipe.prediction_layers else []
+        extras = config.extra_layers if recipe.keeps_predictions else ()
         return _Subject(None, config, None, extras, note)
     return _Subject(found.folder, found.config, found.checkpoint, found.extras)
 

@@ -251,7 +251,7 @@ def find_cell(layer: DecoderLayer, name: str) -> Any:
 def _norms(config: ModelConfig, index: int) -> list[str]:
     """The names of a decoder layer's norms, within the layer."""
     prefix, suffix = f"{config.family.layer_name(index)}.", ".weight"
-    names = [name.removeprefix(prefix) for name in config.layer_shapes(index)]
+    names = [name.removeprefix(prefix) for name in config.decoder_shapes(index)]
     return [name.removesuffix(suffix) for name in names if name.endswith(f"norm{suffix}")]
 
 

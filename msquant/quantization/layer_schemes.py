@@ -6,11 +6,14 @@ from msquant.schemes import Scheme
 
 
 def layer_linears(config: ModelConfig, index: int) -> list[str]:
-    """The full names of the linears within a decoder layer that can be quantized: all but a router."""
+    """The full names of the linears within a decoder layer that can be quantized: all but a router.
+
+    Of a multi-token-prediction layer, those of the decoder layer in it.
+    """
     router = f"{config.family.router_name(index)}.weight"
     return [
         tensor.removesuffix(".weight")
-        for tensor, shape in config.layer_shapes(index).items()
+        for tensor, shape in config.decoder_shapes(index).items()
         if len(shape) == 2 and tensor != router
     ]
 
@@ -20,11 +23,11 @@ def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[st
     return {module: policy.scheme(module) for module in layer_linears(config, index)}
 
 
-def model_schemes(config: ModelConfig, policy: Algorithm) -> dict[str, Scheme]:
-    """As `layer_schemes`, of all decoder layers."""
+def model_schemes(config: ModelConfig, policy: Algorithm, predictions: int = 0) -> dict[str, Scheme]:
+    """As `layer_schemes`, of all decoder layers and of so many multi-token-prediction layers after them."""
     return {
         module: scheme
-        for index in range(config.num_hidden_layers)
+        for index in range(config.num_hidden_layers + predictions)
         for module, scheme in layer_schemes(config, policy, index).items()
     }
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -135,16 +135,30 @@ class Recipe(BaseModel):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
-    prediction_layers: bool = Field(
-        True,
-        description="Carry multi-token-prediction layers through in floating point; false leaves them out, "
-        "and with them speculative decoding.",
+    prediction_layers: Literal["quantized", "float", "none"] = Field(
+        "quantized",
+        description="quantized: multi-token-prediction layers by the same schemes as the decoder layers, "
+        "where the formats' servers take that; float: in floating point; none: left out, and with them "
+        "speculative decoding.",
     )
+
+    @field_validator("prediction_layers", mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            word = "float" if value else "none"
+            raise ValueError(f"{str(value).lower()} is now written as prediction_layers: {word}")
+        return value
 
     @property
     def formats(self) -> tuple[FormatName, ...]:
         """The formats to write, in order."""
         return names_of(self.format)
+
+    @property
+    def keeps_predictions(self) -> bool:
+        """Whether multi-token-prediction layers are written, quantized or not."""
+        return self.prediction_layers != "none"
 
     def adjusted(
         self,

@@ -52,6 +52,7 @@ def test_a_published_model_does_not_fit_and_is_shown_all_the_same(tmp_path: Path
         "prediction",
         "ends",
         "not estimated",
+        "16 NPUs of 64 GiB by size",
         "published config.json",
     ):
         assert word in done.stdout
@@ -66,6 +67,7 @@ def test_a_published_model_does_not_fit_and_is_shown_all_the_same(tmp_path: Path
     assert document["source"] is None
     assert document["samples"] == 8
     assert len(document["parts"]) == 63
+    assert document["serving"]["npus"] == 16
 
 
 @pytest.mark.parametrize("command", [["plan"], ["quantize", "--dry-run"]])

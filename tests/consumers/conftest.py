@@ -52,8 +52,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-moe-w4a8-g16": {"model_type": "qwen3_moe"},
     "deepseek-w4a8": _DEEPSEEK,
     "deepseek-w4a8-g16": _DEEPSEEK,
+    "deepseek-mtp-w4a8": {**_DEEPSEEK, "prediction_layers": 1},
 }
-"""Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`."""
+"""Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`.
+
+A multi-token-prediction layer is quantized where no golden-stick folder holds the same numbers.
+"""
 _INT4_EXPERTS = {"-w4a8": W4A8_DYNAMIC, "-w4a8-g16": W4A8_DYNAMIC.in_groups(16)}
 """The scheme of the routed experts of a model whose name ends so."""
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")

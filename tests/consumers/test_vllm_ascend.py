@@ -23,6 +23,7 @@ MODELS = (
     "qwen3-moe-w4a8-g16",
     "deepseek-w4a8",
     "deepseek-w4a8-g16",
+    "deepseek-mtp-w4a8",
 )
 
 
@@ -66,10 +67,18 @@ def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None
     assert {word for layer, word in deepseek["words"].items() if "kv_b_proj" in layer} == {"FLOAT"}
     assert {word for layer, word in deepseek["words"].items() if ".mlp." in layer} == {"W8A8_DYNAMIC"}
     for model in (name for name in MODELS if name in ("deepseek", "qwen3-moe") or "-w4a8" in name):
-        assert list(models[model]["experts"]) == ["model.layers.1.mlp.experts"]
+        layers = (1, 2) if "mtp" in model else (1,)
+        assert list(models[model]["experts"]) == [f"model.layers.{layer}.mlp.experts" for layer in layers]
         assert set(models[model]["expert_words"].values()) == {
             "W4A8_DYNAMIC" if "-w4a8" in model else "W8A8_DYNAMIC"
         }
     assert set(models["qwen3-moe-w4a8"]["words"].values()) == {"W8A8", "W8A8_DYNAMIC"}
     predicted = [word for layer, word in models["deepseek-mtp"]["words"].items() if ".layers.2." in layer]
     assert set(predicted) == {"FLOAT"}
+    last, predicted = (
+        {name.split(".", 3)[3]: word for name, word in words.items() if f".layers.{layer}." in name}
+        for words in [models["deepseek-mtp-w4a8"]["words"]]
+        for layer in (1, 2)
+    )
+    assert predicted == last
+    assert set(predicted.values()) == {"FLOAT", "W8A8", "W8A8_DYNAMIC"}

@@ -222,7 +222,10 @@ def examine(path: Path) -> dict[str, Any]:
     """Every layer of a folder."""
     folder = Folder(path)
     found: dict[str, Any] = {"words": {}, "differences": {}, "experts": {}, "expert_words": {}}
-    for layer in ("lm_head", "model.embed_tokens"):
+    # vLLM calls the head of a multi-token-prediction layer by the layer's own name.
+    predicted = [name.removesuffix(".shared_head.head.weight") for name in folder.tensors]
+    predicted = [f"{layer}.head" for layer in predicted if layer not in folder.tensors]
+    for layer in ("lm_head", "model.embed_tokens", *predicted):
         assert folder.word(layer) == "FLOAT"
     for layer, modules in folder.layers().items():
         word = found["words"][layer] = folder.word(layer)

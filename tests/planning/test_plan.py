@@ -131,11 +131,28 @@ def test_r1_with_int4_experts_fits_eight_npus(tmp_path: Path) -> None:
     assert plan.variant == "ascendV1"
     experts = next(part for part in plan.parts if part.kind == "experts")
     assert experts.linears == {"W8A8": 4, "FLOAT": 1, "W8A8_DYNAMIC": 3, "W4A8_DYNAMIC": 768}
-    assert [part.kind for part in plan.parts].count("prediction") == 0
-    whole = make_plan(recipe.model_copy(update={"prediction_layers": True}), tmp_path / "out")
-    assert [part.kind for part in whole.parts].count("prediction") == 1
-    # Embedding, head and experts of a layer in bfloat16.
-    assert whole.output_bytes - plan.output_bytes == pytest.approx(26.9e9, rel=1e-2)
+    (prediction,) = (part for part in plan.parts if part.kind == "prediction")
+    assert prediction.linears == experts.linears
+    # Embedding, head and what joins the two inputs in bfloat16.
+    around = 2 * (2 * 129_280 * 7168 + 2 * 7168 * 7168)
+    assert prediction.output_bytes - experts.output_bytes == pytest.approx(around, rel=1e-3)
+    others = {
+        word: make_plan(recipe.model_copy(update={"prediction_layers": word}), tmp_path / "out").output_bytes
+        for word in ("float", "none")
+    }
+    assert plan.output_bytes - others["none"] == prediction.output_bytes
+    assert others["float"] - others["none"] == pytest.approx(26.9e9, rel=1e-2)
+
+
+def test_r1s_prediction_layer_is_quantized_for_vllm_ascend(tmp_path: Path) -> None:
+    recipe = find_recipe("deepseek-r1")
+    kept = make_plan(recipe, tmp_path / "out")
+    assert "model.layers.61, which predicts a further token, stays in floating point" in kept.notes[1]
+    plan = make_plan(recipe.adjusted(formats="ascend"), tmp_path / "out")
+    experts, prediction = (next(p for p in plan.parts if p.kind == k) for k in ("experts", "prediction"))
+    assert prediction.linears == experts.linears
+    assert kept.output_bytes - plan.output_bytes == pytest.approx(11.5e9, rel=1e-2)
+    assert plan.output_bytes < 691e9
 
 
 def test_qwen3_with_int4_experts(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.families import expected_shapes
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
@@ -93,7 +93,7 @@ class AscendFormat(Format):
         yield from super().check(linears, config)
         yield from check_one_size(linears)
         small = {module: scheme for module, scheme in linears.items() if is_int4(scheme)}
-        shapes = (expected_shapes(dict(config)) or {}) if small else {}
+        shapes = (expected_shapes(dict(config)) or {}) | extra_shapes(config) if small else {}
         for module, scheme in small.items():
             shape = shapes.get(f"{module}.weight")
             if not self.takes(scheme):

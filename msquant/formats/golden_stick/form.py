@@ -73,6 +73,7 @@ class GoldenStickFormat(Format):
     marker = DESCRIPTION_NAME
     dtypes = SERVED_DTYPES
     folded = "{}, which it folds into the attention"
+    predictions_in_float = True
 
     in_groups = frozenset({schemes.W4A8_DYNAMIC})
 

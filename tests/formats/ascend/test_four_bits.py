@@ -192,7 +192,10 @@ def test_the_bytes_that_an_engine_holds(folder: Path, monkeypatch: pytest.Monkey
     assert four == whole + added
 
 
-def test_a_model_is_quantized_so_and_its_prediction_layer_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("predictions", ["quantized", "none"])
+def test_a_model_is_quantized_so_with_and_without_its_prediction_layer(
+    predictions: str, tmp_path: Path
+) -> None:
     source = write_tiny(tmp_path / "float", "deepseek_v3", dtype="bfloat16", prediction_layers=1)
     schemes = [
         {"kv_b_proj": "FLOAT"},
@@ -201,13 +204,18 @@ def test_a_model_is_quantized_so_and_its_prediction_layer_left_out(tmp_path: Pat
         {"*": "W8A8"},
     ]
     recipe = recipe_of(source, "ascend", schemes=schemes).replace("evaluation", sequences=0)
-    recipe = recipe.model_copy(update={"prediction_layers": False})
+    recipe = recipe.model_copy(update={"prediction_layers": predictions})
     folder = quantize(recipe, tmp_path / "quantized", remember=False).folder
     assert FORM.validate(folder, verify_hashes=True) == []
-    assert not [name for name in Checkpoint.open(folder).names() if name.startswith("model.layers.2.")]
     opened, original = open_quantized(folder), Checkpoint.open(source)
     experts = [module for module, scheme in opened.linears.items() if scheme == W4A8_DYNAMIC]
-    assert len(experts) == 3 * 8
+    written = {name.split(".")[2] for name in opened.checkpoint.names() if ".layers." in name}
+    if predictions == "none":
+        assert written == {"0", "1"}
+        assert len(experts) == 3 * 8
+    else:
+        assert written == {"0", "1", "2"}
+        assert len(experts) == 2 * 3 * 8
     weight, found = original.tensor(f"{experts[0]}.weight"), opened.weights.linear(experts[0])
     assert isinstance(found, QuantizedLinear)
     # Rounded to nearest, with scales that bfloat16 holds.

@@ -1,0 +1,70 @@
+"""On how many NPUs a folder can be served, by sizes alone: nothing here was measured on one.
+
+Every matrix is taken as split evenly, by tensor or expert parallelism. What servers hold more than once
+(norms, routers, what compresses in latent attention) is a hundredth of a model at most, and counts as none.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from msquant.models.config import ModelConfig
+
+NPU_BYTES = 64 << 30
+"""Memory of an Ascend 910B, of which an Atlas 800 A2 has eight."""
+
+USED = 0.9
+"""Part of it for weights and cache, as `gpu_memory_utilization` has it by default."""
+
+RESERVED_BYTES = 2_000_000_000
+"""Of that part for activations and the runtime: an assumption."""
+
+LEAST_TOKENS = 32_768
+"""That the cache is to hold: one request as long as the guides of R1 have it."""
+
+_MOST_NPUS = 64
+_BYTES_OF_A_NUMBER = 2
+
+
+@dataclass(frozen=True)
+class ServingNeed:
+    """What serving takes on the fewest NPUs.
+
+    Attributes:
+        npus: how many, a power of two that divides the attention's heads.
+        npu_bytes: memory of each.
+        weight_bytes: on each.
+        cache_bytes: left on each for keys and values.
+        cache_tokens: of all requests together that this holds in 16 bits.
+    """
+
+    npus: int
+    npu_bytes: int
+    weight_bytes: int
+    cache_bytes: int
+    cache_tokens: int
+
+
+def serving_need(config: ModelConfig, weight_bytes: int) -> ServingNeed | None:
+    """The fewest NPUs that hold a model and a cache of `LEAST_TOKENS`; None if 64 of them do not.
+
+    Args:
+        config: the model's shape.
+        weight_bytes: of all its tensors as they are served.
+    """
+    usable, npus = int(USED * NPU_BYTES) - RESERVED_BYTES, 1
+    while npus <= _MOST_NPUS and config.num_attention_heads % npus == 0:
+        each = ceil(weight_bytes / npus)
+        tokens = (usable - each) // _token_bytes(config, npus)
+        if tokens >= LEAST_TOKENS:
+            return ServingNeed(npus, NPU_BYTES, each, usable - each, tokens)
+        npus *= 2
+    return None
+
+
+def _token_bytes(config: ModelConfig, npus: int) -> int:
+    """What a token takes in each NPU's cache: all of latent attention's, but a share of the heads'."""
+    if config.latent is not None:
+        numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
+    else:
+        numbers = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim
+    return _BYTES_OF_A_NUMBER * config.num_hidden_layers * numbers

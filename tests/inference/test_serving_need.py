@@ -1,0 +1,71 @@
+"""On how many NPUs a model fits, against sums done by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from msquant.hub.published import published_config
+from msquant.inference.serving_need import LEAST_TOKENS, NPU_BYTES, RESERVED_BYTES, serving_need
+from msquant.models.config import ModelConfig
+from msquant.models.config_json import parse_config
+from msquant.planning.quantization_plan import make_plan
+from msquant.recipe.recipe import find_recipe
+
+USABLE = int(0.9 * 64 * 2**30) - 2_000_000_000
+
+
+def config_of(name: str) -> ModelConfig:
+    raw = published_config(name)
+    assert raw is not None
+    return parse_config(raw, name)
+
+
+def test_latent_attention_is_cached_whole_on_each() -> None:
+    need = serving_need(config_of("deepseek-r1"), 365_440_000_000)
+    assert need is not None
+    assert (need.npus, need.npu_bytes) == (8, 64 * 2**30)
+    assert need.weight_bytes == 45_680_000_000
+    assert need.cache_bytes == USABLE - need.weight_bytes
+    # 512 + 64 numbers of two bytes in each of 61 layers.
+    assert need.cache_tokens == need.cache_bytes // (2 * 576 * 61)
+
+
+def test_heads_are_shared_out() -> None:
+    """Qwen3-235B: 94 layers of 4 heads of keys and as many of values, of 128 channels."""
+    need = serving_need(config_of("qwen3-235b-a22b"), 236_000_000_000)
+    assert need is not None
+    assert need.npus == 8
+    assert need.cache_tokens == need.cache_bytes // (2 * 94 * 2 * 1 * 128)
+    two = serving_need(config_of("qwen3-235b-a22b"), 110_000_000_000)
+    assert two is not None
+    assert two.npus == 2
+    assert two.cache_tokens == two.cache_bytes // (2 * 94 * 2 * 2 * 128)
+
+
+def test_there_is_room_for_the_cache() -> None:
+    """A byte more than leaves room for 32,768 tokens takes twice as many."""
+    config = config_of("qwen3-8b")
+    each = 2 * 36 * 2 * 8 * 128
+    most = int(0.9 * NPU_BYTES) - RESERVED_BYTES - LEAST_TOKENS * each
+    one, two = serving_need(config, most), serving_need(config, most + 1)
+    assert one is not None
+    assert two is not None
+    assert (one.npus, one.cache_tokens) == (1, LEAST_TOKENS)
+    assert two.npus == 2
+
+
+def test_nothing_is_enough() -> None:
+    assert serving_need(config_of("deepseek-r1"), 5 * 10**12) is None
+    # 28 heads are shared out by four at most.
+    assert serving_need(config_of("qwen2.5-7b-instruct"), 300 * 10**9) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "npus"),
+    [("deepseek-r1", 16), ("deepseek-r1-w4a8", 8), ("qwen3-235b-a22b-w4a8", 4), ("qwen3-32b-w4a16", 1)],
+)
+def test_the_plan_says_it(recipe: str, npus: int, tmp_path: Path) -> None:
+    plan = make_plan(find_recipe(recipe), tmp_path / "out")
+    assert plan.serving is not None
+    assert plan.serving.npus == npus
+    assert plan.serving.weight_bytes == pytest.approx(plan.output_bytes / npus, rel=1e-3)
