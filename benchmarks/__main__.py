@@ -23,6 +23,7 @@ NAMES = (
     "deepseek",
     "memory",
     "r1",
+    "model_free",
     "download",
 )
 ON_REQUEST = ("peers",)

@@ -164,6 +164,20 @@ def quantize(
             return fetch_model(hub_id, callbacks)
 
     alone = offline or is_offline()
+    if recipe.calibration.is_none:
+        from msquant.flows.model_free import quantize_model_free
+
+        return quantize_model_free(
+            recipe,
+            target,
+            source=weights,
+            overwrite=overwrite,
+            restart=restart,
+            device=device,
+            memory_budget=memory_budget,
+            fetch=None if alone else fetch,
+            progress=progress,
+        )
     return run(
         recipe,
         target,

@@ -51,7 +51,7 @@ from msquant.formats.scales import (
     weight_scales,
 )
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import W4A8_DYNAMIC, Scheme
+from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,14 @@ class AscendFormat(Format):
             return False
         return "version" in described or "model_quant_type" in described
 
+    def fitting(self, module: str, scheme: Scheme) -> Scheme:
+        """Int4 weights are for routed experts alone; all else computes with int8 ones."""
+        return W8A8_DYNAMIC if scheme == W4A8_DYNAMIC and not experts_parent(module) else scheme
+
+    def shape_problem(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Experts with int4 weights are packed by rows."""
+        return four_bits.shape_problem(module, shape) if scheme == W4A8_DYNAMIC else None
+
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
@@ -99,7 +107,7 @@ class AscendFormat(Format):
                     "is W4A8_DYNAMIC: no version of vllm-ascend has that, with one scale a row, for other "
                     "layers than routed experts",
                 )
-            elif shape is not None and (problem := four_bits.shape_problem(module, shape)):
+            elif shape is not None and (problem := self.shape_problem(module, shape, W4A8_DYNAMIC)):
                 yield Finding(module, f"is W4A8_DYNAMIC: {problem}")
 
     def part_specs(
