@@ -8,7 +8,6 @@ so an expert is `[K, N]`; what transformers 5 fuses (Qwen3.5 and whatever it con
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.families.base import Config
@@ -68,7 +67,7 @@ def bias_of(name: str) -> str:
     return f"{name.removesuffix('.weight')}_bias"
 
 
-def is_transposed(name: str, shape: tuple[int, ...], hidden: Any) -> bool | None:
+def is_transposed(name: str, shape: tuple[int, ...], hidden: object) -> bool | None:
     """Whether an expert of a tensor is `[K, N]`, by the size of the residual stream.
 
     Args:
@@ -79,7 +78,7 @@ def is_transposed(name: str, shape: tuple[int, ...], hidden: Any) -> bool | None
     Returns:
         None where both of its sizes are that one, or neither.
     """
-    first, second = (size == hidden for size in shape[1:])
+    first, second = (bool(size == hidden) for size in shape[1:])
     if first == second:
         return None
     # The residual stream is what `down_proj` makes, and what all others read.

@@ -17,7 +17,7 @@ from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.errors import ModelError, RecipeError
-from msquant.families import find_family
+from msquant.families import expected_shapes, extra_shapes, find_family
 from msquant.families.fused_experts import (
     ExpertLayout,
     bias_of,
@@ -33,6 +33,7 @@ from msquant.formats.dtypes import DTYPE_CODES, MODEL_DTYPES, model_dtype
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import folder_format, model_format
 from msquant.hub.models import resolve_model
+from msquant.hub.published import is_published_in_fp8, published_config
 from msquant.models.config_json import fp8_block_size
 from msquant.recipe.model_free import ModelFreeSettings
 from msquant.recipe.recipe import Recipe
@@ -259,6 +260,26 @@ def sort_tensors(
     return ModelFreeSource(name, config, own, linears, kept, order, notes=notes)
 
 
+def published_model_free(recipe: Recipe) -> ModelFreeSource | None:
+    """A model without its weights: the tensors that its published config implies; None if it is not known.
+
+    Raises:
+        MsquantError: as `sort_tensors`.
+    """
+    config = published_config(recipe.model)
+    shapes = None if config is None else expected_shapes(config)
+    if config is None or shapes is None:
+        return None
+    block = fp8_block_size(config, "the published config.json")
+    specs = {
+        name: TensorSpec(name, "F8_E4M3" if block and is_published_in_fp8(name) else "BF16", shape)
+        for name, shape in (shapes | extra_shapes(config)).items()
+    }
+    # A shard a layer, as all that is known of where tensors lie is their names.
+    places = {name: found[1] if (found := _LAYER.match(name)) else "" for name in specs}
+    return sort_tensors(recipe, recipe.model, config, specs, places)
+
+
 def is_prediction(tensor: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is of a multi-token-prediction layer, by its name or its number."""
     count = language_config(config).get("num_hidden_layers")
@@ -405,7 +426,7 @@ def _notes(config: Mapping[str, Any], layouts: Mapping[str, ExpertLayout]) -> It
     if find_family(kind) is None:
         yield (
             f"msquant does not know model_type {kind!r}: linear layers are found by the names of tensors, "
-            "and nothing checks what the model computes, whether a tensor is missing, or whether a server has it"
+            "and nothing checks what the model computes, whether a tensor is missing, or what server has it"
         )
     for layout in list(layouts.values())[:1]:
         order = "[inputs, outputs]" if layout.transposed else "[outputs, inputs]"
