@@ -140,6 +140,35 @@ class FloatRows:
                 place += len(out)
                 start = end
 
+    def codes(self, max_bytes: int) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.float32]]]:
+        """The codes of an FP8 matrix by blocks of rows, in order, in one piece of memory.
+
+        Args:
+            max_bytes: of a block, which may be a single row.
+
+        Returns:
+            Triples of a block's first row, its codes `[n, K]`, which the next block overwrites, and the
+            scales of the runs of columns that they have in common, `[ceil(K / bk)]`.
+
+        Raises:
+            CheckpointError: the shard is damaged or was changed since it was opened.
+        """
+        assert self._scale is not None
+        border, start = self._scale.block[0], 0
+        stored = np.empty((max(1, max_bytes // max(1, self._row_bytes)), *self._shape), np.uint8)
+        with self._shard.reading(self._name) as read:
+            while start < self.count:
+                stop = min(start + len(stored), self.count, (start // border + 1) * border)
+                block = stored[: stop - start]
+                read(start * self._row_bytes, block)
+                yield start, block, self._scale.values[start // border]
+                start = stop
+
+    @property
+    def has_even_blocks(self) -> bool:
+        """Whether it is an FP8 matrix whose blocks all have the same number of columns."""
+        return self._scale is not None and self._shape[0] % self._scale.block[1] == 0
+
     def _read(self, ranges: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
         count = sum(stop - start for start, stop in ranges)
         out = np.empty((count, *self._shape), np.float32)

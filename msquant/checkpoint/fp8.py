@@ -20,11 +20,16 @@ FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
 
+SHIFT = np.float32(2.0**120)
+"""What `spread` leaves out of the values of codes."""
+
 _LARGEST = np.float32(448)
 _NAN, _NEGATIVE_NAN = 0x7F, 0xFF
-_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-# Two codes at a time, as their bytes lie: one number of 64 bits is the two values.
-_PAIRS = _VALUES[np.arange(1 << 16, dtype=np.uint16).view(np.uint8)].view(np.uint64)
+_KEPT = np.int32(0x87F00000 - 2**32)
+_SMALL = np.float32(2.0**7)
+_TINY = np.float32(2.0**-149)
+VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""What the codes stand for, float32 `[256]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +113,30 @@ def dequantize(codes: NDArray[np.uint8], scale: NDArray[np.float32], out: NDArra
     Returns:
         How many codes are NaN; there is no code for infinity.
     """
-    if codes.shape[1] % 2 or not (codes.flags.c_contiguous and out.flags.c_contiguous):
-        np.take(_VALUES, codes, out=out, mode="clip")
+    if can_spread(scale):
+        spread(codes, out)
+        np.multiply(out, scale * SHIFT, out=out)
     else:
-        np.take(_PAIRS, codes.view(np.uint16), out=out.view(np.uint64), mode="clip")
-    np.multiply(out, scale, out=out)
+        # Half as fast, but with no overflow, and exact when the processor is set to flush subnormals to 0.
+        np.take(VALUES, codes, out=out, mode="clip")
+        np.multiply(out, scale, out=out)
     if not codes.size or (codes.max() < _NEGATIVE_NAN and codes.view(np.int8).max() < _NAN):
         return 0
     return int(np.count_nonzero((codes & _NAN) == _NAN))
+
+
+def can_spread(scale: NDArray[np.float32]) -> bool:
+    """Whether what `spread` writes can be multiplied by these scales and `SHIFT` without a loss."""
+    return bool(scale.max(initial=0) < _SMALL and _TINY * SHIFT > 0)
+
+
+def spread(codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Write the values of codes, divided by `SHIFT`, into `out` of the same shape; NaN is taken for 480."""
+    # The code's bits put where float32 has them: its exponents are biased by 127 instead of 7.
+    bits = out.view(np.int32)
+    np.copyto(bits, codes.view(np.int8))
+    np.left_shift(bits, 20, out=bits)
+    np.bitwise_and(bits, _KEPT, out=bits)
 
 
 def read_block_size(folder: Path) -> tuple[int, int]:

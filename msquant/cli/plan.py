@@ -161,15 +161,17 @@ def _print_model_free(plan: "ModelFreePlan") -> None:
             f"So do {sum(kind.count for kind in vectors)} tensors that are no matrices, {sizes}."
         )
     free = "unknown" if plan.free_disk is None else console.as_bytes(plan.free_disk)
-    rows = [
-        *(["output", each.folder] for each in plan.formats),
-        *(["format", f"{each.name} for {each.consumer}"] for each in plan.formats),
+    available = "unknown" if plan.available_memory is None else console.as_bytes(plan.available_memory)
+    takes: list[list[object]] = []
+    takes += [["output", each.folder] for each in plan.formats]
+    takes += [["format", f"{each.name} for {each.consumer}"] for each in plan.formats]
+    takes += [
         ["size before", console.as_bytes(plan.source_bytes)],
         ["size after", console.as_bytes(plan.output_bytes)],
         ["disk", f"{console.as_bytes(plan.output_bytes)} of {free} free"],
-        ["peak memory", "below 2 GB"],
+        ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
     ]
-    console.print_table("What it takes", ["", ""], rows)
+    console.print_table("What it takes", ["", ""], takes)
     for note in plan.notes:
         console.print_line(f"Note: {note}")
     for problem in plan.problems:

@@ -23,6 +23,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
+from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import ModelError, StartOverError
 from msquant.evaluation.inputs import Text
@@ -35,10 +36,12 @@ from msquant.flows.short_evaluation import evaluate_result, short_texts
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.interrupts import check_interrupt, deferred_interrupts
-from msquant.kernels.weight_rounding import quantize_blocks
+from msquant.kernels.fp8_rounding import quantize_codes
+from msquant.kernels.weight_rounding import INT8, RoundedWeight, quantize_blocks
 from msquant.models.config_json import read_config
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe
+from msquant.schemes import Quant
 
 BLOCK_BYTES = 1 << 20
 """Of float32: what is read, rounded and forgotten at a time stays in a core's cache."""
@@ -183,9 +186,7 @@ def _write_folder(
                 names = ", ".join(shards.files)
                 progress.layer({"index": len(journal.records) - 1, "shards": names})
 
-        _in_threads(
-            write, [index for index in range(len(groups)) if index not in done], _threads(plan, model)
-        )
+        _in_threads(write, [index for index in range(len(groups)) if index not in done], _threads(model))
         if files.unverified:
             progress.stage("verifying what an earlier run has finished")
         files.finish()
@@ -194,10 +195,18 @@ def _write_folder(
         writer.finish(model.folder, {**manifest, "kept_float": kept})
 
 
-def _threads(plan: FolderPlan, model: ModelFreeSource) -> int:
+def working_memory(model: ModelFreeSource) -> int:
+    """Bytes of the linear layers that are worked on side by side, at most."""
+    return _threads(model) * _largest(model)
+
+
+def _threads(model: ModelFreeSource) -> int:
     """How many groups are worked on side by side: as many as cores, and as memory for their layers."""
-    largest = max((_working_bytes(model, module) for module in model.linears), default=1)
-    return max(1, min(MOST_THREADS, os.cpu_count() or 1, WORKING_BYTES // max(1, largest)))
+    return max(1, min(MOST_THREADS, os.cpu_count() or 1, WORKING_BYTES // _largest(model)))
+
+
+def _largest(model: ModelFreeSource) -> int:
+    return max((_working_bytes(model, module) for module in model.linears), default=CARRIED_BYTES)
 
 
 def _working_bytes(model: ModelFreeSource, module: str) -> int:
@@ -234,8 +243,7 @@ def _write_piece(
         return
     scheme = plan.linears[piece.name]
     assert scheme.weights is not None
-    blocks = linear.matrix.blocks(checkpoint, BLOCK_BYTES)
-    rounded = quantize_blocks(blocks, linear.matrix.shape, plan.dtype, scheme.weights)
+    rounded = _rounded(checkpoint, linear.matrix, scheme.weights, plan.dtype)
     if not np.isfinite(rounded.scale).all():
         linear.matrix.require_finite(checkpoint)
     bias = linear.matrix.bias(checkpoint, linear.bias) if linear.bias else None
@@ -243,6 +251,17 @@ def _write_piece(
         piece.name,
         QuantizedLinear(rounded.weight, rounded.scale, scheme, bias, weight_offset=rounded.offset),
     )
+
+
+def _rounded(checkpoint: Checkpoint, matrix: StoredMatrix, quant: Quant, dtype: str) -> RoundedWeight:
+    """A weight rounded to nearest, read a block at a time."""
+    if matrix.expert is None and quant == INT8:
+        rows = checkpoint.float_rows(matrix.tensor)
+        if rows.has_even_blocks:
+            found = quantize_codes(rows.codes(BLOCK_BYTES // 4), matrix.shape, dtype)
+            if found is not None:
+                return found
+    return quantize_blocks(matrix.blocks(checkpoint, BLOCK_BYTES), matrix.shape, dtype, quant)
 
 
 def _carry(model: ModelFreeSource, checkpoint: Checkpoint, name: str, shards: GroupWriter) -> None:

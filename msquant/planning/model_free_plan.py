@@ -3,11 +3,14 @@
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from msquant.checkpoint.disk import free_bytes, shown_sizes
+from msquant.checkpoint.memory import available_memory
 from msquant.errors import ModelError
 from msquant.flows.conversion import output_folders
+from msquant.flows.model_free import working_memory
 from msquant.flows.model_free_source import (
     ModelFreeSource,
     folder_plans,
@@ -17,6 +20,12 @@ from msquant.flows.model_free_source import (
 from msquant.formats.folder_plan import FolderPlan
 from msquant.planning.quantization_plan import FormatPlan
 from msquant.recipe.recipe import Recipe
+
+BASE_BYTES = 200_000_000
+"""Of a process that has loaded NumPy and what of msquant does the work."""
+
+TENSOR_BYTES = 2_000
+"""Of what is known of a tensor that is written: its name, its place and its description."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -58,6 +67,8 @@ class ModelFreePlan:
         source_bytes: of all tensors of the source.
         output_bytes: of all shards, in all formats.
         free_disk: on the output's disk; None if that cannot be told.
+        peak_memory: resident at most, an estimate, without the comparison with the float model at the end.
+        available_memory: on this machine; None if that cannot be told.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
     """
@@ -71,8 +82,20 @@ class ModelFreePlan:
     source_bytes: int
     output_bytes: int
     free_disk: int | None
+    peak_memory: int
+    available_memory: int | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Of all tensors, without the scales of FP8 blocks."""
+        return sum(kind.count * prod(kind.shape) for kind in self.kinds)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Needed on the output's disk."""
+        return self.output_bytes
 
 
 def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = None) -> ModelFreePlan:
@@ -119,6 +142,8 @@ def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = N
         source_bytes=found.nbytes,
         output_bytes=written,
         free_disk=free,
+        peak_memory=BASE_BYTES + TENSOR_BYTES * len(plans[0].weight_map) + working_memory(found),
+        available_memory=available_memory(),
         notes=(*notes, *found.notes),
         problems=tuple(problems),
     )

@@ -96,6 +96,8 @@ class CalibrationSettings(BaseModel):
     @field_validator("source", "template")
     @classmethod
     def _known(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        if isinstance(value, list) and NO_TEXT in value:
+            raise ValueError(f"{NO_TEXT} stands alone; write source: {NO_TEXT}")
         try:
             if info.field_name == "source" and value != NO_TEXT:
                 for word in [value] if isinstance(value, str) else value or [""]:
