@@ -289,6 +289,7 @@ def test_a_known_family_is_compared_with_its_config_and_with_the_float_model(tmp
     assert result.evaluation["overall"]["kl"] < 0.1
     assert not result.notes
     config = json.loads((source / "config.json").read_text())
+    del config["layer_types"]
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.2"):
         quantize(source, tmp_path / "out2")

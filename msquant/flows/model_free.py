@@ -258,7 +258,7 @@ def _rounded(checkpoint: Checkpoint, matrix: StoredMatrix, quant: Quant, dtype: 
     if matrix.expert is None and quant == INT8:
         rows = checkpoint.float_rows(matrix.tensor)
         if rows.has_even_blocks:
-            found = quantize_codes(rows.codes(BLOCK_BYTES // 4), matrix.shape, dtype)
+            found = quantize_codes(rows.codes(BLOCK_BYTES // 2), matrix.shape, dtype)
             if found is not None:
                 return found
     return quantize_blocks(matrix.blocks(checkpoint, BLOCK_BYTES), matrix.shape, dtype, quant)

@@ -16,6 +16,7 @@ from msquant.checkpoint.fp8 import SHIFT, VALUES, can_spread, spread
 from msquant.kernels.weight_rounding import INT8, RoundedWeight, rounded_up
 
 _NAN = 0x7F
+_NEARLY = INT8.high + 0.499
 
 
 def quantize_codes(
@@ -59,8 +60,8 @@ def quantize_codes(
         parts = values.reshape(count, len(scales), -1)
         np.multiply(parts, factors[:, :, None], out=parts)
         np.rint(values, out=values)
-        # The greatest number of a row alone may be rounded up to one too many.
-        if values.max() > INT8.high:
+        # The greatest number of a row alone may be rounded up to one too many: it is at most 127.5.
+        if (largest / scale > _NEARLY).any():
             np.minimum(values, high, out=values)
         result.weight[start : start + count] = values
         result.scale[start : start + count] = scale

@@ -26,7 +26,7 @@ from pydantic import (
 from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
 from msquant.algorithms.base import Algorithm
 from msquant.calibration.rows import Template
-from msquant.calibration.sources import parse_source
+from msquant.calibration.sources import NO_TEXT, parse_source
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
@@ -48,9 +48,6 @@ from msquant.recipe.recipe_yaml import read_yaml
 from msquant.schemes import Scheme, parse_scheme
 
 SUFFIXES = (".yaml", ".yml")
-
-NO_TEXT = "none"
-"""The source of a calibration without text: weights are rounded to nearest, by the names of tensors alone."""
 
 _WITHOUT_TEXT = "rtn"
 
