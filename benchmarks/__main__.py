@@ -24,6 +24,7 @@ NAMES = (
     "deepseek",
     "memory",
     "r1",
+    "model_free",
     "download",
 )
 ON_REQUEST = ("peers",)

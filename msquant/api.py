@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from msquant.flows.pipeline import QuantizeResult
     from msquant.formats.summary import Summary
     from msquant.hub.folder_download import DownloadResult
+    from msquant.planning.model_free_plan import ModelFreePlan
     from msquant.planning.quantization_plan import Plan
     from msquant.recipe.recipe import Recipe as Recipe
 
@@ -159,11 +160,26 @@ def quantize(
         from msquant.hub.fetch import fetch_model
         from msquant.planning.quantization_plan import require_room
 
-        require_room(recipe, target, weights, cache_folder())
+        if not recipe.calibration.is_none:
+            require_room(recipe, target, weights, cache_folder())
         with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
             return fetch_model(hub_id, callbacks)
 
     alone = offline or is_offline()
+    if recipe.calibration.is_none:
+        from msquant.flows.model_free import quantize_model_free
+
+        return quantize_model_free(
+            recipe,
+            target,
+            source=weights,
+            overwrite=overwrite,
+            restart=restart,
+            device=device,
+            memory_budget=memory_budget,
+            fetch=None if alone else fetch,
+            progress=progress,
+        )
     return run(
         recipe,
         target,
@@ -187,7 +203,7 @@ def plan(
     group_size: int | None = None,
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
-) -> "Plan":
+) -> "Plan | ModelFreePlan":
     """What quantizing a model would make, read, write and need, from its headers alone.
 
     Args:
@@ -200,7 +216,8 @@ def plan(
 
     Returns:
         Bytes by decoder layer and in all, memory, and as `problems` what does not fit. No time is estimated:
-        `msquant plan` measures this machine for that.
+        `msquant plan` measures this machine for that. Of a recipe whose calibration has source `none`, all
+        tensors by name, shape and what becomes of them.
 
     Raises:
         MsquantError: the model is unknown, incomplete or not supported.
@@ -216,6 +233,14 @@ def plan(
 
     recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
+    if recipe.calibration.is_none:
+        from msquant.planning.model_free_plan import make_model_free_plan
+
+        return make_model_free_plan(
+            recipe,
+            target if output is None else Path(output),
+            source=None if source is None else str(source),
+        )
     return make_plan(
         recipe,
         target if output is None else Path(output),

@@ -94,6 +94,13 @@ class Scheme:
         """Columns of a weight's group; None where it has none."""
         return None if self.weights is None else self.weights.group_size
 
+    @property
+    def per_token(self) -> "Scheme":
+        """The same with a scale for every token where the inputs are static."""
+        if self.inputs is None or self.inputs.dynamic:
+            return self
+        return replace(self, inputs=_per_token(self.inputs.bits))
+
     def in_groups(self, size: int) -> "Scheme":
         """The same with weights in groups of so many columns. Its weights are integers."""
         assert self.weights is not None

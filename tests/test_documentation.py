@@ -61,7 +61,7 @@ def test_the_page_on_recipes_has_every_key_with_its_default() -> None:
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             sections.append((field.annotation, defaults[name]))
-    assert len(sections) == 5
+    assert len(sections) == 6
     assert CalibrationSettings in dict(sections)
     rows = [row for section in sections for row in documented_keys(*section)]
     common = set(Algorithm.model_fields)

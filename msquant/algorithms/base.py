@@ -81,12 +81,14 @@ class Algorithm(BaseModel):
         takes_batches: whether its golden-stick modules take batches of samples as items; golden-stick's own
             take every item for one sample.
         rounds_by_inputs: whether its quantizer looks at what the linears read, and not at weights alone.
+        looks_at_weights_alone: whether it needs no calibration text at all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     summary: ClassVar[str]
     takes_batches: ClassVar[bool] = True
     rounds_by_inputs: ClassVar[bool] = False
+    looks_at_weights_alone: ClassVar[bool] = False
 
     algorithm: str = Field(description="How outliers are suppressed before quantization; see algorithms.md.")
     schemes: SchemeRules = Field(
@@ -109,7 +111,7 @@ class Algorithm(BaseModel):
 
     def scheme(self, linear: str) -> Scheme:
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
-        return next(scheme for pattern, scheme in self.schemes if _matches(pattern, linear))
+        return next(scheme for pattern, scheme in self.schemes if matches(pattern, linear))
 
     def suppression(self, scheme: Scheme) -> str:
         """The member of golden-stick's `OutliersSuppressionType` for groups of linears in that scheme.
@@ -203,5 +205,6 @@ class Algorithm(BaseModel):
         return raw
 
 
-def _matches(pattern: str, linear: str) -> bool:
+def matches(pattern: str, linear: str) -> bool:
+    """Whether a pattern of a recipe is a part of a name; one with `*`, `?` or `[` has to match all of it."""
     return fnmatchcase(linear, pattern) if set("*?[") & set(pattern) else pattern in linear

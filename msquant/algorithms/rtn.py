@@ -13,5 +13,6 @@ class Rtn(Algorithm):
     """golden-stick's quantizer alone."""
 
     summary: ClassVar[str] = "round to nearest; outliers stay where they are"
+    looks_at_weights_alone: ClassVar[bool] = True
 
     algorithm: Literal["rtn"] = Field("rtn", description=summary)

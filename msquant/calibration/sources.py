@@ -26,6 +26,9 @@ from msquant.hub.names import is_hub_id
 
 BUILTIN = "builtin"
 SELF = "self"
+NO_TEXT = "none"
+"""Of a calibration without text: weights are rounded to nearest, by the names of tensors alone."""
+
 HUBS = {"hf": "huggingface", "modelers": "modelers"}
 """The prefixes of sources on a hub, and the hubs' names."""
 
@@ -137,6 +140,8 @@ def parse_source(word: str) -> Source:
 
 def is_local(word: str) -> bool:
     """Whether a source is a path of this machine, or none that is known; such a word is not published."""
+    if word == NO_TEXT:
+        return False
     try:
         return isinstance(parse_source(word).place, _LocalData)
     except CalibrationError:

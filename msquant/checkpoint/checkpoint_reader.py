@@ -158,6 +158,10 @@ class Checkpoint:
         """
         return self._float_rows(name).blocks(max_bytes)
 
+    def float_rows(self, name: str) -> FloatRows:
+        """A floating-point tensor, of which nothing is in memory. Raises CheckpointError as for `tensor`."""
+        return self._float_rows(name)
+
     def linear(self, module: str) -> FloatLinear:
         """Return the linear layer `module`, with its bias if one is stored.
 

@@ -13,7 +13,9 @@ from msquant.checkpoint.fp8 import FP8, BlockScale, dequantize
 from msquant.checkpoint.shard import DTYPES, Shard
 from msquant.errors import CheckpointError
 
-_DTYPES = frozenset({"F16", "BF16", "F32", "F64", FP8})
+# The exponents alone are what DeepSeek-V3.1 and later keep scales of FP8 blocks in (`scale_fmt: ue8m0`).
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64", "F8_E8M0", FP8})
+"""What is read as floating point."""
 
 # A chunk and its float32 values stay in a core's cache.
 _CHUNK_BYTES = 1 << 20
@@ -26,7 +28,7 @@ def check_dtype(name: str, dtype: str, where: Path) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    if dtype not in _DTYPES:
+    if dtype not in FLOAT_DTYPES:
         raise CheckpointError(
             f"{name} is stored as {dtype}, a floating-point tensor is expected",
             where=where,
@@ -41,19 +43,22 @@ class FloatRows:
         shard: the file that holds it.
         name: its name.
         scale: of an FP8 matrix.
+        flat: take a tensor `[E, N, K]` for a matrix of `E N` rows.
 
     Attributes:
         count: the number of rows; a scalar is one row.
     """
 
-    def __init__(self, shard: Shard, name: str, scale: BlockScale | None = None) -> None:
+    def __init__(
+        self, shard: Shard, name: str, scale: BlockScale | None = None, *, flat: bool = False
+    ) -> None:
         entry = shard.entries[name]
         self._shard = shard
         self._name = name
         self._scale = scale
         self._dtype = np.dtype(np.uint8 if scale else DTYPES[entry.dtype])
-        self._shape = entry.shape[1:]
-        self.count = entry.shape[0] if entry.shape else 1
+        self._shape = entry.shape[-1:] if flat else entry.shape[1:]
+        self.count = math.prod(entry.shape[: -1 if flat else 1])
         self._row_bytes = math.prod(self._shape) * self._dtype.itemsize
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -96,6 +101,74 @@ class FloatRows:
         for start in range(0, self.count, step):
             yield start, self.read(start, min(start + step, self.count))
 
+    def stream(
+        self, start: int, stop: int, max_bytes: int, step: int = 1
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Rows `start`, `start + step`, ... before `stop`, in order, in one thread and one piece of memory.
+
+        Args:
+            start: the first row.
+            stop: behind the last one.
+            max_bytes: of a block, which may be a single row.
+            step: from one row to the next.
+
+        Returns:
+            Pairs of the place of a block's first row among these, and its rows, float32 `[n, ...]`, which the
+            next block overwrites. Values are not checked: NaN and infinity may be among them.
+
+        Raises:
+            CheckpointError: the shard is damaged or was changed since it was opened; an FP8 code is NaN.
+        """
+        most = max(1, max_bytes // max(1, 4 * math.prod(self._shape) * step)) * step
+        border = self._scale.block[0] if self._scale else None
+        raw, floats = np.empty((most, *self._shape), self._dtype), np.empty((most, *self._shape), np.float32)
+        place = 0
+        with self._shard.reading(self._name) as read:
+            while start < stop:
+                end = min(start + most, stop)
+                if border is not None:
+                    end = min(end, (start // border + 1) * border)
+                stored, out = raw[: end - start], floats[: len(range(start, end, step))]
+                read(start * self._row_bytes, stored)
+                if self._scale is not None:
+                    if bad := dequantize(stored, self._scale.of_row(start, self._shape[0]), out):
+                        raise refuse_values(self._name, bad, out.size, self._shard.path)
+                else:
+                    with np.errstate(over="ignore"):
+                        np.copyto(out, stored[::step], casting="unsafe")
+                yield place, out
+                place += len(out)
+                start = end
+
+    def codes(self, max_bytes: int) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.float32]]]:
+        """The codes of an FP8 matrix by blocks of rows, in order, in one piece of memory.
+
+        Args:
+            max_bytes: of a block, which may be a single row.
+
+        Returns:
+            Triples of a block's first row, its codes `[n, K]`, which the next block overwrites, and the
+            scales of the runs of columns that they have in common, `[ceil(K / bk)]`.
+
+        Raises:
+            CheckpointError: the shard is damaged or was changed since it was opened.
+        """
+        assert self._scale is not None
+        border, start = self._scale.block[0], 0
+        stored = np.empty((max(1, max_bytes // max(1, self._row_bytes)), *self._shape), np.uint8)
+        with self._shard.reading(self._name) as read:
+            while start < self.count:
+                stop = min(start + len(stored), self.count, (start // border + 1) * border)
+                block = stored[: stop - start]
+                read(start * self._row_bytes, block)
+                yield start, block, self._scale.values[start // border]
+                start = stop
+
+    @property
+    def has_even_blocks(self) -> bool:
+        """Whether it is an FP8 matrix whose blocks all have the same number of columns."""
+        return self._scale is not None and self._shape[0] % self._scale.block[1] == 0
+
     def _read(self, ranges: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
         count = sum(stop - start for start, stop in ranges)
         out = np.empty((count, *self._shape), np.float32)
@@ -110,7 +183,7 @@ class FloatRows:
                 read(start * self._row_bytes, stored)
                 if self._scale is not None:
                     return dequantize(stored, self._scale.of_row(start, self._shape[0]), target)
-                return _convert(stored, target)
+                return to_float(stored, target)
 
             chunks = list(self._chunks(ranges))
             if out.size <= _CHUNK_BYTES:
@@ -119,11 +192,7 @@ class FloatRows:
                 with ThreadPoolExecutor(_THREADS) as pool:
                     bad = sum(pool.map(fill, chunks))
         if bad:
-            raise CheckpointError(
-                f"{self._name} holds NaN or infinity in {bad} of {out.size} places",
-                where=self._shard.path,
-                remedy="download this shard again; if the published file holds them too, it cannot be used",
-            )
+            raise refuse_values(self._name, bad, out.size, self._shard.path)
         return out
 
     def _chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -141,7 +210,22 @@ class FloatRows:
                 start = stop
 
 
-def _convert(stored: NDArray[Any], out: NDArray[np.float32]) -> int:
+def refuse_values(name: str, bad: int, size: int, where: Path) -> CheckpointError:
+    """The error for a tensor with so many of `size` values that are not finite; `where` is its file."""
+    return CheckpointError(
+        f"{name} holds NaN or infinity in {bad} of {size} places",
+        where=where,
+        remedy="download this shard again; if the published file holds them too, it cannot be used",
+    )
+
+
+def require_finite(name: str, values: NDArray[Any], where: Path) -> None:
+    """Raise CheckpointError if NaN or infinity is among values of a tensor; `where` is its file."""
+    if bad := to_float(values, np.empty(values.shape, np.float32)):
+        raise refuse_values(name, bad, values.size, where)
+
+
+def to_float(stored: NDArray[Any], out: NDArray[np.float32]) -> int:
     """Write stored values into `out` as float32; returns how many of them are not finite."""
     if stored is not out:
         with np.errstate(over="ignore"):

@@ -20,13 +20,16 @@ FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
 
+SHIFT = np.float32(2.0**120)
+"""What `spread` leaves out of the values of codes."""
+
 _LARGEST = np.float32(448)
 _NAN, _NEGATIVE_NAN = 0x7F, 0xFF
 _KEPT = np.int32(0x87F00000 - 2**32)
-_SHIFT = np.float32(2.0**120)
 _SMALL = np.float32(2.0**7)
 _TINY = np.float32(2.0**-149)
-_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""What the codes stand for, float32 `[256]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +113,30 @@ def dequantize(codes: NDArray[np.uint8], scale: NDArray[np.float32], out: NDArra
     Returns:
         How many codes are NaN; there is no code for infinity.
     """
-    if scale.max(initial=0) < _SMALL and _TINY * _SHIFT > 0:
-        # The code's bits put where float32 has them: its exponents are biased by 127 instead of 7.
-        bits = out.view(np.int32)
-        np.copyto(bits, codes.view(np.int8))
-        np.left_shift(bits, 20, out=bits)
-        np.bitwise_and(bits, _KEPT, out=bits)
-        np.multiply(out, scale * _SHIFT, out=out)
+    if can_spread(scale):
+        spread(codes, out)
+        np.multiply(out, scale * SHIFT, out=out)
     else:
         # Half as fast, but with no overflow, and exact when the processor is set to flush subnormals to 0.
-        np.take(_VALUES, codes, out=out, mode="clip")
+        np.take(VALUES, codes, out=out, mode="clip")
         np.multiply(out, scale, out=out)
     if not codes.size or (codes.max() < _NEGATIVE_NAN and codes.view(np.int8).max() < _NAN):
         return 0
     return int(np.count_nonzero((codes & _NAN) == _NAN))
+
+
+def can_spread(scale: NDArray[np.float32]) -> bool:
+    """Whether what `spread` writes can be multiplied by these scales and `SHIFT` without a loss."""
+    return bool(scale.max(initial=0) < _SMALL and _TINY * SHIFT > 0)
+
+
+def spread(codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Write the values of codes, divided by `SHIFT`, into `out` of the same shape; NaN is taken for 480."""
+    # The code's bits put where float32 has them: its exponents are biased by 127 instead of 7.
+    bits = out.view(np.int32)
+    np.copyto(bits, codes.view(np.int8))
+    np.left_shift(bits, 20, out=bits)
+    np.bitwise_and(bits, _KEPT, out=bits)
 
 
 def read_block_size(folder: Path) -> tuple[int, int]:

@@ -30,6 +30,7 @@ DTYPES: dict[str, DTypeLike] = {
     "I8": np.int8,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "U16": np.uint16,
     "I16": np.int16,
     "F16": np.float16,
@@ -150,6 +151,30 @@ class Shard:
             array = np.empty(entry.shape, dtype=DTYPES[entry.dtype])
             read(0, array)
         return array
+
+    def row_blocks(self, name: str, max_bytes: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Read one tensor in the dtype it is stored in by blocks of rows, in order.
+
+        Args:
+            name: the tensor.
+            max_bytes: of a block; a single row may be larger.
+
+        Returns:
+            Pairs of a block's first row and its rows `[n, ...]`; a scalar is one row `[1]`.
+
+        Raises:
+            CheckpointError: as `read`, when the block is read.
+        """
+        entry = self.entries[name]
+        rows = entry.shape[0] if entry.shape else 1
+        row_bytes = entry.nbytes // max(1, rows)
+        step = max(1, max_bytes // max(1, row_bytes))
+        with self.reading(name) as read:
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                block = np.empty((count, *entry.shape[1:]), DTYPES[entry.dtype])
+                read(start * row_bytes, block)
+                yield start, block
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Callable[[int, NDArray[Any]], None]]:

@@ -21,7 +21,7 @@ _ORDER = (
     *("U64", "I64", "F64"),
     *("F32", "U32", "I32"),
     *("BF16", "F16", "U16", "I16"),
-    *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
 _RANK = {dtype: rank for rank, dtype in enumerate(_ORDER)}
 _SHOWN = 3

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from msquant.checkpoint.checkpoint_reader import Checkpoint
     from msquant.models.config import ModelConfig
     from msquant.planning.measure import Measured, Span
+    from msquant.planning.model_free_plan import ModelFreePlan
     from msquant.planning.quantization_plan import PartPlan, Plan
     from msquant.progress import Phase
     from msquant.recipe.recipe import Recipe
@@ -55,7 +56,11 @@ def plan(
     From config.json and the shards' headers alone; a published model is planned without its weights. Exits
     with 1 if something does not fit.
 
+    With --calibration none it lists by name, shape and size what would be quantized and what would not.
+
     Example: msquant plan deepseek-r1
+
+    Example: msquant plan ./GLM-4.6 --calibration none
 
     Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
     """
@@ -90,6 +95,9 @@ def show_plan(
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
     """
+    if recipe.calibration.is_none:
+        _show_model_free(recipe, output, source, as_json=as_json)
+        return
     from msquant.planning.quantization_plan import make_plan
 
     def measure(config: "ModelConfig", checkpoint: "Checkpoint | None") -> "Measured":
@@ -108,6 +116,66 @@ def show_plan(
         _print(made)
     if made.problems:
         raise typer.Exit(1)
+
+
+def _show_model_free(recipe: "Recipe", output: Path, source: str | None, *, as_json: bool) -> None:
+    """As `show_plan`, of a quantization without calibration."""
+    from msquant.planning.model_free_plan import make_model_free_plan
+
+    made = make_model_free_plan(recipe, output, source=source)
+    if as_json:
+        document = asdict(made)
+        document["source"] = None if made.source is None else str(made.source)
+        document["output"] = str(made.output)
+        document["formats"] = [{**asdict(each), "folder": str(each.folder)} for each in made.formats]
+        console.print_json(document | {"fits": not made.problems})
+    else:
+        _print_model_free(made)
+    if made.problems:
+        raise typer.Exit(1)
+
+
+def _print_model_free(plan: "ModelFreePlan") -> None:
+    quantized = [kind for kind in plan.kinds if not kind.reason]
+    kept = [kind for kind in plan.kinds if kind.reason and len(kind.shape) > 1]
+    vectors = [kind for kind in plan.kinds if kind.reason and len(kind.shape) <= 1]
+    for title, kinds, told in (
+        (f"{plan.model}: {plan.architecture}, linear layers that are quantized", quantized, "scheme"),
+        ("What stays in floating point", kept, "why"),
+    ):
+        rows = [
+            [
+                kind.pattern,
+                kind.count,
+                " x ".join(map(str, kind.shape)),
+                kind.reason or kind.scheme,
+                console.as_bytes(kind.source_bytes),
+                console.as_bytes(kind.output_bytes),
+            ]
+            for kind in kinds
+        ]
+        console.print_table(title, ["name", "tensors", "shape", told, "before", "after"], rows)
+    if vectors:
+        sizes = console.as_bytes(sum(kind.output_bytes for kind in vectors))
+        console.print_line(
+            f"So do {sum(kind.count for kind in vectors)} tensors that are no matrices, {sizes}."
+        )
+    free = "unknown" if plan.free_disk is None else console.as_bytes(plan.free_disk)
+    available = "unknown" if plan.available_memory is None else console.as_bytes(plan.available_memory)
+    takes: list[list[object]] = []
+    takes += [["output", each.folder] for each in plan.formats]
+    takes += [["format", f"{each.name} for {each.consumer}"] for each in plan.formats]
+    takes += [
+        ["size before", console.as_bytes(plan.source_bytes)],
+        ["size after", console.as_bytes(plan.output_bytes)],
+        ["disk", f"{console.as_bytes(plan.output_bytes)} of {free} free"],
+        ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
+    ]
+    console.print_table("What it takes", ["", ""], takes)
+    for note in plan.notes:
+        console.print_line(f"Note: {note}")
+    for problem in plan.problems:
+        console.print_error(OutputError(f"does not fit: {problem}"))
 
 
 def _as_json(plan: "Plan") -> dict[str, Any]:

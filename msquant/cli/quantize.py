@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from msquant.cli.layer_progress import LayerProgress
     from msquant.flows.pipeline import QuantizeResult
     from msquant.hub.transfer_events import HubProgress
+    from msquant.progress import Progress
 
 
 _SHOWN_LAYERS, _WARNED_LAYERS = 10, 3
@@ -68,6 +69,11 @@ def quantize(
     MSQUANT_CACHE. At the end the result is compared with the float model on held-out text, and a divergence
     beyond the recipe's limit is a warning.
 
+    With --calibration none no text is needed, and no modelling code: weights are rounded to nearest, and
+    linear layers are found by the names of tensors, so that any architecture will do. The formats are then
+    ascend and compressed-tensors; the schemes are W8A8_DYNAMIC, W8A16, W4A16 and W4A8_DYNAMIC, as the server
+    takes them.
+
     Format golden-stick is for vLLM-MindSpore, compressed-tensors for vLLM, ascend for vllm-ascend. Of several
     the first is written to OUTPUT, each other one to OUTPUT-FORMAT.
 
@@ -80,6 +86,8 @@ def quantize(
     Example: msquant quantize smollm2-135m --scheme W4A16 --group-size 64 --format compressed-tensors
 
     Example: msquant quantize ./Llama-3.1-8B --calibration texts.jsonl --samples 32
+
+    Example: msquant quantize ./GLM-4.6 --calibration none --format ascend
 
     Example: msquant quantize qwen3-8b --calibration builtin --calibration gsm8k=25% --calibration self=4
     """
@@ -115,7 +123,8 @@ def quantize(
 
     from msquant.cli.layer_progress import LayerProgress
 
-    with LayerProgress() as display:
+    without_text = recipe.calibration.is_none
+    with LayerProgress(unit="part" if without_text else "decoder layer") as display:
         result = api.quantize(
             recipe,
             target,
@@ -126,7 +135,7 @@ def quantize(
             memory_budget=budget,
             verbose=verbose,
             offline=offline,
-            progress=display.flow(_alphas),
+            progress=_parts(display) if without_text else display.flow(_alphas),
             transfer=lambda: _transfer(display),
         )
     if as_json:
@@ -143,6 +152,18 @@ def _transfer(display: "LayerProgress") -> "Iterator[HubProgress]":
 
     with display.paused(), TransferProgress() as transfer:
         yield HubProgress(stage=transfer.stage, update=transfer.update)
+
+
+def _parts(display: "LayerProgress") -> "Progress":
+    """Callbacks that show the parts of a model that is quantized without calibration."""
+    from msquant.progress import Progress
+
+    return Progress(
+        stage=display.stage,
+        layers=display.start,
+        layer=lambda record: display.advance(record["index"], record.get("shards", "")),
+        step=display.step,
+    )
 
 
 def _alphas(record: dict[str, Any]) -> str:
@@ -196,17 +217,18 @@ def _print_layers(result: "QuantizeResult") -> None:
 
 
 def _print_result(result: "QuantizeResult") -> None:
-    _print_layers(result)
+    if result.layers:
+        _print_layers(result)
     saved = 1 - result.output_bytes / result.source_bytes
     console.print_table(
         "Result",
         ["", ""],
         [
             *([f"folder, {name}", folder] for name, folder in result.folders.items()),
-            ["layers", len(result.layers)],
+            *([["layers", len(result.layers)]] if result.layers else []),
             ["size before", console.as_bytes(result.source_bytes)],
             ["size after", f"{console.as_bytes(result.output_bytes)} ({saved:.0%} less)"],
-            ["to serve", console.as_serving(result.serving)],
+            *([["to serve", console.as_serving(result.serving)]] if result.layers else []),
             ["time", f"{result.seconds:.0f} s"],
             ["peak memory", console.as_bytes(result.peak_memory)],
         ],

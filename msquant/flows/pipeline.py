@@ -66,7 +66,8 @@ class QuantizeResult:
         layer_seconds: wall time of each decoder layer that this run made; an earlier one made the others.
         source_bytes: bytes of all tensors of the source.
         output_bytes: bytes of all tensors in `folder`.
-        serving: what `folder` needs to be served; None if no number of NPUs is enough.
+        serving: what `folder` needs to be served; None if no number of NPUs is enough, or for a model
+            that msquant does not know.
         notes: what the user should know of the result.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.

@@ -40,6 +40,7 @@ class Format(ABC):
             rounded to that in any case.
         folded: what is said of a linear, `{}`, that the engine folds into the attention, and so takes in
             floating point only; empty where it does not.
+        takes_any_model: whether a folder of a model that msquant has no family for can be written.
         expert_schemes: what is said of the schemes that `takes_experts` takes.
         in_groups: those of `words` that are taken in groups of columns as well, by the same word.
         predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
@@ -54,6 +55,7 @@ class Format(ABC):
     dtypes: ClassVar[tuple[str, ...]]
     bias_in_float32: ClassVar[bool] = False
     folded: ClassVar[str] = ""
+    takes_any_model: ClassVar[bool] = True
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
     in_groups: ClassVar[frozenset[Scheme]] = frozenset()
     predictions_in_float: ClassVar[bool] = False
@@ -106,6 +108,19 @@ class Format(ABC):
     def takes_experts(self, scheme: Scheme) -> bool:
         """Whether the routed experts can have a scheme that other linear layers can have."""
         return scheme.is_float or scheme.is_dynamic
+
+    def fitting(self, module: str, scheme: Scheme) -> Scheme:
+        """The scheme that a linear layer gets where one is asked for of all, and the consumer has it of some.
+
+        Args:
+            module: its name.
+            scheme: that is asked for.
+        """
+        return scheme
+
+    def shape_problem(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Why a layer `[N, K]` cannot be stored in a scheme; None if it can."""
+        return None
 
     def made_for(self, linears: Mapping[str, Scheme]) -> "Format":
         """The format with the variant that a folder with linear layers in these schemes is of."""

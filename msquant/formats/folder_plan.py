@@ -109,6 +109,7 @@ def plan_folder(
     dtype: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     format_name: FormatName = DEFAULT_FORMAT,
+    carried: Mapping[str, str] | None = None,
 ) -> FolderPlan:
     """Plan a folder.
 
@@ -120,6 +121,7 @@ def plan_folder(
         dtype: the source's; one that the format does not take is replaced by `FALLBACK_DTYPE`.
         max_shard_bytes: of the tensors of a shard; a larger tensor has a shard of its own.
         format_name: of the format to write.
+        carried: tensors that are not quantized and keep the safetensors dtype that they have, by name.
 
     Raises:
         CheckpointError: a linear layer has no matrix in the source, or its bias does not fit.
@@ -132,6 +134,7 @@ def plan_folder(
     _check_runs(form, linears, config)
     _check_groups(groups, linears)
     missing = dict.fromkeys(linears)
+    kept = carried or {}
     specs: list[list[TensorSpec]] = []
     for shapes in groups:
         specs.append([])
@@ -145,7 +148,8 @@ def plan_folder(
                 missing.pop(module, None)
                 _check_linear(name, shape, shapes.get(f"{module}.bias"))
             if scheme.is_float:
-                specs[-1].append(TensorSpec(name, DTYPE_CODES[stored_dtype(name, stored)], tuple(shape)))
+                code = kept.get(name) or DTYPE_CODES[stored_dtype(name, stored)]
+                specs[-1].append(TensorSpec(name, code, tuple(shape)))
             elif part == "weight":
                 specs[-1] += form.linear_specs(module, tuple(shape), scheme, stored, has_bias)
             elif part != "bias":

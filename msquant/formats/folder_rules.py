@@ -28,6 +28,8 @@ Parts = dict[str, tuple[frozenset[str], tuple[Shape, ...]]]
 FLOAT_CODES = frozenset(DTYPE_CODES.values())
 """The safetensors dtypes of floating-point tensors."""
 
+_TABLES = frozenset({"I64", "I32", "BOOL"})
+
 # Bytes of a floating-point tensor that are looked at in one piece: embeddings are never in memory whole.
 _PIECE_BYTES = 2**26
 
@@ -171,7 +173,12 @@ def _finding(error: CheckpointError) -> Finding:
 
 
 def check_float(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:
-    """Check that a tensor is stored in floating point and holds neither NaN nor infinity."""
+    """Check that a tensor is stored in floating point and holds neither NaN nor infinity.
+
+    A table of integers, which some models have beside their weights, is none of a linear layer.
+    """
+    if checkpoint.dtype(name) in _TABLES and not name.endswith((".weight", ".bias")):
+        return
     if checkpoint.dtype(name) not in FLOAT_CODES:
         yield Finding(name, f"stored as {checkpoint.dtype(name)}, but described as FLOAT")
         return

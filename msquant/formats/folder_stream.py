@@ -23,7 +23,8 @@ from msquant.formats.dtypes import cast, stored_dtype
 from msquant.formats.folder_plan import FolderPlan
 from msquant.schemes import FLOAT
 
-# What a tokenizer and its generation defaults are made of, in any of the forms transformers saves.
+# What a tokenizer, a processor of images and generation defaults are made of, in any of the forms that
+# transformers saves.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,8 +33,13 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tiktoken.model",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -101,6 +107,23 @@ class GroupWriter:
             return
         for first, rows in _runs(order.interleaved()[start_row : start_row + len(block)]):
             self._put(name, rounded[rows], first)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors dtype that a tensor is planned in. Raises OutputError if it is not planned here."""
+        return self._spec(name)[1].dtype
+
+    def stored_rows(self, name: str, start_row: int, block: NDArray[Any]) -> None:
+        """Write some rows of a tensor that keeps the dtype it has.
+
+        Args:
+            name: the tensor.
+            start_row: which row of it the block begins with.
+            block: `[n, ...]`, in the planned dtype.
+
+        Raises:
+            OutputError: as for `tensor`, or it is of another dtype.
+        """
+        self._put(name, block, start_row)
 
     def linear(self, module: str, linear: Linear) -> None:
         """Write a linear layer in the scheme it is planned in.

@@ -50,6 +50,11 @@ def find_format(name: str, where: str = "format") -> type[Format]:
     return _REGISTERED[name]
 
 
+def any_model_formats() -> tuple[str, ...]:
+    """The formats that need no family of the model, that of vllm-ascend first."""
+    return tuple(name for name in reversed(_REGISTERED) if _REGISTERED[name].takes_any_model)
+
+
 def marked_formats() -> dict[str, type[Format]]:
     """The formats that say in a file of their own how a folder is quantized, by the name of that file."""
     return {form.marker: form for form in _REGISTERED.values() if form.marker is not None}

@@ -73,6 +73,11 @@ def configs_folder() -> Path:
     return next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
 
 
+def is_published_in_fp8(name: str) -> bool:
+    """Whether a tensor of a model that is published in FP8 is."""
+    return name.endswith(_FP8_LINEARS) and not name.endswith(_MTP_PROJECTION)
+
+
 def stored_bytes(name: str, shape: tuple[int, ...], block: Sequence[int] | None) -> int:
     """About how many bytes a tensor has as it is published.
 
@@ -81,7 +86,7 @@ def stored_bytes(name: str, shape: tuple[int, ...], block: Sequence[int] | None)
         shape: its shape.
         block: rows and columns of a block of FP8 weights; None for a model in bfloat16.
     """
-    if block and name.endswith(_FP8_LINEARS) and not name.endswith(_MTP_PROJECTION):
+    if block and is_published_in_fp8(name):
         scales = prod(ceil(size / step) for size, step in zip(shape, block, strict=True))
         return prod(shape) + _F32_BYTES * scales
     return _BF16_BYTES * prod(shape)

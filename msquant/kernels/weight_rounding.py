@@ -1,7 +1,7 @@
 """Weights to integers, in cache-sized blocks of rows on all cores, with golden-stick's arithmetic."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
@@ -56,26 +56,66 @@ def quantize_weight(
             multiplies by what the weight was divided by.
         quant: the integers.
     """
-    groups = in_groups(weight, quant)
-    rounded = np.empty(groups.shape, np.int8)
-    scales = np.empty(len(groups), np.float32)
-    offsets = None if quant.symmetric else np.empty(len(groups), np.int32)
+    result = _unrounded(weight.shape, quant)
 
     def block(rows: slice) -> None:
-        scale, offset = group_parameters(groups[rows], scale_dtype, quant)
-        values = groups[rows] / scale
-        if offsets is not None and offset is not None:
-            values += offset
-            offsets[rows] = offset[:, 0]
-        np.rint(values, out=values)
-        np.clip(values, quant.low, quant.high, out=values)
-        rounded[rows] = values
-        scales[rows] = scale[:, 0]
+        _round_rows(weight[rows].copy(), rows, scale_dtype, quant, result)
 
-    for_blocks(groups, block)
-    shape = (len(weight),) if quant.group_size is None else (len(weight), -1)
-    offset = None if offsets is None else offsets.reshape(shape)
-    return RoundedWeight(rounded.reshape(weight.shape), scales.reshape(shape), offset)
+    for_blocks(weight, block)
+    return result
+
+
+def quantize_blocks(
+    blocks: Iterable[tuple[int, NDArray[np.float32]]],
+    shape: tuple[int, ...],
+    scale_dtype: str = "float32",
+    quant: Quant = INT8,
+) -> RoundedWeight:
+    """As `quantize_weight`, of a weight that is never in memory whole in floating point, in one thread.
+
+    Args:
+        blocks: pairs of a block's first row and its rows, float32 `[n, K]`, which are overwritten.
+        shape: `(N, K)`.
+        scale_dtype: as for `quantize_weight`.
+        quant: the integers.
+
+    Returns:
+        As `quantize_weight`; the scale of a row or group that holds NaN or infinity is not finite.
+    """
+    result = _unrounded(shape, quant)
+    for start, block in blocks:
+        _round_rows(block, slice(start, start + len(block)), scale_dtype, quant, result)
+    return result
+
+
+def _unrounded(shape: tuple[int, ...], quant: Quant) -> RoundedWeight:
+    rows, columns = shape
+    size = (rows,) if quant.group_size is None else (rows, columns // quant.group_size)
+    offset = None if quant.symmetric else np.empty(size, np.int32)
+    return RoundedWeight(np.empty((rows, columns), np.int8), np.empty(size, np.float32), offset)
+
+
+def _round_rows(
+    values: NDArray[np.float32], rows: slice, scale_dtype: str, quant: Quant, result: RoundedWeight
+) -> None:
+    """Round some rows of a weight into their place; the values are overwritten."""
+    groups = in_groups(values, quant)
+    scale, offset = group_parameters(groups, scale_dtype, quant)
+    with np.errstate(invalid="ignore"):
+        np.divide(groups, scale, out=groups)
+    if result.offset is not None and offset is not None:
+        groups += offset
+        result.offset[rows] = offset.reshape(result.offset[rows].shape)
+    np.rint(groups, out=groups)
+    # Of a symmetric row, its greatest number alone may be rounded up to one too many, and the least fits.
+    if not quant.symmetric:
+        np.clip(groups, quant.low, quant.high, out=groups)
+    elif groups.max(initial=0) > quant.high:
+        np.minimum(groups, np.full(groups.shape[1], quant.high, np.float32), out=groups)
+    # What is not finite has a scale that is not, either.
+    with np.errstate(invalid="ignore"):
+        result.weight[rows] = values
+    result.scale[rows] = scale.reshape(result.scale[rows].shape)
 
 
 def group_parameters(

@@ -1,5 +1,6 @@
 """From the content of a `config.json` to a `ModelConfig`; what is not computed here is refused."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
         )
     check_numbers(raw, where)
     family.refuse_options(raw, where)
-    fp8_block = _fp8_block(raw, where)
+    fp8_block = fp8_block_size(raw, where)
     original = raw
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     raw = with_rope_scaling(raw)
@@ -154,8 +155,12 @@ def _check_experts(config: ModelConfig, where: Where) -> None:
         )
 
 
-def _fp8_block(raw: dict[str, Any], where: Where) -> tuple[int, int] | None:
-    """Rows and columns of a block of FP8 weights, the one quantization that can be started from."""
+def fp8_block_size(raw: Mapping[str, Any], where: Where) -> tuple[int, int] | None:
+    """Rows and columns of a block of FP8 weights, the one quantization that can be started from.
+
+    Raises:
+        ModelError: the weights are quantized in another way.
+    """
     section = raw.get("quantization_config")
     if not section or (isinstance(section, dict) and section.get("quant_method") in _FINISHED):
         return None

@@ -26,7 +26,7 @@ from pydantic import (
 from msquant.algorithms import DEFAULT, find_algorithm, make_algorithm, options_in_common
 from msquant.algorithms.base import Algorithm
 from msquant.calibration.rows import Template
-from msquant.calibration.sources import parse_source
+from msquant.calibration.sources import NO_TEXT, parse_source
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from msquant.evaluation.settings import EvaluationSettings
@@ -36,15 +36,20 @@ from msquant.formats.registry import (
     FORMAT_DESCRIPTION,
     FormatName,
     FormatNames,
+    any_model_formats,
+    find_format,
     names_of,
     parse_formats,
 )
 from msquant.hub.published import configs_folder, published_name
 from msquant.inference.serving_settings import ServingSettings
+from msquant.recipe.model_free import ModelFreeSettings
 from msquant.recipe.recipe_yaml import read_yaml
 from msquant.schemes import Scheme, parse_scheme
 
 SUFFIXES = (".yaml", ".yml")
+
+_WITHOUT_TEXT = "rtn"
 
 _WILDCARDS = set("*?[")
 # Of what is wrong with a recipe, so much at a time.
@@ -57,7 +62,9 @@ class CalibrationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str | list[str] = Field(
-        "builtin", description="A source, or a list of them for a mix; see docs/calibration.md."
+        "builtin",
+        description="A source, or a list of them for a mix; see docs/calibration.md. none: no text at all, "
+        "for a model of any architecture.",
     )
     template: str | None = Field(
         None, description="How a row becomes text, with columns in braces; None: by the columns it has."
@@ -86,11 +93,13 @@ class CalibrationSettings(BaseModel):
     @field_validator("source", "template")
     @classmethod
     def _known(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        if isinstance(value, list) and NO_TEXT in value:
+            raise ValueError(f"{NO_TEXT} stands alone; write source: {NO_TEXT}")
         try:
-            if info.field_name == "source":
+            if info.field_name == "source" and value != NO_TEXT:
                 for word in [value] if isinstance(value, str) else value or [""]:
                     parse_source(word)
-            elif isinstance(value, str):
+            elif info.field_name == "template" and isinstance(value, str):
                 Template(value)
         except CalibrationError as error:
             raise ValueError(f"{error.what}; {error.remedy}") from error
@@ -100,6 +109,11 @@ class CalibrationSettings(BaseModel):
     def sources(self) -> tuple[str, ...]:
         """The words of the mix."""
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether there is no text."""
+        return self.source == NO_TEXT
 
     @property
     def total(self) -> int:
@@ -132,6 +146,7 @@ class Recipe(BaseModel):
         default_factory=make_algorithm
     )
     calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
+    model_free: ModelFreeSettings = Field(default_factory=ModelFreeSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     format: FormatNames = Field(DEFAULT_FORMAT, description=FORMAT_DESCRIPTION)
@@ -150,6 +165,31 @@ class Recipe(BaseModel):
             raise ValueError(f"{str(value).lower()} is now written as prediction_layers: {word}")
         return value
 
+    @model_validator(mode="after")
+    def _check_without_text(self) -> "Recipe":
+        if not self.calibration.is_none:
+            return self
+        policy = self.quantization
+        if not policy.looks_at_weights_alone:
+            raise ValueError(
+                f"{policy.algorithm} needs calibration text, and its source is none; write algorithm: "
+                f"{_WITHOUT_TEXT}"
+            )
+        if policy.rotation != "none":
+            raise ValueError("rotation needs a model that msquant knows, and calibration has source: none")
+        for pattern, scheme in policy.schemes:
+            if scheme.is_static:
+                raise ValueError(
+                    f"{pattern} is {scheme}, whose activations are calibrated, and the source is none; write "
+                    f"{scheme.per_token}"
+                )
+        for name in self.formats:
+            if not find_format(name).takes_any_model:
+                raise ValueError(
+                    f"{name} is written with calibration alone; write format: {any_model_formats()[0]}"
+                )
+        return self
+
     @property
     def formats(self) -> tuple[FormatName, ...]:
         """The formats to write, in order."""
@@ -159,6 +199,17 @@ class Recipe(BaseModel):
     def keeps_predictions(self) -> bool:
         """Whether multi-token-prediction layers are written, quantized or not."""
         return self.prediction_layers != "none"
+
+    def _without_text(self) -> "Recipe":
+        """A copy that can do without calibration text: what needs it is replaced by what is nearest to it."""
+        policy = self.quantization
+        name = policy.algorithm if policy.looks_at_weights_alone else _WITHOUT_TEXT
+        schemes = tuple((pattern, scheme.per_token) for pattern, scheme in policy.schemes)
+        kept = tuple(form for form in self.formats if find_format(form).takes_any_model)
+        changed = self.replace("quantization", algorithm=name, schemes=schemes, rotation="none")
+        return changed.model_copy(
+            update={"format": kept[0] if len(kept) == 1 else kept or any_model_formats()[0]}
+        )
 
     def adjusted(
         self,
@@ -183,7 +234,9 @@ class Recipe(BaseModel):
             algo: the algorithm; options that it has in common with the recipe's are kept.
             scheme: of all linears but those that the recipe keeps in floating point.
             group_size: columns that share a scale of the weights, in that scheme.
-            calibration: a source, or several for a mix.
+            calibration: a source, or several for a mix; `none` for no text at all: unless they are given too,
+                the algorithm is then rtn, static schemes are those per token, and the format one that takes
+                any model.
             template: how a row becomes text, with columns in braces.
             chat_template: put conversations through the tokenizer's chat template.
             pack: fill a sequence with several documents.
@@ -198,9 +251,17 @@ class Recipe(BaseModel):
             RecipeError: a value is not valid.
         """
         rules = self._rules(scheme, group_size)
-        changed = self.replace("quantization", algorithm=algo, schemes=rules).replace(
+        words = [calibration] if isinstance(calibration, str) else list(calibration or ())
+        base = self
+        if words == [NO_TEXT]:
+            base = self._without_text()
+        changed = base.replace("quantization", algorithm=algo, schemes=rules)
+        if formats is not None:
+            names = formats if isinstance(formats, str) else ",".join(formats)
+            changed = changed.model_copy(update={"format": parse_formats(names)})
+        changed = changed.replace(
             "calibration",
-            source=[calibration] if isinstance(calibration, str) else list(calibration or ()) or None,
+            source=NO_TEXT if words == [NO_TEXT] else words or None,
             template=template,
             chat_template=chat_template,
             pack=pack,
@@ -209,9 +270,6 @@ class Recipe(BaseModel):
             sequence_length=sequence_length,
             seed=seed,
         )
-        if formats is not None:
-            names = formats if isinstance(formats, str) else ",".join(formats)
-            changed = changed.model_copy(update={"format": parse_formats(names)})
         return changed if evaluate else changed.replace("evaluation", sequences=0)
 
     def _rules(

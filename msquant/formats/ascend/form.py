@@ -52,7 +52,7 @@ from msquant.formats.scales import (
     weight_scales,
 )
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import W4A8_DYNAMIC, Scheme
+from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, Scheme
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,14 @@ class AscendFormat(Format):
             return False
         return "version" in described or "model_quant_type" in described
 
+    def fitting(self, module: str, scheme: Scheme) -> Scheme:
+        """Int4 weights are for routed experts alone; all else computes with int8 ones."""
+        return W8A8_DYNAMIC if scheme == W4A8_DYNAMIC and not experts_parent(module) else scheme
+
+    def shape_problem(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Experts with int4 weights are packed by rows."""
+        return four_bits.shape_problem(module, shape, scheme) if is_int4(scheme) else None
+
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
@@ -104,7 +112,7 @@ class AscendFormat(Format):
                     f"is {scheme}: no version of vllm-ascend computes that for other layers than routed "
                     "experts",
                 )
-            elif shape is not None and (problem := four_bits.shape_problem(module, shape, scheme)):
+            elif shape is not None and (problem := self.shape_problem(module, shape, scheme)):
                 yield Finding(module, f"is {scheme}: {problem}")
 
     def part_specs(

@@ -33,7 +33,7 @@ _STATIC = {**_INT8, "symmetric": False, "strategy": "tensor", "dynamic": False}
 _PER_TOKEN = {**_INT8, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^((?:.*?\.)??(?:layers|blocks)\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def patterns(chosen: Iterable[str], others: Collection[str], *, fused: bool) -> 
     for module in names - mixed:
         parent, name = _kind(module)
         kinds[parent].add(name)
-    found = [f"re:model\\.layers\\.{layer}\\..*" for layer in sorted(whole, key=int)]
+    found = ["re:" + layer.replace(".", r"\.") + r"\..*" for layer in sorted(whole, key=_natural)]
     for parent, parts in sorted(kinds.items()):
         alternatives = f"({'|'.join(sorted(parts))})" if len(parts) > 1 else "".join(parts)
         # A name outside of the decoder layers, such as lm_head, is no pattern.
@@ -358,7 +358,8 @@ def _kind(module: str) -> tuple[str, str]:
     if not _LAYER.match(module):
         return "", module
     parts = _LAYER.sub("", f"{parent}.").split(".")
-    return r"\.".join(r"\d+" if part.isdecimal() else part for part in parts), name
+    # What lies in a decoder layer itself is told by the layer's number before it.
+    return r"\.".join(r"\d+" if part.isdecimal() else part for part in parts) or r"\d+\.", name
 
 
 def _unfused(module: str) -> str:

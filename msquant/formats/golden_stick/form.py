@@ -70,6 +70,8 @@ class GoldenStickFormat(Format):
     engine = "vLLM-MindSpore"
     server = "vllm-mindspore"
     program = "vllm-mindspore"
+    # Whose rows are in another order, and which backend a folder is for, the family says.
+    takes_any_model = False
     marker = DESCRIPTION_NAME
     dtypes = SERVED_DTYPES
     folded = "{}, which it folds into the attention"

@@ -1,0 +1,97 @@
+"""The matrix of one linear layer as it lies in a source: a tensor of its own, or a part of a fused one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.float_rows import FloatRows
+from msquant.checkpoint.shard import DTYPES
+
+# Of a fused tensor whose outputs lie side by side, so many are turned into rows at a time.
+_OUTPUTS = 64
+_CHECKED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A weight `[N, K]`, N output and K input channels, and where it lies.
+
+    Attributes:
+        tensor: the name of the tensor that holds it.
+        shape: `(N, K)`.
+        expert: its place along the first dimension of a tensor `[E, ...]`; None for a matrix of its own.
+        first: the place of its first output channel among those of the expert.
+        step: from one of its output channels to the next.
+        transposed: whether the expert is stored `[K, outputs]` and not `[outputs, K]`.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    def blocks(self, source: Checkpoint, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Read it by blocks of output channels, in order.
+
+        Args:
+            source: holds the tensor.
+            max_bytes: of a block in float32; a single row may be larger. One transposed expert is in memory
+                as it is stored.
+
+        Returns:
+            Pairs of a block's first row and its rows, float32 `[n, K]`, which the next block may overwrite.
+            NaN and infinity may be among them: `require_finite` says where.
+
+        Raises:
+            CheckpointError: as `Checkpoint.tensor`, when the block is read.
+        """
+        if self.expert is None:
+            yield from source.float_rows(self.tensor).stream(0, self.shape[0], max_bytes)
+        elif self.transposed:
+            yield from self._columns(source)
+        else:
+            yield from self._rows(source, max_bytes)
+
+    def require_finite(self, source: Checkpoint) -> None:
+        """Raise CheckpointError, with where they are, if the tensor holds NaN or infinity."""
+        for _ in source.row_blocks(self.tensor, _CHECKED_BYTES):
+            pass
+
+    def bias(self, source: Checkpoint, name: str) -> NDArray[np.float32]:
+        """Its bias, float32 `[N]`, from a tensor `[N]`, or `[E, outputs]` beside a fused one.
+
+        Raises:
+            CheckpointError: as `Checkpoint.tensor`.
+        """
+        if self.expert is None:
+            return source.tensor(name)
+        whole = source.rows(name, np.array([self.expert]))[0]
+        return np.ascontiguousarray(whole[self._outputs])
+
+    @property
+    def _outputs(self) -> slice:
+        return slice(self.first, self.first + (self.shape[0] - 1) * self.step + 1, self.step)
+
+    def _rows(self, source: Checkpoint, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        stored = FloatRows(source.shards[source.weight_map[self.tensor]], self.tensor, flat=True)
+        begin = (self.expert or 0) * source.shape(self.tensor)[1] + self.first
+        return stored.stream(begin, begin + (self.shape[0] - 1) * self.step + 1, max_bytes, self.step)
+
+    def _columns(self, source: Checkpoint) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        shard = source.shards[source.weight_map[self.tensor]]
+        entry = shard.entries[self.tensor]
+        stored: NDArray[Any] = np.empty(entry.shape[1:], DTYPES[entry.dtype])
+        with shard.reading(self.tensor) as read:
+            read((self.expert or 0) * stored.nbytes, stored)
+        outputs = stored[:, self._outputs]
+        for start in range(0, self.shape[0], _OUTPUTS):
+            turned = np.ascontiguousarray(outputs[:, start : start + _OUTPUTS].T)
+            with np.errstate(over="ignore"):
+                block = turned.astype(np.float32)
+            yield start, block
