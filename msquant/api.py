@@ -86,6 +86,7 @@ def quantize(
     algo: str | None = None,
     scheme: str | Scheme | None = None,
     group_size: int | None = None,
+    rotation: str | None = None,
     calibration: str | Sequence[str] | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -112,6 +113,7 @@ def quantize(
         algo: in place of the recipe's algorithm.
         scheme: of all linears but those that the recipe keeps in floating point: `W4A16`, `W8A8_DYNAMIC`.
         group_size: columns that share a scale of the weights, in that scheme.
+        rotation: none or hadamard.
         calibration: in place of its sources: `builtin`, a file, `hf:ORG/NAME`, `gsm8k=25%`, or several.
         samples: calibration sequences.
         sequence_length: tokens in each.
@@ -146,6 +148,7 @@ def quantize(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
+        rotation=rotation,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
@@ -201,6 +204,7 @@ def plan(
     *,
     scheme: str | Scheme | None = None,
     group_size: int | None = None,
+    rotation: str | None = None,
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> "Plan | ModelFreePlan":
@@ -211,6 +215,7 @@ def plan(
         output: the folder that would be made; MODEL-ALGO in the current folder if None.
         scheme: as for `quantize`.
         group_size: likewise.
+        rotation: likewise.
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
 
@@ -231,7 +236,9 @@ def plan(
     from msquant.planning.quantization_plan import make_plan
     from msquant.recipe.recipe import Recipe, default_folder
 
-    recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size)
+    recipe = find_recipe(model).adjusted(
+        scheme=scheme, group_size=group_size, rotation=rotation
+    )
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
         from msquant.planning.model_free_plan import make_model_free_plan
@@ -254,6 +261,7 @@ def analyze(
     *,
     scheme: str | Scheme | None = None,
     group_size: int | None = None,
+    rotation: str | None = None,
     keep_float: int | None = None,
     keep_dynamic: int | None = None,
     max_error: float | None = None,
@@ -270,6 +278,7 @@ def analyze(
         model: as `find_recipe` takes it.
         scheme: as for `quantize`.
         group_size: likewise.
+        rotation: likewise.
         keep_float: keep at most so many matrices in floating point.
         keep_dynamic: give at most so many a scale per token.
         max_error: keep as few in floating point as bring the summed error down to this.
@@ -296,7 +305,9 @@ def analyze(
     from msquant.quantization.selection import budget_of
 
     return run(
-        find_recipe(model).adjusted(scheme=scheme, group_size=group_size),
+        find_recipe(model).adjusted(
+        scheme=scheme, group_size=group_size, rotation=rotation
+    ),
         budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
         source=None if source is None else str(source),
         device=device,

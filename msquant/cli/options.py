@@ -126,6 +126,14 @@ GroupSize = Annotated[
     int | None,
     typer.Option(help="Columns that share a scale of the weights, in that scheme.", show_default=False),
 ]
+Rotation = Annotated[
+    str | None,
+    typer.Option(
+        help="none or hadamard: outliers spread over all channels, folded into the weights; for int4 weights "
+        "with one scale a channel.",
+        show_default="as the recipe says",
+    ),
+]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(

@@ -37,6 +37,7 @@ def plan(
     algo: options.Algo = None,
     scheme: options.SchemeWord = None,
     group_size: options.GroupSize = None,
+    rotation: options.Rotation = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
@@ -72,6 +73,7 @@ def plan(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
+        rotation=rotation,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

@@ -27,6 +27,7 @@ def quantize(
     algo: options.Algo = None,
     scheme: options.SchemeWord = None,
     group_size: options.GroupSize = None,
+    rotation: options.Rotation = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,
@@ -102,6 +103,7 @@ def quantize(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
+        rotation=rotation,
         calibration=calibration,
         template=template,
         chat_template=chat_template,

@@ -217,6 +217,7 @@ class Recipe(BaseModel):
         algo: str | None = None,
         scheme: str | Scheme | None = None,
         group_size: int | None = None,
+        rotation: str | None = None,
         calibration: str | Sequence[str] | None = None,
         template: str | None = None,
         chat_template: bool | None = None,
@@ -234,6 +235,7 @@ class Recipe(BaseModel):
             algo: the algorithm; options that it has in common with the recipe's are kept.
             scheme: of all linears but those that the recipe keeps in floating point.
             group_size: columns that share a scale of the weights, in that scheme.
+            rotation: none or hadamard.
             calibration: a source, or several for a mix; `none` for no text at all: unless they are given too,
                 the algorithm is then rtn, static schemes are those per token, and the format one that takes
                 any model.
@@ -255,7 +257,7 @@ class Recipe(BaseModel):
         base = self
         if words == [NO_TEXT]:
             base = self._without_text()
-        changed = base.replace("quantization", algorithm=algo, schemes=rules)
+        changed = base.replace("quantization", algorithm=algo, schemes=rules, rotation=rotation)
         if formats is not None:
             names = formats if isinstance(formats, str) else ",".join(formats)
             changed = changed.model_copy(update={"format": parse_formats(names)})
