@@ -1,18 +1,21 @@
 """SmolLM2-135M by what it is calibrated on: KL to the float model on texts that no choice has seen.
 
-The same algorithm (`osl`, W8A8 static, 16 samples of 128 tokens) with other calibration text. The greatest KL
-over the domains counts. Two sets of texts, which share nothing with each other or with calibration: by the
-builtin evaluation texts the shares of the builtin mix were chosen; the verdict is on the others, which were
-looked at once, at the end.
+The same algorithm with other calibration text, 16 samples of 128 tokens: `osl` in W8A8 static, and `gptq` in
+W4A16 with groups of 64 and zero points. The greatest KL over the domains counts. Two sets of texts, which
+share nothing with each other or with calibration: by the builtin evaluation texts the shares of the builtin
+mix were chosen; the verdict is on the others, which were looked at once, at the end.
+
+`MSQUANT_SCHEMES=W4A16_G64_ASYM` measures in one scheme alone.
 """
 
-import json
+import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import row
-from benchmarks.smollm2 import float_folder
+from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
 from benchmarks.texts import verdict_files
 
 SEQUENCES = 2
@@ -27,29 +30,49 @@ CHOICES: dict[str, dict[str, Any]] = {
     "mix: builtin and a quarter of its own words": {"source": ["builtin", "self=4"]},
     "its own words": {"source": "self"},
 }
+FEW = (
+    "builtin (default)",
+    "one domain: documentation",
+    "mix: builtin and a quarter of its own words",
+    "its own words",
+)
+SCHEMES: dict[str, tuple[dict[str, str], Sequence[str]]] = {
+    "W8A8": ({}, tuple(CHOICES)),
+    "W4A16_G64_ASYM": (
+        {"algo": "gptq", "scheme": "W4A16_G64_ASYM", "formats": "compressed-tensors"},
+        FEW,
+    ),
+}
+"""What is done to the default recipe for a scheme, and which of the choices are measured."""
 
 
 def measure() -> list[dict[str, Any]]:
-    """One quantization a choice, and one comparison of all."""
+    """One quantization a choice, and one comparison of all, in each scheme."""
+    wanted = os.environ.get("MSQUANT_SCHEMES", ",".join(SCHEMES)).split(",")
+    return [row for scheme in wanted for row in _measure(scheme, *SCHEMES[scheme])]
+
+
+def _measure(scheme: str, adjusted: dict[str, str], names: Sequence[str]) -> list[dict[str, Any]]:
     from msquant.calibration.evaluation import evaluation_domains
     from msquant.flows.comparison import compare
     from msquant.flows.pipeline import quantize
-    from msquant.recipe.recipe import CalibrationSettings, default_recipe
+    from msquant.recipe.recipe import CalibrationSettings, find_recipe
 
     folder = float_folder()
-    config = json.loads((folder / "config.json").read_text())
-    recipe = default_recipe(str(folder), config).replace("evaluation", sequences=0)
+    recipe = find_recipe(str(folder)).adjusted(**adjusted).replace("evaluation", sequences=0)
     with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
         made = []
-        for number, (name, settings) in enumerate(CHOICES.items()):
-            chosen = recipe.model_copy(update={"calibration": CalibrationSettings(**settings)})
-            print(f"quantizing with {name}", flush=True)
+        for number, name in enumerate(names):
+            settings = CalibrationSettings(samples=SAMPLES, sequence_length=SEQUENCE_LENGTH, **CHOICES[name])
+            chosen = recipe.model_copy(update={"calibration": settings})
+            print(f"quantizing to {scheme} with {name}", flush=True)
             made.append(str(quantize(chosen, Path(scratch) / str(number), remember=False).folder))
         texts = verdict_files(Path(scratch))
         print("comparing", flush=True)
         result = compare(made, baseline=str(folder), texts=[str(path) for path in texts], sequences=SEQUENCES)
     choosing = [domain.name for domain in evaluation_domains()]
-    return [_row(name, model, choosing) for name, model in zip(CHOICES, result.models, strict=True)]
+    titles = [f"{scheme}, {name}" for name in names]
+    return [_row(title, model, choosing) for title, model in zip(titles, result.models, strict=True)]
 
 
 def _row(name: str, model: Any, choosing: list[str]) -> dict[str, Any]:

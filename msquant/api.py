@@ -236,9 +236,7 @@ def plan(
     from msquant.planning.quantization_plan import make_plan
     from msquant.recipe.recipe import Recipe, default_folder
 
-    recipe = find_recipe(model).adjusted(
-        scheme=scheme, group_size=group_size, rotation=rotation
-    )
+    recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
         from msquant.planning.model_free_plan import make_model_free_plan
@@ -305,9 +303,7 @@ def analyze(
     from msquant.quantization.selection import budget_of
 
     return run(
-        find_recipe(model).adjusted(
-        scheme=scheme, group_size=group_size, rotation=rotation
-    ),
+        find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation),
         budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
         source=None if source is None else str(source),
         device=device,

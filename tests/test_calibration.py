@@ -14,6 +14,7 @@ from msquant.errors import CalibrationError, EngineError, RecipeError
 from msquant.flows import calibration
 from msquant.flows.calibration import calibration_of, look_at_calibration, most_characters
 from msquant.flows.pipeline import quantize
+from msquant.planning.quantization_plan import make_plan
 from msquant.recipe.recipe import CalibrationSettings, Recipe, validate_recipe
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -92,10 +93,17 @@ def test_spare_samples_are_counted_apart(tiny_llama: Path) -> None:
     assert found.record["spare"]["tokens"] == 48
 
 
-def test_a_local_source_that_is_not_there_is_found_before_the_model_is(tmp_path: Path) -> None:
-    recipe = Recipe(model="org/nowhere", calibration=_settings(tmp_path / "none.txt"))
-    with pytest.raises(CalibrationError, match="no such file, folder or dataset"):
-        quantize(recipe, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [("none.txt", "no such file, folder or dataset"), ("builtin:poems", "no domain 'poems'")],
+)
+def test_a_source_that_is_not_there_is_found_before_the_model_is(
+    word: str, what: str, tmp_path: Path
+) -> None:
+    recipe = Recipe(model="org/nowhere", calibration=_settings(word))
+    for work in (quantize, make_plan):
+        with pytest.raises(CalibrationError, match=what):
+            work(recipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

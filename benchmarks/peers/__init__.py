@@ -2,8 +2,9 @@
 
 `python -m benchmarks peers` makes the environments (about 10 GB), trains the tiny models, runs everything one
 after the other, and writes `docs/peers.md`. Peers that fail are in the table with their own last error.
-`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models again and `MSQUANT_PEERS=AutoRound,...` some of
-the peers; what was measured of the others stays.
+`MSQUANT_PEERS_MODELS=tiny-qwen3,...` runs some of the models again, `MSQUANT_PEERS_SCHEMES=W4A8_DYNAMIC,...`
+some of the schemes and `MSQUANT_PEERS=AutoRound,...` some of the peers; what was measured of the others
+stays.
 """
 
 import os
@@ -14,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.jobs import PEERS, SCHEMES, Job, Result, Setting, run_job
+from benchmarks.peers.jobs import FOUR_BIT_SCHEMES, SCHEMES, Job, Result, Setting, peers_of, run_job
 from benchmarks.peers.results import load_results, save_results
 from benchmarks.peers.table import write_table
 from benchmarks.rows import row
@@ -38,11 +39,12 @@ TIMED = "smollm2-135m"
 
 def measure() -> list[dict[str, Any]]:
     """Run every peer on every model in every scheme, and write the table after each of these."""
-    peers = _named("MSQUANT_PEERS") or PEERS
-    for setting, found in _results(_named("MSQUANT_PEERS_MODELS") or MODELS, peers):
+    models, schemes = (_named(f"MSQUANT_PEERS_{what}") for what in ("MODELS", "SCHEMES"))
+    wanted = [each for each in _settings(models or MODELS) if not schemes or each[1] in schemes]
+    for setting, found in _results(wanted, _named("MSQUANT_PEERS")):
         results = load_results()
         by_peer = {result.job.peer: result for result in [*results.get(setting, []), *found]}
-        results[setting] = [by_peer[peer] for peer in PEERS if peer in by_peer]
+        results[setting] = [by_peer[peer] for peer in peers_of(setting[1]) if peer in by_peer]
         results = {known: results[known] for known in _settings(MODELS) if known in results}
         save_results(results)
         write_table(list(results.values()))
@@ -61,15 +63,15 @@ def _settings(models: Iterable[str]) -> Iterator[Setting]:
     return ((model, scheme) for model in models for scheme in SCHEMES[model])
 
 
-def _results(models: Iterable[str], peers: Collection[str]) -> Iterator[tuple[Setting, list[Result]]]:
+def _results(wanted: Iterable[Setting], names: Collection[str]) -> Iterator[tuple[Setting, list[Result]]]:
     from benchmarks.accuracy import Reference
 
-    for model, settings in groupby(_settings(models), key=lambda setting: setting[0]):
+    for model, settings in groupby(wanted, key=lambda setting: setting[0]):
         folder = MODELS[model]()
         reference = Reference(folder, TEXT_SEQUENCES[model])
         for _, scheme in settings:
             found = []
-            for peer in peers:
+            for peer in (name for name in peers_of(scheme) if not names or name in names):
                 with tempfile.TemporaryDirectory(prefix="msquant-peers-") as parent:
                     found.append(run_job(Job(model, scheme, peer), folder, Path(parent), reference))
                 print(f"{found[-1].job.title}: {found[-1].line}", file=sys.stderr)
@@ -85,7 +87,7 @@ def _target(result: Result, within: list[Result]) -> tuple[str, bool | None]:
     if result.job.peer == "msquant":
         text = "the lowest KL on every text; "
         met &= all(result.kl[name] <= rival.kl[name] for rival in rivals for name in result.kl)
-    if result.job.model == TIMED:
+    if result.job.model == TIMED and result.job.scheme not in FOUR_BIT_SCHEMES:
         most = MOST_CPU[result.job.peer]
         text += f"at most {most} times llm-compressor's CPU seconds"
         theirs = [other.measured.cpu_seconds for other in rivals if other.job.peer == "llm-compressor"]

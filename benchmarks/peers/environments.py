@@ -1,5 +1,6 @@
-"""An environment of its own for each peer: made once in msquant's cache, by pip."""
+"""An environment of its own for each peer: made once in msquant's cache, by uv."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from msquant.checkpoint.cache import cache_folder
 
 TORCH = "torch==2.13.0"
-# First torch, by itself: left to the peers, pip would take one for CUDA.
+# By its version, because a wheel for the CPU may be at hand: left to the peers, it would be one for CUDA.
 REQUIREMENTS: dict[str, list[str]] = {
     "llm-compressor": [TORCH, "llmcompressor==0.14.0.1"],
     # An older datasets, which resolvers fall back to, breaks on a new pyarrow.
@@ -15,16 +16,26 @@ REQUIREMENTS: dict[str, list[str]] = {
         *(TORCH, "auto-round==0.16.1", "transformers==4.57.1", "datasets==4.4.1"),
         "compressed-tensors==0.19.0",
     ],
+    # The last one that takes this torch; 7.7.0 wants 2.14.1.
+    "GPTQModel": [TORCH, "gptqmodel==7.6.0"],
     "msModelSlim": [TORCH, "msmodelslim==26.1.0", "transformers==4.57.1", "pyyaml"],
 }
-"""What pip is told, by peer. golden-stick is not among them: it is in msquant's own environment."""
+"""What is installed, by environment. golden-stick is not among them: it is in msquant's own."""
+PACKAGES = {
+    "llm-compressor": "llmcompressor",
+    "AutoRound": "auto-round",
+    "GPTQModel": "gptqmodel",
+    "msModelSlim": "msmodelslim",
+    "golden-stick": "mindspore-gs",
+}
+"""Whose version stands in the table."""
 
 
 def python_of(peer: str) -> Path:
     """The Python that has the peer installed; the first call installs it.
 
     Raises:
-        SystemExit: pip failed; its errors are on stderr.
+        SystemExit: that failed; its errors are on stderr.
     """
     if peer not in REQUIREMENTS:
         return Path(sys.executable)
@@ -33,10 +44,14 @@ def python_of(peer: str) -> Path:
     wanted = "\n".join(REQUIREMENTS[peer])
     if not complete.is_file() or complete.read_text() != wanted:
         print(f"installing {peer} into {folder}", file=sys.stderr)
-        commands = [[sys.executable, "-m", "venv", "--clear", str(folder)]]
-        commands += [[str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[peer]]]
+        commands = [[sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)]]
+        install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+        commands += [[*install, *REQUIREMENTS[peer]]]
+        # uv does not read pip's own setting for extra wheel folders.
+        folders = os.environ.get("PIP_FIND_LINKS")
+        links = {"UV_FIND_LINKS": folders} if folders else {}
         for command in commands:
-            if subprocess.run(command, check=False).returncode:
+            if subprocess.run(command, check=False, env={**links, **os.environ}).returncode:
                 raise SystemExit(f"{' '.join(command)} failed")
         complete.write_text(wanted)
     return python
@@ -44,8 +59,6 @@ def python_of(peer: str) -> Path:
 
 def versions(peer: str) -> str:
     """`name==version` of the peer as it is installed, for the table."""
-    package = {"llm-compressor": "llmcompressor", "AutoRound": "auto-round", "msModelSlim": "msmodelslim"}
-    name = package.get(peer, "mindspore-gs")
-    code = f"from importlib.metadata import version; print(version({name!r}))"
+    code = f"from importlib.metadata import version; print(version({PACKAGES[peer]!r}))"
     done = subprocess.run([python_of(peer), "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return f"{peer} {done.stdout.strip()}"

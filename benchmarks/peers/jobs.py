@@ -16,24 +16,80 @@ from benchmarks.peers.process import Measured, run_measured
 from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH
 from tests.fixtures.policies import rules
 
-# msquant's own, by the algorithm; the default one is whatever the model's recipe would take.
-OURS = {"msquant": None, "msquant smoothquant": "smoothquant"}
-RUNNERS = {
-    "llm-compressor": "run_llm_compressor.py",
-    "AutoRound": "run_auto_round.py",
-    "msModelSlim": "run_msmodelslim.py",
-    "golden-stick": "run_golden_stick.py",
-}
-PEERS = (*OURS, *RUNNERS)
+
+@dataclass(frozen=True)
+class Peer:
+    """What quantizes.
+
+    Attributes:
+        name: in the tables.
+        algorithm: msquant's own; None for the one that the model's recipe would take.
+        script: of another one, in this folder; empty for msquant itself.
+        environment: whose Python runs the script, by the names of `environments`.
+        arguments: of the script, behind the scheme.
+    """
+
+    name: str
+    algorithm: str | None = None
+    script: str = ""
+    environment: str = ""
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is msquant itself."""
+        return not self.script
+
+
+_LLM_COMPRESSOR = "run_llm_compressor_four_bits.py", "llm-compressor"
+EIGHT_BITS = (
+    Peer("msquant"),
+    Peer("msquant smoothquant", "smoothquant"),
+    Peer("llm-compressor", None, "run_llm_compressor.py", "llm-compressor"),
+    Peer("AutoRound", None, "run_auto_round.py", "AutoRound"),
+    Peer("msModelSlim", None, "run_msmodelslim.py", "msModelSlim"),
+    Peer("golden-stick", None, "run_golden_stick.py", "golden-stick"),
+)
+FOUR_BITS = (
+    Peer("msquant", "gptq"),
+    Peer("msquant rtn", "rtn"),
+    Peer("llm-compressor GPTQ", None, *_LLM_COMPRESSOR, ("gptq",)),
+    Peer("llm-compressor AWQ", None, *_LLM_COMPRESSOR, ("awq",)),
+    Peer("GPTQModel", None, "run_gptqmodel.py", "GPTQModel"),
+    Peer("AutoRound", None, "run_auto_round_four_bits.py", "AutoRound"),
+    Peer("msModelSlim", None, "run_msmodelslim_four_bits.py", "msModelSlim"),
+)
+FOUR_BIT_SCHEMES = ("W4A16_G64_ASYM", "W4A16_G128", "W4A16_CHANNEL", "W4A8_DYNAMIC")
+"""By their words, of all linears but the head."""
 # Experts cannot be served with static activations: vLLM and MindFormers both take them per token alone.
 SCHEMES = {
-    "tiny-qwen3": ("static", "dynamic"),
+    "tiny-qwen3": ("static", "dynamic", *FOUR_BIT_SCHEMES),
     "tiny-qwen3-moe": ("mixed", "dynamic"),
     "tiny-deepseek-v3": ("mixed", "dynamic"),
-    "smollm2-135m": ("static", "dynamic"),
+    "smollm2-135m": ("static", "dynamic", *FOUR_BIT_SCHEMES),
 }
 DYNAMIC = {"static": [], "dynamic": ["proj"], "mixed": ["mlp."]}
 """What the scheme computes per token, by patterns of names; the rest is static."""
+
+
+def peers_of(scheme: str) -> dict[str, Peer]:
+    """Who is run in a scheme, by name, in the order of the table."""
+    return {peer.name: peer for peer in (FOUR_BITS if scheme in FOUR_BIT_SCHEMES else EIGHT_BITS)}
+
+
+def numbers_of(scheme: str) -> dict[str, Any]:
+    """What the scripts of other peers are told about a scheme in four bits, as JSON."""
+    from msquant.schemes import parse_scheme
+
+    parsed = parse_scheme(scheme)
+    assert parsed.weights is not None
+    return {
+        "weight_bits": parsed.weights.bits,
+        "group_size": parsed.weights.group_size,
+        "symmetric": parsed.weights.symmetric,
+        "input_bits": parsed.inputs.bits if parsed.inputs else None,
+    }
+
 
 Setting = tuple[str, str]
 """A model and a scheme: what a peer is compared within."""
@@ -45,8 +101,9 @@ class Job:
 
     Attributes:
         model: one of the models' names.
-        scheme: `static`, `dynamic`, or `mixed`: static attention, feed-forward blocks per token.
-        peer: one of `PEERS`.
+        scheme: `static`, `dynamic`, or `mixed`: static attention, feed-forward blocks per token; or one of
+            `FOUR_BIT_SCHEMES`.
+        peer: the name of one of `peers_of(scheme)`.
     """
 
     model: str
@@ -56,7 +113,7 @@ class Job:
     @property
     def is_ours(self) -> bool:
         """Whether msquant itself runs."""
-        return self.peer in OURS
+        return peers_of(self.scheme)[self.peer].is_ours
 
     @property
     def title(self) -> str:
@@ -152,8 +209,13 @@ def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
     from msquant.recipe.recipe import find_recipe, write_recipe
 
     recipe = find_recipe(str(folder)).replace("calibration", samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
-    policy = {"algorithm": OURS[job.peer], "schemes": rules(dynamic=DYNAMIC[job.scheme])}
-    write_recipe(recipe.replace("quantization", **policy), parent / "recipe.yaml")
+    algorithm = peers_of(job.scheme)[job.peer].algorithm
+    if job.scheme in FOUR_BIT_SCHEMES:
+        recipe = recipe.adjusted(algo=algorithm, scheme=job.scheme, formats="compressed-tensors")
+    else:
+        schemes = rules(dynamic=DYNAMIC[job.scheme])
+        recipe = recipe.replace("quantization", algorithm=algorithm, schemes=schemes)
+    write_recipe(recipe, parent / "recipe.yaml")
     options = ["--format", "compressed-tensors", "--no-evaluate", "--output", str(output), "--json"]
     return [sys.executable, "-m", "msquant", "quantize", str(parent / "recipe.yaml"), *options]
 
@@ -165,9 +227,12 @@ def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Pat
     settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)
     np.save(parent / "tokens.npy", calibration_of(recipe.calibration, folder).samples.tokens)
-    script = Path(__file__).parent / RUNNERS[job.peer]
+    peer = peers_of(job.scheme)[job.peer]
+    scheme = json.dumps(numbers_of(job.scheme)) if job.scheme in FOUR_BIT_SCHEMES else job.scheme
     model = _float_copy(folder, parent / "model")
-    return [python_of(job.peer), script, str(model), str(parent / "tokens.npy"), str(output), job.scheme]
+    files = [str(model), str(parent / "tokens.npy"), str(output)]
+    script = Path(__file__).parent / peer.script
+    return [python_of(peer.environment), script, *files, scheme, *peer.arguments]
 
 
 def _float_copy(folder: Path, copy: Path) -> Path:

@@ -22,6 +22,18 @@ NOT_QUANTIZED = ["lm_head", "*mlp.gate"]
 def main() -> None:
     """Write the folder in the ascend format."""
     model_folder, tokens_file, output, scheme = sys.argv[1:]
+    quantize(model_folder, tokens_file, output, _practice(scheme))
+
+
+def quantize(model_folder: str, tokens_file: str, output: str, practice: dict[str, Any]) -> None:
+    """Run its command.
+
+    Args:
+        model_folder: the float model.
+        tokens_file: `[samples, length]` in NumPy's format.
+        output: folder to make.
+        practice: what its command reads from a YAML file.
+    """
     import numpy as np
     import torch
     from msmodelslim.cli.__main__ import main as command
@@ -35,14 +47,14 @@ def main() -> None:
     TransformersModel._get_tokenized_data = tokenized
     model_type = json.loads((Path(model_folder) / "config.json").read_text())["model_type"]
     with tempfile.TemporaryDirectory() as folder:
-        practice = Path(folder) / "practice.yaml"
+        file = Path(folder) / "practice.yaml"
         # YAML reads JSON.
-        practice.write_text(json.dumps(_practice(scheme)))
-        practice.chmod(0o600)
+        file.write_text(json.dumps(practice))
+        file.chmod(0o600)
         sys.argv[1:] = [
             *("quant", "--model_type", MODEL_TYPES.get(model_type, "default")),
             *("--model_path", model_folder, "--save_path", output),
-            *("--device", "cpu", "--config_path", str(practice)),
+            *("--device", "cpu", "--config_path", str(file)),
         ]
         command()
 
@@ -60,11 +72,16 @@ def _practice(scheme: str) -> dict[str, Any]:
         }
         for act, include in parts
     ]
+    return practice_of([{"type": "iter_smooth", "include": ["*"]}, *quantized], weight_bits=8)
+
+
+def practice_of(process: list[dict[str, Any]], weight_bits: int) -> dict[str, Any]:
+    """A practice of these steps, with the rest as its own have it."""
     return {
         "apiversion": "modelslim_v1",
-        "metadata": {"config_id": f"w8a8-{scheme}", "label": {"w_bit": 8, "a_bit": 8}},
+        "metadata": {"config_id": "benchmark", "label": {"w_bit": weight_bits, "a_bit": 8}},
         "spec": {
-            "process": [{"type": "iter_smooth", "include": ["*"]}, *quantized],
+            "process": process,
             "runner": "layer_wise",
             "dataset": "mix_calib.jsonl",
             "save": [{"type": "ascendv1_saver", "part_file_size": 4}],

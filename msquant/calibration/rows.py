@@ -89,12 +89,16 @@ class Exchange:
     def messages(self, row: Mapping[str, Any], where: str) -> list[Message]:
         """The two turns. Raises as `Template.fill`."""
         return [
-            {"role": "user", "content": self.question.fill(row, where)},
+            {"role": "user", "content": self.question.fill(row, where).rstrip()},
             {"role": "assistant", "content": self.answer.fill(row, where)},
         ]
 
 
-_EXCHANGES = {pair: Exchange(*(Template(f"{{{name}}}") for name in pair)) for pair in PAIRS}
+_EXCHANGES: dict[tuple[str, ...], Exchange] = {
+    # Alpaca's form: what an instruction is about stands in a column of its own, and may be empty.
+    ("instruction", "input", "output"): Exchange(Template("{instruction}\n\n{input}"), Template("{output}")),
+    **{pair: Exchange(*(Template(f"{{{name}}}") for name in pair)) for pair in PAIRS},
+}
 
 
 class RowText:
@@ -132,19 +136,21 @@ class RowText:
             messages = self._template.messages(row, where)
         elif chat := next((name for name in CHAT_COLUMNS if row.get(name)), None):
             messages = _conversation(row[chat], chat, where)
-        elif pair := next((pair for pair in PAIRS if all(name in row for name in pair)), None):
+        elif pair := next((pair for pair in _EXCHANGES if all(name in row for name in pair)), None):
             messages = _EXCHANGES[pair].messages(row, where)
         if messages is None:
-            name = next((name for name in TEXT_COLUMNS if name in row), None)
+            # A conversation without turns is an empty text, as a missing one is.
+            name = next((name for name in (*TEXT_COLUMNS, *CHAT_COLUMNS) if name in row), None)
             if name is None:
                 raise CalibrationError(
                     f"no column is known to hold text; the columns are {', '.join(map(repr, row))}",
                     where=where,
                     remedy="say how a row becomes text, for example --template '{question}\\n{answer}'",
                 )
-            if not isinstance(row[name], str | None):
-                raise _no_text(name, row[name], where)
-            return row[name] or "", False
+            text = row[name] if row[name] not in (None, []) else ""
+            if not isinstance(text, str):
+                raise _no_text(name, text, where)
+            return text, False
         if self._tokenizer is None:
             return "\n\n".join(message["content"] for message in messages), False
         return self._render(messages, thoughts=number % 2 == 1, where=where), True

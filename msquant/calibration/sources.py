@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.calibration.builtin import calibration_domains
+from msquant.calibration.builtin import WEIGHTS, calibration_domains
 from msquant.calibration.data_files import READERS, DataFiles, card_configs, choose_data_files, reader_of
 from msquant.calibration.domains import Domain
 from msquant.calibration.known_sets import KNOWN_SETS
@@ -81,7 +81,13 @@ class SourceTexts:
 
 
 class Place:
-    """Where a source's texts are."""
+    """Where a source's texts are.
+
+    Attributes:
+        writes: whether the model writes them itself, with all of its weights in memory.
+    """
+
+    writes: ClassVar[bool] = False
 
     def require(self, word: str) -> None:
         """Check what can be checked before any work. Raises CalibrationError."""
@@ -181,24 +187,26 @@ class _Builtin(Place):
 
     domain: str | None
 
+    def require(self, word: str) -> None:
+        if self.domain is not None and self.domain not in WEIGHTS:
+            raise CalibrationError(
+                f"there is no domain {self.domain!r} in the builtin text",
+                where=word,
+                remedy=f"use one of {', '.join(WEIGHTS)}",
+            )
+
     def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
+        self.require(word)
         # Not by the option's template, which is for the rows of the other sources.
         domains = calibration_domains(RowText(tokenizer=reading.tokenizer))
-        if self.domain is not None:
-            names = [domain.name for domain in domains]
-            domains = [domain for domain in domains if domain.name == self.domain]
-            if not domains:
-                raise CalibrationError(
-                    f"there is no domain {self.domain!r} in the builtin text",
-                    where=word,
-                    remedy=f"use one of {', '.join(names)}",
-                )
-        return SourceTexts(domains)
+        return SourceTexts([domain for domain in domains if self.domain in (None, domain.name)])
 
 
 @dataclass(frozen=True)
 class _OwnWords(Place):
     """What the float model itself writes."""
+
+    writes: ClassVar[bool] = True
 
     def read(self, word: str, reading: Reading, count: int) -> SourceTexts:
         if reading.generate is None:

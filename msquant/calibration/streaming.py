@@ -148,15 +148,16 @@ def _check_lines(path: Path, as_json: bool) -> None:
     """Raise CalibrationError for the first line that is not UTF-8, or no JSON object."""
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for line in lines:
                 number += 1
-                if as_json and line.strip() and not isinstance(decode_json(line.encode()), dict):
+                line.decode("utf-8")
+                if as_json and line.strip() and not isinstance(decode_json(line), dict):
                     raise ValueError("not a JSON object")
     except UnicodeDecodeError as reason:
         raise CalibrationError(
             f"not UTF-8 text ({reason.reason})",
-            where=f"{path}, after line {number}",
+            where=f"{path}, line {number}",
             remedy="save the file as UTF-8 text",
         ) from reason
     except ValueError as reason:

@@ -93,7 +93,7 @@ def download(
     elif as_json:
         console.print_json(_as_json(result))
     else:
-        _print_result(result)
+        _print_result(result, dataset)
 
 
 def _print_listing(snapshot: "Snapshot", files: "list[RemoteFile]", as_json: bool) -> None:
@@ -136,7 +136,7 @@ def _as_json(result: "DownloadResult") -> dict[str, Any]:
     }
 
 
-def _print_result(result: "DownloadResult") -> None:
+def _print_result(result: "DownloadResult", dataset: bool) -> None:
     size = console.as_bytes(result.nbytes)
     if result.fetched:
         speed = console.as_bytes(int(result.received_bytes / max(result.seconds, 1e-3)))
@@ -149,4 +149,6 @@ def _print_result(result: "DownloadResult") -> None:
         console.print_line(
             f"{result.files} files, {size}, are in {result.folder} as they should be; nothing was fetched"
         )
-    console.print_next(f"msquant inspect {shlex.quote(str(result.folder))}")
+    folder = shlex.quote(str(result.folder))
+    show = f"msquant calibration show MODEL --calibration {folder}"
+    console.print_next(show if dataset else f"msquant inspect {folder}")

@@ -94,7 +94,7 @@ class HuggingFaceHub:
                 else f"ask for access on its web page, then {_TOKEN}",
             )
         if code == "RevisionNotFound":
-            return HubError("there is no such revision", where=self.title, remedy="check --revision")
+            return HubError("there is no such revision", where=self.title, remedy="check the revision")
         if code == "EntryNotFound":
             return HubError("a listed file is not there", where=self.title, remedy="try again later")
         if status == 401 and token and "credentials" in headers.get("X-Error-Message", "").lower():

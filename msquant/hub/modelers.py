@@ -111,12 +111,12 @@ class ModelersHub:
         code = body.get("code") if isinstance(body, dict) else None
         token = self.client.token is not None
         if status == 404 and code == "ref_not_exist":
-            return HubError("there is no such revision", where=self.title, remedy="check --revision")
+            return HubError("there is no such revision", where=self.title, remedy="check the revision")
         if status == 404 and code == "branch_or_path_not_found":
             return HubError(
                 "there is no such branch, or a listed file is not there",
                 where=self.title,
-                remedy="check --revision, or try again later",
+                remedy="check the revision, or try again later",
             )
         if status == 404:
             return NotFoundError(

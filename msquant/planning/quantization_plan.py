@@ -8,12 +8,13 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Literal, get_args
 
+from msquant.calibration.sources import parse_source
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import free_bytes, shown_sizes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
-from msquant.flows.calibration import most_characters
+from msquant.flows.calibration import most_characters, require_sources
 from msquant.flows.conversion import output_folders
 from msquant.flows.source import (
     batch_samples,
@@ -257,8 +258,10 @@ def make_plan(
         probe: measures this machine once the model is known to be whole; without it no time is estimated.
 
     Raises:
-        MsquantError: the model is unknown, incomplete or not supported, or the recipe does not fit it.
+        MsquantError: the model is unknown, incomplete or not supported, the recipe does not fit it, or a
+            source of its calibration text is not there.
     """
+    require_sources(recipe.calibration)
     subject = _subject(recipe, source)
     config, settings = subject.config, recipe.calibration
     folders = shapes_plans(recipe, config, subject.extras)
@@ -311,7 +314,10 @@ def make_plan(
     if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
     scratch = hidden_bytes(config, settings.most * settings.sequence_length, predicted)
-    peak = BASE_BYTES + max(peaks)
+    peak, writing = BASE_BYTES + max(peaks), 0
+    if any(parse_source(word).place.writes for word in settings.sources):
+        writing = BASE_BYTES + _whole_model_bytes(config)
+        notes.append("the time in which the model writes its own calibration text is not in the estimate")
     written_bytes = sum(folder.file_bytes for folder in folders)
     free, available = free_bytes(output.absolute()), available_memory()
     return Plan(
@@ -336,13 +342,13 @@ def make_plan(
         serving=serving_need(config, folders[0].tensor_bytes),
         scratch_bytes=scratch,
         free_disk=free,
-        peak_memory=peak,
+        peak_memory=max(peak, writing),
         available_memory=available,
         seconds=None if measured is None else sum(stages.values(), NOTHING),
         seconds_by_stage=None if measured is None else stages,
         machine=None if measured is None else measured.machine,
         notes=tuple(notes),
-        problems=tuple(_problems(written_bytes + scratch, free, peak, available)),
+        problems=tuple(_problems(written_bytes + scratch, free, peak, writing, available)),
     )
 
 
@@ -372,7 +378,17 @@ def _parts(subject: _Subject) -> list[tuple[Kind, int | None, Mapping[str, tuple
     return [*parts, ("ends", None, {name: config.shapes[name] for name in config.end_names})]
 
 
-def _problems(needed: int, free: int | None, peak: int, available: int | None) -> list[str]:
+def _whole_model_bytes(config: ModelConfig) -> int:
+    """Of the float weights that generation holds: an embedding of its own is read by rows."""
+    table = f"{config.family.names.embedding}.weight"
+    held = {
+        name: shape for name, shape in config.shapes.items() if config.tie_word_embeddings or name != table
+    }
+    return _FLOAT * sum(map(prod, held.values()))
+
+
+def _problems(needed: int, free: int | None, peak: int, writing: int, available: int | None) -> list[str]:
+    """What does not fit; `writing` are the bytes in which the model writes calibration text, 0 if not."""
     problems = []
     if free is not None and needed > free:
         wanted, left = shown_sizes(needed, free)
@@ -385,6 +401,12 @@ def _problems(needed: int, free: int | None, peak: int, available: int | None) -
         problems.append(
             f"memory: about {wanted} are needed at the peak, {left} are available; use fewer "
             "--samples, a shorter --sequence-length or a smaller --memory-budget, or a larger machine"
+        )
+    if available is not None and writing > available:
+        wanted, left = shown_sizes(writing, available)
+        problems.append(
+            f"memory: about {wanted} are needed for the model to write its own calibration text, {left} are "
+            "available; use other sources than self, or a larger machine"
         )
     return problems
 

@@ -216,5 +216,6 @@ def test_file_that_is_no_parquet(tmp_path: Path) -> None:
 def test_file_in_another_encoding(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b'{"text": "fine"}\n' + '{"text": "Grüße"}\n'.encode("latin-1"))
-    with pytest.raises(CalibrationError, match="not UTF-8 text"):
+    with pytest.raises(CalibrationError, match="not UTF-8 text") as caught:
         load_texts(str(path))
+    assert caught.value.where == f"{path}, line 2"

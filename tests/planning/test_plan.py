@@ -93,6 +93,19 @@ def test_rounding_by_inputs_takes_memory_for_them(tiny_llama: Path, tmp_path: Pa
     assert least <= peaks[1] - peaks[0] < 2 * least
 
 
+def test_a_model_that_writes_its_own_calibration_text_has_to_fit_whole(tmp_path: Path) -> None:
+    config = published_config("deepseek-r1")
+    assert config is not None
+    shapes = parse_config(config, "config.json").shapes
+    recipe = find_recipe("deepseek-r1").adjusted(calibration=["builtin", "self=4"])
+    plan = make_plan(recipe, tmp_path / "out")
+    # Its embedding, which is not the output head, is read by rows.
+    whole = 4 * (sum(map(prod, shapes.values())) - prod(shapes["model.embed_tokens.weight"]))
+    assert whole < plan.peak_memory < 1.01 * whole
+    assert re.search(r"TB are needed for the model to write .*; use other sources", plan.problems[-1])
+    assert "is not in the estimate" in plan.notes[-1]
+
+
 def test_deepseek_r1_is_planned_from_its_published_config(tmp_path: Path) -> None:
     plan = make_plan(find_recipe("deepseek-r1"), tmp_path / "out")
     # The first one imported transformers; the fastest of the others waited least for a busy machine's memory.
