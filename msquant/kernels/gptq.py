@@ -11,6 +11,7 @@ that another text loses by it:
   just takes the greatest weight.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -29,6 +30,9 @@ BLOCK_COLUMNS = 64
 
 SCALE_RATIOS = tuple(ratio / 100 for ratio in range(100, 50, -6))
 """Of the greatest magnitude, what the largest integer may stand for; the first one wins a tie."""
+
+# Tokens are few if so many times their number is less than the columns: what takes less time then.
+_FEW = 2
 
 # Of the values whose scales are searched at once: they and what becomes of them stay in a core's cache.
 _SEARCH_BYTES = 1 << 19
@@ -97,6 +101,80 @@ def inverse_factor(hessian: Floats) -> Floats:
     return np.ascontiguousarray(np.triu(upper))
 
 
+class _ManyTokens:
+    """How the errors of columns are made up for, from the Hessian as a matrix: the method as it is published.
+
+    Args:
+        hessian: `[K, K]`, in the order of rounding.
+    """
+
+    def __init__(self, hessian: Floats) -> None:
+        factor = inverse_factor(hessian)
+        self._shares = factor / factor.diagonal()[:, None]
+
+    def within(self, columns: slice) -> Floats:
+        """What is taken from a column of a block for the error of one before it, `[B, B]`, row by row."""
+        return self._shares[columns, columns]
+
+    def before(self, left: Floats, columns: slice, outputs: Floats) -> Floats:
+        """Make up for all earlier blocks in this one; returns what its columns' errors are counted from."""
+        return left[columns]
+
+    def after(self, left: Floats, columns: slice, errors: Floats, outputs: Floats) -> None:
+        """Hand the errors of a block, `[B, N]`, on."""
+        left[columns.stop :] -= self._shares[columns, columns.stop :].T @ errors
+
+    def outputs(self, rows: int) -> Floats:
+        """What is kept of a weight's errors from block to block, for so many rows."""
+        return np.empty((0, rows), np.float32)
+
+
+class _FewTokens(_ManyTokens):
+    """The same from the inputs themselves, where they are fewer than columns: no `[K, K]` matrix is made.
+
+    Of a Hessian `D + X^T X` with D diagonal, columns c and later make up best for errors e of those before by
+    `-D_c^-1 X_c^T (I + X_c D_c^-1 X_c^T)^-1 r`, where `r = X e` is their error in the outputs of the T tokens
+    (the push-through identity). Column c gets `-g_c r` of it; all g are found from the last block to the
+    first, in `4 T^2 K` operations.
+
+    Args:
+        x: `[T, K]`, in the order of rounding.
+        diagonal: D, above 0, `[K]`.
+    """
+
+    def __init__(self, x: Floats, diagonal: Floats) -> None:
+        self._x = x
+        tokens, columns = x.shape
+        self._gains = np.empty((columns, tokens), np.float32)
+        inverse = np.eye(tokens, dtype=np.float32)
+        for start in reversed(range(0, columns, BLOCK_COLUMNS)):
+            check_interrupt()
+            block = slice(start, start + BLOCK_COLUMNS)
+            seen = inverse @ x[:, block]
+            factor = inverse_factor(x[:, block].T @ seen + np.diag(diagonal[block]))
+            self._gains[block] = (factor * factor.diagonal()[:, None]) @ seen.T
+            known = seen @ factor.T
+            inverse -= known @ known.T
+
+    def within(self, columns: slice) -> Floats:
+        """See `_ManyTokens`."""
+        return -(self._gains[columns] @ self._x[:, columns]).T
+
+    def before(self, left: Floats, columns: slice, outputs: Floats) -> Floats:
+        """See `_ManyTokens`; errors are counted from the weight as it was."""
+        origin = left[columns].copy()
+        left[columns] += self._gains[columns] @ outputs
+        return origin
+
+    def after(self, left: Floats, columns: slice, errors: Floats, outputs: Floats) -> None:
+        """See `_ManyTokens`."""
+        outputs += self._x[:, columns] @ errors
+
+    def outputs(self, rows: int) -> Floats:
+        """See `_ManyTokens`: the sum of errors in the outputs, `[T, N]`."""
+        return np.zeros((len(self._x), rows), np.float32)
+
+
 class InputMoments:
     """What rounding needs of inputs, found at the first use, once for all linears that read them.
 
@@ -108,28 +186,38 @@ class InputMoments:
 
     def __init__(self, inputs: Sequence[Floats], shrinkage: float = 1.0, damping: float = 0.01) -> None:
         self._inputs, self._shrinkage, self._damping = inputs, shrinkage, damping
+        self._tokens = sum(map(len, inputs))
 
     @cached_property
-    def _gram(self) -> Floats:
-        return gram_matrix(self._inputs)
+    def _squares(self) -> Floats:
+        """The second moment of each column, `[K]`."""
+        total = np.sum([np.einsum("tk,tk->k", batch, batch) for batch in self._inputs], axis=0)
+        squares: Floats = (total / np.float32(max(1, self._tokens))).astype(np.float32)
+        return squares
 
     @cached_property
     def _loudness(self) -> Floats:
-        """The second moment of each column, `[K]`; the mean of all where no token has used it."""
-        loudness = self._gram.diagonal().copy()
+        """The same; the mean of all where no token has used a column."""
+        loudness = self._squares.copy()
         loudness[loudness == 0] = loudness.mean() or 1.0
         return loudness
 
     @cached_property
     def _order(self) -> NDArray[np.intp]:
         """The columns, the loudest first: golden-stick's `desc_act`."""
-        return np.argsort(-self._gram.diagonal(), kind="stable")
+        return np.argsort(-self._squares, kind="stable")
 
     @cached_property
-    def _factor(self) -> Floats:
-        """The factor of the Hessian's inverse, `[K, K]`, in that order of columns."""
-        hessian = shrunk(self._gram, self._shrinkage, self._damping)
-        return inverse_factor(hessian[np.ix_(self._order, self._order)])
+    def _compensation(self) -> _ManyTokens:
+        """How errors are made up for, by columns in that order."""
+        columns = len(self._squares)
+        if _FEW * self._tokens >= columns:
+            hessian = shrunk(gram_matrix(self._inputs), self._shrinkage, self._damping)
+            return _ManyTokens(hessian[np.ix_(self._order, self._order)])
+        diagonal = shrunk(np.diag(self._squares), 1.0, self._damping).diagonal()
+        x = np.concatenate([batch[:, self._order] for batch in self._inputs])
+        x *= np.float32(math.sqrt((1 - self._shrinkage) / self._tokens))
+        return _FewTokens(x, (diagonal - np.float32(1 - self._shrinkage) * self._squares)[self._order])
 
     def rounded(
         self, weight: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float] = (1.0,)
@@ -149,14 +237,13 @@ class InputMoments:
             CalibrationError: the inputs are not finite, or say too little.
         """
         rows, columns = weight.shape
-        order, factor = self._order, self._factor
+        order, compensation = self._order, self._compensation
         size = quant.group_size or columns
         rounded = np.empty((rows, columns), np.int8)
         scales = np.empty((rows, columns // size), np.float32)
         offsets = np.zeros(scales.shape, np.float32)
 
         def work(part: slice) -> None:
-            check_interrupt()
             scales[part], offsets[part] = best_parameters(
                 weight[part], self._loudness, scale_dtype, quant, ratios
             )
@@ -164,19 +251,20 @@ class InputMoments:
             scale, zero = (np.ascontiguousarray(each[part].T) for each in (scales, offsets))
             left = weight[part].T[order]
             taken = np.empty(left.shape, np.int8)
+            outputs = compensation.outputs(left.shape[1])
             for start in range(0, columns, BLOCK_COLUMNS):
                 check_interrupt()
-                stop = min(start + BLOCK_COLUMNS, columns)
-                errors = np.empty((stop - start, left.shape[1]), np.float32)
-                for place in range(start, stop):
-                    group = order[place] // size
-                    values = np.rint(left[place] / scale[group] + zero[group])
+                block = slice(start, min(start + BLOCK_COLUMNS, columns))
+                origin = compensation.before(left, block, outputs)
+                current, shares = left[block], compensation.within(block)
+                errors = np.empty(current.shape, np.float32)
+                for place, group in enumerate(order[block] // size):
+                    values = np.rint(current[place] / scale[group] + zero[group])
                     np.clip(values, quant.low, quant.high, out=values)
-                    taken[place] = values
-                    error = (left[place] - (values - zero[group]) * scale[group]) / factor[place, place]
-                    errors[place - start] = error
-                    left[place + 1 : stop] -= factor[place, place + 1 : stop, None] * error
-                left[stop:] -= factor[start:stop, stop:].T @ errors
+                    taken[start + place] = values
+                    errors[place] = origin[place] - (values - zero[group]) * scale[group]
+                    current[place + 1 :] -= shares[place, place + 1 :, None] * errors[place]
+                compensation.after(left, block, errors, outputs)
             rounded[part, order] = taken.T
 
         for_parts(rows, work)

@@ -45,6 +45,9 @@ def textbook(weight: Any, inputs: Any, quant: Quant, shrinkage: float, damping: 
     hessian = wide.T @ wide / len(wide)
     diagonal = np.diag(np.diag(hessian))
     hessian = (1 - shrinkage) * hessian + shrinkage * diagonal
+    # A column that no token has used counts as one that is alone.
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = diagonal.trace() / len(diagonal)
     hessian += damping * diagonal.trace() / len(diagonal) * np.eye(len(diagonal))
     order = np.argsort(-diagonal.diagonal(), kind="stable")
     factor = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
@@ -95,6 +98,16 @@ def test_the_integers_are_the_papers(word: str, shrinkage: float) -> None:
     assert np.mean(rounded.weight != textbook(weight, inputs, quant, shrinkage, 0.01)) < TIES
     nearest = quantize_weight(weight, "float32", quant)
     assert output_error(weight, inputs, rounded) < 0.8 * output_error(weight, inputs, nearest)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+@pytest.mark.parametrize("word", ["W4A16_CHANNEL", "W4A16_G64_ASYM", "W8A8_DYNAMIC"])
+def test_with_few_tokens_no_matrix_of_columns_is_made(word: str, shrinkage: float) -> None:
+    quant = quant_of(word)
+    weight, inputs = example(320, tokens=100)
+    inputs[:, 7] = 0
+    rounded = InputMoments([inputs[:40], inputs[40:]], shrinkage, 0.01).rounded(weight, "float32", quant)
+    assert np.mean(rounded.weight != textbook(weight, inputs, quant, shrinkage, 0.01)) < TIES
 
 
 @pytest.mark.parametrize("word", ["W4A16_CHANNEL", "W4A16_G64_ASYM", "W8A8_DYNAMIC"])
