@@ -28,7 +28,7 @@ def _search(around: str, smoother: Any, name: str, layer: Any, group: Any, *_: A
 FUNCTIONS: dict[str, Label] = {
     "msquant.checkpoint.float_rows:FloatRows._read": WAITING,
     "msquant.checkpoint.float_rows:dequantize": "dequantizing",
-    "msquant.checkpoint.float_rows:_convert": "dequantizing",
+    "msquant.checkpoint.float_rows:to_float": "dequantizing",
     "msquant.quantization.decoder_pass:DecoderPass._compute": "attention in floating point and in int8",
     f"{_FEED_FORWARD}:FeedForwardPass.forward": "experts in floating point",
     f"{_FEED_FORWARD}:FeedForwardPass.quantize": "experts in int8",

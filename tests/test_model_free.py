@@ -275,7 +275,7 @@ def test_prediction_layers_are_quantized_or_left_out(tmp_path: Path) -> None:
     assert described["model.layers.2.eh_proj.weight"] == "FLOAT"
     recipe = find_recipe(str(source)).adjusted(calibration="none", evaluate=False)
     quantize_model_free(
-        recipe.model_copy(update={"prediction_layers": False}), tmp_path / "without", remember=False
+        recipe.model_copy(update={"prediction_layers": "none"}), tmp_path / "without", remember=False
     )
     assert not [name for name in stored(tmp_path / "without") if name.startswith("model.layers.2.")]
     assert not msquant.inspect(tmp_path / "with").findings

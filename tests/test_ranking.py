@@ -74,7 +74,9 @@ def test_the_case_is_what_it_is_to_be() -> None:
 
 
 def test_in_the_closing_table_of_quantize(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = QuantizeResult(folder, {"golden-stick": folder}, layers(), record(), [1.0], 200, 100, (), 1.0, 1)
+    result = QuantizeResult(
+        folder, {"golden-stick": folder}, layers(), record(), [1.0], 200, 100, None, (), 1.0, 1
+    )
     _print_result(result)
     printed = capsys.readouterr().out
     rows = re.findall(r"(?m)^│\s+(\d)\s+│", printed)
@@ -88,7 +90,7 @@ def test_without_an_evaluation_the_closing_table_has_the_layers_in_order(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _print_result(
-        QuantizeResult(folder, {"golden-stick": folder}, layers(), None, [1.0], 200, 100, (), 1.0, 1)
+        QuantizeResult(folder, {"golden-stick": folder}, layers(), None, [1.0], 200, 100, None, (), 1.0, 1)
     )
     assert re.findall(r"(?m)^│\s+(\d)\s+│", capsys.readouterr().out) == ["0", "1", "2", "3"]
 

@@ -115,8 +115,8 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\ncalibration: {zzz: 3}\n", "unknown key calibration.zzz (known: source"),
         ("model: a\ncalibration: {samples: 0}\n", "calibration.samples: Input should be greater than"),
         (
-            "model: a\nquantization: {algorithm: awq}\n",
-            "'awq' is not an algorithm\nuse one of: osl, osl-golden-stick, gptq, smoothquant, rtn",
+            "model: a\nquantization: {algorithm: aqlm}\n",
+            "'aqlm' is not an algorithm\nuse one of: osl, osl-golden-stick, gptq, awq, smoothquant, rtn",
         ),
         ("model: a\nquantization: {range_floor: [0, 1]}\n", "quantization.range_floor.1"),
         ("model: a\nquantization: {algorithm: osl-robust}\n", "did you mean osl?"),

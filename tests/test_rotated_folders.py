@@ -76,7 +76,7 @@ def test_a_folder_is_compared_with_the_unrotated_float_model(model_type: str, tm
     write_shard(folder / "optional/quarot.safetensors", {"global_rotation": matrix})
     described = {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}
     change_json(folder / "quant_model_description.json", lambda d: d.update(optional=described))
-    found = compare([str(source), str(folder)], sequences=1, sequence_length=64)
+    found = compare([str(folder)], baseline=str(source), sequences=1, sequence_length=64)
     again = [layer.own_snr for layer in found.score.layers]
     assert again == pytest.approx(measured, abs=0.05)
 

@@ -12,7 +12,7 @@ from msquant.algorithms.osl import Osl
 from msquant.schemes import Scheme
 
 if TYPE_CHECKING:
-    from msquant.algorithms.base import Rounder
+    from msquant.kernels.weight_rounding import Rounder
 
 
 @register

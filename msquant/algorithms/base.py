@@ -1,19 +1,17 @@
 """What an algorithm is: the options that a recipe gives it, and what it asks of the quantization pass."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from msquant.errors import RecipeError
-from msquant.schemes import FLOAT, PRESETS, W8A8, Quant, Scheme, parse_scheme
+from msquant.schemes import FLOAT, PRESETS, W8A8, Scheme, parse_scheme
 
 if TYPE_CHECKING:
-    from msquant.kernels.weight_rounding import RoundedWeight
-
-    Rounder = Callable[[Any, str, Quant], RoundedWeight]
+    from msquant.kernels.weight_rounding import Rounder
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 """A migration strength: 0 leaves outliers to the activations, 1 to the weights."""

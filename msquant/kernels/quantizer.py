@@ -1,7 +1,7 @@
 """golden-stick's last module, which rounds the weights, with msquant's rounding in its cells."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -10,11 +10,8 @@ from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuan
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 from numpy.typing import NDArray
 
-from msquant.kernels.weight_rounding import RoundedWeight, quantize_weight
+from msquant.kernels.weight_rounding import RoundedWeight, Rounder, quantize_weight
 from msquant.schemes import Quant, parse_scheme
-
-if TYPE_CHECKING:
-    from msquant.algorithms.base import Rounder
 
 
 class FastWeightCell(WeightQuantLinearCell):
@@ -114,7 +111,7 @@ class ByInputsQuantizer(FastQuantizer):
         DynamicQuantLinearCell: ByInputsDynamicCell,
         WeightQuantLinearCell: ByInputsWeightOnlyCell,
     }
-    _last: "tuple[NDArray[np.float32], Rounder] | None" = None
+    _last: tuple[NDArray[np.float32], Rounder] | None = None
 
     def process(self, *args: Any, **kwargs: Any) -> None:
         """Round every weight of a decoder layer."""
@@ -124,7 +121,7 @@ class ByInputsQuantizer(FastQuantizer):
             ByInputsQuantizer._last = None
 
     @classmethod
-    def rounder(cls, make: "Callable[[Any], Rounder]", inputs: NDArray[np.float32]) -> "Rounder":
+    def rounder(cls, make: Callable[[Any], Rounder], inputs: NDArray[np.float32]) -> Rounder:
         """What rounds by these inputs; the one before where it had the same, as keys and values do."""
         last = ByInputsQuantizer._last
         if last is not None and np.array_equal(last[0], inputs):

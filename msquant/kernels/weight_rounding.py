@@ -39,6 +39,10 @@ class RoundedWeight(NamedTuple):
     offset: NDArray[np.int32] | None = None
 
 
+Rounder = Callable[[NDArray[np.float32], str, Quant], RoundedWeight]
+"""What is called as `quantize_weight` and returns as it does."""
+
+
 def quantize_weight(
     weight: NDArray[np.float32], scale_dtype: str = "float32", quant: Quant = INT8
 ) -> RoundedWeight:

@@ -37,7 +37,7 @@ from msquant.models.moe import Router
 from msquant.models.routing import tokens_of
 
 if TYPE_CHECKING:
-    from msquant.algorithms.base import Rounder
+    from msquant.kernels.weight_rounding import Rounder
 
 Floats = NDArray[np.float32]
 

@@ -98,7 +98,7 @@ def test_a_script_reads_json(recipe: Path, tmp_path: Path) -> None:
         (["tiny.yaml", "--output", "mixed.yaml"], ["--output", "--keep-float"]),
         (["tiny.yaml", "--keep-float", "1", "--output", "mixed"], ["mixed", ".yaml"]),
         (["tiny.yaml", "--keep-float", "1", "--output", "tiny.yaml"], ["tiny.yaml", "--overwrite"]),
-        (["tiny.yaml", "--algo", "awq"], ["awq", "osl"]),
+        (["tiny.yaml", "--algo", "aqlm"], ["aqlm", "osl"]),
         (["tiny.yaml", "--calibration", "empty.txt"], ["empty.txt"]),
     ],
 )

@@ -17,6 +17,7 @@ KEYS = {
     *("parts", "parameters", "source_bytes", "output_bytes", "scratch_bytes", "disk_bytes", "free_disk"),
     *("peak_memory", "available_memory", "seconds", "seconds_by_stage", "notes", "problems", "fits"),
     "machine",
+    "serving",
 }
 PART_KEYS = {"kind", "index", "linears", "experts", "parameters", "source_bytes", "output_bytes", "seconds"}
 

@@ -111,7 +111,7 @@ def test_scales_of_fp8_blocks_are_left_out_and_the_routers_bias_stays_exact() ->
             {Q: W8A16},
             DEEPSEEK,
             RecipeError,
-            "mindformers .* only W8A8 and W8A8_DYNAMIC and FLOAT",
+            "mindformers .* only W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC and FLOAT",
         ),
         (
             [{"lm_head.weight": (4, 6)}],

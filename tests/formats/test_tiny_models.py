@@ -104,7 +104,9 @@ def test_a_model_computes_what_it_did(tmp_path: Path, family: str) -> None:
     ranges = input_ranges(model)
     folder = convert(source, tmp_path / "quantized", schemes, ranges)
     assert FORM.validate(folder, verify_hashes=True) == []
-    assert {"W8A8", "W8A8_DYNAMIC", "FLOAT"} == set(GoldenStickCheckpoint.open(folder).description.values())
+    assert {"W8A8", "W8A8_DYNAMIC", "FLOAT"} == set(
+        GoldenStickCheckpoint.open(folder).description.tensors.values()
+    )
     quantized = load_simulation(folder, deinterleaved_rope=latent)
     # Random routers near a tie choose other experts for a rounded input, so the error itself says little.
     assert 1e-6 < relative_mse(quantized, model, TOKENS) < 0.3
