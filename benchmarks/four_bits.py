@@ -11,12 +11,13 @@ from benchmarks.accuracy import Reference
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
 
-# KL at most on the calibrated kind of text and on the Bible, by calibration on that kind alone.
+# KL at most on the calibrated kind of text and on the Bible, by calibration on that kind alone, and the
+# policy that is to keep to it: with one scale a channel, the rotated one.
 LIMITS = {
-    "W4A16_G64_ASYM": (0.070, 0.25),
-    "W4A16_G192": (0.100, 0.34),
-    "W4A16_CHANNEL": (0.095, 0.34),
-    "W4A8_DYNAMIC": (0.110, 0.36),
+    "W4A16_G64_ASYM": (0.070, 0.25, "gptq"),
+    "W4A16_G192": (0.100, 0.34, "gptq"),
+    "W4A16_CHANNEL": (0.095, 0.34, "gptq, rotated"),
+    "W4A8_DYNAMIC": (0.110, 0.36, "gptq, rotated"),
 }
 KIND = "builtin:documentation"
 POLICIES: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -26,7 +27,6 @@ POLICIES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("gptq", {"algorithm": "gptq"}, "builtin"),
     ("gptq, rotated", {"algorithm": "gptq", "rotation": "hadamard"}, KIND),
 )
-LIMITED = ("gptq", KIND)
 CPU_SECONDS = 100
 
 
@@ -34,11 +34,11 @@ def measure() -> list[dict[str, Any]]:
     """Quantize by every scheme and algorithm and compare the logits with the float model's."""
     reference = Reference(float_folder())
     rows = []
-    for word, (same, bible) in LIMITS.items():
+    for word, (same, bible, best) in LIMITS.items():
         for name, options, source in POLICIES:
             policy = {**options, "schemes": [{"*": word}]}
             kl, text, seconds = reference.measure(policy, source)
-            limited = (name, source) == LIMITED
+            limited = (name, source) == (best, KIND)
             target = f"KL <= {same}, {bible}; <= {CPU_SECONDS} CPU s" if limited else ""
             met = kl["same"] <= same and kl["bible"] <= bible and seconds <= CPU_SECONDS
             measured = f"{text}; {seconds:.0f} CPU s"
