@@ -147,7 +147,8 @@ def _quantize(root: Path, name: str) -> None:
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
-    only_ascend = family == "qwen3_moe"
+    # MindFormers builds prediction layers without quantization, and formats written together hold the same.
+    only_ascend = family == "qwen3_moe" or ("prediction_layers" in settings and int4 is not None)
     formats = "ascend" if only_ascend else "golden-stick,ascend"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)
