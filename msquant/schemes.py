@@ -94,6 +94,19 @@ class Scheme:
         """Columns of a weight's group; None where it has none."""
         return None if self.weights is None else self.weights.group_size
 
+    def scale_dtype(self, dtype: str) -> str:
+        """What the scales of weights have to fit, for a model in a dtype; as for `quantize_weight`.
+
+        Engines keep them in the model's dtype, but for static inputs: there they have the product with the
+        input's scale, in float32. Those of int4 groups vllm-ascend keeps in float16, and other formats hold
+        the same numbers.
+        """
+        if self.is_static:
+            return "float32"
+        if dtype == "bfloat16" and self.is_dynamic and self.group_size is not None:
+            return "bfloat16 and float16"
+        return dtype
+
     @property
     def per_token(self) -> "Scheme":
         """The same with a scale for every token where the inputs are static."""

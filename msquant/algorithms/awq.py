@@ -1,4 +1,4 @@
-"""AWQ: columns that loud channels meet are enlarged before rounding, as far as held-out tokens gain by it."""
+"""AWQ: columns that loud channels meet are enlarged before their weight is rounded."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -111,6 +111,10 @@ class Algorithm(BaseModel):
         """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
         return next(scheme for pattern, scheme in self.schemes if matches(pattern, linear))
 
+    def smooths(self, scheme: Scheme) -> bool:
+        """Whether groups of linears in that scheme share a smooth scale."""
+        return self.suppression(scheme) != "NONE"
+
     def suppression(self, scheme: Scheme) -> str:
         """The member of golden-stick's `OutliersSuppressionType` for groups of linears in that scheme.
 
@@ -162,17 +166,13 @@ class Algorithm(BaseModel):
         Args:
             scheme: of the linears it is for, not in floating point.
             skip: cells whose name contains one of these stay in floating point.
-            dtype: the model's, in which engines keep the scales of weights, except where activations are
-                static: there they have the product with the input's scale, in float32.
+            dtype: the model's; see `Scheme.scale_dtype`.
         """
         from mindspore import dtype as types
         from mindspore_gs.common import BackendTarget
         from mindspore_gs.ptq import PTQConfig, PTQMode
         from mindspore_gs.ptq.ptq_config import OutliersSuppressionType, QuantGranularity
 
-        # vllm-ascend keeps those of int4 groups in float16, and other formats hold the same numbers.
-        if dtype == "bfloat16" and scheme.is_dynamic and scheme.group_size is not None:
-            dtype = "bfloat16 and float16"
         granularity = QuantGranularity.PER_TOKEN if scheme.is_dynamic else QuantGranularity.PER_TENSOR
         return PTQConfig(
             mode=PTQMode.QUANTIZE,
@@ -186,7 +186,7 @@ class Algorithm(BaseModel):
             algo_args={
                 **self.search_options,
                 "scheme": str(scheme),
-                "weight_scale_dtype": "float32" if scheme.is_static else dtype,
+                "weight_scale_dtype": scheme.scale_dtype(dtype),
             },
         )
 

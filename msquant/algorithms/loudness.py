@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from msquant.algorithms.held_out import HeldOutSmoother
 from msquant.algorithms.smoothers import GroupCells, SearchLinearCell, nothing_finite
-from msquant.checkpoint.weights import token_scales
+from msquant.checkpoint.weights import QuantizedLinear, token_scales
 from msquant.interrupts import check_interrupt
-from msquant.kernels.gptq import gram_matrix, kept, shrunk
+from msquant.kernels.gptq import gram_matrix, nearest_by_loudness, shrunk
 from msquant.kernels.layer_report import GroupReport
 from msquant.models.layers import DecoderLayer
 from msquant.schemes import Scheme, parse_scheme
@@ -37,7 +37,7 @@ SHRINKAGE = 0.3
 """Of the correlations between channels by which candidates are compared."""
 
 SEARCH_RATIOS = (1.0, 0.85, 0.7)
-"""The scales that are tried for a candidate; fewer than in the end, which changes no choice."""
+"""The scales that are tried for a candidate; fewer than in the end."""
 
 
 class LoudnessSearch:
@@ -62,6 +62,8 @@ class LoudnessSearch:
         gram = gram_matrix(x)
         self._squares = gram.diagonal().copy()
         self._hessian = shrunk(gram, SHRINKAGE, 0.0)
+        power = sum(float(np.vdot(weight @ self._hessian, weight)) for weight in weights)
+        self._power = power or 1.0
         tokens = sum(map(len, x))
         self._magnitudes = np.sum([np.abs(batch).sum(axis=0) for batch in x], axis=0) / np.float32(tokens)
         if query_groups is not None:
@@ -88,17 +90,17 @@ class LoudnessSearch:
         if self._scheme.is_dynamic:
             squares = [np.square(token_scales(batch / scale)).sum(dtype=np.float64) for batch in self._x]
             step = float(np.sum(squares)) / sum(map(len, self._x)) / 12
-        error = power = 0.0
+        loudness, error = self._squares / np.square(scale), 0.0
         for weight in self._weights:
             enlarged = weight * scale
-            change = kept(enlarged, self._squares / np.square(scale), self._quant, SEARCH_RATIOS)
-            change -= enlarged
-            change /= scale
-            error += float(np.vdot(change @ self._hessian, change)) + step * float(
-                np.vdot(enlarged, enlarged)
+            rounded, scales, zeros = nearest_by_loudness(
+                enlarged, loudness, "float32", self._quant, SEARCH_RATIOS
             )
-            power += float(np.vdot(weight @ self._hessian, weight))
-        return error / power if power else error
+            kept = QuantizedLinear(rounded, scales, self._scheme, weight_offset=zeros).float_weight
+            change = (kept - enlarged) / scale
+            error += float(np.vdot(change @ self._hessian, change))
+            error += step * float(np.vdot(enlarged, enlarged))
+        return error / self._power
 
     def scale(self, alpha: float) -> Floats:
         """The factor of each column, `[K]`."""

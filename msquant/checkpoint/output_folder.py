@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from msquant.checkpoint.journal import JOURNAL_NAME
 from msquant.checkpoint.lock import LockHeld, acquire_lock
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import is_temporary
-from msquant.errors import OutputError
+from msquant.errors import OutputError, StartOverError
 
 LOCK_NAME = ".msquant.lock"
 
@@ -95,6 +96,25 @@ class OutputFolder:
             for leftover in self.path.iterdir():
                 if leftover.name not in (LOCK_NAME, REPLACED_NAME):
                     remove_path(leftover)
+
+    @contextmanager
+    def continued_later(self, finished: Callable[[], int], total: int, parts: str) -> Iterator[None]:
+        """Keep what is finished where the block is left by an error or by Ctrl-C, and say so in its notes.
+
+        Args:
+            finished: counts the parts that a later run need not do again; with none, nothing is kept.
+            total: how many there are.
+            parts: what they are called.
+        """
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if done := finished():
+                self.keep = True
+                # Such an error says itself whether the same command can continue.
+                then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
+                error.add_note(f"{done} of {total} {parts} are finished in {self.path}; {then}")
+            raise
 
     def finish(self, scratch: Iterable[str] = ()) -> Path:
         """Give the complete folder its final name, and return that.

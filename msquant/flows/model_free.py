@@ -8,9 +8,8 @@ integers is in memory for each of the threads that work side by side.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.checkpoint.weights import QuantizedLinear
-from msquant.errors import ModelError, StartOverError
+from msquant.errors import ModelError
 from msquant.evaluation.inputs import Text
 from msquant.families import find_family
 from msquant.flows.conversion import other_folders, output_folders
@@ -166,7 +165,8 @@ def _write_folder(
     assert checkpoint is not None
     assert model.folder is not None
     journal = Journal.open(target.path, {**identity, "format": plan.format.name})
-    with _resumable(target, journal, len(groups)), RunFiles(journal, checkpoint) as files:
+    later = target.continued_later(lambda: len(journal.records), len(groups), "parts")
+    with later, RunFiles(journal, checkpoint) as files:
         writer = FolderStream(target.path, plan)
         for record in journal.records:
             writer.restore(record["group"], record["files"])
@@ -244,7 +244,7 @@ def _write_piece(
         return
     scheme = plan.linears[piece.name]
     assert scheme.weights is not None
-    rounded = _rounded(checkpoint, linear.matrix, scheme.weights, plan.dtype)
+    rounded = _rounded(checkpoint, linear.matrix, scheme.weights, scheme.scale_dtype(plan.dtype))
     if not np.isfinite(rounded.scale).all():
         linear.matrix.require_finite(checkpoint)
     bias = linear.matrix.bias(checkpoint, linear.bias) if linear.bias else None
@@ -277,16 +277,3 @@ def _carry(model: ModelFreeSource, checkpoint: Checkpoint, name: str, shards: Gr
         if spec.dtype in FLOAT_DTYPES:
             require_finite(name, rows, checkpoint.shard_path(name))
         shards.stored_rows(name, start, rows if spec.shape else rows.reshape(()))
-
-
-@contextmanager
-def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[None]:
-    """Keep what is finished when the work is interrupted, and say so."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if done := len(journal.records):
-            target.keep = True
-            then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
-            error.add_note(f"{done} of {count} parts are finished in {target.path}; {then}")
-        raise

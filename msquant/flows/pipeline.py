@@ -6,8 +6,8 @@ continues with the layer it was in and ends with the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
-from msquant.errors import CalibrationError, MsquantError, StartOverError
+from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
 from msquant.flows.conversion import other_folders, output_folders, write_export
@@ -148,7 +148,11 @@ def quantize(
         journal = Journal.open(target.path, identity)
         with (
             other_folders(output, plans, build_manifest(recipe, identity, ()), overwrite=overwrite) as others,
-            _resumable(target, journal, model.config.num_hidden_layers + predicted),
+            target.continued_later(
+                lambda: len(_finished_layers(journal)),
+                model.config.num_hidden_layers + predicted,
+                "decoder layers",
+            ),
             deferred_interrupts(),
             RunFiles(journal, model.checkpoint) as files,
         ):
@@ -395,17 +399,3 @@ def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
 def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:
     written = sum(entry["size"] for record in journal.records for entry in record["files"].values())
     return max(0, plan.file_bytes - written)
-
-
-@contextmanager
-def _resumable(target: OutputFolder, journal: Journal, count: int) -> Iterator[None]:
-    """Keep what is finished when the work is interrupted, and say so."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if done := len(_finished_layers(journal)):
-            target.keep = True
-            # Such an error says itself whether the same command can continue.
-            then = "they are kept" if isinstance(error, StartOverError) else "the same command continues"
-            error.add_note(f"{done} of {count} decoder layers are finished in {target.path}; {then}")
-        raise

@@ -274,21 +274,26 @@ class InputMoments:
         self, weight: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float] = (1.0,)
     ) -> RoundedWeight:
         """As `rounded`, with every column rounded for itself: the inputs choose nothing but scales."""
-        groups = weight.reshape(len(weight), -1, quant.group_size or weight.shape[1])
-        scales = np.empty(groups.shape[:2], np.float32)
-        offsets = np.zeros(groups.shape[:2], np.float32)
-        rounded = np.empty(groups.shape, np.int8)
+        return nearest_by_loudness(weight, self._loudness, scale_dtype, quant, ratios)
 
-        def work(part: slice) -> None:
-            check_interrupt()
-            scales[part], offsets[part] = best_parameters(
-                weight[part], self._loudness, scale_dtype, quant, ratios
-            )
-            values = np.rint(groups[part] / scales[part, :, None] + offsets[part, :, None])
-            rounded[part] = np.clip(values, quant.low, quant.high, out=values)
 
-        for_parts(len(weight), work)
-        return _as_stored(rounded.reshape(weight.shape), scales, offsets, quant)
+def nearest_by_loudness(
+    weight: Floats, loudness: Floats, scale_dtype: str, quant: Quant, ratios: Sequence[float]
+) -> RoundedWeight:
+    """Round a weight to nearest with the scales of `best_parameters`, whose arguments these are."""
+    groups = weight.reshape(len(weight), -1, quant.group_size or weight.shape[1])
+    scales = np.empty(groups.shape[:2], np.float32)
+    offsets = np.zeros(groups.shape[:2], np.float32)
+    rounded = np.empty(groups.shape, np.int8)
+
+    def work(part: slice) -> None:
+        check_interrupt()
+        scales[part], offsets[part] = best_parameters(weight[part], loudness, scale_dtype, quant, ratios)
+        values = np.rint(groups[part] / scales[part, :, None] + offsets[part, :, None])
+        rounded[part] = np.clip(values, quant.low, quant.high, out=values)
+
+    for_parts(len(weight), work)
+    return _as_stored(rounded.reshape(weight.shape), scales, offsets, quant)
 
 
 def best_parameters(
@@ -318,7 +323,7 @@ def best_parameters(
         extremes = np.stack([groups.min(axis=2), groups.max(axis=2)], axis=2).reshape(-1, 2)
         least = np.full(groups.shape[:2], np.inf, np.float32)
         values = np.empty_like(groups)
-        for ratio in ratios:
+        for number, ratio in enumerate(ratios):
             found, offset = group_parameters(extremes * np.float32(ratio), scale_dtype, quant)
             scale = found.reshape(*least.shape, 1)
             np.divide(groups, scale, out=values)
@@ -334,32 +339,13 @@ def best_parameters(
             np.square(values, out=values)
             # [G, n, size] by [G, size, 1].
             error = np.matmul(values.transpose(1, 0, 2), loud)[..., 0].T
-            better = error < least
+            # The first is taken even where squares overflow.
+            better = error < least if number else np.ones_like(least, bool)
             least[better] = error[better]
             scales[start : start + step][better] = scale[better, 0]
             if offset is not None:
                 zeros[start : start + step][better] = zero[better, 0]
     return scales, zeros
-
-
-def kept(weight: Floats, loudness: Floats, quant: Quant, ratios: Sequence[float]) -> Floats:
-    """What integers keep of a weight `[N, K]` by `best_parameters`, whose arguments these are."""
-    result = np.empty_like(weight)
-
-    def work(part: slice) -> None:
-        scales, zeros = best_parameters(weight[part], loudness, "float32", quant, ratios)
-        size = quant.group_size or weight.shape[1]
-        groups = weight[part].reshape(-1, weight.shape[1] // size, size)
-        values = result[part].reshape(groups.shape)
-        np.divide(groups, scales[..., None], out=values)
-        values += zeros[..., None]
-        np.rint(values, out=values)
-        np.clip(values, quant.low, quant.high, out=values)
-        values -= zeros[..., None]
-        values *= scales[..., None]
-
-    for_parts(len(weight), work)
-    return result
 
 
 def _as_stored(rounded: NDArray[np.int8], scales: Floats, offsets: Floats, quant: Quant) -> RoundedWeight:

@@ -290,7 +290,7 @@ class FeedForwardPass:
         linear: Linear = FloatLinear(weight, bias)
         scheme = self._policy.scheme(module)
         if scheme.weights is not None:
-            rounded, scale, offset = rounder(weight, self._config.dtype, scheme.weights)
+            rounded, scale, offset = rounder(weight, scheme.scale_dtype(self._config.dtype), scheme.weights)
             linear = QuantizedLinear(rounded, scale, scheme, bias, weight_offset=offset)
         sink.linear(module, linear)
         return linear

@@ -106,7 +106,7 @@ class SensitivityPass(DecoderPass):
         ones = np.ones(cells[0].weight.shape[1], np.float32)
         scale = result.smooth_scales.get(group.name, ones)
         ratios = result.report.clip_ratios
-        if self._policy.suppression(scheme) == "NONE":
+        if not self._policy.smooths(scheme):
             scale, ratios = ones, {}
         weights = [
             smoothed_and_rounded(cell.weight.asnumpy(), scale, ratios.get(linear), scheme.weights)
