@@ -161,10 +161,11 @@ def quantize(
 
     def fetch(hub_id: str) -> Path:
         from msquant.hub.fetch import fetch_model
-        from msquant.planning.quantization_plan import require_room
+        from msquant.planning.model_free_plan import make_model_free_plan
+        from msquant.planning.quantization_plan import make_plan, require_room
 
-        if not recipe.calibration.is_none:
-            require_room(recipe, target, weights, cache_folder())
+        planner = make_model_free_plan if recipe.calibration.is_none else make_plan
+        require_room(recipe, target, weights, cache_folder(), planner)
         with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
             return fetch_model(hub_id, callbacks)
 

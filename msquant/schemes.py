@@ -90,6 +90,11 @@ class Scheme:
         return f"{word.replace('_DYNAMIC', '')}, {inputs}"
 
     @property
+    def is_int4(self) -> bool:
+        """Whether the weights are integers of four bits."""
+        return self.weights is not None and self.weights.bits == 4
+
+    @property
     def group_size(self) -> int | None:
         """Columns of a weight's group; None where it has none."""
         return None if self.weights is None else self.weights.group_size
@@ -98,12 +103,12 @@ class Scheme:
         """What the scales of weights have to fit, for a model in a dtype; as for `quantize_weight`.
 
         Engines keep them in the model's dtype, but for static inputs: there they have the product with the
-        input's scale, in float32. Those of int4 groups vllm-ascend keeps in float16, and other formats hold
-        the same numbers.
+        input's scale, in float32. Those of int4 groups vllm-ascend keeps in float16, whatever the model's,
+        and other formats hold the same numbers.
         """
         if self.is_static:
             return "float32"
-        if dtype == "bfloat16" and self.is_dynamic and self.group_size is not None:
+        if dtype != "float16" and self.is_dynamic and self.group_size is not None:
             return "bfloat16 and float16"
         return dtype
 
@@ -183,6 +188,9 @@ PRESETS: dict[str, Scheme] = {
     "W4A16": W4A16,
 }
 """The schemes that have a word of their own."""
+
+MOST_COLUMNS = 99_999
+"""Of a group that has a word."""
 
 _WORD = re.compile(r"W([2-8])A([2-8]|16)(_DYNAMIC)?(?:_(?:G([1-9]\d{0,4})|(CHANNEL)))?(_ASYM)?")
 

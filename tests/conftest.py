@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def interruptible() -> None:
     """Let the processes that tests start be interrupted: a shell's background jobs inherit a deaf SIGINT."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _device() -> None:
+    """Set up MindSpore before a test file that imports it computes: its first operator fixes the device."""
+    if "mindspore" in sys.modules:
+        from msquant.models.device import use_device
+
+        use_device()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import msquant
-from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
+from msquant.errors import CheckpointError, EngineError, ModelError, OutputError, RecipeError
 from msquant.flows import model_free
 from msquant.flows.model_free import quantize_model_free
 from msquant.planning.model_free_plan import ModelFreePlan
@@ -320,6 +320,95 @@ def test_an_interrupted_run_continues_with_equal_bytes(
     quantize(source, tmp_path / "out")
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == wanted
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, where: str, after: int, *arguments: Any) -> None:
+    """Quantize, and be interrupted at the call of a function of the flow that comes after so many."""
+    function, calls = getattr(model_free, where), []
+
+    def stop(*given: Any, **options: Any) -> Any:
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model_free, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(*arguments)
+
+
+def test_what_is_finished_stays_where_the_comparison_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.fixtures.tiny_families import write_tiny
+
+    source = write_tiny(tmp_path / "model", "qwen3", dtype="bfloat16")
+    interrupted(monkeypatch, "evaluate_result", 0, source, tmp_path / "out")
+    assert list((tmp_path / "out.partial").glob("*.safetensors"))
+    written: list[Any] = []
+    monkeypatch.setattr(model_free, "_write_piece", lambda *arguments: written.append(arguments))
+    assert quantize(source, tmp_path / "out").evaluation is not None
+    assert written == []
+
+
+def test_restart_forgets_what_any_of_the_formats_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, both = (
+        write_stranger(tmp_path / "model", "glm4_moe", max_shard_size="60KB"),
+        "ascend,compressed-tensors",
+    )
+    interrupted(monkeypatch, "_write_piece", 20, source, tmp_path / "out", both)
+    shard, *_ = sorted((tmp_path / "out-compressed-tensors.partial").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(msquant.MsquantError, match="restart"):
+        quantize(source, tmp_path / "out", both)
+    recipe = find_recipe(str(source)).adjusted(calibration="none", formats=both, evaluate=False)
+    result = quantize_model_free(recipe, tmp_path / "out", restart=True, remember=False)
+    assert len(result.folders) == 2
+    assert not any(msquant.inspect(folder).findings for folder in result.folders.values())
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(
+    sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(device: str) -> None:
+        raise EngineError(f"there is no {device}")
+
+    monkeypatch.setattr(model_free, "require_device", refuse)
+    with pytest.raises(EngineError, match="no cpu"):
+        quantize(sources("gemma3_text"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"layers.0.mlp.experts.gate_up_proj": (4, 95, 64)}, "its 95 rows are not gate and up of one size"),
+        (
+            {"layers.0.self_attn.q_proj.weight": (48, 64), "layers.0.self_attn.q_proj.bias": (32,)},
+            r"q_proj.bias is \[32\], and .* has \[48\] outputs",
+        ),
+        (
+            {"layers.0.mlp.experts.up_proj": (2, 32, 64), "layers.0.mlp.experts.0.up_proj.weight": (32, 64)},
+            "experts.0.up_proj is in .* and in",
+        ),
+        ({"norm.weight": (64,)}, "holds no linear layer to quantize"),
+    ],
+)
+def test_tensors_that_contradict_are_named_before_anything_is_written(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], problem: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    source = write_fused(tmp_path / "model")
+    values = {f"model.{name}": torch.randn(shape).bfloat16() for name, shape in tensors.items()}
+    save_file(values, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=problem):
+        quantize(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_nan_is_named(sources: Callable[[str], Path], tmp_path: Path) -> None:

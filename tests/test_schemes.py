@@ -61,3 +61,19 @@ def test_what_a_scheme_says_of_itself() -> None:
     assert [scheme.is_dynamic for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False, False, True, False]
     assert [scheme.is_weight_only for scheme in (FLOAT, W8A8, W8A8_DYNAMIC, W8A16)] == [False] * 3 + [True]
     assert (Quant(4, "channel").low, Quant(4, "channel").high) == (-8, 7)
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype", "expected"),
+    [
+        ("W8A8", "bfloat16", "float32"),
+        ("W8A8_DYNAMIC", "bfloat16", "bfloat16"),
+        ("W4A16", "bfloat16", "bfloat16"),
+        ("W4A8_DYNAMIC", "float32", "float32"),
+        ("W4A8_DYNAMIC_G64", "bfloat16", "bfloat16 and float16"),
+        ("W4A8_DYNAMIC_G64", "float32", "bfloat16 and float16"),
+        ("W4A8_DYNAMIC_G64", "float16", "float16"),
+    ],
+)
+def test_scales_fit_what_engines_keep_them_in(word: str, dtype: str, expected: str) -> None:
+    assert parse_scheme(word).scale_dtype(dtype) == expected

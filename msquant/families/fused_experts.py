@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msquant.checkpoint.stored_matrix import StoredMatrix
+from msquant.errors import ModelError
 from msquant.families.base import Config
 
 _FUSED = re.compile(r"^(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
@@ -95,6 +96,9 @@ def split_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> di
 
     Returns:
         `model.layers.3.mlp.experts.0.gate_proj` and so on, expert by expert.
+
+    Raises:
+        ModelError: gate and up, which lie in one tensor, are not of one size.
     """
     found = _FUSED.match(name)
     assert found is not None
@@ -103,7 +107,12 @@ def split_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> di
     if layout.transposed:
         rows, columns = columns, rows
     names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
-    each = rows // len(names)
+    each, odd = divmod(rows, len(names))
+    if odd:
+        raise ModelError(
+            f"{name} is {list(shape)}: its {rows} rows are not gate and up of one size",
+            remedy="put experts into keep_float",
+        )
     step = len(names) if layout.alternating else 1
     return {
         f"{parent}.{expert}.{single}": StoredMatrix(

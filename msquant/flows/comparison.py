@@ -211,7 +211,7 @@ def _rotation(folder: Path, hidden_size: int) -> "Rotation | None":
     if rotation is not None:
         return rotation(hidden_size)
     form = folder_format(folder)
-    matrix = None if form is None else form.residual_rotation(folder)
+    matrix = None if form is None else form.residual_rotation(folder, hidden_size)
     return None if matrix is None else StoredRotation(matrix)
 
 

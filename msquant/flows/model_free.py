@@ -38,6 +38,7 @@ from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.fp8_rounding import quantize_codes
 from msquant.kernels.weight_rounding import INT8, RoundedWeight, quantize_blocks
 from msquant.models.config_json import read_config
+from msquant.models.device import require_device
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe
 from msquant.schemes import Quant
@@ -80,6 +81,7 @@ def quantize_model_free(
     """
     started = time.monotonic()
     progress = progress or Progress()
+    require_device(device)
     with OutputFolder(output, overwrite=overwrite) as target:
         progress.stage(f"reading {source or recipe.model}")
         model = open_model_free(recipe, source or recipe.model, fetch, progress.stage)
@@ -89,8 +91,6 @@ def quantize_model_free(
         texts, notes = _evaluation(recipe, model)
         if remember:
             remember_folder(target.path, "unfinished")
-        if restart:
-            target.clear()
         identity = job_identity(recipe, model.checkpoint, {"source": recipe.calibration.source}, device)
         manifest = build_manifest(recipe, identity, ())
         with (
@@ -98,7 +98,12 @@ def quantize_model_free(
             deferred_interrupts(),
         ):
             folders = [*others, (plans[0], target)]
-            require_free_space(target.path, sum(plan.file_bytes for plan, _ in folders) - _written(target))
+            if restart:
+                # Unlike an export, each of them has a journal of its own.
+                for _, folder in folders:
+                    folder.clear()
+            to_come = sum(max(0, plan.file_bytes - _written(folder)) for plan, folder in folders)
+            require_free_space(target.path, to_come)
             for plan, folder in folders:
                 progress.stage(f"writing {plan.format.name} for {plan.format.consumer}")
                 _write_folder(model, plan, folder, manifest, identity, progress)
@@ -106,6 +111,8 @@ def quantize_model_free(
                     finished = folder.finish()
                     if remember:
                         remember_folder(finished, "export")
+            # All shards are finished: the same command has only the comparison to do again.
+            target.keep = True
             evaluation = evaluate_result(
                 recipe.evaluation,
                 texts,
@@ -222,9 +229,20 @@ def _working_bytes(model: ModelFreeSource, module: str) -> int:
 
 
 def _in_threads(work: Callable[[int], None], indices: list[int], threads: int) -> None:
-    """Do all of it; the first error ends the rest at its next safe point and is raised."""
+    """Do all of it; after the first error, which is raised, no more is begun."""
+    failed = threading.Event()
+
+    def guarded(index: int) -> None:
+        if failed.is_set():
+            return
+        try:
+            work(index)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(threads, thread_name_prefix="round") as pool:
-        futures = [pool.submit(work, index) for index in indices]
+        futures = [pool.submit(guarded, index) for index in indices]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -270,6 +288,7 @@ def _carry(model: ModelFreeSource, checkpoint: Checkpoint, name: str, shards: Gr
     spec = model.specs[name]
     if shards.dtype(name) != spec.dtype:
         for start, block in checkpoint.row_blocks(name, CARRIED_BYTES):
+            check_interrupt()
             shards.tensor_rows(name, start, block.reshape((-1, *spec.shape[1:])) if spec.shape else block[0])
         return
     for start, rows in checkpoint.shards[checkpoint.weight_map[name]].row_blocks(name, CARRIED_BYTES):

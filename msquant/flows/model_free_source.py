@@ -184,12 +184,12 @@ def open_model_free(
     if folder_format(folder) is not None:
         raise ModelError("is quantized already", where=folder, remedy="start from the model that it was")
     path = folder / "config.json"
-    config = read_json(path)
+    config, checkpoint = read_json(path), None
     if find_family(config.get("model_type")) is not None:
         # An option that msquant does not compute keeps nobody from rounding the weights.
         with suppress(ModelError):
-            open_source(model, fetch)
-    checkpoint = Checkpoint.open(folder)
+            checkpoint = open_source(str(folder)).checkpoint
+    checkpoint = checkpoint or Checkpoint.open(folder)
     specs = {
         name: TensorSpec(name, entry.dtype, entry.shape)
         for file_name, shard in sorted(checkpoint.shards.items())
@@ -255,6 +255,12 @@ def sort_tensors(
     for linear in linears.values():
         if linear.bias:
             kept.pop(linear.bias, None)
+    if not linears:
+        raise ModelError(
+            "holds no linear layer to quantize, by the names of its tensors",
+            where=where,
+            remedy="see msquant plan, and name what stays in keep_float",
+        )
     order = {tensor: places[tensor] for tensor in own}
     notes = tuple(_notes(config, layouts))
     return ModelFreeSource(name, config, own, linears, kept, order, notes=notes)
@@ -379,6 +385,19 @@ def _add_linears(
         module = spec.name.removesuffix(".weight")
         found = {module: StoredMatrix(spec.name, (spec.shape[0], spec.shape[1]))}
         bias = f"{module}.bias"
+    outputs: tuple[int, ...] = spec.shape[:1]
+    if fused:
+        outputs = (spec.shape[0], spec.shape[2 if layouts[experts_of(spec.name)].transposed else 1])
+    if bias in specs and specs[bias].shape != outputs:
+        raise ModelError(
+            f"{bias} is {list(specs[bias].shape)}, and {spec.name} has {list(outputs)} outputs",
+            remedy="put the layer into keep_float",
+        )
+    if twice := next((module for module in found if module in linears), None):
+        raise ModelError(
+            f"{twice} is in {spec.name} and in {linears[twice].matrix.tensor}",
+            remedy="use a checkpoint that holds each layer once",
+        )
     schemes = {module: recipe.quantization.scheme(module) for module in found}
     if all(scheme.is_float for scheme in schemes.values()):
         return "schemes: FLOAT"

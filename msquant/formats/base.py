@@ -260,8 +260,12 @@ class Format(ABC):
         """The schemes of some modules of a folder, damaged or not; `FLOAT` where nothing says another."""
         return {module: stored_scheme(checkpoint, module) for module in modules}
 
-    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+    def residual_rotation(self, folder: Path, hidden_size: int) -> NDArray[np.float32] | None:
         """The matrix Q, `[H, H]`, that hidden states are multiplied by in a folder's basis, where it says so.
+
+        Args:
+            folder: of this format.
+            hidden_size: H.
 
         Raises:
             CheckpointError: it says it, and has no such matrix.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from msquant.schemes import FLOAT, Scheme
+from msquant.schemes import FLOAT, MOST_COLUMNS, Scheme
 
 GROUP_SIZE = "group_size"
 """The entry for the columns of a group of int4 weights; 0 where a row has one scale."""
@@ -26,13 +26,14 @@ class Description:
 
     @property
     def group_size(self) -> int | None:
-        """The columns of a group of int4 weights; None where the entry is missing, 0 or no whole number."""
+        """The columns of a group of int4 weights; None where the entry is missing or no such number."""
         found = self.entries.get(GROUP_SIZE)
-        return found if type(found) is int and found > 0 else None
+        return found if type(found) is int and 0 < found <= MOST_COLUMNS else None
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of a layer by its weight's word, floating point if there is none; None if unknown."""
         said = self.tensors.get(f"{module}.weight", self.words[FLOAT])
         scheme = next((scheme for scheme, word in self.words.items() if word == said), None)
-        int4 = scheme is not None and scheme.weights is not None and scheme.weights.bits == 4
-        return scheme.in_groups(self.group_size) if scheme and int4 and self.group_size else scheme
+        if scheme is None or not scheme.is_int4 or self.group_size is None:
+            return scheme
+        return scheme.in_groups(self.group_size)

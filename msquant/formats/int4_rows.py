@@ -39,14 +39,9 @@ def splits_outputs(module: str) -> bool:
     return any(name in members for members in fused_linears().values())
 
 
-def is_int4(scheme: Scheme) -> bool:
-    """Whether a layer's weights are integers of four bits."""
-    return scheme.weights is not None and scheme.weights.bits == 4
-
-
 def check_one_size(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
     """Check that all int4 weights are in the same groups: a description has one `group_size` for them."""
-    small = [module for module, scheme in linears.items() if is_int4(scheme)]
+    small = [module for module, scheme in linears.items() if scheme.is_int4]
     for module in small:
         if linears[module] != linears[small[0]]:
             problem = f"is {linears[module]}, unlike {small[0]} ({linears[small[0]]}): a folder has one size"
@@ -56,4 +51,6 @@ def check_one_size(linears: Mapping[str, Scheme]) -> Iterator[Finding]:
 
 def unpacked(found: StoredTensor | None) -> StoredTensor | None:
     """A weight whose bytes hold two rows each, with the shape that the model has."""
-    return None if found is None else StoredTensor(found.name, (2 * found.shape[0], *found.shape[1:]))
+    if found is None or not found.shape:
+        return found
+    return StoredTensor(found.name, (2 * found.shape[0], *found.shape[1:]))

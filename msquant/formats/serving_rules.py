@@ -18,7 +18,6 @@ from msquant.formats.fused_layers import experts_parent
 from msquant.formats.golden_stick import int4_experts
 from msquant.formats.golden_stick.layout import SECTION
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, refused_keys, rope_problems
-from msquant.formats.int4_rows import is_int4
 from msquant.formats.registry import find_format, format_names
 from msquant.formats.servers import Parallelism, ServedModel, Server
 from msquant.schemes import FLOAT
@@ -279,7 +278,7 @@ _int4_kernels = _kernels(
 
 
 def _int4_experts(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    found = [module for module, scheme in model.linears.items() if is_int4(scheme)]
+    found = [module for module, scheme in model.linears.items() if scheme.is_int4]
     # Experts that are shared out whole are not split.
     if _is_mindformers(server):
         processors = max(1, parallelism.tensor * parallelism.data // (parallelism.expert or 1))
@@ -312,7 +311,7 @@ def _int4_groups(server: Server, model: ServedModel, parallelism: Parallelism) -
     if (server.name, server.version) != ("vllm-ascend", "main"):
         return
     for module, scheme in model.linears.items():
-        if is_int4(scheme) and scheme.group_size is not None:
+        if scheme.is_int4 and scheme.group_size is not None:
             yield (
                 module,
                 f"is {scheme}: since August 2026 it refuses int4 weights in groups",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from msquant.calibration.sources import parse_source
 from msquant.checkpoint.checkpoint_reader import Checkpoint
@@ -36,6 +36,9 @@ from msquant.planning.work import feed_forward_rounds
 from msquant.progress import Phase
 from msquant.recipe.recipe import Recipe
 from msquant.schemes import Scheme
+
+if TYPE_CHECKING:
+    from msquant.planning.model_free_plan import ModelFreePlan
 
 BASE_BYTES = 800_000_000
 """Of a process that has loaded MindSpore and golden-stick."""
@@ -411,7 +414,13 @@ def _problems(needed: int, free: int | None, peak: int, writing: int, available:
     return problems
 
 
-def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) -> None:
+def require_room(
+    recipe: Recipe,
+    output: Path,
+    source: str | None,
+    cache: Path,
+    planner: "Callable[..., Plan | ModelFreePlan]" = make_plan,
+) -> None:
     """Refuse to begin with weights that are downloaded for hours and have no room to be quantized.
 
     A model whose config is not published here is let through: what it takes is known only afterwards.
@@ -421,12 +430,13 @@ def require_room(recipe: Recipe, output: Path, source: str | None, cache: Path) 
         output: the folder that will be made.
         source: as `make_plan` takes it.
         cache: where the weights will go.
+        planner: `make_plan`, or another that is called so.
 
     Raises:
         OutputError: the output's disk is too small, or the one disk for both; names all numbers.
     """
     try:
-        plan = make_plan(recipe, output, source=source)
+        plan = planner(recipe, output, source=source)
     except ModelError:
         return
     together = _device(output) == _device(cache)

@@ -43,7 +43,7 @@ from msquant.formats.description import Description
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import Finding, StoredTensor, attempt
 from msquant.formats.fused_layers import experts_parent
-from msquant.formats.int4_rows import check_one_size, is_int4, unpacked
+from msquant.formats.int4_rows import check_one_size, unpacked
 from msquant.formats.scales import (
     all_positive,
     deq_scales,
@@ -94,13 +94,13 @@ class AscendFormat(Format):
 
     def shape_problem(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Experts with int4 weights are packed by rows."""
-        return four_bits.shape_problem(module, shape, scheme) if is_int4(scheme) else None
+        return four_bits.shape_problem(module, shape, scheme) if scheme.is_int4 else None
 
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
         yield from check_one_size(linears)
-        small = {module: scheme for module, scheme in linears.items() if is_int4(scheme)}
+        small = {module: scheme for module, scheme in linears.items() if scheme.is_int4}
         shapes = (expected_shapes(dict(config)) or {}) | extra_shapes(config) if small else {}
         for module, scheme in small.items():
             shape = shapes.get(f"{module}.weight")
@@ -120,7 +120,7 @@ class AscendFormat(Format):
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows = shape[:1]
-        if is_int4(scheme):
+        if scheme.is_int4:
             return four_bits.part_specs(module, shape, scheme)
         if not scheme.is_static:
             scales = "F32", (*rows, 1)
@@ -152,7 +152,7 @@ class AscendFormat(Format):
             CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the
                 zero point is no int8; a sum does not fit int32; or as `four_bits.encode`.
         """
-        if is_int4(linear.scheme):
+        if linear.scheme.is_int4:
             return four_bits.encode(module, linear.weight, weight_scales(module, linear))
         if not linear.is_static:
             scale = weight_scales(module, linear).reshape(-1, 1)
@@ -193,7 +193,7 @@ class AscendFormat(Format):
         # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
         order = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
         model_type = next(word for word in order if word in words)
-        small = next(filter(is_int4, linears.values()), None)
+        small = next((scheme for scheme in linears.values() if scheme.is_int4), None)
         entries = {"model_quant_type": model_type, "metadata": {}, **four_bits.entries(small)}
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
 
@@ -223,9 +223,9 @@ class AscendFormat(Format):
         """Raises CheckpointError as `AscendCheckpoint.open`."""
         return AscendCheckpoint.open(folder)
 
-    def residual_rotation(self, folder: Path) -> NDArray[np.float32] | None:
+    def residual_rotation(self, folder: Path, hidden_size: int) -> NDArray[np.float32] | None:
         """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `global_rotation`."""
-        return global_rotation(folder, read_description(folder).entries)
+        return global_rotation(folder, read_description(folder).entries, hidden_size)
 
     def own_findings(
         self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
@@ -242,22 +242,12 @@ class AscendFormat(Format):
             schemes = {module: description.scheme(module) for module in modules}
             findings += check_words(description, checkpoint.weight_map)
             findings += check_head(description)
-            findings += _check_rotation(folder, description, config or {})
+            # A draft model would be turned with it.
+            hidden = (config or {}).get("hidden_size")
+            attempt(findings, lambda: global_rotation(folder, description.entries, hidden))
             findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
             findings += self.check(known, config or {})
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
         return findings
-
-
-def _check_rotation(folder: Path, description: Description, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Check the file that a draft model would be turned with."""
-    findings: list[Finding] = []
-    matrix = attempt(findings, lambda: global_rotation(folder, description.entries))
-    yield from findings
-    hidden = config.get("hidden_size")
-    if matrix is not None and len(matrix) != hidden:
-        yield Finding(
-            DESCRIPTION_NAME, f"global_rotation is of {len(matrix)} channels, config.json says {hidden}"
-        )

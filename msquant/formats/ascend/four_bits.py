@@ -78,6 +78,8 @@ def shape_problem(module: str, shape: tuple[int, ...], scheme: Scheme, processor
         processors: that share it.
     """
     rows, columns = shape
+    if not rows or not columns:
+        return "holds no numbers"
     together = splits_outputs(module)
     if together:
         rows //= processors
@@ -154,7 +156,10 @@ def scales(tensors: Mapping[str, NDArray[Any]], module: str, scheme: Scheme) -> 
     first = tensors[f"{module}.weight_scale"].astype(np.float32)
     if scheme.group_size is None:
         return first.reshape(-1)
-    return held_scales(first * tensors[f"{module}.weight_scale_second"].astype(np.float32), "float16")
+    # What overflows is not finite, which is named where the scales are checked.
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = first * tensors[f"{module}.weight_scale_second"].astype(np.float32)
+    return held_scales(product, "float16")
 
 
 def scale_bias(weight: NDArray[np.int8], scale: NDArray[np.float32], columns: int) -> NDArray[np.float32]:

@@ -31,7 +31,7 @@ from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend import four_bits
 from msquant.formats.description import Description
-from msquant.formats.int4_rows import is_int4, unpack_rows
+from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
 from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
 
@@ -100,7 +100,7 @@ def _refused(path: Path, what: str) -> CheckpointError:
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
     """The tensors of a quantized layer; the layer's own `bias` is the only other one."""
-    if is_int4(scheme):
+    if scheme.is_int4:
         return four_bits.parts_of(scheme)
     return STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
 
@@ -169,7 +169,7 @@ def decode_linear(
     weight, stored_bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
-        if is_int4(scheme):
+        if scheme.is_int4:
             weight, scale = unpack_rows(weight), four_bits.scales(tensors, module, scheme)
         else:
             scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)

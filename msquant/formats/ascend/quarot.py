@@ -7,6 +7,7 @@ h Q in the folder's basis. No server needs it for the model itself; vllm-ascend 
 it.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,17 @@ _TENSOR = "global_rotation"
 _TOLERANCE = 2e-2
 
 
-def global_rotation(folder: Path, entries: Mapping[str, Any]) -> NDArray[np.float32] | None:
+def global_rotation(folder: Path, entries: Mapping[str, Any], hidden_size: Any) -> NDArray[np.float32] | None:
     """The matrix Q of a folder, float32 `[H, H]`; None where its description names none.
 
     Args:
         folder: the checkpoint.
         entries: of its description.
+        hidden_size: H, as `config.json` says; anything but a number is named, and no matrix read.
 
     Raises:
-        CheckpointError: the entry is no path of a file in the folder, or the file holds no orthogonal matrix.
+        CheckpointError: the entry is no path of a file in the folder, or the file holds no orthogonal matrix
+            of the model's size.
     """
     found: Any = entries
     for key in (ENTRY, "quarot", "rotation_map", _TENSOR):
@@ -46,15 +49,25 @@ def global_rotation(folder: Path, entries: Mapping[str, Any]) -> NDArray[np.floa
         problem = problem if isinstance(found, str) else "it is no path"
         raise CheckpointError(f"{_TENSOR} in {ENTRY} is {found!r}: {problem}", where=folder)
     path = folder / found
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # Unlike `Path.resolve`, this takes links that lead in a circle.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise CheckpointError(f"{_TENSOR} in {ENTRY} is {found!r}, which is not in the folder", where=folder)
     shard = Shard.open(path)
     if _TENSOR not in shard.entries:
         raise CheckpointError(f"holds no {_TENSOR}", where=path)
+    shape = shard.entries[_TENSOR].shape
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise CheckpointError(f"{_TENSOR} has shape {list(shape)}, a square is expected", where=path)
+    wrong = CheckpointError(
+        f"{_TENSOR} is of {shape[0]} channels, config.json says {hidden_size}", where=path
+    )
+    # Before it is read: a file may claim any size.
+    if type(hidden_size) is not int or shape[0] > hidden_size:
+        raise wrong
     matrix = shard.read(_TENSOR).astype(np.float32)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise CheckpointError(f"{_TENSOR} has shape {list(matrix.shape)}, a square is expected", where=path)
     away = np.abs(matrix.T @ matrix - np.eye(len(matrix), dtype=np.float32)).max(initial=0)
     if not away <= _TOLERANCE:
         raise CheckpointError(f"{_TENSOR} is not orthogonal (by {away:.2g})", where=path)
+    if len(matrix) != hidden_size:
+        raise wrong
     return matrix

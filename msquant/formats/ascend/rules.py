@@ -38,9 +38,9 @@ from msquant.formats.folder_rules import (
     layer_shape,
 )
 from msquant.formats.fused_layers import check_fused_inputs
-from msquant.formats.int4_rows import is_int4, unpack_rows
+from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, rounded_reciprocal
-from msquant.schemes import FLOAT, W4A8_DYNAMIC, Scheme
+from msquant.schemes import FLOAT, MOST_COLUMNS, W4A8_DYNAMIC, Scheme
 
 _INT8 = frozenset({"I8"})
 _ANY_DEQ_SCALE = frozenset({"F32", "I64"})
@@ -102,7 +102,7 @@ def check_four_bits(description: Description) -> Iterator[Finding]:
             DESCRIPTION_NAME,
             f"version is {version!r}: {W4A8_DYNAMIC} is read with {four_bits.VERSION!r}, packed",
         )
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size <= MOST_COLUMNS:
         yield Finding(
             DESCRIPTION_NAME,
             f"{GROUP_SIZE} is {size!r}: {W4A8_DYNAMIC} is read with 0 for one scale a row, or with the "
@@ -130,7 +130,7 @@ def check_layout(
         return shape
     rows = shape[:1]
     expected: Parts = {"weight": (_INT8, (shape,))}
-    if is_int4(scheme):
+    if scheme.is_int4:
         whole = 2 * shape[0], shape[1]
         if misfit := four_bits.shape_problem(module, whole, scheme):
             return [Finding(f"{module}.weight", misfit)]
@@ -193,7 +193,7 @@ def _check_values(
                 yield Finding(
                     f"{module}.{part}", "is not zero everywhere: the engine takes weights as symmetric"
                 )
-        if is_int4(scheme):
+        if scheme.is_int4:
             yield from _check_scale_bias(checkpoint, module, scheme)
         return
     deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))

@@ -52,7 +52,7 @@ def takes(scheme: Scheme) -> bool:
     return scheme in (W8A8, W8A8_DYNAMIC) or (
         scheme.inputs == W8A8_DYNAMIC.inputs
         and scheme.weights is not None
-        and scheme.weights.bits == 4
+        and scheme.is_int4
         and scheme.weights.symmetric
     )
 

@@ -47,7 +47,7 @@ from msquant.formats.golden_stick.layout import (
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, published_form
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
 from msquant.formats.golden_stick.rules import check_config, check_names, check_stray_files, check_tensors
-from msquant.formats.int4_rows import check_one_size, is_int4, unpacked
+from msquant.formats.int4_rows import check_one_size, unpacked
 from msquant.formats.scales import deq_scales, input_parameters, weight_scales
 from msquant.schemes import Scheme
 
@@ -117,7 +117,7 @@ class GoldenStickFormat(Format):
             config,
         )
         yield from check_one_size(linears)
-        small = {module: scheme for module, scheme in linears.items() if is_int4(scheme)}
+        small = {module: scheme for module, scheme in linears.items() if scheme.is_int4}
         shapes = (expected_shapes(dict(config)) or {}) if small else {}
         for module, scheme in small.items():
             size, shape = scheme.group_size or self.row_groups, shapes.get(f"{module}.weight")
@@ -159,7 +159,7 @@ class GoldenStickFormat(Format):
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         rows, columns = shape[:1], shape[1:]
-        if is_int4(scheme):
+        if scheme.is_int4:
             return int4_experts.part_specs(shape, scheme.group_size or self.row_groups)
         if scheme.is_dynamic:
             return {"weight": ("I8", shape), "weight_scale": ("F32", rows), "weight_offset": ("F32", rows)}
@@ -202,7 +202,7 @@ class GoldenStickFormat(Format):
             # float32 loads as it is or, in a bfloat16 model, is rounded by the engine, which changes no scale
             # that the pass has made for such a model.
             scale = weight_scales(module, linear)
-            if is_int4(linear.scheme):
+            if linear.scheme.is_int4:
                 return int4_experts.encode(linear.weight, scale, linear.scheme.group_size or self.row_groups)
             return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
         columns = linear.weight.shape[1]
@@ -227,7 +227,7 @@ class GoldenStickFormat(Format):
         words: dict[str, Any] = {
             name: described.get(name.rpartition(".")[0], FLOAT) for name in sorted(names)
         }
-        small = next(filter(is_int4, linears.values()), None)
+        small = next((scheme for scheme in linears.values() if scheme.is_int4), None)
         entries = {} if small is None else int4_experts.entries(small, self.row_groups)
         return {DESCRIPTION_NAME: words | entries}
 

@@ -29,7 +29,6 @@ from msquant.errors import CheckpointError
 from msquant.families import find_family
 from msquant.formats.description import Description
 from msquant.formats.golden_stick import int4_experts
-from msquant.formats.int4_rows import is_int4
 from msquant.formats.scales import all_positive, held_scales, row_scales
 from msquant.schemes import Scheme
 
@@ -154,9 +153,7 @@ def stored_scheme(checkpoint: Checkpoint, module: str, description: Description)
     """The scheme of a layer of a folder; floating point where a word is unknown, as the rules report it."""
     scheme = description.scheme(module) or schemes.FLOAT
     named = all(f"{module}.{part}" in checkpoint for part in ("weight", "weight_scale"))
-    return (
-        int4_experts.stored_scheme(checkpoint, module, description) if is_int4(scheme) and named else scheme
-    )
+    return int4_experts.stored_scheme(checkpoint, module, description) if scheme.is_int4 and named else scheme
 
 
 def decode_linear(
@@ -209,7 +206,7 @@ def _decode_dynamic(
     scheme: Scheme,
 ) -> QuantizedLinear:
     weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"]
-    if is_int4(scheme):
+    if scheme.is_int4:
         weight, scale = int4_experts.decode(module, weight, scale, scheme)
     else:
         # Other tools store [N, 1], and in the model's dtype.

@@ -39,7 +39,6 @@ from msquant.formats.golden_stick.layout import (
     quantized_bias,
     stored_scheme,
 )
-from msquant.formats.int4_rows import is_int4
 from msquant.formats.scales import all_positive
 from msquant.schemes import W8A8, Scheme
 
@@ -129,7 +128,7 @@ def _check_group_size(description: Description, quantized: Mapping[str, Scheme])
     """MindFormers reads the columns of a group here, and nowhere else."""
     found = description.entries.get(GROUP_SIZE)
     for module, scheme in quantized.items():
-        if is_int4(scheme) and (description.group_size is None or scheme.group_size not in (None, found)):
+        if scheme.is_int4 and (description.group_size is None or scheme.group_size not in (None, found)):
             wanted = scheme.group_size or "the columns of a group"
             yield Finding(
                 DESCRIPTION_NAME,
@@ -156,7 +155,7 @@ def check_layout(
     rows, columns = shape[:1], shape[1:]
     model_codes = frozenset({DTYPE_CODES[dtype]}) if dtype in DTYPE_CODES else FLOAT_CODES
     expected: Parts = {"weight": (_INT8, (shape,))}
-    if is_int4(scheme):
+    if scheme.is_int4:
         whole, size = (2 * shape[0], shape[1]), int4_experts.stored_size(checkpoint, module)
         if not size:
             return [Finding(f"{module}.weight_scale", "has no scale for each group of columns")]
@@ -181,7 +180,7 @@ def check_layout(
 def _check_values(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterator[Finding]:
     if f"{module}.bias" in checkpoint:
         yield from check_float(checkpoint, f"{module}.bias")
-    if is_int4(scheme):
+    if scheme.is_int4:
         yield from _check_int4(checkpoint, module, scheme)
     else:
         for part in ("weight_scale",) if scheme.is_dynamic else ("deq_scale", "input_scale"):

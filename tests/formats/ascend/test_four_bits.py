@@ -309,6 +309,8 @@ def flipped(array: np.ndarray) -> np.ndarray:
         (entry(group_size=256), f"{DOWN}.weight_scale_second", "missing from a quantized layer"),
         (entry(group_size=None), DESCRIPTION_NAME, "group_size is None"),
         (entry(group_size=-1), DESCRIPTION_NAME, "group_size is -1"),
+        (entry(group_size=10**30), DESCRIPTION_NAME, "group_size is 1000000"),
+        (stored("weight", lambda a: a[0, 0]), f"{DOWN}.weight", "has shape"),
         (entry(version="0.1"), DESCRIPTION_NAME, "version is '0.1'"),
         (
             lambda folder: change_tensors(

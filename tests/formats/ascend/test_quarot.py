@@ -1,5 +1,6 @@
 """What msModelSlim's QuaRot says beside its weights: read where it is right, named where it is not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def with_matrix(folder: Path, matrix: np.ndarray, path: Any = PATH, name: str = 
 
 
 def test_the_matrix_is_read(folder: Path) -> None:
-    assert FORM.residual_rotation(folder) is None
+    assert FORM.residual_rotation(folder, 16) is None
     with_matrix(folder, MATRIX)
     assert FORM.validate(folder) == []
-    found = FORM.residual_rotation(folder)
+    found = FORM.residual_rotation(folder, 16)
     assert found is not None
     np.testing.assert_array_equal(found, MATRIX)
     states = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
@@ -56,7 +57,7 @@ def test_what_else_is_optional_is_passed_over(folder: Path, optional: Any) -> No
     describe(folder, optional)
     assert FORM.validate(folder) == []
     assert FORM.open(folder).linear("model.layers.0.mlp.up_proj").scheme == W8A8
-    assert FORM.residual_rotation(folder) is None
+    assert FORM.residual_rotation(folder, 16) is None
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,20 @@ def test_a_wrong_one_is_named_and_the_weights_are_read_all_the_same(
     (found,) = FORM.validate(folder)
     assert problem in found.problem
     assert FORM.open(folder).linear("model.layers.0.mlp.up_proj").scheme == W8A8
+
+
+def test_a_file_that_claims_any_size_and_links_in_a_circle_are_named(folder: Path) -> None:
+    with_matrix(folder, MATRIX)
+    (folder / PATH).unlink()
+    (folder / PATH).symlink_to(folder / PATH)
+    assert len(FORM.validate(folder)) == 1
+    (folder / PATH).unlink()
+    size = 1 << 20
+    header = json.dumps(
+        {"global_rotation": {"dtype": "F32", "shape": [size, size], "data_offsets": [0, 4 * size * size]}}
+    ).encode()
+    with (folder / PATH).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * size * size)
+    (found,) = FORM.validate(folder)
+    assert f"of {size} channels, config.json says 16" in found.problem
