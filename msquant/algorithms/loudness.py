@@ -39,13 +39,16 @@ SHRINKAGE = 0.3
 SEARCH_RATIOS = (1.0, 0.85, 0.7)
 """The scales that are tried for a candidate; fewer than in the end."""
 
+SEARCH_ROWS = 256
+"""Of each weight, evenly spread, by which candidates are compared: an exponent is shared by all rows."""
+
 
 class LoudnessSearch:
     """The exponents of one group, compared.
 
     Args:
         x: what its linears read, batches `[T, K]`.
-        weights: of its linears, float32 `[N, K]` each.
+        weights: of its linears, float32 `[N, K]` each, of which `SEARCH_ROWS` rows or a few more are used.
         scheme: of its linears; not a static one.
         query_groups: key-value heads and query heads of each, where the scale is shared by the query heads.
     """
@@ -58,11 +61,12 @@ class LoudnessSearch:
         query_groups: tuple[int, int] | None = None,
     ) -> None:
         assert scheme.weights is not None
-        self._x, self._weights, self._scheme, self._quant = x, weights, scheme, scheme.weights
+        self._x, self._scheme, self._quant = x, scheme, scheme.weights
+        self._weights = [weight[:: max(1, len(weight) // SEARCH_ROWS)] for weight in weights]
         gram = gram_matrix(x)
         self._squares = gram.diagonal().copy()
         self._hessian = shrunk(gram, SHRINKAGE, 0.0)
-        power = sum(float(np.vdot(weight @ self._hessian, weight)) for weight in weights)
+        power = sum(float(np.vdot(weight @ self._hessian, weight)) for weight in self._weights)
         self._power = power or 1.0
         tokens = sum(map(len, x))
         self._magnitudes = np.sum([np.abs(batch).sum(axis=0) for batch in x], axis=0) / np.float32(tokens)

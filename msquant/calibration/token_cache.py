@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from msquant.calibration.tokens import TEXTS_AT_ONCE
 from msquant.checkpoint.cache import cache_folder
 
 LARGE = 2_000_000
@@ -56,9 +57,10 @@ def cached_tokens(
             return np.split(ids, ends[:-1])
     found: list[NDArray[np.int32]] = []
     done = said = 0
-    for text in texts:
-        found += encode(tokenizer, [text])
-        done += len(text)
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        batch = texts[start : start + TEXTS_AT_ONCE]
+        found += encode(tokenizer, batch)
+        done += sum(map(len, batch))
         if done - said >= _STEP or done == total:
             said = done
             step(f"tokenizing {done / total:.0%} of {total / 1e6:.1f} million characters")

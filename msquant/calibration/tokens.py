@@ -17,6 +17,9 @@ from msquant.errors import CalibrationError
 Encode = Callable[[Sequence[str]], list[NDArray[np.int32]]]
 """Texts to token ids without special tokens, one array a text."""
 
+TEXTS_AT_ONCE = 32
+"""Are encoded by all cores together; what the tokenizer says of more would take much memory."""
+
 _SEPARATOR = "\n\n"
 
 
@@ -288,7 +291,11 @@ def spread_windows(
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
     """The token ids of each text, int32, without special tokens beyond those that are written in it."""
-    return [np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32) for text in texts]
+    found: list[NDArray[np.int32]] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        batch = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False)
+        found += [np.array(ids, dtype=np.int32) for ids in batch["input_ids"]]
+    return found
 
 
 def _shares(weights: Sequence[float], capacities: Sequence[int], samples: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Loads the tokenizer that lies beside a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`, with the model's special tokens around it unless told otherwise."""
+        ...
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """The same for several texts: `input_ids` has the list of each."""
         ...
 
 

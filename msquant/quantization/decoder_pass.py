@@ -31,6 +31,9 @@ Floats = NDArray[np.float32]
 BETWEEN = 99_999
 """The boundary between the two blocks of the layer at hand, among those before and after decoder layers."""
 
+# Samples by whose outputs a quantized layer is compared with the layer: a report's figure needs no more.
+_COMPARED = 4
+
 
 class DecoderPass:
     """Quantizes the decoder layers of one model, each from the floating-point outputs of the one before.
@@ -95,8 +98,9 @@ class DecoderPass:
         result = self._golden_stick(index, layer, hidden[: self._searched], sink, keep)
         del layer
         self._carry(index, "whole", hidden, put_finite)
-        quantized = self._compute(self._layer(result, index, "whole"), hidden[0])
-        result.report.error = relative_error(hidden[0], first[0], quantized)
+        sample = hidden[0][:_COMPARED]
+        quantized = self._compute(self._layer(result, index, "whole"), sample)
+        result.report.error = relative_error(sample, first[0][:_COMPARED], quantized)
         return result.report
 
     def _two_blocks(

@@ -24,6 +24,9 @@ class Numbers:
         prefix = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         return prefix + [int(word) for word in text.split()]
 
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
+        return {"input_ids": [self.encode(each, add_special_tokens=add_special_tokens) for each in text]}
+
 
 def _domain(name: str, weight: float, start: int, count: int) -> Domain:
     return Domain(name, weight, [" ".join(map(str, range(start, start + count)))])
