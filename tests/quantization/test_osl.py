@@ -21,6 +21,7 @@ from tests.fixtures.tiny_model import write_tiny_llama
 INDEX = 1
 NAME = "model.layers.1"
 SAMPLES, LENGTH = 4, 24
+ALPHAS = (0.1, 0.3, 0.45, 0.6, 0.75, 0.9)
 
 
 def hidden_states(size):
@@ -60,8 +61,8 @@ CASES = {
 def test_fast_search_equals_golden_sticks_own(case, tmp_path):
     model_type, part, overrides = CASES[case]
     folder = write_tiny(tmp_path / "model", model_type, **overrides)
-    reference = run_pass(folder, 2, part, reference=True)
-    fast = run_pass(folder, 2, part)
+    reference = run_pass(folder, 2, part, reference=True, smooth_alpha=ALPHAS)
+    fast = run_pass(folder, 2, part, smooth_alpha=ALPHAS)
 
     expected = {group.name: group.alpha for group in reference.report.groups}
     assert {group.name: group.alpha for group in fast.report.groups} == expected
