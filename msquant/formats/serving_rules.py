@@ -67,13 +67,14 @@ def _is_mindformers(server: Server) -> bool:
 
 
 def _format(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if find_format(model.format).server != server.name:
-        wanted = next(name for name in format_names() if find_format(name).server == server.name)
-        yield (
-            model.format,
-            f"is in the {model.format} format, which {server.name} cannot read",
-            f"msquant export FOLDER --format {wanted}",
-        )
+    form = find_format(model.format)
+    wanted = next(name for name in format_names() if find_format(name).server == server.name)
+    remedy = f"msquant export FOLDER --format {wanted}"
+    if form.server != server.name:
+        yield model.format, f"is in the {model.format} format, which {server.name} cannot read", remedy
+    elif not form.written:
+        problem = "is a format that msquant reads alone: which of its layers have kernels is not known to it"
+        yield model.format, problem, remedy
 
 
 def _rope_rows(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:

@@ -17,13 +17,13 @@ from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.folder_rules import FLOAT_CODES, Finding, Parts, check_parts
-from msquant.formats.scales import all_positive
+from msquant.formats.packed_words import WORD_BITS, pack, unpack
+from msquant.formats.scales import all_signed
 from msquant.schemes import Quant, Scheme
 
 FORMAT: Final = "pack-quantized"
 """What `format` is in `config.json`."""
 
-_WORD = 32
 _GRANULARITIES = ("channel", "group")
 
 
@@ -36,14 +36,14 @@ def is_packed(scheme: Scheme) -> bool:
     return (
         quant is not None
         and scheme.inputs is None
-        and _WORD % quant.bits == 0
+        and WORD_BITS % quant.bits == 0
         and quant.granularity in _GRANULARITIES
     )
 
 
 def per_word(quant: Quant) -> int:
     """How many integers one number holds."""
-    return _WORD // quant.bits
+    return WORD_BITS // quant.bits
 
 
 def groups_of(quant: Quant, columns: int) -> int:
@@ -85,7 +85,7 @@ def encode_parts(module: str, linear: QuantizedLinear, dtype: str) -> dict[str, 
         K / group_size]`.
 
     Raises:
-        CheckpointError: a scale is not positive and finite in `dtype`.
+        CheckpointError: a scale is 0 or not finite in `dtype`.
     """
     quant = linear.scheme.weights
     assert quant is not None
@@ -112,7 +112,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme: as `config.json` has it.
 
     Raises:
-        CheckpointError: a scale is not positive and finite.
+        CheckpointError: a scale is 0 or not finite.
     """
     quant = scheme.weights
     assert quant is not None
@@ -133,27 +133,6 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         bias=None if bias is None else bias.astype(np.float32),
         weight_offset=offset,
     )
-
-
-def pack(values: NDArray[np.integer[Any]], bits: int) -> NDArray[np.int32]:
-    """Integers `[R, C]` side by side in as few numbers as they fit into; what is left of the last is 0."""
-    held = _WORD // bits
-    packed = np.zeros((values.shape[0], -(-values.shape[1] // held)), np.uint32)
-    for place in range(held):
-        part = values[:, place::held].astype(np.int32) + (1 << (bits - 1))
-        packed[:, : part.shape[1]] |= part.astype(np.uint32) << np.uint32(bits * place)
-    return packed.view(np.int32)
-
-
-def unpack(packed: NDArray[np.int32], bits: int, columns: int) -> NDArray[np.int8]:
-    """The integers `[R, columns]` of what `pack` returned."""
-    held, words = _WORD // bits, np.ascontiguousarray(packed).view(np.uint32)
-    values = np.empty((packed.shape[0], packed.shape[1] * held), np.int8)
-    mask = np.uint32((1 << bits) - 1)
-    for place in range(held):
-        part = (words >> np.uint32(bits * place)) & mask
-        values[:, place::held] = part.astype(np.int16) - (1 << (bits - 1))
-    return np.ascontiguousarray(values[:, :columns])
 
 
 def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
@@ -201,9 +180,9 @@ def check_layout(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Fi
 
 
 def _check_scales(module: str, scales: NDArray[np.float32]) -> None:
-    if not all_positive(scales):
+    if not all_signed(scales):
         raise CheckpointError(
-            f"its weight scales are not positive and finite (from {scales.min():.4g} to {scales.max():.4g})",
+            f"its weight scales are 0 or not finite (from {scales.min():.4g} to {scales.max():.4g})",
             where=module,
             remedy="keep this layer in floating point",
         )

@@ -23,6 +23,7 @@ from msquant.formats.folder_rules import (
     check_integers,
     check_parts,
     check_positive,
+    check_signed,
     layer_shape,
 )
 from msquant.formats.fused_layers import check_fused_inputs, experts_parent, fused_layers
@@ -135,7 +136,8 @@ def is_linear(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _check_values(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> Iterator[Finding]:
-    yield from check_positive(checkpoint, f"{module}.weight_scale")
+    alone = group.scheme.is_weight_only
+    yield from (check_signed if alone else check_positive)(checkpoint, f"{module}.weight_scale")
     if group.scheme.is_static:
         yield from check_positive(checkpoint, f"{module}.input_scale")
     if f"{module}.bias" in checkpoint:
