@@ -303,6 +303,10 @@ class Format(ABC):
             CheckpointError: a file is missing or cannot be understood.
         """
 
+    def open_prefill(self, folder: Path) -> WeightSource | None:
+        """As `open`, as the server computes prompts, where it does not compute answers so; else None."""
+        return None
+
     def validate(self, folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
         """Check a folder against every rule, reading each tensor once and holding one layer at a time.
 

@@ -12,8 +12,8 @@ Of a layer with N outputs, K inputs and G groups, `held` integers being in 32 bi
     y = (scales * (qweight - qzeros)) @ x + bias
 
 Read in GPTQModel 7.6.0 (nn_modules/qlinear/__init__.py: `pack_block`; quantization/awq/utils/
-packing_utils.py: `pack_awq`, `dequantize_gemm`) and AutoRound 0.16.1 (auto_round_extension/torch/qlinear_torch.py and
-qlinear_torch_zp.py; export/export_to_awq/utils.py).
+packing_utils.py: `pack_awq`, `dequantize_gemm`) and AutoRound 0.16.1 (auto_round_extension/torch/
+qlinear_torch.py and qlinear_torch_zp.py; export/export_to_awq/utils.py).
 """
 
 from typing import Any
