@@ -1,6 +1,7 @@
 """Folders of GPTQ, AWQ and AutoRound: read to the bit, exported to the bit, and refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
-from msquant.errors import CheckpointError, RecipeError
+from msquant.errors import CheckpointError, ModelError, RecipeError
 from msquant.flows.conversion import export, open_quantized
+from msquant.flows.source import open_source
 from msquant.formats.registry import find_format, folder_format, format_names, parse_formats, readable_formats
 from msquant.formats.summary import summarize
 from msquant.schemes import parse_scheme
-from tests.formats.folders import change_tensors
+from tests.formats.folders import change_json, change_tensors
 from tests.formats.qweight_folders import SECTIONS, Values, write_qweight
 
 UP = "model.layers.1.mlp.up_proj"
@@ -78,6 +80,30 @@ def test_groups_in_an_order_of_their_own_are_read_and_not_exported(tmp_path: Pat
         export(tmp_path / "m", ["compressed-tensors"])
     assert raised.value.remedy
     assert not (tmp_path / "m-compressed-tensors").exists()
+
+
+def test_groups_in_an_order_of_their_own_of_compressed_tensors(tmp_path: Path) -> None:
+    """llm-compressor's `actorder: group`: the group of each column is in `weight_g_idx`."""
+    made = write_qweight(tmp_path / "m")
+    (result,) = export(tmp_path / "m", ["compressed-tensors"])
+    folder = result.folder
+    (folder / "msquant.json").unlink()
+    weights = {"actorder": "group"}
+    change_json(
+        folder / "config.json",
+        lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights),
+    )
+    rng = np.random.default_rng(1)
+    orders = {m: rng.permutation(values.groups).astype(np.int32) for m, values in made.items()}
+    change_tensors(folder, {f"{m}.weight_g_idx": order for m, order in orders.items()}, described=False)
+    (folder / "msquant.json").unlink()
+    assert summarize(folder).findings == []
+    linear = open_quantized(folder).weights.linear(UP)
+    assert isinstance(linear, QuantizedLinear)
+    np.testing.assert_array_equal(linear.float_weight, replace(made[UP], groups=orders[UP]).weight)
+    change_tensors(folder, {f"{UP}.weight_g_idx": orders[UP] + 1}, described=False)
+    with pytest.raises(CheckpointError, match="names groups from 1 to 2, there are 2"):
+        open_quantized(folder).weights.linear(UP)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -190,6 +216,12 @@ def test_a_description_that_contradicts_the_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="leaves the layer in floating point"):
         weights.linear(UP)
     assert any(UP in finding.where for finding in summarize(tmp_path / "a").findings)
+
+
+def test_no_quantization_starts_from_it(tmp_path: Path) -> None:
+    write_qweight(tmp_path / "m", "awq")
+    with pytest.raises(ModelError, match="is quantized already, as awq"):
+        open_source(str(tmp_path / "m"))
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from msquant.schemes import Quant, Scheme
 FORMAT: Final = "pack-quantized"
 """What `format` is in `config.json`."""
 
+ORDER: Final = "weight_g_idx"
+"""The group of each column, int32 `[K]`, of `actorder: group`; other orders need no tensor."""
+
 _GRANULARITIES = ("channel", "group")
 
 
@@ -112,7 +115,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme: as `config.json` has it.
 
     Raises:
-        CheckpointError: a scale is 0 or not finite.
+        CheckpointError: a scale is 0 or not finite; an order names a group that is not there.
     """
     quant = scheme.weights
     assert quant is not None
@@ -132,7 +135,24 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme=scheme,
         bias=None if bias is None else bias.astype(np.float32),
         weight_offset=offset,
+        column_groups=_groups(module, tensors, scale),
     )
+
+
+def _groups(
+    module: str, tensors: Mapping[str, NDArray[Any]], scale: NDArray[np.float32]
+) -> NDArray[np.int32] | None:
+    """The group of each column, where a tensor says it."""
+    order = tensors.get(f"{module}.{ORDER}")
+    if order is None:
+        return None
+    if (order < 0).any() or (order >= scale.shape[1]).any():
+        raise CheckpointError(
+            f"names groups from {order.min()} to {order.max()}, there are {scale.shape[1]}",
+            where=f"{module}.{ORDER}",
+        )
+    runs = np.arange(len(order)) // (len(order) // scale.shape[1])
+    return None if np.array_equal(order, runs) else order.astype(np.int32)
 
 
 def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
@@ -148,17 +168,20 @@ def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def check_layout(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Finding]:
+def check_layout(
+    checkpoint: Checkpoint, module: str, scheme: Scheme, *, ordered: bool = False
+) -> list[Finding]:
     """Check the names, dtypes and shapes of a layer's tensors.
 
     Args:
         checkpoint: the opened folder.
         module: the layer.
         scheme: as `config.json` has it.
+        ordered: whether `ORDER` is one of the tensors.
     """
     quant = scheme.weights
     assert quant is not None
-    parts = part_shapes(quant, (1, 1))
+    parts = (*part_shapes(quant, (1, 1)), *((ORDER,) if ordered else ()))
     missing = [f"{module}.{part}" for part in parts if f"{module}.{part}" not in checkpoint]
     if missing:
         return [Finding(name, "missing from a quantized layer") for name in missing]
@@ -174,6 +197,8 @@ def check_layout(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Fi
         part: (codes.get(part, frozenset({"I32"})), (size,))
         for part, size in part_shapes(quant, shape).items()
     }
+    if ordered:
+        expected[ORDER] = (frozenset({"I32", "I64"}), ((shape[1],),))
     if f"{module}.bias" in checkpoint:
         expected["bias"] = (FLOAT_CODES, ((shape[0],),))
     return check_parts(checkpoint, module, expected)

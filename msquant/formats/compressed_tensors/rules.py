@@ -63,7 +63,10 @@ def check_fused_targets(section: Section, schemes: Mapping[str, Scheme]) -> Iter
 def parts_of(group: ConfigGroup) -> tuple[str, ...]:
     """The tensors of a layer of a group; the layer's own `bias` is the only other one."""
     if packed.is_packed(group.scheme) and group.scheme.weights is not None:
-        return tuple(packed.part_shapes(group.scheme.weights, (1, 1)))
+        return (
+            *packed.part_shapes(group.scheme.weights, (1, 1)),
+            *((packed.ORDER,) if group.ordered else ()),
+        )
     if group.scheme.is_dynamic:
         return DYNAMIC_PARTS
     return tuple(part for part in STATIC_PARTS if part != "input_zero_point" or not group.symmetric)
@@ -78,7 +81,7 @@ def check_layout(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> lis
         group: the one it is in.
     """
     if packed.is_packed(group.scheme):
-        return packed.check_layout(checkpoint, module, group.scheme)
+        return packed.check_layout(checkpoint, module, group.scheme, ordered=group.ordered)
     shape = layer_shape(checkpoint, module, parts_of(group))
     if isinstance(shape, list):
         return shape

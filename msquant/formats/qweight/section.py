@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from msquant.errors import CheckpointError
-from msquant.schemes import MOST_COLUMNS, Quant, Scheme
+from msquant.schemes import MOST_COLUMNS, Granularity, Quant, Scheme
 
 BITS = (2, 4, 8)
 """Widths that fill 32 bits; others go over their ends, each tool in its own way."""
@@ -64,7 +64,7 @@ class Layer:
     @property
     def scheme(self) -> Scheme:
         """How it is computed: its inputs stay in floating point."""
-        granularity = "channel" if self.group_size is None else "group"
+        granularity: Granularity = "channel" if self.group_size is None else "group"
         return Scheme(Quant(self.bits, granularity, self.group_size, self.symmetric))
 
 
@@ -160,7 +160,7 @@ def read_layer(said: Mapping[str, Any], packing: Packing, where: str = "") -> La
     bits, size, symmetric = said.get("bits"), said.get("group_size"), said.get("sym", True)
     of = f" of {where}" if where else ""
     allowed = (4,) if packing.order else BITS
-    if bits not in allowed or isinstance(bits, bool):
+    if type(bits) is not int or bits not in allowed:
         raise _refused(f"bits{of} is {bits!r}, {' or '.join(map(str, allowed))} is read")
     if type(size) is not int or not (size in (-1, 0) or 0 < size <= MOST_COLUMNS):
         raise _refused(f"group_size{of} is {size!r}, a number of columns or -1 is expected")

@@ -178,7 +178,7 @@ def test_groups_of_two_layouts_name_their_own() -> None:
     [
         ("num_bits", 3, "num_bits of the weights of group_0 is 3"),
         ("type", "float", "type of the weights"),
-        ("actorder", "group", "actorder of the weights"),
+        ("actorder", "dynamic", "actorder of the weights"),
         ("strategy", "block", "strategy of the weights"),
         ("group_size", None, "group_size of the weights of group_0 is None"),
         ("dynamic", True, "dynamic of the weights"),
