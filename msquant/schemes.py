@@ -52,11 +52,14 @@ class Scheme:
         weights: None in floating point.
         inputs: None where the inputs stay in floating point.
         cache: of the keys or values that the layer makes; None where they stay in floating point.
+        prefill: of the inputs while a prompt is read, where a server that reads prompts and one that writes
+            answers quantize them each in its own way; None where `inputs` is of both.
     """
 
     weights: Quant | None = None
     inputs: Quant | None = None
     cache: Quant | None = None
+    prefill: Quant | None = None
 
     @property
     def is_float(self) -> bool:
@@ -87,6 +90,8 @@ class Scheme:
         if self.inputs is None:
             return f"int{self.weights.bits} weights alone ({word})"
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
+        if self.prefill is not None:
+            inputs += ", per token in prefill"
         return f"{word.replace('_DYNAMIC', '')}, {inputs}"
 
     @property
@@ -106,7 +111,7 @@ class Scheme:
         input's scale, in float32. Those of int4 groups vllm-ascend keeps in float16, whatever the model's,
         and other formats hold the same numbers.
         """
-        if self.is_static:
+        if self.is_static and self.prefill is None:
             return "float32"
         if dtype != "float16" and self.is_dynamic and self.group_size is not None:
             return "bfloat16 and float16"
@@ -117,7 +122,7 @@ class Scheme:
         """The same with a scale for every token where the inputs are static."""
         if self.inputs is None or self.inputs.dynamic:
             return self
-        return replace(self, inputs=_per_token(self.inputs.bits))
+        return replace(self, inputs=_per_token(self.inputs.bits), prefill=None)
 
     def in_groups(self, size: int) -> "Scheme":
         """The same with weights in groups of so many columns. Its weights are integers."""
@@ -170,6 +175,10 @@ W8A8 = Scheme(_int(8), _static(8))
 W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 """Int8 weights; int8 inputs with a scale for every token."""
 
+W8A8_MIX = Scheme(_int(8), _static(8), prefill=_per_token(8))
+"""Int8 weights; int8 inputs, static where answers are written, with a scale for every token where prompts are
+read: for servers that do the two apart."""
+
 W8A16 = Scheme(_int(8))
 """Int8 weights; inputs in floating point."""
 
@@ -183,6 +192,7 @@ PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
+    "W8A8_MIX": W8A8_MIX,
     "W8A16": W8A16,
     "W4A8_DYNAMIC": W4A8_DYNAMIC,
     "W4A16": W4A16,

@@ -53,6 +53,8 @@ class QuantizedLinear:
         input_reciprocal: float32 `[1]`, where the engine multiplies by a reciprocal that it has rounded
             instead of dividing: `x_q = clamp(round(x * input_reciprocal + input_offset))`; None where it
             divides.
+        column_groups: int32 `[K]`, the group of each column, where groups are no runs of neighbours: GPTQ
+            with `desc_act` stores columns in their own order, and groups in that of its pass. None for runs.
     """
 
     weight: NDArray[np.int8]
@@ -63,6 +65,7 @@ class QuantizedLinear:
     input_offset: NDArray[np.int32] | None = None
     weight_offset: NDArray[np.int32] | None = None
     input_reciprocal: NDArray[np.float32] | None = None
+    column_groups: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         assert self.scheme.is_static == (self.input_scale is not None), self.scheme
@@ -75,6 +78,11 @@ class QuantizedLinear:
     @property
     def float_weight(self) -> NDArray[np.float32]:
         """What the integers stand for, float32 `[N, K]`."""
+        if self.column_groups is not None:
+            shifted = self.weight.astype(np.float32)
+            if self.weight_offset is not None:
+                shifted -= self.weight_offset[:, self.column_groups]
+            return shifted * self.weight_scale[:, self.column_groups]
         groups = self.weight_scale.reshape(len(self.weight), -1, 1)
         values = self.weight.astype(np.float32).reshape(len(self.weight), groups.shape[1], -1)
         if self.weight_offset is not None:

@@ -93,6 +93,7 @@ def _table(result: "Comparison", *, full: bool) -> tuple[list[str], list[list[An
     rows = []
     for model in [*([result.baseline] if result.baseline else []), *result.models]:
         name = str(model.folder) if full else model.folder.name
+        name += f" ({model.phase})" if model.phase else ""
         row: list[Any] = [name, console.as_bytes(model.nbytes)]
         for score in [*model.score.texts, model.score.overall][: len(texts)]:
             row.append("" if score.kl is None else f"{score.kl:.4f}")

@@ -107,12 +107,13 @@ def evaluate(
     if as_json:
         console.print_json(scores.as_json(result))
         return
-    (scored,) = result.models
     if result.baseline is None:
         console.print_warning(
             f"perplexity alone was measured: {result.notes[-1]}; name the float model with --baseline to see "
             "what quantization cost"
         )
     against = f" against {result.baseline.folder}" if result.baseline else ""
-    scores.print_scores(f"{scored.folder}{against}", scored.score.as_dict())
+    for scored in result.models:
+        phase = f", in {scored.phase}" if scored.phase else ""
+        scores.print_scores(f"{scored.folder}{phase}{against}", scored.score.as_dict())
     scores.print_notes(result)

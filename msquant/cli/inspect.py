@@ -49,9 +49,9 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, check it, and say which servers can serve a quantized one.
 
-    Reads every quantized tensor and applies the rules of its format, golden-stick, compressed-tensors or
-    ascend. A folder that breaks one exits with 1 and names the tensor. A model in floating point is only
-    listed.
+    Reads every quantized tensor and applies the rules of its format, of msquant or of another tool:
+    msModelSlim, llm-compressor, GPTQModel, AutoAWQ or AutoRound. A folder that breaks one exits with 1 and
+    names the tensor. A model in floating point is only listed.
 
     Example: msquant inspect smollm2-135m-osl --verify
 

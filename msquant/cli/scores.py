@@ -132,4 +132,5 @@ def _note(layers: "Sequence[LayerScore]") -> str:
 
 
 def _model_json(model: "ComparedModel") -> dict[str, Any]:
-    return {"folder": str(model.folder), "bytes": model.nbytes, **model.score.as_dict()}
+    phase = {"phase": model.phase} if model.phase else {}
+    return {"folder": str(model.folder), **phase, "bytes": model.nbytes, **model.score.as_dict()}

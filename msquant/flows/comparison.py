@@ -27,7 +27,7 @@ from msquant.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from msquant.errors import CalibrationError, ModelError, MsquantError
 from msquant.evaluation.domain_scores import LayerScore, ModelScore
 from msquant.evaluation.inputs import Text
-from msquant.flows.engines import open_weights
+from msquant.flows.engines import open_prefill, open_weights
 from msquant.flows.generation import find_named_model
 from msquant.formats.registry import folder_format
 from msquant.hub.choose import is_offline
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from msquant.models.rotation import Rotation
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
+
+DECODE, PREFILL = "decode", "prefill"
+"""What engines do apart that serve W8A8_MIX: one reads prompts, another one writes answers."""
 
 # Of each text, from its beginning: more is not looked at.
 MAX_CHARACTERS = 1_000_000
@@ -57,11 +60,13 @@ class ComparedModel:
         folder: the model's.
         nbytes: of its safetensors files.
         score: what was measured.
+        phase: `decode` or `prefill` of a folder that servers compute in two ways, else empty.
     """
 
     folder: Path
     nbytes: int
     score: ModelScore
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Comparison:
 
     Attributes:
         baseline: the float model; None if there is none, and perplexity alone was measured.
-        models: the others, in the order in which they were given.
+        models: the others, in the order in which they were given; one that is computed in two ways (W8A8_MIX)
+            twice, as answers are written and then as prompts are read.
         texts: shape `[sequences, tokens]` of each text by its name.
         notes: what the reader should know about the baseline and the tokenizers.
         seconds: wall time.
@@ -142,10 +148,13 @@ def compare(
     tokens = _tokens(all_folders, domains, sequences, length, notes)
     progress.stage("loading MindSpore")
     with deferred_interrupts():
-        scores = score_folders(all_folders, tokens, device, memory_budget, progress)
+        phases = [(folder, phase) for folder in all_folders for phase in _phases(folder)]
+        prefill = [phase == PREFILL for _, phase in phases]
+        named = [folder for folder, _ in phases]
+        scores = score_folders(named, tokens, device, memory_budget, progress, prefill)
     compared = [
-        ComparedModel(folder, _file_bytes(folder), score)
-        for folder, score in zip(all_folders, scores, strict=True)
+        ComparedModel(folder, _file_bytes(folder), score, phase)
+        for (folder, phase), score in zip(phases, scores, strict=True)
     ]
     return Comparison(
         baseline=compared[0] if float_folder else None,
@@ -163,17 +172,31 @@ def score_folders(
     device: str,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
+    prefill: Sequence[bool] = (),
 ) -> list[ModelScore]:
-    """Score model folders; the first is the baseline of the others. Raises as `lockstep.evaluate`."""
+    """Score model folders; the first is the baseline of the others. Raises as `lockstep.evaluate`.
+
+    Args:
+        folders: the models'.
+        texts: what they are scored on.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        progress: callbacks.
+        prefill: for each, whether it is scored as prompts are read with it; none of them if empty.
+    """
     from msquant.evaluation.inputs import Model
     from msquant.evaluation.lockstep import evaluate
 
     progress = progress or Progress()
     dtype = use_device(device)
     configs = [read_config(folder) for folder in folders]
+    sources = [
+        (open_prefill(folder) if asked else None) or open_weights(folder)
+        for folder, asked in zip(folders, prefill or [False] * len(folders), strict=True)
+    ]
     opened = [
-        Model(str(folder), config, open_weights(folder), _rotation(folder, config.hidden_size))
-        for folder, config in zip(folders, configs, strict=True)
+        Model(str(folder), config, source, _rotation(folder, config.hidden_size))
+        for folder, config, source in zip(folders, configs, sources, strict=True)
     ]
     progress.layers(opened[0].config.num_hidden_layers, 0)
 
@@ -183,6 +206,11 @@ def score_folders(
     with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
         store = HiddenStateStore(Path(scratch), memory_budget)
         return evaluate(opened, texts, dtype, store, on_layer, progress.stage)
+
+
+def _phases(folder: Path) -> tuple[str, ...]:
+    """The ways that a folder is computed in: one, or that of answers and that of prompts."""
+    return ("",) if open_prefill(folder) is None else (DECODE, PREFILL)
 
 
 def builtin_texts(folder: Path, sequences: int, sequence_length: int) -> list[Text]:

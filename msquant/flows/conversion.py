@@ -128,7 +128,7 @@ def require_exact(source: QuantizedFolder) -> None:
         module, _, part = name.rpartition(".")
         if source.linears.get(module, FLOAT).is_float:
             wanted = DTYPE_CODES[stored_dtype(name, dtype)]
-            exact = checkpoint.dtype(name) == wanted or wanted == "F32"
+            exact = checkpoint.dtype(name) == wanted or wanted == "F32" or _fits(checkpoint, name, dtype)
         elif part in ("input_scale", "bias"):
             values = checkpoint.raw(name).astype(np.float32)
             exact = np.array_equal(cast(name, values, dtype).astype(np.float32), values)
@@ -145,6 +145,13 @@ def require_exact(source: QuantizedFolder) -> None:
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
+
+
+def _fits(checkpoint: Checkpoint, name: str, dtype: str) -> bool:
+    """Whether a dtype holds every number of a tensor that is stored in another one."""
+    blocks = (values for _, values in checkpoint.row_blocks(name, BLOCK_BYTES))
+    return all(np.array_equal(cast(name, values, dtype).astype(np.float32), values) for values in blocks)
+
 
 # What a manifest says of its own folder; the rest is carried over.
 _OWN = ("format", "variant", "files", "exported_from")
@@ -295,7 +302,10 @@ def plan_export(source: QuantizedFolder, name: FormatName) -> FolderPlan:
         )
     try:
         groups, config = model_groups(source.config, source.extras), source.config
-        return plan_folder(groups, source.linears, config.raw, config.dtype, format_name=name)
+        wider = source.format.scale_dtype(source.checkpoint)
+        return plan_folder(
+            groups, source.linears, config.raw, config.dtype, format_name=name, scale_dtype=wider
+        )
     except RecipeError as error:
         raise CheckpointError(
             f"cannot be exported as {name}: {error.what}",

@@ -280,6 +280,18 @@ def open_weights(folder: Path) -> WeightSource:
     return form.open(folder) if form else Checkpoint.open(folder)
 
 
+def open_prefill(folder: Path) -> WeightSource | None:
+    """A folder's weights as its server reads prompts with them; None where it does not differ.
+
+    Raises:
+        CheckpointError: as `open_weights`.
+    """
+    from msquant.formats.registry import folder_format
+
+    form = folder_format(folder)
+    return form.open_prefill(folder) if form else None
+
+
 def _only_vllm(what: str, folder: Path) -> EngineError:
     reason = vllm_mindspore.available()
     here = f", but not here: {reason}" if reason else ": use --engine vllm-mindspore"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.errors import CheckpointError, RecipeError
+from msquant.errors import CheckpointError, ModelError, RecipeError
 from msquant.flows.serving_checks import parallelism
 from msquant.formats.base import Format
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
-from msquant.formats.registry import model_format
+from msquant.formats.registry import folder_format, model_format
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
@@ -72,6 +72,13 @@ def open_source(
             of FP8 included.
     """
     folder = resolve_model(model, fetch, note)
+    form = folder_format(folder)
+    if form is not None and not form.written:
+        raise ModelError(
+            f"is quantized already, as {form.name}",
+            where=folder,
+            remedy="start from the model that it was made of; msquant export converts it as it is",
+        )
     config = read_config(folder)
     checkpoint = with_prediction_ends(config, Checkpoint.open(folder))
     for name, shape in config.shapes.items():

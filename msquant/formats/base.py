@@ -13,6 +13,7 @@ from msquant import families
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
+from msquant.errors import CheckpointError
 from msquant.families.row_orders import RopeRows
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.folder_rules import Finding, StoredTensor, open_folder
@@ -43,6 +44,7 @@ class Format(ABC):
         takes_any_model: whether a folder of a model that msquant has no family for can be written.
         expert_schemes: what is said of the schemes that `takes_experts` takes.
         in_groups: those of `words` that are taken in groups of columns as well, by the same word.
+        written: whether msquant writes it; False for those of other tools that it reads alone.
         predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
@@ -58,6 +60,7 @@ class Format(ABC):
     takes_any_model: ClassVar[bool] = True
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
     in_groups: ClassVar[frozenset[Scheme]] = frozenset()
+    written: ClassVar[bool] = True
     predictions_in_float: ClassVar[bool] = False
 
     variant: str = ""
@@ -125,6 +128,18 @@ class Format(ABC):
     def made_for(self, linears: Mapping[str, Scheme]) -> "Format":
         """The format with the variant that a folder with linear layers in these schemes is of."""
         return self
+
+    def keeping(self, scale_dtype: str | None) -> "Format":
+        """The format with packed scales in another dtype than the model's, where it can store them so.
+
+        Args:
+            scale_dtype: what a source's scales need; None where the model's dtype holds them.
+        """
+        return self
+
+    def scale_dtype(self, checkpoint: Checkpoint) -> str | None:
+        """What the scales of a folder's weights need, where that is not the model's dtype; else None."""
+        return None
 
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that the consumer can run the layers of a model in the given schemes together.
@@ -194,8 +209,16 @@ class Format(ABC):
             `encode_parts` says.
 
         Raises:
-            CheckpointError: a value does not fit `dtype`; or as `encode_parts`.
+            CheckpointError: a value does not fit `dtype`; a layer's groups are no runs of columns; or as
+                `encode_parts`.
         """
+        if isinstance(linear, QuantizedLinear) and linear.column_groups is not None:
+            raise CheckpointError(
+                "its columns are in groups in an order of their own (desc_act, actorder), which "
+                f"{self.name} is not written with",
+                where=module,
+                remedy="serve the folder as it is, or quantize the model again without an order of columns",
+            )
         bias = None if linear.bias is None else cast(f"{module}.bias", linear.bias, dtype)
         if isinstance(linear, FloatLinear):
             parts = {"weight": cast(f"{module}.weight", linear.weight, dtype)}
@@ -280,6 +303,10 @@ class Format(ABC):
             CheckpointError: a file is missing or cannot be understood.
         """
 
+    def open_prefill(self, folder: Path) -> WeightSource | None:
+        """As `open`, as the server computes prompts, where it does not compute answers so; else None."""
+        return None
+
     def validate(self, folder: Path | str, *, verify_hashes: bool = False) -> list[Finding]:
         """Check a folder against every rule, reading each tensor once and holding one layer at a time.
 
@@ -293,7 +320,7 @@ class Format(ABC):
         folder = Path(folder)
         findings: list[Finding] = []
         config, checkpoint = open_folder(folder, findings, self.stored, verify_hashes=verify_hashes)
-        return findings + self.own_findings(folder, config, checkpoint)
+        return [*dict.fromkeys(findings + self.own_findings(folder, config, checkpoint))]
 
     def own_findings(
         self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None

@@ -110,6 +110,7 @@ def plan_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     format_name: FormatName = DEFAULT_FORMAT,
     carried: Mapping[str, str] | None = None,
+    scale_dtype: str | None = None,
 ) -> FolderPlan:
     """Plan a folder.
 
@@ -123,13 +124,15 @@ def plan_folder(
         format_name: of the format to write.
         carried: tensors that are not quantized and keep the safetensors dtype that they have, by name.
 
+        scale_dtype: as `Format.keeping` takes it.
+
     Raises:
         CheckpointError: a linear layer has no matrix in the source, or its bias does not fit.
         RecipeError: the consumer cannot run the layers in these schemes, or groups do not divide a layer's
             inputs; names it and what it accepts.
         OutputError: a tensor is in two groups.
     """
-    form = model_format(format_name, config).made_for(linears)
+    form = model_format(format_name, config).made_for(linears).keeping(scale_dtype)
     stored = dtype if dtype in form.dtypes else FALLBACK_DTYPE
     _check_runs(form, linears, config)
     _check_groups(groups, linears)

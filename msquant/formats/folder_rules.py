@@ -16,7 +16,7 @@ from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.dtypes import DTYPE_CODES
-from msquant.formats.scales import all_positive
+from msquant.formats.scales import all_positive, all_signed
 from msquant.schemes import Quant
 
 _T = TypeVar("_T")
@@ -235,6 +235,12 @@ def check_integers(checkpoint: Checkpoint, name: str, quant: Quant) -> Iterator[
         yield Finding(
             name, f"holds {low} to {high}, integers of {quant.bits} bits are {quant.low} to {quant.high}"
         )
+
+
+def check_signed(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:
+    """Check a tensor of scales of weights alone, which may have either sign."""
+    if not all_signed(checkpoint.raw(name).astype(np.float32)):
+        yield Finding(name, "holds a scale that is 0 or not finite")
 
 
 def check_positive(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:

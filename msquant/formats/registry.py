@@ -13,6 +13,7 @@ from msquant.formats.ascend.form import AscendFormat
 from msquant.formats.base import Format
 from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
 from msquant.formats.golden_stick.form import GoldenStickFormat
+from msquant.formats.qweight.form import AutoRoundFormat, AwqFormat, GptqFormat
 
 _REGISTERED: dict[str, type[Format]] = {}
 
@@ -26,20 +27,32 @@ def register(form: type[Format]) -> type[Format]:
     return form
 
 
-for _shipped in (GoldenStickFormat, CompressedTensorsFormat, AscendFormat):
+for _shipped in (
+    GoldenStickFormat,
+    CompressedTensorsFormat,
+    AscendFormat,
+    GptqFormat,
+    AwqFormat,
+    AutoRoundFormat,
+):
     register(_shipped)
 
 
 def format_names() -> tuple[str, ...]:
-    """The names of all formats, the default one first."""
-    return tuple(_REGISTERED)
+    """The names of all formats that msquant writes, the default one first."""
+    return tuple(name for name, form in _REGISTERED.items() if form.written)
+
+
+def readable_formats() -> tuple[str, ...]:
+    """The names of all formats that msquant reads: those that it writes, then those of other tools."""
+    return tuple(sorted(_REGISTERED, key=lambda name: not _REGISTERED[name].written))
 
 
 def find_format(name: str, where: str = "format") -> type[Format]:
     """The format of that name.
 
     Args:
-        name: one of `format_names()`.
+        name: one of `readable_formats()`.
         where: it was asked for, for the error.
 
     Raises:
@@ -52,7 +65,7 @@ def find_format(name: str, where: str = "format") -> type[Format]:
 
 def any_model_formats() -> tuple[str, ...]:
     """The formats that need no family of the model, that of vllm-ascend first."""
-    return tuple(name for name in reversed(_REGISTERED) if _REGISTERED[name].takes_any_model)
+    return tuple(name for name in reversed(format_names()) if _REGISTERED[name].takes_any_model)
 
 
 def marked_formats() -> dict[str, type[Format]]:
@@ -127,7 +140,7 @@ def refuse_other_formats(folder: Path) -> None:
     """Raise CheckpointError if `config.json` says that a folder is quantized in a way not read here."""
     found = _content(folder / "config.json").get("quantization_config")
     if found is not None:
-        known = ", ".join(format_names())
+        known = ", ".join(readable_formats())
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise CheckpointError(
             f"quantized as {method!r}, which msquant cannot read",

@@ -132,6 +132,15 @@ def row_scales(deq_scale: NDArray[np.float32], input_scale: NDArray[np.float32])
     return (deq_scale.astype(np.float64) / np.float64(input_scale[0])).astype(np.float32)
 
 
+def all_signed(scales: NDArray[np.floating[Any]]) -> bool:
+    """Whether every scale is finite and not 0, which is enough where inputs stay in floating point.
+
+    AutoRound makes symmetric weights with scales of either sign, so that the longer half of the range lies
+    where a group reaches farther.
+    """
+    return bool((np.isfinite(scales) & (scales != 0)).all())
+
+
 def all_positive(scales: NDArray[np.floating[Any]]) -> bool:
     """Whether every scale is positive and finite."""
     return bool((np.isfinite(scales) & (scales > 0)).all())

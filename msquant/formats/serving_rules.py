@@ -67,13 +67,14 @@ def _is_mindformers(server: Server) -> bool:
 
 
 def _format(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
-    if find_format(model.format).server != server.name:
-        wanted = next(name for name in format_names() if find_format(name).server == server.name)
-        yield (
-            model.format,
-            f"is in the {model.format} format, which {server.name} cannot read",
-            f"msquant export FOLDER --format {wanted}",
-        )
+    form = find_format(model.format)
+    wanted = next(name for name in format_names() if find_format(name).server == server.name)
+    remedy = f"msquant export FOLDER --format {wanted}"
+    if form.server != server.name:
+        yield model.format, f"is in the {model.format} format, which {server.name} cannot read", remedy
+    elif not form.written:
+        problem = "is a format that msquant reads alone: which of its layers have kernels is not known to it"
+        yield model.format, problem, remedy
 
 
 def _rope_rows(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
@@ -327,6 +328,30 @@ def _int4_groups(server: Server, model: ServedModel, parallelism: Parallelism) -
             return
 
 
+def _int4_linears(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    """vllm-ascend, methods/w4a8.py: `AscendW4A8DynamicLinearMethod`, gone from main in August 2026."""
+    if server.name != "vllm-ascend":
+        return
+    for module, scheme in model.linears.items():
+        if not scheme.is_int4 or not scheme.is_dynamic or experts_parent(module):
+            continue
+        if server.version == "main" or scheme.group_size is None:
+            where = "" if server.version == "main" else " without groups"
+            problem = f"is {scheme}: it does not compute int4 weights{where} of other layers than experts"
+            yield module, problem, "quantize these layers as W8A8_DYNAMIC"
+            return
+
+
+def _mixed_experts(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
+    """vllm-ascend, methods/w8a8_pdmix.py: the class for experts is gone from main since August 2026."""
+    if (server.name, server.version) != ("vllm-ascend", "main"):
+        return
+    for module, scheme in model.linears.items():
+        if scheme.prefill is not None and experts_parent(module):
+            yield module, f"is {scheme}: it has it for no routed experts", "quantize them as W8A8_DYNAMIC"
+            return
+
+
 def _expert_kernels(server: Server, model: ServedModel, parallelism: Parallelism) -> Iterator[Reason]:
     if server.name != "vllm":
         return
@@ -365,5 +390,7 @@ RULES = (
     Rule("int4-kernels", _int4_kernels),
     Rule("int4-experts", _int4_experts),
     Rule("int4-groups", _int4_groups),
+    Rule("int4-linears", _int4_linears),
+    Rule("mixed-experts", _mixed_experts),
 )
 """All of them, those that decide first."""

@@ -44,6 +44,8 @@ def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Stored
     if scheme.is_float:
         return StoredScales()
     weight = _numbers(checkpoint, f"{module}.weight_scale")
+    if weight is None:
+        weight = _numbers(checkpoint, f"{module}.scales")
     second = _numbers(checkpoint, f"{module}.weight_scale_second")
     if weight is not None and second is not None and len(second) % len(weight) == 0:
         # ascend's of groups are products with those of rows.

@@ -215,7 +215,7 @@ def _served_model(form: Format, config: dict[str, Any], modules: list[ModuleSumm
 def _unserved(form: Format, served: list[Verdict]) -> Iterator[str]:
     """That no version of the server which the format is for serves the folder, if it is so."""
     mine = [verdict for verdict in served if verdict.server.name == form.server]
-    if not any(verdict.served for verdict in mine):
+    if form.written and not any(verdict.served for verdict in mine):
         verdict = next((one for one in mine if one.refusals[0].rule != "backend"), mine[0])
         refusal = verdict.refusals[0]
         yield f"no version of {verdict.server.name} serves it: {refusal.where}: {refusal.problem}"

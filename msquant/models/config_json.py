@@ -18,8 +18,16 @@ from msquant.models.rope import rotary_tables
 
 Where = Path | str
 _CHECK = "check the file against the published one"
-# The int8 of a finished folder, which no computation starts from.
-_FINISHED = ("compressed-tensors", "golden-stick")
+# The integers of a finished folder, which no computation starts from: a reader of `formats` has them.
+_FINISHED = (
+    "compressed-tensors",
+    "golden-stick",
+    "gptq",
+    "awq",
+    "auto-round",
+    "auto_round",
+    "intel/auto-round",
+)
 
 
 def read_config(folder: Path) -> ModelConfig:

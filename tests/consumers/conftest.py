@@ -20,7 +20,7 @@ from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import find_recipe
-from msquant.schemes import W4A8_DYNAMIC
+from msquant.schemes import W4A8_DYNAMIC, W8A8_MIX
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -53,13 +53,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek-w4a8": _DEEPSEEK,
     "deepseek-w4a8-g16": _DEEPSEEK,
     "deepseek-mtp-w4a8": {**_DEEPSEEK, "prediction_layers": 1},
+    "qwen2-mix": {"model_type": "qwen2"},
 }
 """Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`.
 
 A multi-token-prediction layer is quantized where no golden-stick folder holds the same numbers.
 """
-_INT4_EXPERTS = {"-w4a8": W4A8_DYNAMIC, "-w4a8-g16": W4A8_DYNAMIC.in_groups(16)}
-"""The scheme of the routed experts of a model whose name ends so."""
+_SCHEMES = {
+    "-w4a8": (".experts.", W4A8_DYNAMIC),
+    "-w4a8-g16": (".experts.", W4A8_DYNAMIC.in_groups(16)),
+    "-mix": ("_proj", W8A8_MIX),
+}
+"""The scheme of some layers of a model whose name ends so."""
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
 
 _TABLE = pytest.StashKey[list[str]]()
@@ -140,15 +145,16 @@ def _quantize(root: Path, name: str) -> None:
     policy = recipe.quantization.model_copy(
         update={"smooth_alpha": (0.4, 0.6), "weight_clip_ratio": (1.0, 0.9)}
     )
-    int4 = next((scheme for end, scheme in _INT4_EXPERTS.items() if name.endswith(end)), None)
-    if int4 is not None:
-        policy = policy.model_copy(update={"schemes": ((".experts.", int4), *policy.schemes)})
+    own = next((scheme for end, scheme in _SCHEMES.items() if name.endswith(end)), None)
+    if own is not None:
+        policy = policy.model_copy(update={"schemes": (own, *policy.schemes)})
     changes = {
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
     # MindFormers builds prediction layers without quantization, and formats written together hold the same.
-    only_ascend = family == "qwen3_moe" or ("prediction_layers" in settings and int4 is not None)
+    only_ascend = family == "qwen3_moe" or ("prediction_layers" in settings and own is not None)
+    only_ascend |= own is not None and own[1].prefill is not None
     formats = "ascend" if only_ascend else "golden-stick,ascend"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)

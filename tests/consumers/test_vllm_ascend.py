@@ -24,6 +24,7 @@ MODELS = (
     "deepseek-w4a8",
     "deepseek-w4a8-g16",
     "deepseek-mtp-w4a8",
+    "qwen2-mix",
 )
 
 
@@ -73,6 +74,9 @@ def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None
             "W4A8_DYNAMIC" if "-w4a8" in model else "W8A8_DYNAMIC"
         }
     assert set(models["qwen3-moe-w4a8"]["words"].values()) == {"W8A8", "W8A8_DYNAMIC"}
+    mix = models["qwen2-mix"]
+    assert set(mix["words"].values()) == {"W8A8_MIX"}
+    assert set(mix["differences"]) == {*mix["words"], *(f"{layer} of prompts" for layer in mix["words"])}
     predicted = [word for layer, word in models["deepseek-mtp"]["words"].items() if ".layers.2." in layer]
     assert set(predicted) == {"FLOAT"}
     last, predicted = (

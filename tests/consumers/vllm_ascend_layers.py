@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 from vllm_ascend.quantization import modelslim_config
-from vllm_ascend.quantization.methods import w4a8, w8a8_dynamic, w8a8_static
+from vllm_ascend.quantization.methods import w4a8, w8a8_dynamic, w8a8_pdmix, w8a8_static
 from vllm_ascend.quantization.methods.registry import get_scheme_class
 
 from msquant.checkpoint.weights import QuantizedLinear, WeightSource
-from msquant.flows.engines import open_weights
+from msquant.flows.engines import open_prefill, open_weights
 from msquant.formats.fused_layers import experts_parent
 
-assert w4a8, (w8a8_dynamic, w8a8_static)
+assert w4a8, (w8a8_dynamic, w8a8_pdmix, w8a8_static)
 TOKENS = 16
 # vLLM's own class of a model names what it fuses; these are Llama's and Qwen2's.
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -36,6 +36,7 @@ class Folder:
         self.config = json.loads((folder / "config.json").read_text())
         self.dtype = getattr(torch, self.config.get("torch_dtype") or self.config["dtype"])
         self.source: WeightSource = open_weights(folder)
+        self.prefill = open_prefill(folder)
         self.tensors: dict[str, torch.Tensor] = {}
         for shard in sorted(folder.glob("*.safetensors")):
             self.tensors |= load_file(shard)
@@ -63,9 +64,9 @@ class Folder:
         parts = self.fused.get(layer.rpartition(".")[2])
         return sorted(modules, key=lambda name: parts.index(name.rpartition(".")[2])) if parts else modules
 
-    def linear(self, module: str) -> QuantizedLinear:
-        """A quantized layer as msquant reads it."""
-        found = self.source.linear(module)
+    def linear(self, module: str, prefill: bool = False) -> QuantizedLinear:
+        """A quantized layer as msquant reads it; as prompts are read with it, where that differs."""
+        found = (self.prefill if prefill and self.prefill else self.source).linear(module)
         assert isinstance(found, QuantizedLinear)
         return found
 
@@ -106,8 +107,16 @@ def by_definition(linear: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     return made if linear.bias is None else made + torch.from_numpy(linear.bias).double()
 
 
-def linear_difference(folder: Folder, word: str, modules: list[str]) -> float:
-    """Make the layer as vLLM does, fill it, and compare its output with its parts' definition."""
+def linear_difference(folder: Folder, word: str, modules: list[str], takes_cache: bool = True) -> float:
+    """Make the layer as vLLM does, fill it, and compare its output with its parts' definition.
+
+    Args:
+        folder: of the layer.
+        word: of its description.
+        modules: that it is made of.
+        takes_cache: whether the engine takes another one's cache, as one that writes answers does.
+    """
+    vllm_ascend_on_cpu.CONFIG.kv_transfer_config = SimpleNamespace(is_kv_consumer=takes_cache)
     scheme = get_scheme_class(word, "linear")()
     rows = [len(folder.tensors[f"{module}.weight"]) for module in modules]
     columns = folder.tensors[f"{modules[0]}.weight"].shape[1]
@@ -131,11 +140,13 @@ def linear_difference(folder: Folder, word: str, modules: list[str]) -> float:
         layer.register_parameter(name, torch.nn.Parameter(parameter, requires_grad=False))
     scheme.process_weights_after_loading(layer)
     generator = torch.Generator().manual_seed(1)
-    width = float(layer.input_scale[0]) * 40 if word == "W8A8" else 1.0
+    static = word == "W8A8" or (word == "W8A8_MIX" and takes_cache)
+    width = float(layer.input_scale[0]) * 40 if static else 1.0
     x = (torch.randn(TOKENS, columns, generator=generator) * width).to(folder.dtype).float()
     biases = [folder.tensors.get(f"{module}.bias") for module in modules]
     bias = None if biases[0] is None else torch.cat([part.float() for part in biases if part is not None])
-    expected = torch.cat([by_definition(folder.linear(module), x) for module in modules], -1)
+    linears = [folder.linear(module, prefill=not takes_cache) for module in modules]
+    expected = torch.cat([by_definition(linear, x) for linear in linears], -1)
     return difference(scheme.apply(layer, x, bias), expected)
 
 
@@ -231,6 +242,9 @@ def examine(path: Path) -> dict[str, Any]:
         word = found["words"][layer] = folder.word(layer)
         if word != "FLOAT":
             found["differences"][layer] = linear_difference(folder, word, modules)
+        if word == "W8A8_MIX":
+            prompts = linear_difference(folder, word, modules, takes_cache=False)
+            found["differences"][f"{layer} of prompts"] = prompts
     for parent in sorted(
         {str(experts_parent(name.removesuffix(".weight"))) for name in folder.tensors} - {"None"}
     ):

@@ -110,6 +110,7 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
     if scheme != W8A8:
         # Servers keep these in the model's dtype.
         scales = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+    if not scheme.is_static:
         return QuantizedLinear(weight, scales, scheme, stored_bias)
     own = module.endswith(("o_proj", "b_proj"))
     scale, offset = np.full(1, 0.03 if own else 0.07, np.float32), np.full(1, 5 if own else -3, np.int32)

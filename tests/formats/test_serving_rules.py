@@ -8,7 +8,7 @@ import pytest
 from msquant.formats.servers import SERVERS, Parallelism, ServedModel, Server
 from msquant.formats.serving_rules import RULES
 from msquant.formats.verdicts import best_refusal, refusals, servers_of, serving_table
-from msquant.schemes import FLOAT, W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
+from msquant.schemes import FLOAT, W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC, W8A8_MIX, Scheme, parse_scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, schemes_of
 from tests.formats.folders import CONFIG
 
@@ -71,6 +71,10 @@ def int4_experts(scheme: Scheme = W4A8_DYNAMIC) -> ServedModel:
     sizes |= {"moe_intermediate_size": 96, "intermediate_size": 96, "num_experts": 96}
     linears: dict[str, Scheme] = {EXPERT_UP: scheme, EXPERT_UP.replace("up_proj", "down_proj"): scheme}
     return ServedModel("ascend", "ascendV1", QWEN | sizes, linears)
+
+
+def int4_linear(scheme: Scheme) -> ServedModel:
+    return ServedModel("ascend", "ascendV1", CONFIG, {PACKED: scheme})
 
 
 CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
@@ -165,6 +169,31 @@ CASES: dict[str, list[tuple[Server, ServedModel, Parallelism, str, str]]] = {
             Parallelism(),
             EXPERT_UP,
             "is W4A8_DYNAMIC_G8: since August 2026 it refuses int4 weights in groups",
+        )
+    ],
+    "int4-linears": [
+        (
+            ASCEND_MAIN,
+            int4_linear(W4A8_DYNAMIC),
+            Parallelism(),
+            PACKED,
+            "is W4A8_DYNAMIC: it does not compute int4 weights of other layers than experts",
+        ),
+        (
+            ASCEND,
+            int4_linear(W4A8_DYNAMIC),
+            Parallelism(),
+            PACKED,
+            "is W4A8_DYNAMIC: it does not compute int4 weights without groups of other layers than experts",
+        ),
+    ],
+    "mixed-experts": [
+        (
+            ASCEND_MAIN,
+            ServedModel("ascend", "ascendV1", QWEN, {EXPERT_UP: W8A8_MIX}),
+            Parallelism(),
+            EXPERT_UP,
+            "is W8A8_MIX: it has it for no routed experts",
         )
     ],
 }

@@ -22,6 +22,7 @@ from msquant.formats.ascend import four_bits
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
+    PREFILL_PARTS,
     QUANT_METHOD,
     SERVED_DTYPES,
     WORDS,
@@ -42,7 +43,7 @@ from msquant.formats.base import Format
 from msquant.formats.description import Description
 from msquant.formats.dtypes import model_dtype
 from msquant.formats.folder_rules import Finding, StoredTensor, attempt
-from msquant.formats.fused_layers import experts_parent
+from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.int4_rows import check_one_size, unpacked
 from msquant.formats.scales import (
     all_positive,
@@ -52,7 +53,7 @@ from msquant.formats.scales import (
     weight_scales,
 )
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, Scheme
+from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX, Scheme
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class AscendFormat(Format):
         return "version" in described or "model_quant_type" in described
 
     def fitting(self, module: str, scheme: Scheme) -> Scheme:
-        """Int4 weights are for routed experts alone; all else computes with int8 ones."""
+        """Int4 weights are for routed experts alone, and static inputs for everything else."""
+        if scheme == W8A8_MIX and experts_parent(module):
+            return W8A8_DYNAMIC
         return W8A8_DYNAMIC if scheme == W4A8_DYNAMIC and not experts_parent(module) else scheme
 
     def shape_problem(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
@@ -131,6 +134,7 @@ class AscendFormat(Format):
             "input_scale": ("F32", (1,)),
             "input_offset": ("F32", (1,)),
             "deq_scale": (deq_scale_code(dtype), rows),
+            **({} if scheme.prefill is None else dict.fromkeys(PREFILL_PARTS, ("F32", (*rows, 1)))),
         }
 
     def encode_parts(
@@ -146,7 +150,7 @@ class AscendFormat(Format):
             s_x s_w float32 [N], in a float16 model int64 with its bits; `quant_bias` = round(bias /
             deq_scale) - sum_k zp W int32 [N]; `input_scale` = s_x and `input_offset` = zp float32 [1].
             W8A8_DYNAMIC and W8A16: `weight` int8 [N, K]; `weight_scale` = s_w and `weight_offset` = 0,
-            float32 [N, 1]. W4A8_DYNAMIC: what `four_bits.encode` returns.
+            float32 [N, 1]. W8A8_MIX: the tensors of both. W4A8_DYNAMIC: what `four_bits.encode` returns.
 
         Raises:
             CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the
@@ -167,12 +171,15 @@ class AscendFormat(Format):
             )
         deq_scale = deq_scales(module, linear, input_scale)
         bits = deq_scale.view(np.int32).astype(np.int64)
+        scale = weight_scales(module, linear).reshape(-1, 1)
+        mixed = () if linear.scheme.prefill is None else (scale, np.zeros_like(scale))
         return {
             "weight": linear.weight,
             "quant_bias": folded_bias(module, linear.weight, zero_point, deq_scale, bias),
             "input_scale": np.array([input_scale], np.float32),
             "input_offset": np.array([zero_point], np.float32),
             "deq_scale": bits if deq_scale_code(dtype) == "I64" else deq_scale,
+            **dict(zip(PREFILL_PARTS, mixed, strict=False)),
         }
 
     def documents(
@@ -191,7 +198,7 @@ class AscendFormat(Format):
             description[name] = FLOAT if part == "bias" else described.get(module, FLOAT)
         words = set(description.values())
         # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
-        order = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
+        order = ("W8A8", "W8A8_MIX", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
         model_type = next(word for word in order if word in words)
         small = next((scheme for scheme in linears.values() if scheme.is_int4), None)
         entries = {"model_quant_type": model_type, "metadata": {}, **four_bits.entries(small)}
@@ -215,13 +222,19 @@ class AscendFormat(Format):
         schemes = {module: stored_scheme(checkpoint, module) for module in modules}
         for module, scheme in schemes.items():
             said = described.scheme(module)
-            if scheme.is_dynamic and said is not None and (said.is_weight_only or said.is_dynamic):
+            alike = said is not None and said.is_static == scheme.is_static and not said.is_float
+            if not scheme.is_float and said is not None and alike:
                 schemes[module] = said
         return schemes
 
     def open(self, folder: Path) -> AscendCheckpoint:
         """Raises CheckpointError as `AscendCheckpoint.open`."""
         return AscendCheckpoint.open(folder)
+
+    def open_prefill(self, folder: Path) -> AscendCheckpoint | None:
+        """W8A8_MIX is computed per token by every engine that does not take another one's cache."""
+        described = read_description(folder).tensors.values()
+        return AscendCheckpoint.open(folder, prefill=True) if WORDS[W8A8_MIX] in described else None
 
     def residual_rotation(self, folder: Path, hidden_size: int) -> NDArray[np.float32] | None:
         """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `global_rotation`."""
@@ -248,6 +261,10 @@ class AscendFormat(Format):
             findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}
-            findings += self.check(known, config or {})
+            # Those in int4 were served by versions before: `serving_rules` says by which.
+            older = {m for m, scheme in known.items() if scheme.is_int4 and not experts_parent(m)}
+            findings += self.check({m: s for m, s in known.items() if m not in older}, config or {})
+            findings += check_fused_schemes({module: str(scheme) for module, scheme in known.items()})
+            findings += check_one_size(known)
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
         return findings

@@ -42,9 +42,22 @@ MOST_PROCESSORS: Final = 16
 _ROWS, _ROWS_OF_HALF = 8, 4
 
 
-def parts_of(scheme: Scheme) -> tuple[str, ...]:
+DEFAULT_GROUP_SIZE: Final = 256
+"""What vllm-ascend takes where a description names none."""
+
+
+def is_packed(entries: Mapping[str, Any]) -> bool:
+    """Whether two int4 weights are in a byte, by the entries of a description.
+
+    Before that version there was one in each, and no `scale_bias`: the engine computes it when it loads.
+    """
+    return bool(entries.get("version") == VERSION)
+
+
+def parts_of(scheme: Scheme, packed: bool = True) -> tuple[str, ...]:
     """The tensors of a layer with one scale a row, or in groups."""
-    return PARTS if scheme.group_size is None else PARTS + GROUP_PARTS
+    parts = PARTS if packed else PARTS[:-1]
+    return parts if scheme.group_size is None else parts + GROUP_PARTS
 
 
 def entries(scheme: Scheme | None) -> dict[str, Any]:
@@ -95,7 +108,9 @@ def shape_problem(module: str, shape: tuple[int, ...], scheme: Scheme, processor
     return None
 
 
-def part_specs(module: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+def part_specs(
+    module: str, shape: tuple[int, ...], scheme: Scheme, packed: bool = True
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The safetensors dtype and the shape of each part of a weight `[N, K]`."""
     rows, columns = shape
     scales = "F32", (rows, 1)
@@ -105,6 +120,9 @@ def part_specs(module: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str,
         "weight_offset": scales,
         "scale_bias": ("F32", (rows, bias_columns(module))),
     }
+    if not packed:
+        parts["weight"] = "I8", (rows, columns)
+        del parts["scale_bias"]
     if scheme.group_size is not None:
         parts |= dict.fromkeys(GROUP_PARTS, ("F32", (rows, columns // scheme.group_size)))
     return parts

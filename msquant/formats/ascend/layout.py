@@ -15,6 +15,9 @@ With weights alone in int8 (W8A16) the tensors are the same, and
 
     y = (weight_scale * weight) @ x + bias
 
+W8A8_MIX has the tensors of both: vllm-ascend computes as with static activations where it takes another
+engine's cache (a decode instance), and as with per-token ones everywhere else (w8a8_pdmix.py).
+
 Those of routed experts with int4 weights (W4A8_DYNAMIC) are in `four_bits`.
 """
 
@@ -30,7 +33,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.ascend import four_bits
-from msquant.formats.description import Description
+from msquant.formats.description import GROUP_SIZE, Description
 from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
 from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
@@ -46,6 +49,7 @@ WORDS: Mapping[Scheme, str] = {
     schemes.FLOAT: FLOAT,
     schemes.W8A8: "W8A8",
     schemes.W8A8_DYNAMIC: "W8A8_DYNAMIC",
+    schemes.W8A8_MIX: "W8A8_MIX",
     schemes.W4A8_DYNAMIC: "W4A8_DYNAMIC",
     schemes.W8A16: "W8A16",
 }
@@ -54,11 +58,20 @@ WORDS: Mapping[Scheme, str] = {
 # A description of a cache, or of attention, that is quantized too.
 _CACHE_ENTRIES = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "indexer_quant_type")
 
+# What changes nothing that is computed on one NPU.
+_KNOWN_ENTRIES = ("version", "model_quant_type", "metadata", "optional", "reduce_quant_type", GROUP_SIZE)
+
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
 
 DYNAMIC_PARTS = ("weight", "weight_scale", "weight_offset")
 """The tensors of a W8A8_DYNAMIC or W8A16 linear layer, likewise."""
+
+PREFILL_PARTS = ("weight_scale", "weight_offset")
+"""Those that a W8A8_MIX linear layer has beside them."""
+
+MIXED_PARTS = STATIC_PARTS + PREFILL_PARTS
+"""The tensors of a W8A8_MIX linear layer: those of both."""
 
 OFFSETS = ("weight_offset", "weight_offset_second")
 """Zeros: the weights of every scheme are symmetric."""
@@ -72,7 +85,7 @@ def read_description(folder: Path) -> Description:
 
     Raises:
         CheckpointError: it is missing or damaged; or it describes a quantized cache or an online rotation,
-            which msquant does not compute.
+            which msquant does not compute, or has an entry that it does not know.
     """
     path = folder / DESCRIPTION_NAME
     content = read_json(path)
@@ -89,6 +102,11 @@ def read_description(folder: Path) -> Description:
     metadata = entries.get("metadata")
     if isinstance(metadata, dict) and "quarot" in metadata:
         raise _refused(path, "it describes activations that are rotated while the model runs")
+    for key, value in entries.items():
+        if value and key not in (*_KNOWN_ENTRIES, *_CACHE_ENTRIES):
+            raise _refused(path, f"{key} is {value!r}: what it changes is not known to msquant")
+    if WORDS[schemes.W4A8_DYNAMIC] in tensors.values():
+        entries.setdefault(GROUP_SIZE, four_bits.DEFAULT_GROUP_SIZE)
     return Description(tensors, entries, WORDS)
 
 
@@ -98,10 +116,17 @@ def _refused(path: Path, what: str) -> CheckpointError:
     )
 
 
-def parts_of(scheme: Scheme) -> tuple[str, ...]:
-    """The tensors of a quantized layer; the layer's own `bias` is the only other one."""
+def parts_of(scheme: Scheme, packed: bool = True) -> tuple[str, ...]:
+    """The tensors of a quantized layer; the layer's own `bias` is the only other one.
+
+    Args:
+        scheme: of the layer.
+        packed: whether two int4 weights are in a byte.
+    """
     if scheme.is_int4:
-        return four_bits.parts_of(scheme)
+        return four_bits.parts_of(scheme, packed)
+    if scheme.prefill is not None:
+        return MIXED_PARTS
     return STATIC_PARTS if scheme.is_static else DYNAMIC_PARTS
 
 
@@ -154,8 +179,9 @@ def decode_linear(
             activations are static, and `weight_scale` becomes `deq_scale / input_scale`, in float64.
         dtype: the model's, in which the engine keeps `weight_scale`, `input_scale` and its reciprocal; None
             if config.json does not say: they are then exact.
-        scheme: of a layer without static activations; the tensors of W8A8_DYNAMIC and W8A16 are the same. Of
-            experts with int4 weights the engine keeps scales as `four_bits.scales` returns them.
+        scheme: of the layer; the tensors of W8A8_DYNAMIC and W8A16 are the same, and those of W8A8_MIX are
+            of a static layer here. Of int4 weights the engine keeps scales as `four_bits.scales` returns
+            them.
 
     Returns:
         The layer. With static activations and without a `bias`, what `quant_bias` holds beside the zero point
@@ -163,14 +189,16 @@ def decode_linear(
 
     Raises:
         CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite; the zero
-            point is no int8; an offset of weights is not 0; `deq_scale` holds something else than float32
-            bits.
+            point is no int8; a weight is no int4; an offset of weights is not 0; `deq_scale` holds something
+            else than float32 bits.
     """
     weight, stored_bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
         if scheme.is_int4:
-            weight, scale = unpack_rows(weight), four_bits.scales(tensors, module, scheme)
+            packed = f"{module}.scale_bias" in tensors
+            weight = unpack_rows(weight) if packed else _one_a_byte(module, weight)
+            scale = four_bits.scales(tensors, module, scheme)
         else:
             scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
             scale = scale if dtype is None else held_scales(scale, dtype)
@@ -196,12 +224,22 @@ def decode_linear(
     return QuantizedLinear(
         weight=weight,
         weight_scale=row_scales(deq_scale, input_scale),
-        scheme=W8A8,
+        scheme=scheme if scheme.is_static else W8A8,
         bias=bias,
         input_scale=input_scale,
         input_offset=np.array([zero_point], np.int32),
         input_reciprocal=reciprocal,
     )
+
+
+def _one_a_byte(module: str, weight: NDArray[np.int8]) -> NDArray[np.int8]:
+    if weight.min(initial=0) < -8 or weight.max(initial=0) > 7:
+        raise CheckpointError(
+            f"holds {weight.min()} to {weight.max()}, which are no integers of 4 bits",
+            where=f"{module}.weight",
+            remedy=f"set version to {four_bits.VERSION!r} in {DESCRIPTION_NAME} if two are in a byte",
+        )
+    return weight
 
 
 def deq_scale_values(stored: NDArray[Any]) -> NDArray[np.float32]:

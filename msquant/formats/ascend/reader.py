@@ -7,6 +7,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
+from msquant.formats.ascend.four_bits import is_packed
 from msquant.formats.ascend.layout import (
     WORDS,
     decode_linear,
@@ -29,15 +30,26 @@ class AscendCheckpoint(FolderSource):
     Attributes:
         description: what is said of its tensors.
         dtype: the model's; None if `config.json` does not say, or names one that no model is in.
+        prefill: whether layers are as prompts are read with them, where that differs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, description: Description, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        description: Description,
+        dtype: str | None = None,
+        prefill: bool = False,
+    ) -> None:
         super().__init__(checkpoint)
-        self.description, self.dtype = description, dtype
+        self.description, self.dtype, self.prefill = description, dtype, prefill
 
     @classmethod
-    def open(cls, folder: Path | str) -> "AscendCheckpoint":
+    def open(cls, folder: Path | str, prefill: bool = False) -> "AscendCheckpoint":
         """Open a folder without validating it; `AscendFormat.validate` does that.
+
+        Args:
+            folder: the checkpoint.
+            prefill: as the attribute.
 
         Raises:
             CheckpointError: as `Checkpoint.open` and `read_description`; `config.json` cannot be understood;
@@ -58,7 +70,7 @@ class AscendCheckpoint(FolderSource):
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
         dtype = model_dtype(config)
-        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
+        return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None, prefill)
 
     def linear(self, module: str) -> Linear:
         """Return the layer `module`.
@@ -75,5 +87,9 @@ class AscendCheckpoint(FolderSource):
                 where=f"{self.checkpoint.folder}, {module}",
                 remedy=f"msquant reads {', '.join(WORDS.values())}",
             )
-        parts = self.parts(module, parts_of(scheme), check_layout(self.checkpoint, module, scheme))
+        packed = is_packed(self.description.entries)
+        findings = check_layout(self.checkpoint, module, scheme, packed=packed)
+        if self.prefill and scheme.prefill is not None:
+            scheme = scheme.per_token
+        parts = self.parts(module, parts_of(scheme, packed), findings)
         return decode_linear(module, parts, self.dtype, scheme)

@@ -33,6 +33,7 @@ from msquant.formats.folder_rules import (
     Parts,
     Shape,
     check_float,
+    check_integers,
     check_parts,
     check_positive,
     layer_shape,
@@ -45,6 +46,7 @@ from msquant.schemes import FLOAT, MOST_COLUMNS, W4A8_DYNAMIC, Scheme
 _INT8 = frozenset({"I8"})
 _ANY_DEQ_SCALE = frozenset({"F32", "I64"})
 _NUMBER: tuple[Shape, ...] = ((1,),)
+_ROUNDED = 2**-7
 
 
 def check_config(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -96,12 +98,7 @@ def check_four_bits(description: Description) -> Iterator[Finding]:
     """Check what vllm-ascend reads of the description where experts have int4 weights."""
     if WORDS[W4A8_DYNAMIC] not in description.tensors.values():
         return
-    version, size = description.entries.get("version"), description.entries.get(GROUP_SIZE)
-    if version != four_bits.VERSION:
-        yield Finding(
-            DESCRIPTION_NAME,
-            f"version is {version!r}: {W4A8_DYNAMIC} is read with {four_bits.VERSION!r}, packed",
-        )
+    size = description.entries.get(GROUP_SIZE)
     if type(size) is not int or not 0 <= size <= MOST_COLUMNS:
         yield Finding(
             DESCRIPTION_NAME,
@@ -111,7 +108,7 @@ def check_four_bits(description: Description) -> Iterator[Finding]:
 
 
 def check_layout(
-    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None = None
+    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None = None, *, packed: bool = True
 ) -> list[Finding]:
     """Check the names, dtypes and shapes of a quantized layer's tensors, from the headers alone.
 
@@ -120,21 +117,24 @@ def check_layout(
         module: the layer, for example `model.layers.0.mlp.up_proj`.
         scheme: one of `WORDS`, not in floating point.
         dtype: the model's, which `deq_scale` depends on; None accepts both of its dtypes.
+        packed: whether two int4 weights are in a byte.
     """
+    if not packed and scheme.is_int4 and (bias := f"{module}.scale_bias") in checkpoint:
+        return [Finding(bias, f"is there, but only version {four_bits.VERSION} has it, with packed weights")]
     if scheme == W4A8_DYNAMIC and (grouped := f"{module}.{four_bits.GROUP_PARTS[0]}") in checkpoint:
         problem = f"is there, but with {GROUP_SIZE} 0 int4 weights are read with one scale a row"
         return [Finding(grouped, problem)]
     static = scheme.is_static
-    shape = layer_shape(checkpoint, module, parts_of(scheme))
+    shape = layer_shape(checkpoint, module, parts_of(scheme, packed))
     if isinstance(shape, list):
         return shape
     rows = shape[:1]
     expected: Parts = {"weight": (_INT8, (shape,))}
     if scheme.is_int4:
-        whole = 2 * shape[0], shape[1]
+        whole = (2 if packed else 1) * shape[0], shape[1]
         if misfit := four_bits.shape_problem(module, whole, scheme):
             return [Finding(f"{module}.weight", misfit)]
-        specs = four_bits.part_specs(module, whole, scheme)
+        specs = four_bits.part_specs(module, whole, scheme, packed)
         expected = {part: (frozenset({code}), (size,)) for part, (code, size) in specs.items()}
         for part in set(expected) & set(OFFSETS):
             # msModelSlim has zeros of another dtype for those of groups.
@@ -148,6 +148,8 @@ def check_layout(
         expected["quant_bias"] = (frozenset({"I32"}), (rows,))
         expected["input_scale"] = (FLOAT_CODES, _NUMBER)
         expected["input_offset"] = (FLOAT_CODES | _INT8, _NUMBER)
+        if scheme.prefill is not None:
+            expected |= dict.fromkeys(("weight_scale", "weight_offset"), (FLOAT_CODES, ((*rows, 1),)))
     if f"{module}.bias" in checkpoint:
         expected["bias"] = (FLOAT_CODES, (rows,))
     return check_parts(checkpoint, module, expected)
@@ -171,31 +173,36 @@ def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str |
         module = name.rpartition(".")[0]
         if module not in quantized and description.scheme(module) == FLOAT:
             yield from check_float(checkpoint, name)
+    packed = four_bits.is_packed(description.entries)
     for module, scheme in quantized.items():
-        yield from check_layout(checkpoint, module, scheme, dtype) or _check_values(
-            checkpoint, module, scheme, dtype
+        yield from check_layout(checkpoint, module, scheme, dtype, packed=packed) or _check_values(
+            checkpoint, module, scheme, dtype, packed
         )
     yield from check_fused_inputs(checkpoint, ("input_scale", "input_offset"))
 
 
 def _check_values(
-    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None
+    checkpoint: Checkpoint, module: str, scheme: Scheme, dtype: str | None, packed: bool
 ) -> Iterator[Finding]:
     bias = f"{module}.bias"
     if bias in checkpoint and (found := list(check_float(checkpoint, bias))):
         yield from found
         return
-    if not scheme.is_static:
-        for part in parts_of(scheme):
+    if not scheme.is_static or scheme.prefill is not None:
+        for part in parts_of(scheme, packed):
             if part.startswith("weight_scale"):
                 yield from check_positive(checkpoint, f"{module}.{part}")
             elif part in OFFSETS and checkpoint.raw(f"{module}.{part}").any():
                 yield Finding(
                     f"{module}.{part}", "is not zero everywhere: the engine takes weights as symmetric"
                 )
-        if scheme.is_int4:
+        if scheme.is_int4 and packed:
             yield from _check_scale_bias(checkpoint, module, scheme)
-        return
+        elif scheme.is_int4 and scheme.weights is not None:
+            yield from check_integers(checkpoint, f"{module}.weight", scheme.weights)
+        if not scheme.is_static:
+            return
+        yield from _check_both_scales(checkpoint, module)
     deq_scale = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
     zero_point = zero_point_of(checkpoint.raw(f"{module}.input_offset"))
     yield from _check_input_scale(checkpoint, f"{module}.input_scale", dtype)
@@ -207,6 +214,15 @@ def _check_values(
         )
     else:
         yield from _check_quant_bias(checkpoint, module, deq_scale, zero_point)
+
+
+def _check_both_scales(checkpoint: Checkpoint, module: str) -> Iterator[Finding]:
+    """The two ways that a layer is computed in have one scale for each row."""
+    names = (f"{module}.{part}" for part in ("weight_scale", "input_scale"))
+    row, step = (checkpoint.raw(name).astype(np.float64).reshape(-1) for name in names)
+    both = deq_scale_values(checkpoint.raw(f"{module}.deq_scale"))
+    if not np.allclose(both, row * step, rtol=_ROUNDED, atol=0):
+        yield Finding(f"{module}.deq_scale", "is not input_scale * weight_scale, to a rounding of bfloat16")
 
 
 def _check_scale_bias(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ attention takes apart (v1/attention/backends/mla/common.py, quant_utils.py: `get
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class CompressedTensorsFormat(Format):
     """The tensors of `layout` and of `packed`; everything beside the shards is in `config.json`.
 
     The variant is what `format` in `config.json` says of all layers.
+
+    Attributes:
+        scale_dtype_of_packed: what packed scales are stored in; None for the model's dtype, which servers
+            round them to when they load them.
     """
 
     name = QUANT_METHOD
@@ -58,6 +62,7 @@ class CompressedTensorsFormat(Format):
     expert_schemes = "weights alone quantized, or per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
 
     variant: str = FORMAT
+    scale_dtype_of_packed: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> "CompressedTensorsFormat":
@@ -81,6 +86,10 @@ class CompressedTensorsFormat(Format):
         """The variant is the layout of these layers, or `mixed-precision` for both layouts."""
         return CompressedTensorsFormat(format_of(linears.values()))
 
+    def keeping(self, scale_dtype: str | None) -> "CompressedTensorsFormat":
+        """Packed scales may be in any floating-point dtype."""
+        return replace(self, scale_dtype_of_packed=scale_dtype)
+
     def check(self, linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
         """Check that vLLM can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
@@ -98,7 +107,7 @@ class CompressedTensorsFormat(Format):
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """As `encode_parts` makes them."""
         if packed.is_packed(scheme) and scheme.weights is not None:
-            return packed.part_specs(scheme.weights, shape, dtype)
+            return packed.part_specs(scheme.weights, shape, self.scale_dtype_of_packed or dtype)
         assert scheme.weights is not None
         parts = {
             "weight": ("I8", shape),
@@ -125,7 +134,7 @@ class CompressedTensorsFormat(Format):
             CheckpointError: a scale is not positive and finite; the zero point is no int8.
         """
         if packed.is_packed(linear.scheme):
-            return packed.encode_parts(module, linear, dtype)
+            return packed.encode_parts(module, linear, self.scale_dtype_of_packed or dtype)
         parts: dict[str, NDArray[Any]] = {
             "weight": linear.weight,
             "weight_scale": weight_scales(module, linear).reshape(len(linear.weight), -1),

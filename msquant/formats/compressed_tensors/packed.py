@@ -17,13 +17,16 @@ from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.folder_rules import FLOAT_CODES, Finding, Parts, check_parts
-from msquant.formats.scales import all_positive
+from msquant.formats.packed_words import WORD_BITS, pack, unpack
+from msquant.formats.scales import all_signed
 from msquant.schemes import Quant, Scheme
 
 FORMAT: Final = "pack-quantized"
 """What `format` is in `config.json`."""
 
-_WORD = 32
+ORDER: Final = "weight_g_idx"
+"""The group of each column, int32 `[K]`, of `actorder: group`; other orders need no tensor."""
+
 _GRANULARITIES = ("channel", "group")
 
 
@@ -36,14 +39,14 @@ def is_packed(scheme: Scheme) -> bool:
     return (
         quant is not None
         and scheme.inputs is None
-        and _WORD % quant.bits == 0
+        and WORD_BITS % quant.bits == 0
         and quant.granularity in _GRANULARITIES
     )
 
 
 def per_word(quant: Quant) -> int:
     """How many integers one number holds."""
-    return _WORD // quant.bits
+    return WORD_BITS // quant.bits
 
 
 def groups_of(quant: Quant, columns: int) -> int:
@@ -85,7 +88,7 @@ def encode_parts(module: str, linear: QuantizedLinear, dtype: str) -> dict[str, 
         K / group_size]`.
 
     Raises:
-        CheckpointError: a scale is not positive and finite in `dtype`.
+        CheckpointError: a scale is 0 or not finite in `dtype`.
     """
     quant = linear.scheme.weights
     assert quant is not None
@@ -112,7 +115,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme: as `config.json` has it.
 
     Raises:
-        CheckpointError: a scale is not positive and finite.
+        CheckpointError: a scale is 0 or not finite; an order names a group that is not there.
     """
     quant = scheme.weights
     assert quant is not None
@@ -132,28 +135,24 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme=scheme,
         bias=None if bias is None else bias.astype(np.float32),
         weight_offset=offset,
+        column_groups=_groups(module, tensors, scale),
     )
 
 
-def pack(values: NDArray[np.integer[Any]], bits: int) -> NDArray[np.int32]:
-    """Integers `[R, C]` side by side in as few numbers as they fit into; what is left of the last is 0."""
-    held = _WORD // bits
-    packed = np.zeros((values.shape[0], -(-values.shape[1] // held)), np.uint32)
-    for place in range(held):
-        part = values[:, place::held].astype(np.int32) + (1 << (bits - 1))
-        packed[:, : part.shape[1]] |= part.astype(np.uint32) << np.uint32(bits * place)
-    return packed.view(np.int32)
-
-
-def unpack(packed: NDArray[np.int32], bits: int, columns: int) -> NDArray[np.int8]:
-    """The integers `[R, columns]` of what `pack` returned."""
-    held, words = _WORD // bits, np.ascontiguousarray(packed).view(np.uint32)
-    values = np.empty((packed.shape[0], packed.shape[1] * held), np.int8)
-    mask = np.uint32((1 << bits) - 1)
-    for place in range(held):
-        part = (words >> np.uint32(bits * place)) & mask
-        values[:, place::held] = part.astype(np.int16) - (1 << (bits - 1))
-    return np.ascontiguousarray(values[:, :columns])
+def _groups(
+    module: str, tensors: Mapping[str, NDArray[Any]], scale: NDArray[np.float32]
+) -> NDArray[np.int32] | None:
+    """The group of each column, where a tensor says it."""
+    order = tensors.get(f"{module}.{ORDER}")
+    if order is None:
+        return None
+    if (order < 0).any() or (order >= scale.shape[1]).any():
+        raise CheckpointError(
+            f"names groups from {order.min()} to {order.max()}, there are {scale.shape[1]}",
+            where=f"{module}.{ORDER}",
+        )
+    runs = np.arange(len(order)) // (len(order) // scale.shape[1])
+    return None if np.array_equal(order, runs) else order.astype(np.int32)
 
 
 def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
@@ -169,17 +168,20 @@ def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def check_layout(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Finding]:
+def check_layout(
+    checkpoint: Checkpoint, module: str, scheme: Scheme, *, ordered: bool = False
+) -> list[Finding]:
     """Check the names, dtypes and shapes of a layer's tensors.
 
     Args:
         checkpoint: the opened folder.
         module: the layer.
         scheme: as `config.json` has it.
+        ordered: whether `ORDER` is one of the tensors.
     """
     quant = scheme.weights
     assert quant is not None
-    parts = part_shapes(quant, (1, 1))
+    parts = (*part_shapes(quant, (1, 1)), *((ORDER,) if ordered else ()))
     missing = [f"{module}.{part}" for part in parts if f"{module}.{part}" not in checkpoint]
     if missing:
         return [Finding(name, "missing from a quantized layer") for name in missing]
@@ -195,15 +197,17 @@ def check_layout(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Fi
         part: (codes.get(part, frozenset({"I32"})), (size,))
         for part, size in part_shapes(quant, shape).items()
     }
+    if ordered:
+        expected[ORDER] = (frozenset({"I32", "I64"}), ((shape[1],),))
     if f"{module}.bias" in checkpoint:
         expected["bias"] = (FLOAT_CODES, ((shape[0],),))
     return check_parts(checkpoint, module, expected)
 
 
 def _check_scales(module: str, scales: NDArray[np.float32]) -> None:
-    if not all_positive(scales):
+    if not all_signed(scales):
         raise CheckpointError(
-            f"its weight scales are not positive and finite (from {scales.min():.4g} to {scales.max():.4g})",
+            f"its weight scales are 0 or not finite (from {scales.min():.4g} to {scales.max():.4g})",
             where=module,
             remedy="keep this layer in floating point",
         )

@@ -23,6 +23,7 @@ from msquant.formats.folder_rules import (
     check_integers,
     check_parts,
     check_positive,
+    check_signed,
     layer_shape,
 )
 from msquant.formats.fused_layers import check_fused_inputs, experts_parent, fused_layers
@@ -62,7 +63,10 @@ def check_fused_targets(section: Section, schemes: Mapping[str, Scheme]) -> Iter
 def parts_of(group: ConfigGroup) -> tuple[str, ...]:
     """The tensors of a layer of a group; the layer's own `bias` is the only other one."""
     if packed.is_packed(group.scheme) and group.scheme.weights is not None:
-        return tuple(packed.part_shapes(group.scheme.weights, (1, 1)))
+        return (
+            *packed.part_shapes(group.scheme.weights, (1, 1)),
+            *((packed.ORDER,) if group.ordered else ()),
+        )
     if group.scheme.is_dynamic:
         return DYNAMIC_PARTS
     return tuple(part for part in STATIC_PARTS if part != "input_zero_point" or not group.symmetric)
@@ -77,7 +81,7 @@ def check_layout(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> lis
         group: the one it is in.
     """
     if packed.is_packed(group.scheme):
-        return packed.check_layout(checkpoint, module, group.scheme)
+        return packed.check_layout(checkpoint, module, group.scheme, ordered=group.ordered)
     shape = layer_shape(checkpoint, module, parts_of(group))
     if isinstance(shape, list):
         return shape
@@ -135,7 +139,8 @@ def is_linear(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _check_values(checkpoint: Checkpoint, module: str, group: ConfigGroup) -> Iterator[Finding]:
-    yield from check_positive(checkpoint, f"{module}.weight_scale")
+    alone = group.scheme.is_weight_only
+    yield from (check_signed if alone else check_positive)(checkpoint, f"{module}.weight_scale")
     if group.scheme.is_static:
         yield from check_positive(checkpoint, f"{module}.input_scale")
     if f"{module}.bias" in checkpoint:

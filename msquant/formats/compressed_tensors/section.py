@@ -47,6 +47,7 @@ class ConfigGroup:
             is packed.
         symmetric: whether activations have no zero point.
         per_channel: whether a row of a weight has scales of its own, or all have one.
+        ordered: whether a tensor, `weight_g_idx`, says which column is in which group.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ConfigGroup:
     scheme: Scheme
     symmetric: bool
     per_channel: bool
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,8 +260,7 @@ def _packed_group(name: str, value: Mapping[str, Any], weights: Any, inputs: Any
         strategy=("channel", "group"),
         dynamic=(False,),
         group_size=(weights.get("group_size"),),
-        # Other orders come with a tensor that says which column is in which group.
-        actorder=(None, "weight", "static"),
+        actorder=(None, "weight", "static", "group"),
     )
     symmetric, bits = _value(weights, "symmetric"), _value(weights, "num_bits")
     grouped = _value(weights, "strategy") == "group"
@@ -270,6 +271,7 @@ def _packed_group(name: str, value: Mapping[str, Any], weights: Any, inputs: Any
         scheme=Scheme(quant),
         symmetric=True,
         per_channel=not grouped,
+        ordered=grouped and weights.get("actorder") == "group",
     )
 
 

@@ -21,6 +21,7 @@ REAL = (
     "vllm_ascend.quantization.methods.w4a8",
     "vllm_ascend.quantization.methods.w8a8_static",
     "vllm_ascend.quantization.methods.w8a8_dynamic",
+    "vllm_ascend.quantization.methods.w8a8_pdmix",
     "vllm_ascend.quantization.methods.w8a16",
     "vllm_ascend.device.device_op",
     "vllm_ascend.ops.fused_moe.experts_selector",
@@ -74,8 +75,10 @@ CONFIG = SimpleNamespace(
     model_config=SimpleNamespace(enforce_eager=False, dtype=None),
     parallel_config=SimpleNamespace(enable_expert_parallel=False),
     quant_config=None,
+    kv_transfer_config=None,
 )
-"""vLLM's config; who makes a scheme sets the dtype, and what is said of the folder's quantization."""
+"""vLLM's config; who makes a scheme sets the dtype, what is said of the folder's quantization, and whether
+the engine takes another one's cache."""
 CONTEXT = SimpleNamespace(moe_comm_type=MoECommType.ALLGATHER, moe_comm_method=None, use_mega_moe=False)
 ASCEND_CONFIG = SimpleNamespace(
     multistream_overlap_gate=False,

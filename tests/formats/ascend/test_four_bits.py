@@ -247,7 +247,7 @@ def test_a_model_is_quantized_so_with_and_without_its_prediction_layer(
         (
             {**QWEN, **SIZES},
             {k: parse_scheme("W4A16_G8") for k in four_bit_experts({**QWEN, **SIZES})},
-            "is W4A16_G8: in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC",
+            "is W4A16_G8: in this format msquant writes FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX, W4A8_DYNAMIC",
         ),
         (
             {**QWEN, **SIZES},
@@ -311,7 +311,7 @@ def flipped(array: np.ndarray) -> np.ndarray:
         (entry(group_size=-1), DESCRIPTION_NAME, "group_size is -1"),
         (entry(group_size=10**30), DESCRIPTION_NAME, "group_size is 1000000"),
         (stored("weight", lambda a: a[0, 0]), f"{DOWN}.weight", "has shape"),
-        (entry(version="0.1"), DESCRIPTION_NAME, "version is '0.1'"),
+        (entry(version="0.1"), f"{DOWN}.scale_bias", "only version 1.0.0 has it, with packed weights"),
         (
             lambda folder: change_tensors(
                 folder, {f"{DOWN}.weight_scale_second": np.ones((16, 2), np.float32)}, described=False
@@ -341,7 +341,7 @@ def test_a_broken_rule_is_found(folder: Path, spoil: Any, where: str, problem: s
         (stored("weight_offset_second", lambda a: a + 1), f"{DOWN}.weight_offset_second", "not zero every"),
         (entry(group_size=6), f"{DOWN}.weight", "groups of 6 do not divide its 16 inputs"),
         (entry(group_size=4), f"{DOWN}.weight_scale_second", "[16, 4] is expected"),
-        (entry(version="0.1"), DESCRIPTION_NAME, "version is '0.1'"),
+        (entry(version="0.1"), f"{DOWN}.scale_bias", "only version 1.0.0 has it, with packed weights"),
     ],
 )
 def test_a_broken_rule_of_groups_is_found(grouped: Path, spoil: Any, where: str, problem: str) -> None:

@@ -206,7 +206,8 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
     [
         (
             {f"{Q}.weight": "W4A8"},
-            f"{Q}.weight: described as 'W4A8': only FLOAT, W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC and W8A16",
+            f"{Q}.weight: described as 'W4A8': "
+            "only FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX, W4A8_DYNAMIC and W8A16",
         ),
         ({f"{Q}.deq_scale": "W8A8_DYNAMIC"}, f"{Q}.deq_scale: described as W8A8_DYNAMIC, but the layer's"),
         ({f"{Q}.smooth": "W8A8"}, f"{Q}.smooth: described, but not stored"),

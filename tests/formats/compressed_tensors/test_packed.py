@@ -178,7 +178,7 @@ def test_groups_of_two_layouts_name_their_own() -> None:
     [
         ("num_bits", 3, "num_bits of the weights of group_0 is 3"),
         ("type", "float", "type of the weights"),
-        ("actorder", "group", "actorder of the weights"),
+        ("actorder", "dynamic", "actorder of the weights"),
         ("strategy", "block", "strategy of the weights"),
         ("group_size", None, "group_size of the weights of group_0 is None"),
         ("dynamic", True, "dynamic of the weights"),
@@ -260,7 +260,7 @@ def test_a_mixed_folder_is_read_in_both_layouts(folder: Path) -> None:
         ("weight_scale", None, "weight_scale: missing from a quantized layer"),
         ("weight_zero_point", None, "weight_zero_point: missing from a quantized layer"),
         ("weight_scale", np.ones((128, 1), np.float32), "has shape [128, 1], [128, 2] is expected"),
-        ("weight_scale", np.zeros((128, 2), np.float32), "holds a scale that is not positive"),
+        ("weight_scale", np.zeros((128, 2), np.float32), "holds a scale that is 0 or not finite"),
         ("weight_packed", np.zeros((128, 8), np.int16), "stored as I16, I32 is expected"),
         ("weight_shape", np.array([128, 32]), "has shape [128, 32], config.json says [128, 64]"),
         ("weight_shape", np.array([128]), "is not the shape of a matrix"),
