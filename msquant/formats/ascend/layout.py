@@ -29,7 +29,7 @@ from msquant import schemes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.formats.ascend import four_bits
+from msquant.formats.ascend import four_bits, kv_cache
 from msquant.formats.description import Description
 from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
@@ -51,8 +51,8 @@ WORDS: Mapping[Scheme, str] = {
 }
 """The word the description has for each scheme that vllm-ascend runs and msquant reads."""
 
-# A description of a cache, or of attention, that is quantized too.
-_CACHE_ENTRIES = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "indexer_quant_type")
+# A description of attention that is quantized too, and of a cache in another way than int8.
+_ATTENTION_ENTRIES = ("fa_quant_type", "indexer_quant_type")
 
 STATIC_PARTS = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
 """The tensors of a W8A8 linear layer; the layer's own `bias` is the only other one."""
@@ -71,8 +71,8 @@ def read_description(folder: Path) -> Description:
     """Read a folder's description.
 
     Raises:
-        CheckpointError: it is missing or damaged; or it describes a quantized cache or an online rotation,
-            which msquant does not compute.
+        CheckpointError: it is missing or damaged; or it describes quantized attention, a cache in other
+            words than C8, or an online rotation, which msquant does not compute.
     """
     path = folder / DESCRIPTION_NAME
     content = read_json(path)
@@ -82,8 +82,8 @@ def read_description(folder: Path) -> Description:
             entries[name] = value
         else:
             tensors[name] = value
-    for key in _CACHE_ENTRIES:
-        if entries.get(key):
+    for key in (*_ATTENTION_ENTRIES, *kv_cache.ENTRIES):
+        if entries.get(key) and (key in _ATTENTION_ENTRIES or entries[key] != kv_cache.WORD):
             raise _refused(path, f"{key} is {entries[key]!r}: a quantized cache or attention")
     # What `optional` has is folded into the weights, see `quarot`.
     metadata = entries.get("metadata")
@@ -94,7 +94,9 @@ def read_description(folder: Path) -> Description:
 
 def _refused(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        what, where=path, remedy="msquant reads layers in int8 or int4 with a floating-point cache"
+        what,
+        where=path,
+        remedy="msquant reads layers in int8 or int4, with keys and values in floating point or int8 (C8)",
     )
 
 
