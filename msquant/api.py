@@ -87,6 +87,7 @@ def quantize(
     scheme: str | Scheme | None = None,
     group_size: int | None = None,
     rotation: str | None = None,
+    cache: str | None = None,
     calibration: str | Sequence[str] | None = None,
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -114,6 +115,7 @@ def quantize(
         scheme: of all linears but those that the recipe keeps in floating point: `W4A16`, `W8A8_DYNAMIC`.
         group_size: columns that share a scale of the weights, in that scheme.
         rotation: none or hadamard.
+        cache: none or int8, how keys and values are kept.
         calibration: in place of its sources: `builtin`, a file, `hf:ORG/NAME`, `gsm8k=25%`, or several.
         samples: calibration sequences.
         sequence_length: tokens in each.
@@ -149,6 +151,7 @@ def quantize(
         scheme=scheme,
         group_size=group_size,
         rotation=rotation,
+        cache=cache,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
@@ -206,6 +209,7 @@ def plan(
     scheme: str | Scheme | None = None,
     group_size: int | None = None,
     rotation: str | None = None,
+    cache: str | None = None,
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> "Plan | ModelFreePlan":
@@ -217,6 +221,7 @@ def plan(
         scheme: as for `quantize`.
         group_size: likewise.
         rotation: likewise.
+        cache: likewise.
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
 
@@ -237,7 +242,7 @@ def plan(
     from msquant.planning.quantization_plan import make_plan
     from msquant.recipe.recipe import Recipe, default_folder
 
-    recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation)
+    recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation, cache=cache)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
         from msquant.planning.model_free_plan import make_model_free_plan
@@ -433,6 +438,7 @@ def export(
     formats: str | Sequence[str],
     output: str | Path | None = None,
     *,
+    cache: str | None = None,
     overwrite: bool = False,
     progress: "ExportProgress | None" = None,
 ) -> "list[ExportResult]":
@@ -442,6 +448,7 @@ def export(
         folder: quantized, in any format that msquant reads.
         formats: what to write; a name, names with commas between them, or several.
         output: the folder to make, with several formats that of the first; `<folder>-<format>` if None.
+        cache: none to leave out the scales of an int8 key-value cache, which most formats refuse.
         overwrite: replace earlier results.
         progress: callbacks.
 
@@ -458,7 +465,7 @@ def export(
 
     names = names_of(parse_formats(formats if isinstance(formats, str) else ",".join(formats)))
     target = None if output is None else Path(output)
-    return run(Path(folder), names, output=target, overwrite=overwrite, progress=progress)
+    return run(Path(folder), names, output=target, cache=cache, overwrite=overwrite, progress=progress)
 
 
 def download(

@@ -84,15 +84,16 @@ class Scheme:
     @property
     def description(self) -> str:
         """What it is, for people."""
+        cached = "" if self.cache is None else f", int{self.cache.bits} key-value cache"
         if self.weights is None:
-            return "floating point"
-        word = str(self)
+            return f"floating point{cached}"
+        word = str(self.without_cache)
         if self.inputs is None:
-            return f"int{self.weights.bits} weights alone ({word})"
+            return f"int{self.weights.bits} weights alone ({word}){cached}"
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
         if self.prefill is not None:
             inputs += ", per token in prefill"
-        return f"{word.replace('_DYNAMIC', '')}, {inputs}"
+        return f"{word.replace('_DYNAMIC', '')}, {inputs}{cached}"
 
     @property
     def is_int4(self) -> bool:
@@ -118,6 +119,11 @@ class Scheme:
         return dtype
 
     @property
+    def without_cache(self) -> "Scheme":
+        """The same with keys or values in floating point: how the linear layer itself is computed."""
+        return self if self.cache is None else replace(self, cache=None)
+
+    @property
     def per_token(self) -> "Scheme":
         """The same with a scale for every token where the inputs are static."""
         if self.inputs is None or self.inputs.dynamic:
@@ -138,6 +144,8 @@ class Scheme:
 
     def __str__(self) -> str:
         """The word that recipes have for it, which `parse_scheme` takes."""
+        if self.cache is not None:
+            return f"{self.without_cache}_C{self.cache.bits}"
         for word, scheme in PRESETS.items():
             if scheme == self:
                 return word
@@ -188,6 +196,9 @@ W4A8_DYNAMIC = Scheme(_int(4), _per_token(8))
 W4A16 = Scheme(_int(4, 128))
 """Int4 weights in groups of 128 columns; inputs in floating point."""
 
+C8 = Quant(8, "channel")
+"""Of a key-value cache: int8, with one scale for every channel of each head, fixed at calibration."""
+
 PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
@@ -202,6 +213,8 @@ PRESETS: dict[str, Scheme] = {
 MOST_COLUMNS = 99_999
 """Of a group that has a word."""
 
+_CACHED = "_C8"
+
 _WORD = re.compile(r"W([2-8])A([2-8]|16)(_DYNAMIC)?(?:_(?:G([1-9]\d{0,4})|(CHANNEL)))?(_ASYM)?")
 
 
@@ -210,13 +223,16 @@ def parse_scheme(word: str) -> Scheme:
 
     Beside `PRESETS`: `W<bits>A<bits>`, `W<bits>A<bits>_DYNAMIC` and `W<bits>A16`, followed by `_G<columns>`
     for groups of so many columns or `_CHANNEL` for one scale an output channel, and by `_ASYM` for weights
-    with zero points; for example `W4A16_G64_ASYM`.
+    with zero points; for example `W4A16_G64_ASYM`. Of the linears that make keys or values, any of these is
+    followed by `_C8` where their cache is int8.
 
     Raises:
         RecipeError: it stands for none.
     """
     if word in PRESETS:
         return PRESETS[word]
+    if word.endswith(_CACHED):
+        return replace(parse_scheme(word.removesuffix(_CACHED)), cache=C8)
     if match := _WORD.fullmatch(word):
         weight_bits, input_bits, dynamic, size, channel, asymmetric = match.groups()
         base = word[: match.end(3) if dynamic else match.end(2)]

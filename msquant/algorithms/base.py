@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from msquant.errors import RecipeError
-from msquant.schemes import FLOAT, PRESETS, W8A8, Scheme, parse_scheme
+from msquant.schemes import C8, FLOAT, PRESETS, W8A8, Quant, Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from msquant.kernels.weight_rounding import Rounder
@@ -47,9 +47,15 @@ def scheme_rules(value: Any) -> tuple[tuple[str, Scheme], ...]:
         if not isinstance(word, str | Scheme):
             raise ValueError(f"the scheme of {pattern!r} is {word!r}, not one of {', '.join(PRESETS)}")
         try:
-            rules.append((pattern, parse_scheme(word) if isinstance(word, str) else word))
+            scheme = parse_scheme(word) if isinstance(word, str) else word
         except RecipeError as error:
             raise ValueError(f"{error.what}: {error.remedy}") from error
+        if scheme.cache is not None:
+            raise ValueError(
+                f"the scheme of {pattern!r} is {scheme}: a cache is of all layers; write {pattern}: "
+                f"{scheme.without_cache}, and beside schemes cache: int8"
+            )
+        rules.append((pattern, scheme))
     if not rules or rules[-1][0] != "*":
         raise ValueError("the last entry is for all other linears, such as {'*': W8A8}")
     return tuple(rules)
@@ -100,6 +106,11 @@ class Algorithm(BaseModel):
         description="hadamard: the residual stream and the values within a head are rotated before anything "
         "else, folded into the weights; unties the output head from the embeddings.",
     )
+    cache: Literal["none", "int8"] = Field(
+        "none",
+        description="int8: the server keeps keys and values in int8, with a scale for every channel of each "
+        "head; for the ascend format and grouped-query attention.",
+    )
     min_expert_tokens: int = Field(
         32,
         ge=1,
@@ -108,8 +119,16 @@ class Algorithm(BaseModel):
     )
 
     def scheme(self, linear: str) -> Scheme:
-        """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed."""
+        """How the linear of that full name, for example `model.layers.0.mlp.up_proj`, is computed.
+
+        How keys and values are kept is not in it, see `cache_quant`.
+        """
         return next(scheme for pattern, scheme in self.schemes if matches(pattern, linear))
+
+    @property
+    def cache_quant(self) -> Quant | None:
+        """How keys and values are kept; None in floating point."""
+        return C8 if self.cache == "int8" else None
 
     def smooths(self, scheme: Scheme) -> bool:
         """Whether groups of linears in that scheme share a smooth scale."""

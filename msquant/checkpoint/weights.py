@@ -6,9 +6,40 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.schemes import FLOAT, Scheme
+from msquant.schemes import C8, FLOAT, Scheme
 
 INT8_MIN, INT8_MAX = -128, 127
+
+
+@dataclass(frozen=True, eq=False)
+class CacheScale:
+    """How the keys or values that a linear layer makes are kept in int8, keys behind the rotary embedding.
+
+    `x_q = clamp(round(x * reciprocal))` and `x = x_q * scale`, channel by channel.
+
+    Attributes:
+        scale: float32 `[N]`, one a channel of each key-value head.
+        reciprocal: float32 `[N]`: that of the scale, as the engine has rounded it.
+    """
+
+    scale: NDArray[np.float32]
+    reciprocal: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, scale: NDArray[np.float32]) -> "CacheScale":
+        """With exact reciprocals."""
+        return cls(scale, 1 / scale)
+
+    def rounded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is read back of the cache, in the shape of the keys or values `[..., N]`."""
+        kept = np.rint(values * self.reciprocal)
+        np.clip(kept, INT8_MIN, INT8_MAX, out=kept)
+        kept *= self.scale
+        return kept
+
+    def take(self, rows: NDArray[np.integer]) -> "CacheScale":
+        """The same of channels in another order."""
+        return CacheScale(self.scale[rows], self.reciprocal[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,19 +49,25 @@ class FloatLinear:
     Attributes:
         weight: float32 `[N, K]`, N output and K input channels.
         bias: float32 `[N]`, or None.
+        cache: how the keys or values that it makes are kept; None in floating point.
     """
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None = None
+    cache: CacheScale | None = None
 
     @property
     def scheme(self) -> Scheme:
         """How it is computed."""
-        return FLOAT
+        return FLOAT if self.cache is None else replace(FLOAT, cache=C8)
 
     def take_rows(self, rows: NDArray[np.integer]) -> "FloatLinear":
         """The layer with its outputs in another order, row `rows[i]` at place i."""
-        return FloatLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
+        return FloatLinear(
+            self.weight[rows],
+            None if self.bias is None else self.bias[rows],
+            None if self.cache is None else self.cache.take(rows),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +92,7 @@ class QuantizedLinear:
             divides.
         column_groups: int32 `[K]`, the group of each column, where groups are no runs of neighbours: GPTQ
             with `desc_act` stores columns in their own order, and groups in that of its pass. None for runs.
+        cache: how the keys or values that it makes are kept; None exactly where the scheme's cache is.
     """
 
     weight: NDArray[np.int8]
@@ -66,9 +104,11 @@ class QuantizedLinear:
     weight_offset: NDArray[np.int32] | None = None
     input_reciprocal: NDArray[np.float32] | None = None
     column_groups: NDArray[np.int32] | None = None
+    cache: CacheScale | None = None
 
     def __post_init__(self) -> None:
         assert self.scheme.is_static == (self.input_scale is not None), self.scheme
+        assert (self.scheme.cache is None) == (self.cache is None), self.scheme
 
     @property
     def is_static(self) -> bool:
@@ -108,10 +148,19 @@ class QuantizedLinear:
             weight_scale=self.weight_scale[rows],
             bias=None if self.bias is None else self.bias[rows],
             weight_offset=None if self.weight_offset is None else self.weight_offset[rows],
+            cache=None if self.cache is None else self.cache.take(rows),
         )
 
 
 Linear = FloatLinear | QuantizedLinear
+
+
+def with_cache(linear: Linear, cache: CacheScale | None) -> Linear:
+    """A layer whose keys or values are kept so; None for floating point."""
+    if isinstance(linear, FloatLinear):
+        return replace(linear, cache=cache)
+    scheme = replace(linear.scheme, cache=None if cache is None else C8)
+    return replace(linear, scheme=scheme, cache=cache)
 
 
 def as_computed(linear: Linear) -> Linear:
@@ -121,7 +170,7 @@ def as_computed(linear: Linear) -> Linear:
     """
     if isinstance(linear, FloatLinear) or not linear.scheme.is_weight_only:
         return linear
-    return FloatLinear(linear.float_weight, linear.bias)
+    return FloatLinear(linear.float_weight, linear.bias, linear.cache)
 
 
 def token_scales(x: NDArray[np.float32]) -> NDArray[np.float32]:

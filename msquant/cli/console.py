@@ -289,9 +289,12 @@ def as_serving(need: "ServingNeed | None") -> str:
         return "more NPUs than its heads can be shared out on"
     weights, cache = as_bytes(need.weight_bytes), as_bytes(need.cache_bytes)
     npus = "1 NPU" if need.npus == 1 else f"{need.npus} NPUs"
+    token = f"{need.token_bytes / 1000:,.1f} kB a token"
+    if need.token_bytes != need.float_token_bytes:
+        token += f" instead of {need.float_token_bytes / 1000:,.1f}"
     return (
         f"{npus} of {need.npu_bytes >> 30} GiB by size: {weights} of weights on each, {cache} for a cache of "
-        f"{need.cache_tokens:,} tokens"
+        f"{need.cache_tokens:,} tokens, {token}"
     )
 
 

@@ -32,6 +32,13 @@ def export(
             help="Folder to make; further formats go beside it, to OUTPUT-FORMAT.  [default: FOLDER-FORMAT]"
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="none: leave out the scales of an int8 key-value cache, which ascend alone has.",
+            show_default="as the folder has it",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -42,6 +49,8 @@ def export(
     refused with the reason. The files are first compared with the folder's msquant.json, if it has one.
 
     Example: msquant export smollm2-135m-osl --format compressed-tensors
+
+    Example: msquant export qwen3-8b-osl --format compressed-tensors --cache none
 
     Example: msquant export DeepSeek-R1-W8A8 --format ascend --output /data/DeepSeek-R1-ascend
     """
@@ -57,6 +66,7 @@ def export(
             folder,
             formats,
             output=output,
+            cache=cache,
             overwrite=overwrite,
             progress=ExportProgress(
                 stage=display.stage,

@@ -132,6 +132,8 @@ def _render(summary: "Summary", verified: bool, evaluation: dict[str, Any] | Non
             _render_schemes(summary)
         if scales := [_scale_row(kind, modules) for kind, modules in kinds if modules[0].weight_scale]:
             console.print_table("Scales", ["module", "weights", "activations", "zero point"], scales)
+        if caches := [_cache_row(kind, modules) for kind, modules in kinds if modules[0].cache_scale]:
+            console.print_table("Key-value cache", ["module", "integers", "layers", "scales"], caches)
     if summary.layers:
         _render_layers(summary.layers)
     if evaluation is not None:
@@ -191,6 +193,13 @@ def _scale_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
         return [kind, weight_range, "floating point" if alone else "by token", ""]
     zero_points = f"{min(offsets)} to {max(offsets)}" if offsets else "by column"
     return [kind, weight_range, f"{min(inputs):.1e} to {max(inputs):.1e}", zero_points]
+
+
+def _cache_row(kind: str, modules: "list[ModuleSummary]") -> list[Any]:
+    bounds = [bound for module in modules for bound in module.cache_scale or ()]
+    cache = parse_scheme(modules[0].scheme).cache
+    integers = "" if cache is None else f"int{cache.bits} by channel"
+    return [kind, integers, len(modules), f"{min(bounds):.1e} to {max(bounds):.1e}"]
 
 
 def _render_schemes(summary: "Summary") -> None:

@@ -134,6 +134,14 @@ Rotation = Annotated[
         show_default="as the recipe says",
     ),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="none or int8: how the server keeps keys and values; int8 is for the ascend format and "
+        "grouped-query attention.",
+        show_default="as the recipe says",
+    ),
+]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(

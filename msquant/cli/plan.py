@@ -38,6 +38,7 @@ def plan(
     scheme: options.SchemeWord = None,
     group_size: options.GroupSize = None,
     rotation: options.Rotation = None,
+    cache: options.Cache = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder that would be made.  [default: MODEL-ALGO here]")
     ] = None,
@@ -74,6 +75,7 @@ def plan(
         scheme=scheme,
         group_size=group_size,
         rotation=rotation,
+        cache=cache,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

@@ -28,6 +28,7 @@ def quantize(
     scheme: options.SchemeWord = None,
     group_size: options.GroupSize = None,
     rotation: options.Rotation = None,
+    cache: options.Cache = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder to make.  [default: MODEL-ALGO in the current folder]")
     ] = None,
@@ -86,6 +87,8 @@ def quantize(
 
     Example: msquant quantize smollm2-135m --scheme W4A16 --group-size 64 --format compressed-tensors
 
+    Example: msquant quantize smollm2-135m --scheme W8A8_DYNAMIC --cache int8 --format ascend
+
     Example: msquant quantize ./Llama-3.1-8B --calibration texts.jsonl --samples 32
 
     Example: msquant quantize ./GLM-4.6 --calibration none --format ascend
@@ -104,6 +107,7 @@ def quantize(
         scheme=scheme,
         group_size=group_size,
         rotation=rotation,
+        cache=cache,
         calibration=calibration,
         template=template,
         chat_template=chat_template,

@@ -329,6 +329,15 @@ class Family:
         return f"{names.attention}.{names.latent_up if self.attention == 'latent' else names.values}"
 
     @property
+    def cached(self) -> tuple[str, ...]:
+        """The linears within a layer that make keys and values, each in channels of its own; none if latent.
+
+        Latent attention caches what both are made of.
+        """
+        names = self.names
+        return () if self.attention == "latent" else names.within_attention(names.keys, names.values)
+
+    @property
     def value_columns(self) -> str:
         """The linear within a layer whose columns read the heads' values."""
         return f"{self.names.attention}.{self.names.output}"

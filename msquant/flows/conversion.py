@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from msquant.checkpoint.folder_files import require_own_files
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import MANIFEST_NAME, is_result, remember_folder
-from msquant.checkpoint.weights import WeightSource
+from msquant.checkpoint.weights import WeightSource, with_cache
 from msquant.checkpoint.writer import file_sha256
 from msquant.errors import CheckpointError, RecipeError
 from msquant.flows.source import model_groups, prediction_layers, refuse_unknown_tensors
@@ -52,6 +52,7 @@ class QuantizedFolder:
         weights: its tensors as they are computed.
         linears: the scheme of every linear layer in the decoder layers, by module.
         extras: the tensors of each multi-token-prediction layer it holds.
+        without_cache: whether scales of a key-value cache that it holds are left out.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class QuantizedFolder:
     weights: WeightSource
     linears: Mapping[str, Scheme]
     extras: Sequence[Mapping[str, tuple[int, ...]]]
+    without_cache: bool = False
 
 
 def open_quantized(folder: Path) -> QuantizedFolder:
@@ -95,6 +97,29 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     return QuantizedFolder(folder, form, config, checkpoint, form.open(folder), linears, extras)
 
 
+def _without_caches(source: QuantizedFolder, cache: str) -> QuantizedFolder:
+    """A folder with keys and values in floating point.
+
+    Raises:
+        RecipeError: something else than `none` is asked for.
+        CheckpointError: they are so already.
+    """
+    if cache != "none":
+        raise RecipeError(
+            f"is {cache!r}: an export makes no scales of a cache",
+            where="--cache",
+            remedy="write none, or quantize the model with --cache int8",
+        )
+    linears = {module: scheme.without_cache for module, scheme in source.linears.items()}
+    if linears == source.linears:
+        raise CheckpointError(
+            "keeps keys and values in floating point already",
+            where=source.folder,
+            remedy="leave out --cache none",
+        )
+    return replace(source, linears=linears, without_cache=True)
+
+
 def _expect(form: Format, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     """As `Checkpoint.expect`, also where another tensor holds the one of that name."""
     found = form.stored(checkpoint, name)
@@ -126,6 +151,9 @@ def require_exact(source: QuantizedFolder) -> None:
     dtype, checkpoint = source.config.dtype, source.checkpoint
     for name in checkpoint.parameters():
         module, _, part = name.rpartition(".")
+        if part.startswith("kv_cache_"):
+            # Only one format has them: they are never converted, but left out at most.
+            continue
         if source.linears.get(module, FLOAT).is_float:
             wanted = DTYPE_CODES[stored_dtype(name, dtype)]
             exact = checkpoint.dtype(name) == wanted or wanted == "F32" or _fits(checkpoint, name, dtype)
@@ -199,6 +227,7 @@ def export(
     formats: Sequence[FormatName],
     *,
     output: Path | None = None,
+    cache: str | None = None,
     overwrite: bool = False,
     progress: ExportProgress | None = None,
 ) -> list[ExportResult]:
@@ -209,6 +238,8 @@ def export(
         formats: what to write.
         output: the folder to make, with several formats that of the first; see `output_folders`. Without it
             each is called `<folder>-<format>`.
+        cache: none to leave out the scales of an int8 key-value cache; None to keep them where there are any,
+            which a format that has none refuses.
         overwrite: replace earlier results of msquant.
         progress: callbacks.
 
@@ -219,6 +250,8 @@ def export(
     progress = progress or ExportProgress()
     progress.stage(f"reading {folder}")
     source = open_quantized(folder)
+    if cache is not None:
+        source = _without_caches(source, cache)
     plans = [plan_export(source, name) for name in formats]
     targets = output_folders(output, formats) if output else [_beside(folder, name) for name in formats]
     results = []
@@ -289,7 +322,7 @@ def plan_export(source: QuantizedFolder, name: FormatName) -> FolderPlan:
         CheckpointError: it is in that format already, or that cannot express it; says why.
     """
     form = model_format(name, source.config.raw)
-    if name == source.format.name:
+    if name == source.format.name and not source.without_cache:
         raise CheckpointError(
             f"is in the {name} format already", where=source.folder, remedy="name another format"
         )
@@ -341,7 +374,10 @@ def write_export(
             for name, shape in _pieces(plan, index):
                 check_interrupt()
                 if name in plan.linears:
-                    shards.linear(name, weights.linear(name))
+                    linear = weights.linear(name)
+                    if plan.linears[name].cache is None:
+                        linear = with_cache(linear, None)
+                    shards.linear(name, linear)
                     continue
                 step = max(1, BLOCK_BYTES // (4 * prod(shape[1:])))
                 for start in range(0, shape[0], step):

@@ -79,6 +79,16 @@ def layer_record(index: int, report: LayerReport, policy: Algorithm) -> dict[str
             name: round(float(ratios.mean()), 4) for name, ratios in report.clip_ratios.items()
         },
     }
+    if report.cache:
+        record["cache"] = [
+            {
+                "name": cache.name,
+                "range_floor": cache.range_floor,
+                "factor": cache.factor,
+                "loss": measured(cache.loss),
+            }
+            for cache in report.cache
+        ]
     if report.expert_tokens:
         fed = [got + lent for got, lent in zip(report.expert_tokens, report.lent_tokens, strict=True)]
         record["experts"] = {

@@ -213,7 +213,7 @@ def quantize(
         layer_seconds=seconds,
         source_bytes=model.nbytes,
         output_bytes=plan.tensor_bytes,
-        serving=serving_need(model.config, plan.tensor_bytes),
+        serving=serving_need(model.config, plan.tensor_bytes, recipe.quantization.cache_quant),
         notes=tuple(note for note in said if note),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),

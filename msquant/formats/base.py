@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from msquant import families
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.tensor_spec import TensorSpec
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear, WeightSource
+from msquant.checkpoint.weights import CacheScale, FloatLinear, Linear, QuantizedLinear, WeightSource
 from msquant.errors import CheckpointError
 from msquant.families.row_orders import RopeRows
 from msquant.formats.dtypes import DTYPE_CODES, cast
@@ -20,7 +20,7 @@ from msquant.formats.folder_rules import Finding, StoredTensor, open_folder
 from msquant.formats.fused_layers import check_fused_schemes, experts_parent
 from msquant.formats.servers import ServerName
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import Scheme
+from msquant.schemes import Quant, Scheme
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Format(ABC):
         expert_schemes: what is said of the schemes that `takes_experts` takes.
         in_groups: those of `words` that are taken in groups of columns as well, by the same word.
         written: whether msquant writes it; False for those of other tools that it reads alone.
+        caches: how the keys and values of a layer can be kept, beside floating point.
+        no_cache: why not in another way.
         predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
@@ -61,6 +63,8 @@ class Format(ABC):
     expert_schemes: ClassVar[str] = "per-token activations (W8A8_DYNAMIC)"
     in_groups: ClassVar[frozenset[Scheme]] = frozenset()
     written: ClassVar[bool] = True
+    caches: ClassVar[frozenset[Quant]] = frozenset()
+    no_cache: ClassVar[str] = "it keeps keys and values in floating point"
     predictions_in_float: ClassVar[bool] = False
 
     variant: str = ""
@@ -101,11 +105,16 @@ class Format(ABC):
         """The schemes that a linear layer can have, with the consumer's words for them."""
 
     def takes(self, scheme: Scheme) -> bool:
-        """Whether a linear layer can have a scheme: one of `words`, where a format says nothing else."""
+        """Whether a linear layer can have a scheme: one of `words`, where a format says nothing else.
+
+        Its cache is not looked at, see `check_caches`.
+        """
+        scheme = scheme.without_cache
         return scheme in self.words or (scheme.in_rows() in self.in_groups and scheme.in_rows() in self.words)
 
     def word(self, scheme: Scheme) -> str:
         """The consumer's word for a scheme that a linear layer can have."""
+        scheme = scheme.without_cache
         return self.words[scheme if scheme in self.words else scheme.in_rows()]
 
     def takes_experts(self, scheme: Scheme) -> bool:
@@ -159,7 +168,20 @@ class Format(ABC):
             if experts_parent(module) and not self.takes_experts(scheme):
                 problem = f"{self.consumer} runs routed experts with {self.expert_schemes} only"
                 yield Finding(module, f"is {scheme}: {problem}")
-        yield from check_fused_schemes({module: str(scheme) for module, scheme in linears.items()})
+        yield from check_fused_schemes(
+            {module: str(scheme.without_cache) for module, scheme in linears.items()}
+        )
+        yield from self.check_caches(linears)
+
+    def check_caches(self, linears: Mapping[str, Scheme]) -> Iterator[Finding]:
+        """Check that the consumer can keep keys and values as the layers that make them say."""
+        for module, scheme in linears.items():
+            if scheme.cache is not None and scheme.cache not in self.caches:
+                yield Finding(
+                    module,
+                    f"is {scheme}, with an int{scheme.cache.bits} key-value cache: {self.consumer} cannot "
+                    f"serve that, {self.no_cache}",
+                )
 
     def stays_float(self, module: str) -> str | None:
         """What a module is that has to stay in floating point; None for another."""
@@ -185,10 +207,14 @@ class Format(ABC):
             dtype: the model's, one of `dtypes`.
             bias: whether it has one.
         """
-        parts = self.part_specs(module, shape, scheme, dtype)
+        parts = self.part_specs(module, shape, scheme.without_cache, dtype)
         if bias:
             parts["bias"] = "F32" if self.bias_in_float32 else DTYPE_CODES[dtype], shape[:1]
         return [TensorSpec(f"{module}.{part}", *spec) for part, spec in parts.items()]
+
+    def cache_specs(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+        """The tensors that `encode_cache` makes of a layer, quantized or not; arguments as `linear_specs`."""
+        return []
 
     @abstractmethod
     def part_specs(
@@ -206,7 +232,7 @@ class Format(ABC):
 
         Returns:
             Arrays by full tensor name: in floating point `weight` and `bias` in `dtype`, else `bias` and what
-            `encode_parts` says.
+            `encode_parts` says; and what `encode_cache` says.
 
         Raises:
             CheckpointError: a value does not fit `dtype`; a layer's groups are no runs of columns; or as
@@ -227,7 +253,22 @@ class Format(ABC):
             bias = bias.astype(np.float32) if bias is not None and self.bias_in_float32 else bias
         if bias is not None:
             parts["bias"] = bias
+        if linear.cache is not None:
+            parts |= self.encode_cache(module, linear.cache, dtype)
         return {f"{module}.{part}": values for part, values in parts.items()}
+
+    def encode_cache(self, module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
+        """What the scales of the keys or values that a layer makes are stored as, in a format of `caches`.
+
+        Args:
+            module: its name, for errors.
+            cache: the scales.
+            dtype: the model's.
+
+        Raises:
+            CheckpointError: a scale does not fit.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def encode_parts(

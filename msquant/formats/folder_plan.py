@@ -132,7 +132,8 @@ def plan_folder(
             inputs; names it and what it accepts.
         OutputError: a tensor is in two groups.
     """
-    form = model_format(format_name, config).made_for(linears).keeping(scale_dtype)
+    plain = {module: scheme.without_cache for module, scheme in linears.items()}
+    form = model_format(format_name, config).made_for(plain).keeping(scale_dtype)
     stored = dtype if dtype in form.dtypes else FALLBACK_DTYPE
     _check_runs(form, linears, config)
     _check_groups(groups, linears)
@@ -157,6 +158,8 @@ def plan_folder(
                 specs[-1] += form.linear_specs(module, tuple(shape), scheme, stored, has_bias)
             elif part != "bias":
                 raise CheckpointError(f"a linear layer has no part {part!r}", where=name)
+            if part == "weight" and scheme.cache is not None:
+                specs[-1] += form.cache_specs(module, tuple(shape), scheme)
     if missing:
         raise CheckpointError(
             f"{next(iter(missing))} is to be quantized, but the source has no such weight"

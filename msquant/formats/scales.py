@@ -68,6 +68,26 @@ def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[
     return scale, zero_point
 
 
+def reciprocable_scales(scales: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Scales in the model's dtype, as an engine that also rounds their reciprocals to it best computes with.
+
+    See `input_parameters`.
+
+    Args:
+        scales: float32 `[N]`.
+        dtype: the model's.
+
+    Returns:
+        float32 `[N]`, each 0.8 % below to 1 % above where the dtype does not hold it; 0 or infinite where it
+        is out of the dtype's reach.
+    """
+    nearest = held_scales(scales, dtype)
+    away = np.flatnonzero((nearest != scales) & (nearest > 0) & np.isfinite(nearest))
+    for place in away:
+        nearest[place] = _reciprocable(scales[place], nearest[place], dtype)
+    return nearest
+
+
 def _reciprocable(scale: np.float32, nearest: np.float32, dtype: str) -> np.float32:
     """The number of a dtype near `scale` whose product with its own rounded reciprocal is closest to 1."""
     kind = np.dtype(MODEL_DTYPES[dtype])

@@ -21,11 +21,13 @@ class StoredScales:
         weight: of its rows, float64.
         input: of its input, float64; several where it has one a column.
         offset: the zero point of its input.
+        cache: of the keys or values that it makes, float64.
     """
 
     weight: NDArray[np.float64] | None = None
     input: NDArray[np.float64] | None = None
     offset: int | None = None
+    cache: NDArray[np.float64] | None = None
 
 
 def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
@@ -41,8 +43,9 @@ def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
 
 def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> StoredScales:
     """The scales of a layer in a scheme, damaged or not; its weight is not read."""
+    cache = None if scheme.cache is None else _numbers(checkpoint, f"{module}.kv_cache_scale")
     if scheme.is_float:
-        return StoredScales()
+        return StoredScales(cache=cache)
     weight = _numbers(checkpoint, f"{module}.weight_scale")
     if weight is None:
         weight = _numbers(checkpoint, f"{module}.scales")
@@ -51,7 +54,7 @@ def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Stored
         # ascend's of groups are products with those of rows.
         weight = second * weight.repeat(len(second) // len(weight))
     if not scheme.is_static:
-        return StoredScales(weight)
+        return StoredScales(weight, cache=cache)
     scale = _numbers(checkpoint, f"{module}.input_scale")
     if weight is None and scale is not None and (scale > 0).all():
         deq_scale = _numbers(checkpoint, f"{module}.deq_scale")
@@ -61,7 +64,9 @@ def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> Stored
         values = _numbers(checkpoint, f"{module}.{part}")
         if values is not None and (values == values[0]).all() and float(values[0]).is_integer():
             offset = int(values[0])
-    return StoredScales(weight, scale if weight is not None else None, offset if weight is not None else None)
+    if weight is None:
+        return StoredScales(cache=cache)
+    return StoredScales(weight, scale, offset, cache)
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:

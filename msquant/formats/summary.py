@@ -44,6 +44,7 @@ class ModuleSummary:
         weight_scale: smallest and largest of its rows; None in floating point.
         input_scale: smallest and largest; None without static activations.
         input_offset: the zero point; None without static activations, and where the columns differ.
+        cache_scale: smallest and largest of the keys or values it makes; None in floating point.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModuleSummary:
     weight_scale: tuple[float, float] | None = None
     input_scale: tuple[float, float] | None = None
     input_offset: int | None = None
+    cache_scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSumm
             weight_scale=_range(scales.weight),
             input_scale=_range(scales.input),
             input_offset=scales.offset,
+            cache_scale=_range(scales.cache),
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from msquant.models.config import ModelConfig
+from msquant.schemes import Quant
 
 NPU_BYTES = 64 << 30
 """Memory of an Ascend 910B, of which an Atlas 800 A2 has eight."""
@@ -22,7 +23,7 @@ LEAST_TOKENS = 32_768
 """That the cache is to hold: one request as long as the guides of R1 have it."""
 
 _MOST_NPUS = 64
-_BYTES_OF_A_NUMBER = 2
+_BITS_OF_A_NUMBER = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class ServingNeed:
         npu_bytes: memory of each.
         weight_bytes: on each.
         cache_bytes: left on each for keys and values.
-        cache_tokens: of all requests together that this holds in 16 bits.
+        cache_tokens: of all requests together that this holds.
+        token_bytes: that a token takes in each NPU's cache.
+        float_token_bytes: the same in 16 bits, as the model in floating point is served.
     """
 
     npus: int
@@ -42,29 +45,35 @@ class ServingNeed:
     weight_bytes: int
     cache_bytes: int
     cache_tokens: int
+    token_bytes: int
+    float_token_bytes: int
 
 
-def serving_need(config: ModelConfig, weight_bytes: int) -> ServingNeed | None:
+def serving_need(config: ModelConfig, weight_bytes: int, cache: Quant | None = None) -> ServingNeed | None:
     """The fewest NPUs that hold a model and a cache of `LEAST_TOKENS`; None if 64 of them do not.
 
     Args:
         config: the model's shape.
         weight_bytes: of all its tensors as they are served.
+        cache: how keys and values are kept; None in 16 bits.
     """
+    bits = _BITS_OF_A_NUMBER if cache is None else cache.bits
     usable, npus = int(USED * NPU_BYTES) - RESERVED_BYTES, 1
     while npus <= _MOST_NPUS and config.num_attention_heads % npus == 0:
         each = ceil(weight_bytes / npus)
-        tokens = (usable - each) // _token_bytes(config, npus)
+        token = _token_numbers(config, npus) * bits // 8
+        tokens = (usable - each) // token
         if tokens >= LEAST_TOKENS:
-            return ServingNeed(npus, NPU_BYTES, each, usable - each, tokens)
+            whole = _token_numbers(config, npus) * _BITS_OF_A_NUMBER // 8
+            return ServingNeed(npus, NPU_BYTES, each, usable - each, tokens, token, whole)
         npus *= 2
     return None
 
 
-def _token_bytes(config: ModelConfig, npus: int) -> int:
-    """What a token takes in each NPU's cache: all of latent attention's, but a share of the heads'."""
+def _token_numbers(config: ModelConfig, npus: int) -> int:
+    """Numbers that a token takes in each NPU's cache: all of latent attention's, a share of the heads'."""
     if config.latent is not None:
         numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
     else:
         numbers = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim
-    return _BYTES_OF_A_NUMBER * config.num_hidden_layers * numbers
+    return config.num_hidden_layers * numbers

@@ -45,6 +45,23 @@ class GroupReport:
     after: ChannelRanges | None = None
 
 
+@dataclass(frozen=True)
+class CacheReport:
+    """What was chosen for the scales of a layer's cached keys or values.
+
+    Attributes:
+        name: `keys` or `values`.
+        range_floor: quantile of the floor under the channels' ranges; 0 is no floor.
+        factor: what all ranges are multiplied by.
+        loss: mean squared error of what attention adds, relative to the residual stream, on held-out samples.
+    """
+
+    name: str
+    range_floor: float
+    factor: float
+    loss: float
+
+
 @dataclass
 class LayerReport:
     """The pass over one decoder layer.
@@ -55,6 +72,7 @@ class LayerReport:
         clip_ratios: linear name to the ratio chosen for every output channel, float32 `[N]`.
         expert_tokens: calibration tokens that each routed expert got; empty where there are none.
         lent_tokens: further tokens that each of them was given to be calibrated, where it got too few.
+        cache: what was chosen for keys and for values; empty where their cache is in floating point.
         error: squared error of the quantized layer's output, relative to the square of what the layer adds to
             its input, over the first batch of calibration tokens.
     """
@@ -64,6 +82,7 @@ class LayerReport:
     clip_ratios: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
     lent_tokens: list[int] = field(default_factory=list)
+    cache: list[CacheReport] = field(default_factory=list)
     error: float = float("nan")
 
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
+from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import WeightSource
+from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, CacheScale, WeightSource
 from msquant.models.cells import add_linears, norm_cell
 from msquant.models.config import ModelConfig
 from msquant.models.positions import Positions
@@ -25,6 +27,30 @@ class KeyValueCache:
             values = ops.cat((self._values, values), axis=2)
         self._keys, self._values = keys, values
         return keys, values
+
+
+class CacheRounding:
+    """What is read back of an int8 cache: see `CacheScale`. Keys and values `[B, heads, T, channels]`."""
+
+    def __init__(self, scale: CacheScale, heads: int) -> None:
+        self._scale = scale
+        self._shape = 1, heads, 1, len(scale.scale) // heads
+        self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """To the same shape and dtype."""
+        if x.shape not in self._kept:
+            # In full shape, as `Positions` has its tables, and of one shape at a time: while tokens are
+            # generated, every step but the first has the same.
+            self._kept = {
+                x.shape: (self._table(self._scale.scale, x), self._table(self._scale.reciprocal, x))
+            }
+        scale, reciprocal = self._kept[x.shape]
+        kept = ops.clamp(ops.round(x.astype(ms.float32) * reciprocal), float(INT8_MIN), float(INT8_MAX))
+        return (kept * scale).astype(x.dtype)
+
+    def _table(self, values: NDArray[np.float32], x: Tensor) -> Tensor:
+        return Tensor(np.broadcast_to(values.reshape(self._shape), x.shape).copy(), ms.float32)
 
 
 class ScaledDotProduct(nn.Cell):
@@ -56,7 +82,11 @@ class ScaledDotProduct(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """Causal self-attention with grouped queries and rotary positions."""
+    """Causal self-attention with grouped queries and rotary positions.
+
+    Where the linears that make keys and values say so, those of every token are read as an int8 cache gives
+    them back, whether the token was cached before or not: each token is computed as it is while generating.
+    """
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
         super().__init__()
@@ -64,7 +94,11 @@ class Attention(nn.Cell):
         self.head_dim = config.head_dim
         self.names = names = config.family.names
         linears = names.queries, names.keys, names.values, names.output
-        add_linears(self, config, source, name, dtype, *linears)
+        made = add_linears(self, config, source, name, dtype, *linears)
+        caches = (made[part].cache for part in (names.keys, names.values))
+        self.key_cache, self.value_cache = (
+            None if cache is None else CacheRounding(cache, self.groups) for cache in caches
+        )
         for norm in (names.query_norm, names.key_norm):
             normed = config.query_key_norms
             setattr(self, norm, norm_cell(config, source, f"{name}.{norm}", dtype) if normed else None)
@@ -72,15 +106,23 @@ class Attention(nn.Cell):
 
     def context(self, x: Tensor, batch: int, places: Positions, cache: KeyValueCache | None) -> Tensor:
         """The input of the output projection: `[B*T, H]` to `[B*T, heads * head_dim]`."""
+        queries, keys, values = self.project(x, batch, places)
+        if self.key_cache is not None:
+            keys = self.key_cache(keys)
+        if self.value_cache is not None:
+            values = self.value_cache(values)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        return self.attend(queries, keys, values, places)
+
+    def project(self, x: Tensor, batch: int, places: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two rotated: `[B*T, H]` to `[B, heads, T, head_dim]` each."""
         names = self.names
         queries, keys, values = (getattr(self, part)(x) for part in (names.queries, names.keys, names.values))
         query_norm, key_norm = getattr(self, names.query_norm), getattr(self, names.key_norm)
         queries = places.rotate(self._split(queries, batch, self.heads, query_norm))
         keys = places.rotate(self._split(keys, batch, self.groups, key_norm))
-        values = self._split(values, batch, self.groups)
-        if cache is not None:
-            keys, values = cache.extend(keys, values)
-        return self.attend(queries, keys, values, places)
+        return queries, keys, self._split(values, batch, self.groups)
 
     def _split(self, x: Tensor, batch: int, heads: int, norm: nn.Cell | None = None) -> Tensor:
         if norm is not None:

@@ -166,11 +166,17 @@ def projection(config: ModelConfig, source: WeightSource, name: str, dtype: Any)
 
 def add_linears(
     cell: nn.Cell, config: ModelConfig, source: WeightSource, name: str, dtype: Any, *parts: str
-) -> None:
+) -> dict[str, Linear]:
     """Give a block called `name` its linear layers, under the names that they have within it.
+
+    Returns:
+        What they were made of, by these names.
 
     Raises:
         CheckpointError: as `read_linear`.
     """
+    made = {}
     for part in parts:
-        setattr(cell, part, projection(config, source, f"{name}.{part}", dtype))
+        made[part] = read_linear(config, source, f"{name}.{part}")
+        setattr(cell, part, linear_cell(made[part], dtype))
+    return made

@@ -213,7 +213,8 @@ class DecoderLayer(nn.Cell):
         return state
 
     @property
-    def _attention(self) -> Any:
+    def attention_block(self) -> Any:
+        """Its attention block, with grouped queries or latent."""
         return getattr(self, self.names.attention)
 
     @property
@@ -227,28 +228,28 @@ class DecoderLayer(nn.Cell):
 
     def _attend(self, state: State, batch: int, places: Positions, cache: KeyValueCache | None) -> State:
         hidden, x = state
-        return hidden, self._attention.context(x, batch, places, cache)
+        return hidden, self.attention_block.context(x, batch, places, cache)
 
     def _compress(self, state: State, *_: Any) -> State:
         hidden, x = state
-        queries, compressed, shared = self._attention.compress(x)
-        if self._attention.compresses_queries:
+        queries, compressed, shared = self.attention_block.compress(x)
+        if self.attention_block.compresses_queries:
             return hidden, queries, compressed, shared
         return hidden, compressed, queries, shared
 
     def _expand_queries(self, state: State, *_: Any) -> State:
         hidden, x, compressed, shared = state
-        return hidden, compressed, self._attention.expand_queries(x), shared
+        return hidden, compressed, self.attention_block.expand_queries(x), shared
 
     def _attend_latent(
         self, state: State, batch: int, places: Positions, cache: KeyValueCache | None
     ) -> State:
         hidden, x, queries, shared = state
-        return hidden, self._attention.context(queries, x, shared, batch, places, cache)
+        return hidden, self.attention_block.context(queries, x, shared, batch, places, cache)
 
     def _project(self, state: State, *_: Any) -> State:
         hidden, context = state
-        output = getattr(self._attention, self.names.output)(context)
+        output = getattr(self.attention_block, self.names.output)(context)
         hidden = self._add(hidden, output, self.names.attention_output_norm)
         norm = getattr(self, self.names.feed_forward_norm)
         return (hidden,) if norm is None else (hidden, norm(hidden))

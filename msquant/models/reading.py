@@ -28,6 +28,11 @@ def read_linear(config: ModelConfig, source: WeightSource, name: str) -> Linear:
     """
     linear = source.linear(name)
     check_shape(config, f"{name}.weight", linear.weight.shape)
+    if linear.cache is not None and linear.cache.scale.shape != linear.weight.shape[:1]:
+        raise CheckpointError(
+            f"{name} has {linear.cache.scale.size} scales of a cache for {len(linear.weight)} channels",
+            remedy="use the config.json that belongs to these weights",
+        )
     if (linear.bias is not None) != (config.shape(f"{name}.bias") is not None):
         found, asked = ("has a", "none") if linear.bias is not None else ("has no", "one")
         raise CheckpointError(

@@ -342,7 +342,7 @@ def make_plan(
         parameters=sum(part.parameters for part in parts),
         source_bytes=sum(part.source_bytes for part in parts),
         output_bytes=written_bytes,
-        serving=serving_need(config, folders[0].tensor_bytes),
+        serving=serving_need(config, folders[0].tensor_bytes, recipe.quantization.cache_quant),
         scratch_bytes=scratch,
         free_disk=free,
         peak_memory=max(peak, writing),

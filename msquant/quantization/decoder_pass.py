@@ -8,6 +8,7 @@ expert once for every candidate. The feed-forward block then goes expert by expe
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from msquant.interrupts import check_interrupt
 from msquant.kernels.layer_report import LayerReport, relative_error
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
+from msquant.quantization.cache_scales import with_cache_scales
 from msquant.quantization.feed_forward_pass import FeedForwardPass
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
 from msquant.quantization.layer_schemes import in_two_blocks
@@ -192,6 +194,13 @@ class DecoderPass:
     ) -> LayerResult:
         inputs = [Tensor(batch, self._dtype) for batch in hidden]
         result = quantize_layer(self._config, index, layer, inputs, self._places, self._policy, put)
+        if self._policy.cache_quant is not None:
+            self._step("scales of the cache")
+            attention = self._layer(result, index, "attention")
+            linears, result.report.cache = with_cache_scales(
+                self._config, index, result, attention, inputs, self._places
+            )
+            result = replace(result, linears={**result.linears, **linears})
         for name, values in result.norms.items():
             sink.tensor(name, values)
         for module, linear in result.linears.items():

@@ -1,6 +1,9 @@
 """How every linear of a model is computed by a policy."""
 
+from dataclasses import replace
+
 from msquant.algorithms.base import Algorithm
+from msquant.errors import RecipeError
 from msquant.models.config import ModelConfig
 from msquant.schemes import Scheme
 
@@ -17,8 +20,24 @@ def layer_linears(config: ModelConfig, index: int) -> list[str]:
 
 
 def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[str, Scheme]:
-    """The scheme of every linear within a decoder layer, by full name."""
-    return {module: policy.scheme(module) for module in layer_linears(config, index)}
+    """The scheme of every linear within a decoder layer, by full name, with the cache of keys and values.
+
+    Raises:
+        RecipeError: the policy asks for a quantized cache that the family's attention does not have.
+    """
+    schemes = {module: policy.scheme(module) for module in layer_linears(config, index)}
+    if (cache := policy.cache_quant) is not None:
+        if not config.family.cached:
+            raise RecipeError(
+                f"cache: {policy.cache} is for grouped-query attention, and {config.family.model_type} has "
+                "latent attention, whose cache msquant leaves in floating point",
+                where="quantization.cache",
+                remedy="write cache: none",
+            )
+        for linear in config.family.cached:
+            module = f"{config.family.layer_name(index)}.{linear}"
+            schemes[module] = replace(schemes[module], cache=cache)
+    return schemes
 
 
 def model_schemes(config: ModelConfig, policy: Algorithm, predictions: int = 0) -> dict[str, Scheme]:

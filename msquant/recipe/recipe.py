@@ -175,6 +175,8 @@ class Recipe(BaseModel):
                 f"{policy.algorithm} needs calibration text, and its source is none; write algorithm: "
                 f"{_WITHOUT_TEXT}"
             )
+        if policy.cache_quant is not None:
+            raise ValueError(f"cache: {policy.cache} needs calibration text, and its source is none")
         if policy.rotation != "none":
             raise ValueError("rotation needs a model that msquant knows, and calibration has source: none")
         for pattern, scheme in policy.schemes:
@@ -206,7 +208,7 @@ class Recipe(BaseModel):
         name = policy.algorithm if policy.looks_at_weights_alone else _WITHOUT_TEXT
         schemes = tuple((pattern, scheme.per_token) for pattern, scheme in policy.schemes)
         kept = tuple(form for form in self.formats if find_format(form).takes_any_model)
-        changed = self.replace("quantization", algorithm=name, schemes=schemes, rotation="none")
+        changed = self.replace("quantization", algorithm=name, schemes=schemes, rotation="none", cache="none")
         return changed.model_copy(
             update={"format": kept[0] if len(kept) == 1 else kept or any_model_formats()[0]}
         )
@@ -218,6 +220,7 @@ class Recipe(BaseModel):
         scheme: str | Scheme | None = None,
         group_size: int | None = None,
         rotation: str | None = None,
+        cache: str | None = None,
         calibration: str | Sequence[str] | None = None,
         template: str | None = None,
         chat_template: bool | None = None,
@@ -236,6 +239,7 @@ class Recipe(BaseModel):
             scheme: of all linears but those that the recipe keeps in floating point.
             group_size: columns that share a scale of the weights, in that scheme.
             rotation: none or hadamard.
+            cache: none or int8, of keys and values.
             calibration: a source, or several for a mix; `none` for no text at all: unless they are given too,
                 the algorithm is then rtn, static schemes are those per token, and the format one that takes
                 any model.
@@ -257,7 +261,7 @@ class Recipe(BaseModel):
         base = self
         if words == [NO_TEXT]:
             base = self._without_text()
-        changed = base.replace("quantization", algorithm=algo, schemes=rules, rotation=rotation)
+        changed = base.replace("quantization", algorithm=algo, schemes=rules, rotation=rotation, cache=cache)
         if formats is not None:
             names = formats if isinstance(formats, str) else ",".join(formats)
             changed = changed.model_copy(update={"format": parse_formats(names)})

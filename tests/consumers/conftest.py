@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
     "qwen3-moe": {"model_type": "qwen3_moe"},
+    "qwen3-c8": {"model_type": "qwen3"},
+    "qwen3-float16-c8": {"model_type": "qwen3", "dtype": "float16"},
     "deepseek": _DEEPSEEK,
     "deepseek-published": _DEEPSEEK,
     "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
@@ -148,12 +150,15 @@ def _quantize(root: Path, name: str) -> None:
     own = next((scheme for end, scheme in _SCHEMES.items() if name.endswith(end)), None)
     if own is not None:
         policy = policy.model_copy(update={"schemes": (own, *policy.schemes)})
+    cached = name.endswith("-c8")
+    if cached:
+        policy = policy.model_copy(update={"cache": "int8"})
     changes = {
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),
     }
     # MindFormers builds prediction layers without quantization, and formats written together hold the same.
-    only_ascend = family == "qwen3_moe" or ("prediction_layers" in settings and own is not None)
+    only_ascend = family == "qwen3_moe" or cached or ("prediction_layers" in settings and own is not None)
     only_ascend |= own is not None and own[1].prefill is not None
     formats = "ascend" if only_ascend else "golden-stick,ascend"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)

@@ -17,6 +17,8 @@ MODELS = (
     "qwen2",
     "qwen3",
     "qwen3-moe",
+    "qwen3-c8",
+    "qwen3-float16-c8",
     "deepseek",
     "deepseek-mtp",
     "qwen3-moe-w4a8",
@@ -55,14 +57,17 @@ def test_every_layer_computes_what_the_folder_says(
         result = f"{'/'.join(words)}: {worst:.1e}"
         if found["experts"]:
             result += f"; experts: {max(found['experts'].values()):.1e}"
+        if found["caches"]:
+            result += f"; int8 cache: {max(found['caches']):.1e}"
         table.add("vllm-ascend", version, model, result)
-        if max([worst, *found["experts"].values()]) >= 5e-4:
+        if max([worst, *found["experts"].values()]) >= 5e-4 or max(found["caches"], default=0) >= 1e-3:
             wrong.append(f"{model}: {found}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None:
     _, models = examined
+    assert [len(models[model]["caches"]) for model in ("qwen3", "qwen3-c8", "qwen3-float16-c8")] == [0, 2, 2]
     assert set(models["llama-tied"]["words"].values()) == {"W8A8"}
     deepseek = models["deepseek"]
     assert {word for layer, word in deepseek["words"].items() if "kv_b_proj" in layer} == {"FLOAT"}

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
+from msquant.checkpoint.weights import CacheScale, FloatLinear, Linear, QuantizedLinear, with_cache
 from msquant.checkpoint.writer import write_json
 from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.folder_plan import FolderPlan, plan_folder
@@ -99,6 +99,11 @@ def four_bit_experts(config: Mapping[str, Any], scheme: Scheme = W4A8_DYNAMIC) -
 def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: bool = False) -> Linear:
     """A layer, the same for the same name; layers that read one input have one input scale."""
     rng = np.random.default_rng(sum(map(ord, module)))
+    if scheme.cache is not None:
+        scales = rng.uniform(1e-3, 1, shape[0]).astype(np.float32)
+        return with_cache(
+            random_linear(module, shape, scheme.without_cache, bias=bias), CacheScale.of(scales)
+        )
     stored_bias = rng.normal(size=shape[0]).astype(np.float32) if bias else None
     if scheme == FLOAT:
         return FloatLinear(rng.normal(size=shape).astype(np.float32), stored_bias)

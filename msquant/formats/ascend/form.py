@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.weights import QuantizedLinear
+from msquant.checkpoint.tensor_spec import TensorSpec
+from msquant.checkpoint.weights import CacheScale, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
-from msquant.formats.ascend import four_bits
+from msquant.formats.ascend import four_bits, kv_cache
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
@@ -53,7 +54,7 @@ from msquant.formats.scales import (
     weight_scales,
 )
 from msquant.formats.stored import stored_scheme
-from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX, Scheme
+from msquant.schemes import C8, W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX, Scheme
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class AscendFormat(Format):
     folded = "{}, which it folds into the attention,"
     expert_schemes = "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
     in_groups = frozenset({W4A8_DYNAMIC})
+    caches = frozenset({C8})
 
     variant: str = "ascendV1"
 
@@ -103,6 +105,7 @@ class AscendFormat(Format):
         """Check that vllm-ascend can run the layers of a model in the given schemes together."""
         yield from super().check(linears, config)
         yield from check_one_size(linears)
+        yield from kv_cache.check_schemes(linears, config)
         small = {module: scheme for module, scheme in linears.items() if scheme.is_int4}
         shapes = (expected_shapes(dict(config)) or {}) | extra_shapes(config) if small else {}
         for module, scheme in small.items():
@@ -117,6 +120,14 @@ class AscendFormat(Format):
                 )
             elif shape is not None and (problem := self.shape_problem(module, shape, scheme)):
                 yield Finding(module, f"is {scheme}: {problem}")
+
+    def cache_specs(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+        """As `encode_cache` makes them."""
+        return kv_cache.specs(module, shape[0])
+
+    def encode_cache(self, module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
+        """See `kv_cache.encode`."""
+        return kv_cache.encode(module, cache, dtype)
 
     def part_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
@@ -197,11 +208,15 @@ class AscendFormat(Format):
             module, _, part = name.rpartition(".")
             description[name] = FLOAT if part == "bias" else described.get(module, FLOAT)
         words = set(description.values())
+        cached = kv_cache.described(description)
+        description |= cached
         # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
         order = ("W8A8", "W8A8_MIX", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
         model_type = next(word for word in order if word in words)
         small = next((scheme for scheme in linears.values() if scheme.is_int4), None)
         entries = {"model_quant_type": model_type, "metadata": {}, **four_bits.entries(small)}
+        if cached:
+            entries |= dict.fromkeys(kv_cache.ENTRIES, kv_cache.WORD)
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
 
     def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
@@ -225,7 +240,7 @@ class AscendFormat(Format):
             alike = said is not None and said.is_static == scheme.is_static and not said.is_float
             if not scheme.is_float and said is not None and alike:
                 schemes[module] = said
-        return schemes
+        return kv_cache.with_caches(checkpoint, schemes)
 
     def open(self, folder: Path) -> AscendCheckpoint:
         """Raises CheckpointError as `AscendCheckpoint.open`."""
@@ -267,4 +282,5 @@ class AscendFormat(Format):
             findings += check_fused_schemes({module: str(scheme) for module, scheme in known.items()})
             findings += check_one_size(known)
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
+            findings += kv_cache.check_folder(checkpoint, description, config or {})
         return findings

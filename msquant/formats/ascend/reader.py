@@ -4,9 +4,10 @@ from pathlib import Path
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
-from msquant.checkpoint.weights import Linear
+from msquant.checkpoint.weights import Linear, with_cache
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
+from msquant.formats.ascend import kv_cache
 from msquant.formats.ascend.four_bits import is_packed
 from msquant.formats.ascend.layout import (
     WORDS,
@@ -76,8 +77,13 @@ class AscendCheckpoint(FolderSource):
         """Return the layer `module`.
 
         Raises:
-            CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit.
+            CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit; or
+                as `kv_cache.decode`.
         """
+        return with_cache(self._linear(module), kv_cache.decode(self.checkpoint, module, self.dtype))
+
+    def _linear(self, module: str) -> Linear:
+        """The layer itself. Raises as `linear`."""
         scheme = self.description.scheme(module)
         if scheme == FLOAT:
             return self.checkpoint.linear(module)

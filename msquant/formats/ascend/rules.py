@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.ascend import four_bits
+from msquant.formats.ascend import four_bits, kv_cache
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     OFFSETS,
@@ -84,7 +84,12 @@ def check_words(description: Description, stored: Mapping[str, str]) -> Iterator
         # msModelSlim describes an output head that shares the embedding's weight too.
         if name not in stored and name != "lm_head.weight":
             yield Finding(name, "described, but not stored")
-        if word not in WORDS.values():
+        if part in kv_cache.PARTS:
+            if word != kv_cache.WORD:
+                yield Finding(
+                    name, f"described as {word!r}: a scale of a cache is described as {kv_cache.WORD!r}"
+                )
+        elif word not in WORDS.values():
             *most, last = WORDS.values()
             yield Finding(name, f"described as {word!r}: only {', '.join(most)} and {last} are known")
         elif part != "bias" and word != description.tensors.get(f"{module}.weight", word):
@@ -171,6 +176,9 @@ def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str |
             quantized[module] = scheme
     for name in checkpoint.names():
         module = name.rpartition(".")[0]
+        if name.endswith(kv_cache.PARTS):
+            # See `kv_cache.check_folder`.
+            continue
         if module not in quantized and description.scheme(module) == FLOAT:
             yield from check_float(checkpoint, name)
     packed = four_bits.is_packed(description.entries)

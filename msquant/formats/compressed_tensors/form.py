@@ -59,6 +59,7 @@ class CompressedTensorsFormat(Format):
     server = "vllm"
     dtypes = SERVED_DTYPES
     words = _WORDS
+    no_cache = "whose caches are float8 at most; vllm-ascend takes an int8 one, in the ascend format"
     expert_schemes = "weights alone quantized, or per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
 
     variant: str = FORMAT
@@ -76,6 +77,7 @@ class CompressedTensorsFormat(Format):
 
     def takes(self, scheme: Scheme) -> bool:
         """One of `words`, also in groups, or weights alone in any width that the packed layout holds."""
+        scheme = scheme.without_cache
         return scheme.is_float or layout.takes(scheme) or packed.is_packed(scheme)
 
     def takes_experts(self, scheme: Scheme) -> bool:

@@ -78,6 +78,7 @@ class GoldenStickFormat(Format):
     predictions_in_float = True
 
     in_groups = frozenset({schemes.W4A8_DYNAMIC})
+    no_cache = "no loader of it selects an int8 cache; vllm-ascend takes one, in the ascend format"
 
     variant: Variant = "native"
     row_groups: int = 0
@@ -111,11 +112,12 @@ class GoldenStickFormat(Format):
         """Check that the backend can run the layers of a model in the given schemes together."""
         yield from self.check_words(
             {
-                module: self.word(scheme) if self.takes(scheme) else str(scheme)
+                module: self.word(scheme) if self.takes(scheme) else str(scheme.without_cache)
                 for module, scheme in linears.items()
             },
             config,
         )
+        yield from self.check_caches(linears)
         yield from check_one_size(linears)
         small = {module: scheme for module, scheme in linears.items() if scheme.is_int4}
         shapes = (expected_shapes(dict(config)) or {}) if small else {}

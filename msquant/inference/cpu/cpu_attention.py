@@ -132,7 +132,9 @@ class GroupedQueryAttention:
         self._scale = np.float32(config.head_dim**-0.5)
         names = config.family.names
         inputs = (names.queries, names.keys, names.values)
-        self._qkv = linear_layer(*(read_linear(config, source, f"{name}.{part}") for part in inputs))
+        linears = [read_linear(config, source, f"{name}.{part}") for part in inputs]
+        self._qkv = linear_layer(*linears)
+        self._caches = [linear.cache for linear in linears[1:]]
         self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
         self._norms: tuple[CpuRMSNorm, CpuRMSNorm] | None = None
         if config.query_key_norms:
@@ -150,6 +152,10 @@ class GroupedQueryAttention:
             rotated = np.concatenate([self._norms[0](queries), self._norms[1](keys)], axis=1)
         rotated = places.rotate(rotated)
         queries, keys = rotated[:, : self._heads], rotated[:, self._heads :]
+        keys, values = (
+            made if cache is None else cache.rounded(made.reshape(len(x), -1)).reshape(made.shape)
+            for made, cache in zip((keys, values), self._caches, strict=True)
+        )
         return self._o(places.attend(queries, keys, values, caches, self._scale))
 
 

@@ -193,6 +193,83 @@ def moe_gating_top_k(
     return weights * routed_scaling_factor, index, None
 
 
+def npu_scatter_pa_kv_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Put tokens `[T, groups, D]` into their slots of a cache `[blocks, groups, D / 32, block, 32]`."""
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        assert rows.dtype == cache.dtype == torch.int8
+        _, groups, parts, block, inner = cache.shape
+        for row, slot in zip(rows, slot_mapping.tolist(), strict=True):
+            cache[slot // block, :, :, slot % block] = row.reshape(groups, parts, inner)
+
+
+def npu_fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    num_heads: int,
+    num_key_value_heads: int,
+    input_layout: str,
+    scale: float,
+    block_size: int,
+    sparse_mode: int,
+    actual_seq_lengths_kv: Any,
+    actual_seq_lengths: Any = None,
+    atten_mask: Any = None,
+    block_table: torch.Tensor | None = None,
+    key_antiquant_scale: torch.Tensor | None = None,
+    value_antiquant_scale: torch.Tensor | None = None,
+    antiquant_mode: int = 0,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
+    inner_precise: int = 0,
+) -> tuple[torch.Tensor, None]:
+    """Attention of whole sequences (TND), or of one token of each over a paged int8 cache (BNSD)."""
+    assert (antiquant_mode, key_antiquant_mode, value_antiquant_mode) == (0, 0, 0)
+    if input_layout == "BNSD":
+        assert sparse_mode == 0
+        assert block_table is not None
+        assert key.dtype == value.dtype == torch.int8
+        rows = []
+        for place, length in enumerate(actual_seq_lengths_kv):
+            taken = block_table[place]
+            pair = (
+                _from_blocks(cache[taken])[:length].double() * factor.double().squeeze(1)
+                for cache, factor in ((key, key_antiquant_scale), (value, value_antiquant_scale))
+            )
+            rows.append(_attend(query[place].transpose(0, 1), *pair, scale))
+        return torch.stack(rows).transpose(1, 2).float(), None
+    assert (input_layout, sparse_mode, block_table) == ("TND", 3, None)
+    made, first, first_key = [], 0, 0
+    for last, last_key in zip(list(actual_seq_lengths), list(actual_seq_lengths_kv), strict=True):
+        own = slice(first_key, int(last_key))
+        made.append(_attend(query[first : int(last)], key[own].double(), value[own].double(), scale))
+        first, first_key = int(last), int(last_key)
+    return torch.cat(made).float(), None
+
+
+def _from_blocks(cache: torch.Tensor) -> torch.Tensor:
+    """Blocks `[n, groups, D / 32, block, 32]` as tokens, `[n * block, groups, D]`."""
+    blocks, groups, parts, block, inner = cache.shape
+    return cache.permute(0, 3, 1, 2, 4).reshape(blocks * block, groups, parts * inner)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Queries `[n, heads, D]`, the last tokens of those of keys and values `[T, groups, D]`."""
+    count, heads, _ = query.shape
+    tokens, groups, _ = key.shape
+    keys, values = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), keys) * scale
+    hidden = torch.arange(tokens) > torch.arange(tokens - count, tokens)[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+
+
 def _parts(x: torch.Tensor, scale: torch.Tensor, counts: torch.Tensor) -> Any:
     sizes = [int(count) for count in counts]
     return zip(x.split(sizes), scale.split(sizes), strict=True)

@@ -16,7 +16,9 @@ REAL = (
     "vllm_ascend.quantization.modelslim_config",
     "vllm_ascend.quantization.quant_type",
     "vllm_ascend.quantization.tp_weight_switch",
+    "vllm_ascend.attention.attention_v1",
     "vllm_ascend.quantization.methods.base",
+    "vllm_ascend.quantization.methods.kv_c8",
     "vllm_ascend.quantization.methods.registry",
     "vllm_ascend.quantization.methods.w4a8",
     "vllm_ascend.quantization.methods.w8a8_static",
@@ -61,6 +63,35 @@ class MoEActivation(enum.Enum):
     GELU_TANH = "gelu_tanh"
 
 
+class QuantizationConfig:
+    """Of vLLM, which knows no names of caches' scales here."""
+
+    def __init__(self) -> None:
+        self.packed_modules_mapping: dict[str, list[str]] = {}
+
+    @staticmethod
+    def get_cache_scale_mapper() -> "WeightsMapper":
+        """Names of other formats."""
+        return WeightsMapper()
+
+
+class WeightsMapper:
+    """Of vLLM: how a checkpoint's names become a model's."""
+
+    def __init__(self, orig_to_new_suffix: Any = None, **_: Any) -> None:
+        self.orig_to_new_suffix = orig_to_new_suffix or {}
+
+    def __or__(self, other: "WeightsMapper") -> "WeightsMapper":
+        return WeightsMapper(self.orig_to_new_suffix | other.orig_to_new_suffix)
+
+
+class AttentionMetadataBuilder:
+    """Of vLLM, generic."""
+
+    def __class_getitem__(cls, item: Any) -> type:
+        return cls
+
+
 class _Anything:
     """An object whose every method does nothing."""
 
@@ -76,10 +107,13 @@ CONFIG = SimpleNamespace(
     parallel_config=SimpleNamespace(enable_expert_parallel=False),
     quant_config=None,
     kv_transfer_config=None,
+    cache_config=None,
 )
-"""vLLM's config; who makes a scheme sets the dtype, what is said of the folder's quantization, and whether
-the engine takes another one's cache."""
-CONTEXT = SimpleNamespace(moe_comm_type=MoECommType.ALLGATHER, moe_comm_method=None, use_mega_moe=False)
+"""vLLM's config; who makes a scheme sets the dtype, what is said of the folder's quantization, whether the
+engine takes another one's cache, and the cache's blocks."""
+CONTEXT = SimpleNamespace(
+    moe_comm_type=MoECommType.ALLGATHER, moe_comm_method=None, use_mega_moe=False, capturing=False
+)
 ASCEND_CONFIG = SimpleNamespace(
     multistream_overlap_gate=False,
     eplb_config=SimpleNamespace(dynamic_eplb=False),
@@ -91,12 +125,27 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "get_current_vllm_config": lambda: CONFIG,
         "CompilationMode": SimpleNamespace(VLLM_COMPILE=3),
     },
-    "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
+    "vllm.distributed": {
+        "get_tensor_model_parallel_world_size": lambda: 1,
+        "get_tensor_model_parallel_rank": lambda: 0,
+    },
     "vllm.logger": {"logger": _Anything(), "init_logger": lambda *_: _Anything()},
     "vllm.model_executor.layers.fused_moe.activation": {
         "MoEActivation": MoEActivation,
     },
+    "vllm.model_executor.layers.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
+    "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
     "vllm.triton_utils": {"HAS_TRITON": False},
+    "vllm.v1.attention.backend": {
+        "AttentionType": SimpleNamespace(DECODER="decoder", ENCODER_DECODER="encoder_decoder"),
+        "AttentionMetadataBuilder": AttentionMetadataBuilder,
+    },
+    "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": SimpleNamespace(CUSTOM=None)},
+    "vllm_ascend.attention.utils": {
+        "needs_layer_aware_fia_graph_replay": lambda: False,
+        "notify_kv_cache_written": lambda *_: None,
+    },
+    "vllm_ascend.attention.kvcomp_attn.attention_utils": {"is_enable_hamming_sparse": lambda: False},
     "vllm_ascend.ascend_config": {"get_ascend_config": lambda: ASCEND_CONFIG},
     "vllm_ascend.ascend_forward_context": {
         "_EXTRA_CTX": CONTEXT,

@@ -214,7 +214,11 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
         ({f"{Q}.deq_scale": None}, f"{Q}.deq_scale: stored, but not described"),
         ({"lm_head.weight": None}, "does not describe lm_head.weight"),
         ({"fa_quant_type": "FAKQuant"}, "fa_quant_type is 'FAKQuant': a quantized cache or attention"),
-        ({"kv_cache_type": "C8"}, "kv_cache_type is 'C8'"),
+        ({"kv_cache_type": "C4"}, "kv_cache_type is 'C4': a quantized cache"),
+        (
+            {"kv_cache_type": "C8"},
+            "kv_cache_type: is 'C8' in the description, but no layer has a kv_cache_scale",
+        ),
         ({"metadata": {"quarot": {}}}, "activations that are rotated while the model runs"),
     ],
 )

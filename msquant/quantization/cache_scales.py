@@ -1,0 +1,303 @@
+"""The scales of an int8 key-value cache: one a channel of each head, searched on samples held out.
+
+Keys are cached behind the rotary embedding, which turns the two channels of a pair into each other as
+positions go on. What a channel reaches within a calibration sample says little of longer contexts: a slow
+pair has hardly begun to turn there. The magnitude of the pair is the same at every position, and bounds both
+channels, so keys are measured by that. Values are measured channel by channel.
+
+As in `msquant.algorithms.held_out`, a channel's range is never taken for less than a floor, a quantile of
+the ranges in units of what is typical by the weights in front; and the floor, and what all ranges are
+multiplied by, are chosen on samples whose ranges were not measured: each half by those of the other. The loss
+is the error of what attention adds to the residual stream, relative to the stream, token by token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from msquant.algorithms.held_out import typical_magnitudes
+from msquant.checkpoint.weights import (
+    INT8_MAX,
+    CacheScale,
+    FloatLinear,
+    Linear,
+    WeightSource,
+    as_computed,
+    with_cache,
+)
+from msquant.errors import CalibrationError
+from msquant.interrupts import check_interrupt
+from msquant.kernels.layer_report import CacheReport
+from msquant.models.config import ModelConfig
+from msquant.models.layers import DecoderLayer, Positions
+
+Floats = NDArray[np.float32]
+
+FLOORS = (0.0, 0.25, 0.5, 0.75, 0.9)
+"""Quantiles; 0 is no floor."""
+
+FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+"""What all ranges are multiplied by."""
+
+SEARCH_QUERIES = 256
+"""Tokens whose attention is compared, spread evenly over the samples; all tokens are looked at by them."""
+
+PARTS = 2
+"""Parts of the samples, each of which is quantized with the ranges of the others."""
+
+
+@dataclass(eq=False)
+class AttentionSample:
+    """What attention reads in one sample.
+
+    Attributes:
+        queries: of some tokens, rotated, `[heads, n, D]`.
+        places: which tokens these are, `[n]`.
+        keys: of all tokens, rotated, `[groups, T, D]`.
+        values: likewise.
+        residual: the residual stream that attention adds to, of the tokens at `places`, `[n, H]`.
+    """
+
+    queries: Floats
+    places: NDArray[np.integer]
+    keys: Floats
+    values: Floats
+    residual: Floats
+
+    def weights(self, keys: Floats, scale: float) -> Floats:
+        """How much each query takes of each token, `[groups, heads / groups * n, T]`."""
+        groups, tokens, channels = keys.shape
+        scores = self.queries.reshape(groups, -1, channels) @ keys.swapaxes(1, 2)
+        scores *= np.float32(scale)
+        hidden = np.arange(tokens)[None, :] > self.places[:, None]
+        scores.reshape(groups, -1, *hidden.shape)[:, :, hidden] = -np.inf
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        return scores
+
+    def mixed(self, weights: Floats, values: Floats) -> Floats:
+        """The input of the output projection, `[n, heads * D]`."""
+        heads, count, channels = self.queries.shape
+        return (weights @ values).reshape(heads, count, channels).swapaxes(0, 1).reshape(count, -1)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Keys or values: their ranges in each sample `[S, groups * D]`, and what is typical of them."""
+
+    name: str
+    ranges: Floats
+    typical: Floats
+
+    def scale(self, samples: NDArray[np.intp], floor: float, factor: float) -> Floats:
+        """By the ranges of some samples; 1 for a channel of zeros."""
+        maxima = self.ranges[samples].max(axis=0)
+        if floor:
+            unit = np.quantile(maxima / self.typical, floor).astype(np.float32)
+            maxima = np.maximum(maxima, unit * self.typical)
+        scale = np.float32(factor) * maxima / np.float32(INT8_MAX)
+        # What is too small for a reciprocal is nothing beside the other channels.
+        return np.where(scale < np.finfo(np.float32).tiny * 16, np.float32(1), scale)
+
+
+class CacheSearch:
+    """The candidates for the scales of one layer.
+
+    Args:
+        samples: what its attention reads.
+        output: the weight of the output projection, `[H, heads * D]`.
+        softmax_scale: of the scores.
+        typical: magnitudes of keys and of values by the weights that make them, `[groups * D]` each.
+        check: called before every candidate; may raise to interrupt the search.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[AttentionSample],
+        output: Floats,
+        softmax_scale: float,
+        typical: tuple[Floats, Floats],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._samples, self._output, self._softmax_scale = samples, output, softmax_scale
+        self._check = check
+        self._weights = [sample.weights(sample.keys, softmax_scale) for sample in samples]
+        self._mixed = [
+            sample.mixed(weights, sample.values)
+            for sample, weights in zip(samples, self._weights, strict=True)
+        ]
+        self._factors = [
+            _reciprocal(sample.residual + mixed @ output.T)
+            for sample, mixed in zip(samples, self._mixed, strict=True)
+        ]
+        pairs, singles = (np.stack([measure(s) for s in samples]) for measure in (_pair_ranges, _ranges))
+        channels = samples[0].keys.shape[2]
+        self.keys = _Kind("keys", pairs, _of_pairs(typical[0], channels))
+        self.values = _Kind("values", singles, typical[1])
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def best(self, kind: _Kind) -> tuple[Floats, CacheReport]:
+        """The scales of keys or of values: the best floor, and the best factor at that floor.
+
+        Raises:
+            CalibrationError: no candidate gives a finite error.
+        """
+        losses: dict[tuple[float, float], float] = {}
+
+        def loss(floor: float, factor: float) -> float:
+            if (floor, factor) not in losses:
+                self._check()
+                value = self.loss(kind, floor, factor)
+                losses[floor, factor] = value if np.isfinite(value) else np.inf
+            return losses[floor, factor]
+
+        floor = min(FLOORS, key=lambda value: loss(value, 1.0))
+        factor = min(FACTORS, key=lambda value: loss(floor, value))
+        if not np.isfinite(loss(floor, factor)):
+            raise CalibrationError(
+                f"no scale of the cached {kind.name} gives a finite error",
+                remedy="check that config.json belongs to these weights, or write cache: none",
+            )
+        scale = kind.scale(np.arange(len(self._samples)), floor, factor)
+        return scale, CacheReport(kind.name, floor, factor, losses[floor, factor])
+
+    def loss(self, kind: _Kind, floor: float, factor: float) -> float:
+        """Mean over tokens of the relative squared error, with the ranges of the other parts."""
+        total, tokens = 0.0, 0
+        for measured, held_out in _folds(len(self._samples)):
+            cache = CacheScale.of(kind.scale(measured, floor, factor))
+            for number in held_out:
+                sample, weights = self._samples[number], self._weights[number]
+                keys, values = sample.keys, sample.values
+                if kind is self.keys:
+                    weights = sample.weights(_cached(keys, cache), self._softmax_scale)
+                else:
+                    values = _cached(values, cache)
+                error = (sample.mixed(weights, values) - self._mixed[number]) @ self._output.T
+                total += float(np.square(error).sum(axis=1) @ self._factors[number])
+                tokens += len(error)
+        return total / tokens
+
+
+def with_cache_scales(
+    config: ModelConfig,
+    index: int,
+    source: WeightSource,
+    layer: DecoderLayer,
+    hidden: Sequence[Tensor],
+    places: Positions,
+) -> tuple[dict[str, Linear], list[CacheReport]]:
+    """The linears of one decoder layer that make keys and values, with the scales of their cache.
+
+    Args:
+        config: the model's shape; its attention is grouped-query.
+        index: of the layer.
+        source: has the layer's linears as they will be computed.
+        layer: built of that, whole or its attention alone.
+        hidden: its inputs, batches of samples `[B, T, H]`.
+        places: the tokens' positions.
+
+    Returns:
+        The linears by full name, and what was chosen for keys and for values.
+
+    Raises:
+        CalibrationError: no candidate gives a finite error.
+    """
+    names, name = config.family.names, config.family.layer_name(index)
+    attention = f"{name}.{names.attention}"
+    output = as_computed(source.linear(f"{attention}.{names.output}"))
+    weight = output.weight if isinstance(output, FloatLinear) else output.float_weight
+    linears = [f"{name}.{linear}" for linear in config.family.cached]
+    made = [source.linear(linear) for linear in linears]
+    typical = [typical_magnitudes(_float_weight(linear)) for linear in made]
+    if config.family.query_key_norms:
+        # What the weights make is normalized for every head, and then multiplied by this.
+        norm = np.abs(source.tensor(f"{attention}.{names.key_norm}.weight"))
+        typical[0] = typical_magnitudes(np.tile(norm, config.num_key_value_heads))
+    samples = _samples(layer, hidden, places)
+    search = CacheSearch(samples, weight, config.head_dim**-0.5, (typical[0], typical[1]), check_interrupt)
+    found, reports = {}, []
+    for linear, before, kind in zip(linears, made, (search.keys, search.values), strict=True):
+        scale, report = search.best(kind)
+        found[linear] = with_cache(before, CacheScale.of(scale))
+        reports.append(report)
+    return found, reports
+
+
+def _samples(layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions) -> list[AttentionSample]:
+    tokens = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
+    shortest = min(batch.shape[1] for batch in hidden)
+    step = max(1, min(tokens // SEARCH_QUERIES, shortest))
+    samples, start = [], 0
+    for batch in hidden:
+        check_interrupt()
+        count, length, size = batch.shape
+        before = (batch.reshape(count * length, size),)
+        stream, x = layer.run(before, count, places, stop=layer.step_of["qkv"])
+        queries, keys, values = map(_floats, layer.attention_block.project(x, count, places))
+        residual = _floats(stream).reshape(count, length, size)
+        for number in range(count):
+            # Every `step`th token of all.
+            chosen = np.arange(-start % step, length, step)
+            start += length
+            samples.append(
+                AttentionSample(
+                    queries[number][:, chosen], chosen, keys[number], values[number], residual[number, chosen]
+                )
+            )
+    return samples
+
+
+def _floats(tensor: Tensor) -> Floats:
+    values: Floats = tensor.astype(ms.float32).asnumpy()
+    return values
+
+
+def _float_weight(linear: Linear) -> Floats:
+    return linear.weight if isinstance(linear, FloatLinear) else linear.float_weight
+
+
+def _ranges(sample: AttentionSample) -> Floats:
+    """The greatest magnitude of every channel of the values, `[groups * D]`."""
+    maxima: Floats = np.abs(sample.values).max(axis=1).reshape(-1)
+    return maxima
+
+
+def _pair_ranges(sample: AttentionSample) -> Floats:
+    """The greatest magnitude of the pair that each channel of the keys is rotated in, `[groups * D]`."""
+    halves = np.split(sample.keys, 2, axis=2)
+    maxima: Floats = np.hypot(*halves).max(axis=1)
+    return np.concatenate([maxima, maxima], axis=1).reshape(-1)
+
+
+def _of_pairs(typical: Floats, channels: int) -> Floats:
+    """What is typical for the pair of every channel, of heads of so many channels: `[groups * D]`."""
+    pairs = np.hypot(*np.split(typical.reshape(-1, channels), 2, axis=1))
+    return np.concatenate([pairs, pairs], axis=1).reshape(-1).astype(np.float32)
+
+
+def _cached(values: Floats, cache: CacheScale) -> Floats:
+    """What is read back of a cache, `[groups, T, D]` to the same."""
+    groups, _, channels = values.shape
+    shape = groups, 1, channels
+    return CacheScale(cache.scale.reshape(shape), cache.reciprocal.reshape(shape)).rounded(values)
+
+
+def _folds(count: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Samples whose ranges are measured, and those that are quantized with them, once for each part."""
+    samples = np.arange(count)
+    if count == 1:
+        return [(samples, samples)]
+    return [(samples[samples % PARTS != part], samples[samples % PARTS == part]) for part in range(PARTS)]
+
+
+def _reciprocal(read: Floats) -> Floats:
+    """1 over the square of every row; 0 for a row of zeros."""
+    squares = np.square(read, dtype=np.float64).sum(axis=1)
+    inverse: Floats = np.divide(1, squares, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
+    return inverse

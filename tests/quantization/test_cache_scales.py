@@ -1,0 +1,270 @@
+"""The scales of an int8 cache: its search against torch, golden-stick's rounding, and models that use it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.weights import CacheScale, with_cache
+from msquant.errors import CalibrationError
+from msquant.flows.engines import open_weights
+from msquant.flows.pipeline import quantize
+from msquant.formats.summary import summarize
+from msquant.inference.cpu.cpu_model import CpuModel
+from msquant.models.config_json import read_config
+from msquant.models.device import use_device
+from msquant.models.network import CausalLM
+from msquant.quantization.cache_scales import AttentionSample, CacheSearch
+from msquant.recipe.recipe import find_recipe
+from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_model import VOCABULARY_SIZE
+
+S, T, GROUPS, HEADS, D, H = 4, 24, 2, 6, 8, 20
+SCALE = D**-0.5
+TOKENS = np.random.default_rng(3).integers(0, VOCABULARY_SIZE, (2, 40))
+
+
+def samples(seed: int = 0) -> list[AttentionSample]:
+    random = np.random.default_rng(seed)
+    width = np.geomspace(0.1, 5, GROUPS * D).reshape(GROUPS, 1, D)
+    places = np.arange(1, T, 3)
+    return [
+        AttentionSample(
+            queries=random.normal(size=(HEADS, len(places), D)).astype(np.float32),
+            places=places,
+            keys=(random.standard_t(4, size=(GROUPS, T, D)) * width).astype(np.float32),
+            values=(random.standard_t(4, size=(GROUPS, T, D)) * width).astype(np.float32),
+            residual=random.normal(size=(len(places), H)).astype(np.float32),
+        )
+        for _ in range(S)
+    ]
+
+
+def search(given: list[AttentionSample]) -> CacheSearch:
+    random = np.random.default_rng(9)
+    output = random.normal(size=(H, HEADS * D)).astype(np.float32)
+    typical = [random.uniform(0.5, 2, GROUPS * D).astype(np.float32) for _ in range(2)]
+    return CacheSearch(given, output, SCALE, (typical[0], typical[1]))
+
+
+def torch_loss(
+    found: CacheSearch, given: list[AttentionSample], name: str, floor: float, factor: float
+) -> float:
+    """The definition in cache_scales.py, written down once more in float64."""
+    kind = found.keys if name == "keys" else found.values
+    typical = torch.tensor(kind.typical, dtype=torch.float64)
+    ranges = []
+    for sample in given:
+        if name == "keys":
+            keys = torch.tensor(sample.keys, dtype=torch.float64)
+            pairs = torch.complex(keys[..., : D // 2], keys[..., D // 2 :]).abs().amax(1)
+            ranges.append(torch.cat([pairs, pairs], -1).reshape(-1))
+        else:
+            ranges.append(torch.tensor(sample.values, dtype=torch.float64).abs().amax(1).reshape(-1))
+    total = tokens = 0.0
+    for number, sample in enumerate(given):
+        others = torch.stack([r for i, r in enumerate(ranges) if i % 2 != number % 2])
+        maxima = others.amax(0)
+        if floor:
+            maxima = torch.maximum(maxima, torch.quantile(maxima / typical, floor) * typical)
+        step = (factor * maxima / 127).reshape(GROUPS, 1, D)
+        queries, keys, values = (
+            torch.tensor(part, dtype=torch.float64) for part in (sample.queries, sample.keys, sample.values)
+        )
+
+        def attention(keys: Any, values: Any, queries: Any = queries, sample: Any = sample) -> Any:
+            keys, values = (part.repeat_interleave(HEADS // GROUPS, 0) for part in (keys, values))
+            scores = queries @ keys.transpose(1, 2) * SCALE
+            later = torch.arange(T) > torch.tensor(sample.places)[:, None]
+            mixed = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+            return (
+                mixed.transpose(0, 1).reshape(len(sample.places), -1) @ torch.tensor(found._output).double().T
+            )
+
+        exact = attention(keys, values)
+        rounded = [
+            torch.clamp(torch.round(part / step), -128, 127) * step if name == which else part
+            for which, part in (("keys", keys), ("values", values))
+        ]
+        read = exact + torch.tensor(sample.residual)
+        error = attention(*rounded) - exact
+        total += float((error.square().sum(1) / read.square().sum(1)).sum())
+        tokens += len(error)
+    return total / tokens
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize(("floor", "factor"), [(0.0, 1.0), (0.75, 1.0), (0.5, 0.8)])
+def test_the_loss_is_that_of_its_definition(name: str, floor: float, factor: float) -> None:
+    given = samples()
+    found = search(given)
+    kind = found.keys if name == "keys" else found.values
+    expected = torch_loss(found, given, name, floor, factor)
+    # A value that lies half way between two integers may go either way.
+    assert found.loss(kind, floor, factor) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_best_candidate_wins() -> None:
+    found = search(samples())
+    for kind in (found.keys, found.values):
+        scale, report = found.best(kind)
+        assert report.name == kind.name
+        assert report.loss == found.loss(kind, report.range_floor, report.factor)
+        assert report.loss <= min(found.loss(kind, report.range_floor, factor) for factor in (0.7, 1.0, 1.5))
+        assert scale.shape == (GROUPS * D,)
+        assert (scale > 0).all()
+
+
+def test_keys_do_not_leave_their_range_at_any_position() -> None:
+    """What rotates within a pair stays within what was measured, however far it goes."""
+    given = samples()
+    found = search(given)
+    scale = found.keys.scale(np.arange(S), 0.0, 1.0).reshape(GROUPS, 1, D)
+    for angle in np.linspace(0, 2 * np.pi, 17):
+        for sample in given:
+            a, b = np.split(sample.keys, 2, axis=2)
+            turned = np.concatenate(
+                [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=2
+            )
+            assert (np.abs(turned) <= 127.001 * scale).all()
+
+
+def test_a_quiet_channel_has_a_floor_and_one_of_zeros_a_scale() -> None:
+    given = samples()
+    for sample in given:
+        sample.values[0, :, 3] = 0
+    found = search(given)
+    bare = found.values.scale(np.arange(S), 0.0, 1.0)
+    floored = found.values.scale(np.arange(S), 0.5, 1.0)
+    assert bare[3] == 1
+    assert 0 < floored[3] < 1
+    assert (floored >= np.where(np.arange(GROUPS * D) == 3, 0, bare)).all()
+
+
+def test_a_search_that_finds_nothing_finite_is_an_error() -> None:
+    given = samples()
+    given[0].values[:] = np.nan
+    found = search(given)
+    with pytest.raises(CalibrationError, match="no scale of the cached values gives a finite error"):
+        found.best(found.values)
+
+
+def test_rounding_is_golden_sticks() -> None:
+    """By the function that its own cells of a key-value cache call, whose cells run on an NPU alone."""
+    import mindspore as ms
+    from mindspore import ops
+
+    from msquant.kernels import golden_stick
+
+    golden_stick.load()
+    from mindspore_gs.ptq.basic_functions.basic_quant_func import quant_tensor
+
+    keys = (np.random.default_rng(1).standard_t(3, (64, 12)) * np.geomspace(0.01, 9, 12)).astype(np.float32)
+    scale, offset, kept = quant_tensor(
+        ms.Tensor(keys), ops.min, ops.max, False, True, False, 0, ms.int8, 1, True
+    )
+    assert not np.asarray(offset).any()
+    scale = np.asarray(scale, np.float32).reshape(-1)
+    # Its steps are the range over 255, msquant's over 254: no integer is -128.
+    np.testing.assert_allclose(scale, np.abs(keys).max(axis=0) / 127.5, rtol=1e-6)
+    cache = CacheScale.of(scale)
+    expected = kept.asnumpy().astype(np.float32) * scale
+    away = np.abs(cache.rounded(keys) - expected) / scale
+    # Ties alone may go another way, because msquant multiplies by a reciprocal as the server does.
+    assert np.count_nonzero(away > 1e-3) <= 2
+
+
+class Cached:
+    """A source with scales of a cache for its keys and values."""
+
+    def __init__(self, source: Any, scales: dict[str, CacheScale]) -> None:
+        self._source, self._scales = source, scales
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def linear(self, module: str) -> Any:
+        return with_cache(self._source.linear(module), self._scales.get(module))
+
+
+class RoundedCache(DynamicCache):
+    """transformers' cache, which gives back what int8 holds of keys and values."""
+
+    scales: dict[str, CacheScale]
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
+        made = []
+        for states, part in ((key_states, "k"), (value_states, "v")):
+            scale = self.scales[f"model.layers.{layer_idx}.self_attn.{part}_proj"].scale
+            step = torch.from_numpy(scale).reshape(1, states.shape[1], 1, -1)
+            made.append(torch.clamp(torch.round(states / step), -128, 127) * step)
+        return super().update(made[0], made[1], layer_idx, *args, **options)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cached]:
+    """A float model and coarse scales: what they change is far above the tolerance."""
+    folder = write_tiny(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+    random = np.random.default_rng(0)
+    names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "kv"]
+    scales = {name: CacheScale.of(random.uniform(0.05, 0.2, 64).astype(np.float32)) for name in names}
+    return folder, Cached(Checkpoint.open(folder), scales)
+
+
+def test_both_engines_compute_what_transformers_does_with_such_a_cache(cached: tuple[Path, Cached]) -> None:
+    folder, source = cached
+    dtype = use_device("cpu")
+    config = read_config(folder)
+    cells = CausalLM(config, source, dtype).logits(TOKENS)
+    plain = CausalLM(config, Checkpoint.open(folder), dtype).logits(TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for row, tokens in enumerate(TOKENS):
+        cache = RoundedCache()
+        cache.scales = source._scales
+        with torch.inference_mode():
+            expected = model(torch.tensor(tokens[None]), past_key_values=cache).logits[0].numpy()
+        spread = np.sqrt((expected**2).mean())
+        changed = np.sqrt(((plain[row] - expected) ** 2).mean()) / spread
+        # A tie that goes another way is one step of a channel.
+        for found in (cells[row], _decoded(CpuModel(config, source), tokens)):
+            away = np.sqrt(((found - expected) ** 2).mean()) / spread
+            assert away < 2e-3 < 0.1 * changed
+
+
+def _decoded(model: CpuModel, tokens: Any) -> Any:
+    """A prompt in pieces and token by token: a cache that is read is the same as one that is filled."""
+    cache, rows, past = model.new_cache(), [], 0
+    for step in (7, 12, *[1] * (len(tokens) - 19)):
+        rows.append(model.logits(cache, tokens[past : past + step].tolist(), step))
+        past += step
+    return np.concatenate(rows)
+
+
+def test_a_recipe_makes_a_valid_folder_that_says_what_was_chosen(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "qwen2", "qwen2", dtype="bfloat16", num_attention_heads=2)
+    recipe = find_recipe(str(source)).adjusted(
+        algo="rtn",
+        scheme="W8A8_DYNAMIC",
+        cache="int8",
+        formats="ascend",
+        samples=4,
+        sequence_length=32,
+        evaluate=False,
+    )
+    result = quantize(recipe, tmp_path / "out")
+    assert summarize(result.folder).findings == []
+    layers = read_json(result.folder / "msquant.json")["layers"]
+    for layer in layers:
+        assert [chosen["name"] for chosen in layer["cache"]] == ["keys", "values"]
+        assert all(0 < chosen["loss"] < 1e-2 for chosen in layer["cache"])
+    linear = open_weights(result.folder).linear("model.layers.1.self_attn.k_proj")
+    assert linear.cache is not None
+    assert linear.cache.scale.shape == (64,)
