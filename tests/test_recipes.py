@@ -122,13 +122,25 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ("model: a\nquantization: {algorithm: osl-robust}\n", "did you mean osl?"),
         ("model: a\nquantization: {algorithm: 3}\n", "3 is not an algorithm"),
         ("model: a\nquantization: {rotation: hadamar}\n", "quantization.rotation"),
+        ("model: a\nquantization: {cache: int4}\n", "quantization.cache: Input should be 'none' or 'int8'"),
+        (
+            "model: a\nquantization: {schemes: [{'*': W8A8_C8}]}\n",
+            "the scheme of '*' is W8A8_C8: a cache is of all layers; write *: W8A8, and beside schemes "
+            "cache: int8",
+        ),
+        (
+            "model: a\nformat: ascend\ncalibration: {source: none}\n"
+            "quantization: {algorithm: rtn, cache: int8, schemes: [{'*': W8A8_DYNAMIC}]}\n",
+            "cache: int8 needs calibration text, and its source is none",
+        ),
         (
             "model: a\nquantization: {smooth_alfa: [0.5]}\n",
             "quantization.smooth_alfa (did you mean smooth_alpha?)",
         ),
         (
             "model: a\nquantization: {algorithm: rtn, range_floor: [0.5]}\n",
-            "unknown key quantization.range_floor (known: algorithm, schemes, rotation, min_expert_tokens)",
+            "unknown key quantization.range_floor (known: algorithm, schemes, rotation, cache, "
+            "min_expert_tokens)",
         ),
         ("model: a\nquantization: [osl]\n", "quantization"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),

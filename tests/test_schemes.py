@@ -3,7 +3,7 @@
 import pytest
 
 from msquant.errors import RecipeError
-from msquant.schemes import FLOAT, PRESETS, W8A8, W8A8_DYNAMIC, W8A16, Quant, Scheme, parse_scheme
+from msquant.schemes import C8, FLOAT, PRESETS, W8A8, W8A8_DYNAMIC, W8A16, Quant, Scheme, parse_scheme
 
 
 @pytest.mark.parametrize("word", PRESETS)
@@ -45,10 +45,20 @@ def test_another_word_is_refused_with_what_is_known(word: str) -> None:
         ("W8A8", "W8A8, static activations"),
         ("W8A8_DYNAMIC", "W8A8, activations per token"),
         ("W6A16_G64", "int6 weights alone (W6A16_G64)"),
+        ("W8A8_DYNAMIC_C8", "W8A8, activations per token, int8 key-value cache"),
+        ("FLOAT_C8", "floating point, int8 key-value cache"),
     ],
 )
 def test_a_scheme_is_described_for_people(word: str, expected: str) -> None:
     assert parse_scheme(word).description == expected
+
+
+@pytest.mark.parametrize("word", ["W8A8_C8", "FLOAT_C8", "W4A16_G64_ASYM_C8"])
+def test_a_word_says_the_cache(word: str) -> None:
+    scheme = parse_scheme(word)
+    assert scheme.cache == C8
+    assert str(scheme) == word
+    assert scheme.without_cache == parse_scheme(word.removesuffix("_C8"))
 
 
 def test_another_size_of_groups() -> None:

@@ -2,8 +2,9 @@
 
 Keys are cached behind the rotary embedding, which turns the two channels of a pair into each other as
 positions go on. What a channel reaches within a calibration sample says little of longer contexts: a slow
-pair has hardly begun to turn there. The magnitude of the pair is the same at every position, and bounds both
-channels, so keys are measured by that. Values are measured channel by channel.
+pair has hardly begun to turn there. So each key is turned, along the arc that its pair takes from the first
+position to the last one that the model has, and what its channels reach on that is measured: the magnitude
+of the pair, but for the slowest, which do not come round. Values are measured channel by channel.
 
 As in `msquant.algorithms.held_out`, a channel's range is never taken for less than a floor, a quantile of
 the ranges in units of what is typical by the weights in front; and the floor, and what all ranges are
@@ -34,6 +35,7 @@ from msquant.interrupts import check_interrupt
 from msquant.kernels.layer_report import CacheReport
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
+from msquant.models.rope import rotary_tables
 
 Floats = NDArray[np.float32]
 
@@ -113,6 +115,8 @@ class CacheSearch:
         output: the weight of the output projection, `[H, heads * D]`.
         softmax_scale: of the scores.
         typical: magnitudes of keys and of values by the weights that make them, `[groups * D]` each.
+        turns: the angle that each pair of channels turns by from one position to the next, `[D / 2]`.
+        last: the greatest position.
         check: called before every candidate; may raise to interrupt the search.
     """
 
@@ -122,6 +126,8 @@ class CacheSearch:
         output: Floats,
         softmax_scale: float,
         typical: tuple[Floats, Floats],
+        turns: NDArray[np.float64],
+        last: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._samples, self._output, self._softmax_scale = samples, output, softmax_scale
@@ -135,10 +141,10 @@ class CacheSearch:
             _reciprocal(sample.residual + mixed @ output.T)
             for sample, mixed in zip(samples, self._mixed, strict=True)
         ]
-        pairs, singles = (np.stack([measure(s) for s in samples]) for measure in (_pair_ranges, _ranges))
         channels = samples[0].keys.shape[2]
-        self.keys = _Kind("keys", pairs, _of_pairs(typical[0], channels))
-        self.values = _Kind("values", singles, typical[1])
+        turned = np.stack([turned_ranges(sample.keys, turns, last) for sample in samples])
+        self.keys = _Kind("keys", turned, _of_pairs(typical[0], channels))
+        self.values = _Kind("values", np.stack([_ranges(sample) for sample in samples]), typical[1])
 
     @np.errstate(over="ignore", invalid="ignore")
     def best(self, kind: _Kind) -> tuple[Floats, CacheReport]:
@@ -220,7 +226,17 @@ def with_cache_scales(
         norm = np.abs(source.tensor(f"{attention}.{names.key_norm}.weight"))
         typical[0] = typical_magnitudes(np.tile(norm, config.num_key_value_heads))
     samples = _samples(layer, hidden, places)
-    search = CacheSearch(samples, weight, config.head_dim**-0.5, (typical[0], typical[1]), check_interrupt)
+    # The tables hold each angle twice.
+    cos, sin = (table[0, : config.head_dim // 2].astype(np.float64) for table in rotary_tables(config, 1, 1))
+    search = CacheSearch(
+        samples,
+        weight,
+        config.head_dim**-0.5,
+        (typical[0], typical[1]),
+        np.arctan2(sin, cos),
+        config.max_position_embeddings - 1,
+        check_interrupt,
+    )
     found, reports = {}, []
     for linear, before, kind in zip(linears, made, (search.keys, search.values), strict=True):
         scale, report = search.best(kind)
@@ -268,11 +284,33 @@ def _ranges(sample: AttentionSample) -> Floats:
     return maxima
 
 
-def _pair_ranges(sample: AttentionSample) -> Floats:
-    """The greatest magnitude of the pair that each channel of the keys is rotated in, `[groups * D]`."""
-    halves = np.split(sample.keys, 2, axis=2)
-    maxima: Floats = np.hypot(*halves).max(axis=1)
-    return np.concatenate([maxima, maxima], axis=1).reshape(-1)
+def turned_ranges(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats:
+    """The greatest magnitude that each channel of some keys has at any position.
+
+    Args:
+        keys: rotated, those of a sample from its first token on, `[groups, T, D]`.
+        turns: the angle that each pair turns by from one position to the next, `[D / 2]`.
+        last: the greatest position.
+
+    Returns:
+        float32 `[groups * D]`.
+    """
+    first, second = np.split(keys.astype(np.float64), 2, axis=2)
+    start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * turns
+    end = start + last * turns
+    radius = np.hypot(first, second)
+    # A channel has the whole magnitude where its pair points along it, either way: at multiples of pi, and
+    # for the second a quarter turn later.
+    reached = [
+        np.where(
+            np.floor((start - offset) / np.pi) != np.floor((end - offset) / np.pi),
+            1,
+            np.maximum(np.abs(np.cos(start - offset)), np.abs(np.cos(end - offset))),
+        )
+        for offset in (0, np.pi / 2)
+    ]
+    maxima = [(radius * part).max(axis=1) for part in reached]
+    return np.concatenate(maxima, axis=1).reshape(-1).astype(np.float32)
 
 
 def _of_pairs(typical: Floats, channels: int) -> Floats:

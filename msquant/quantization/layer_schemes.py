@@ -30,7 +30,8 @@ def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[st
         if not config.family.cached:
             raise RecipeError(
                 f"cache: {policy.cache} is for grouped-query attention, and {config.family.model_type} has "
-                "latent attention, whose cache msquant leaves in floating point",
+                "latent attention, whose cache vllm-ascend keeps in another way (FAKQuant) that msquant does "
+                "not write",
                 where="quantization.cache",
                 remedy="write cache: none",
             )

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from msquant.cli.console import as_serving
 from msquant.hub.published import published_config
 from msquant.inference.serving_need import LEAST_TOKENS, NPU_BYTES, RESERVED_BYTES, serving_need
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.quantization_plan import make_plan
 from msquant.recipe.recipe import find_recipe
+from msquant.schemes import C8
 
 USABLE = int(0.9 * 64 * 2**30) - 2_000_000_000
 
@@ -40,6 +42,19 @@ def test_heads_are_shared_out() -> None:
     assert two is not None
     assert two.npus == 2
     assert two.cache_tokens == two.cache_bytes // (2 * 94 * 2 * 2 * 128)
+
+
+def test_an_int8_cache_holds_twice_the_tokens() -> None:
+    config = config_of("qwen3-8b")
+    whole, half = serving_need(config, 8 * 10**9), serving_need(config, 8 * 10**9, C8)
+    assert whole is not None
+    assert half is not None
+    assert whole.token_bytes == whole.float_token_bytes == half.float_token_bytes == 2 * 36 * 2 * 8 * 128
+    assert half.token_bytes == whole.token_bytes // 2
+    assert half.cache_tokens in (2 * whole.cache_tokens, 2 * whole.cache_tokens + 1)
+    assert "73.7 kB a token instead of 147.5" in as_serving(half)
+    assert "147.5 kB a token" in as_serving(whole)
+    assert "instead" not in as_serving(whole)
 
 
 def test_there_is_room_for_the_cache() -> None:

@@ -26,6 +26,8 @@ from tests.fixtures.tiny_model import VOCABULARY_SIZE
 
 S, T, GROUPS, HEADS, D, H = 4, 24, 2, 6, 8, 20
 SCALE = D**-0.5
+# The slowest pair does not come half round.
+TURNS, LAST = np.array([1, 0.2, 0.04, 0.008]), 200
 TOKENS = np.random.default_rng(3).integers(0, VOCABULARY_SIZE, (2, 40))
 
 
@@ -49,7 +51,7 @@ def search(given: list[AttentionSample]) -> CacheSearch:
     random = np.random.default_rng(9)
     output = random.normal(size=(H, HEADS * D)).astype(np.float32)
     typical = [random.uniform(0.5, 2, GROUPS * D).astype(np.float32) for _ in range(2)]
-    return CacheSearch(given, output, SCALE, (typical[0], typical[1]))
+    return CacheSearch(given, output, SCALE, (typical[0], typical[1]), TURNS, LAST)
 
 
 def torch_loss(
@@ -62,8 +64,14 @@ def torch_loss(
     for sample in given:
         if name == "keys":
             keys = torch.tensor(sample.keys, dtype=torch.float64)
-            pairs = torch.complex(keys[..., : D // 2], keys[..., D // 2 :]).abs().amax(1)
-            ranges.append(torch.cat([pairs, pairs], -1).reshape(-1))
+            pairs = torch.complex(keys[..., : D // 2], keys[..., D // 2 :])
+            # Every key at many places between the first position and the last.
+            places = (
+                torch.linspace(0, LAST, 20_001, dtype=torch.float64)[:, None, None] - torch.arange(T)[:, None]
+            )
+            turned = torch.polar(torch.ones(()).double(), places * torch.tensor(TURNS))
+            both = [pairs[group] * turned for group in range(GROUPS)]
+            ranges.append(torch.cat([torch.cat([z.real, z.imag], -1).abs().amax((0, 1)) for z in both]))
         else:
             ranges.append(torch.tensor(sample.values, dtype=torch.float64).abs().amax(1).reshape(-1))
     total = tokens = 0.0
@@ -125,7 +133,8 @@ def test_keys_do_not_leave_their_range_at_any_position() -> None:
     given = samples()
     found = search(given)
     scale = found.keys.scale(np.arange(S), 0.0, 1.0).reshape(GROUPS, 1, D)
-    for angle in np.linspace(0, 2 * np.pi, 17):
+    for position in range(LAST + 1):
+        angle = (position - np.arange(T))[:, None] * TURNS
         for sample in given:
             a, b = np.split(sample.keys, 2, axis=2)
             turned = np.concatenate(
