@@ -10,6 +10,7 @@ All work on runs: as many neighbouring numbers as share a scale, one run behind 
 """
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -170,9 +171,17 @@ def _rounding(name: str, code: str, body: str) -> str:
     return _LOOPS.format(name=name, code=code, before=_PARAMETER, carried="", body=body + _ROUND, after="")
 
 
-@cache
+_compiling = threading.Lock()
+
+
 def _loops() -> dict[str, Any]:
-    """Each loop by its name; called by several threads at first, it is compiled by each of them."""
+    """Each loop by its name, compiled by the first thread that asks, while others wait."""
+    with _compiling:
+        return _compiled()
+
+
+@cache
+def _compiled() -> dict[str, Any]:
     from llvmlite import binding
 
     binding.initialize_native_target()
@@ -194,6 +203,6 @@ def _loops() -> dict[str, Any]:
     builder.getModulePassManager().run(module, builder)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    # The machine code lives as long as its engine, which the last entry keeps.
+    # The machine code lives as long as its engine: the last entry keeps it to the end of the process.
     kind = ctypes.CFUNCTYPE(None, *_ARGUMENTS)
     return {**{name: kind(engine.get_function_address(name)) for name in sources}, "": engine}

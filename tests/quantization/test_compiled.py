@@ -1,5 +1,8 @@
 """The compiled loops against NumPy's own steps, to the bit."""
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -98,3 +101,25 @@ def test_memory_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="is needed"):
             round_bfloat16(wrong[0], wrong[1], 127, wrong[2])
+
+
+def test_threads_that_ask_at_once_get_the_same_loops() -> None:
+    """In a process of its own, where nothing is compiled yet: machine code that is freed ends it."""
+    code = """
+import threading
+import numpy as np
+from msquant.kernels import compiled
+
+start, found = threading.Barrier(8), []
+
+def work():
+    codes = np.full((2000, 512), 0x3F80, np.uint16)
+    start.wait()
+    found.append(compiled.bfloat16_maxima(codes).tolist() == [0x3F80] * 2000)
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert found == [True] * 8
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
