@@ -59,10 +59,12 @@ def list_recipes(
         shown = "" if each.family == family else each.family
         rows.append([shown, each.name, each.recipe.description, each.evidence])
         family = each.family
-    caption = "run: quantized with its weights before each release. planned: names, sizes and schemes were "
-    caption += "worked out from the published config.json; no weights of it were at hand."
+    caption = (
+        "run: the tests quantize it with its own weights. planned: names, sizes and schemes were worked "
+    )
+    caption += "out from the published config.json; no weights of it were at hand."
     columns = ["family", "name", "description", "evidence"]
-    console.print_table("Recipes", columns, rows, caption=caption, spare=["evidence"])
+    console.print_table("Recipes", columns, rows, caption=caption)
     console.print_next("msquant recipes show NAME")
 
 
