@@ -506,7 +506,7 @@ def test_fp8_codes_are_rounded_as_what_they_stand_for(spread: float) -> None:
     )
     codes[5] = 0
     scales = (generator.uniform(0.5, 2, (2, 4)) * spread).astype(np.float32)
-    blocks = [(start, codes[start : start + 48].copy(), scales[start // 48]) for start in (0, 48)]
+    blocks = [(codes[rows], np.repeat(scales, 48, axis=0)[rows]) for rows in (slice(0, 60), slice(60, 96))]
     weight = VALUES[codes] * np.repeat(np.repeat(scales, 48, axis=0), 64, axis=1)
     for dtype in ("bfloat16", "float32"):
         found, expected = quantize_codes(blocks, codes.shape, dtype), quantize_weight(weight, dtype)
@@ -517,4 +517,5 @@ def test_fp8_codes_are_rounded_as_what_they_stand_for(spread: float) -> None:
         # The greatest number of a row is at 127.5 steps, which either order of rounding may miss.
         assert np.count_nonzero(away) <= (0 if dtype == "bfloat16" else len(codes))
     codes[0, 0] = 0x7F
-    assert quantize_codes([(0, codes, scales[0])], codes.shape) is None, "NaN is left to who says where it is"
+    nan = [(codes, np.repeat(scales, 48, axis=0))]
+    assert quantize_codes(nan, codes.shape) is None, "NaN is left to who says where it is"

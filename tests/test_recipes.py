@@ -7,6 +7,8 @@ import pytest
 
 from msquant.calibration.sources import load_texts
 from msquant.errors import OutputError, RecipeError
+from msquant.hub.published import published_config
+from msquant.recipe.listing import list_shipped
 from msquant.recipe.recipe import (
     Recipe,
     copy_recipe,
@@ -98,10 +100,25 @@ def test_a_folder_that_is_called_like_a_recipe(tmp_path: Path, monkeypatch: pyte
     assert find_recipe("Qwen/Qwen3-8B") == Recipe(model="Qwen/Qwen3-8B")
 
 
+def test_the_list_is_by_family_and_says_what_was_run() -> None:
+    found = list_shipped()
+    assert {each.name for each in found} == set(shipped_recipes())
+    assert [each.family for each in found] == sorted(each.family for each in found)
+    # Of all models, the weights of one alone are at hand: the tests quantize it.
+    assert [each.name for each in found if each.evidence == "run"] == ["smollm2-135m"]
+    for each in found:
+        assert each.evidence == "run" or published_config(each.recipe.model) is not None
+        assert each.has_code is not each.recipe.calibration.is_none
+    with pytest.raises(RecipeError, match="neither a recipe"):
+        list_shipped("no-such-*")
+
+
 def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
     characters = sum(len(text) for domain in load_texts("builtin") for text in domain.texts)
     for path in shipped_recipes().values():
         settings = load_recipe(path).calibration
+        if settings.is_none:
+            continue
         # A token of English is about four characters; ten leave room for stretches that cannot be used.
         assert settings.source == "builtin"
         assert 10 * settings.samples * settings.sequence_length < characters

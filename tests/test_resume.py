@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
-from msquant.checkpoint.writer import file_sha256
+from msquant.checkpoint.writer import file_sha256, write_shard
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
 pytestmark = pytest.mark.e2e
 
 LAYERS = 4
+PARTS = 24
 RECIPE = """
 model: {model}
 quantization:
@@ -56,10 +59,15 @@ def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
     process.communicate()
 
 
+def records(output: Path) -> list[str]:
+    """The whole lines of the journal of an unfinished result but the first, which says what it is of."""
+    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
+    return journal.read_text().split("\n")[1:-1] if journal.exists() else []
+
+
 def journaled(output: Path) -> int:
     """Decoder layers that the journal of an unfinished result holds."""
-    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
-    return sum('"layer"' in line for line in journal.read_text().splitlines()) if journal.exists() else 0
+    return sum('"layer"' in line for line in records(output))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -106,6 +114,52 @@ def test_a_killed_run_continues_with_the_layer_it_was_in(
     assert errors.count(f" of {LAYERS} decoder layers  ") == LAYERS - done
     assert digests(output) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of no known architecture in shards enough to be killed among them."""
+    folder = tmp_path_factory.mktemp("stranger")
+    generator, names = np.random.default_rng(0), {}
+    for layer in range(PARTS):
+        tensors = {
+            f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": generator.standard_normal(
+                (1024, 1024), np.float32
+            ).astype(ml_dtypes.bfloat16)
+            for expert in range(2)
+            for part in ("gate", "up", "down")
+        }
+        write_shard(folder / f"model-{layer}.safetensors", tensors)
+        names |= dict.fromkeys(tensors, f"model-{layer}.safetensors")
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    sizes = {"hidden_size": 1024, "num_hidden_layers": PARTS, "vocab_size": 512}
+    config = {"model_type": "unknown_moe", "torch_dtype": "bfloat16", **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_killed_run_without_calibration_continues_with_equal_bytes(stranger: Path, tmp_path: Path) -> None:
+    options = ("--calibration", "none", "--format", "ascend", "--no-evaluate")
+    finish(stranger, tmp_path / "whole", *options)
+    output = tmp_path / "out"
+    process = start(stranger, output, *options)
+    deadline = time.monotonic() + 120
+    while len(records(output)) < 2:
+        assert process.poll() is None, "it must not be finished before it is killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    kill_after(process, 0)
+    assert not output.exists()
+    assert 2 <= len(records(output)) < PARTS
+    partial = tmp_path / "out.partial"
+    kept = [name for line in records(output) for name in json.loads(line)["record"]["files"]]
+    written = {name: (partial / name).stat().st_ino for name in kept}
+
+    finish(stranger, output, *options)
+    assert {name: (output / name).stat().st_ino for name in written} == written, "nothing is done again"
+    assert digests(output) == digests(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(

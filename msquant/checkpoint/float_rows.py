@@ -119,50 +119,74 @@ class FloatRows:
         Raises:
             CheckpointError: the shard is damaged or was changed since it was opened; an FP8 code is NaN.
         """
-        most = max(1, max_bytes // max(1, 4 * math.prod(self._shape) * step)) * step
-        border = self._scale.block[0] if self._scale else None
+        size = math.prod(self._shape)
+        if self._scale is None:
+            floats = np.empty((0, *self._shape), np.float32)
+            for place, stored in self.stored(start, stop, max_bytes // 4 * self._dtype.itemsize, step):
+                if len(floats) < len(stored):
+                    floats = np.empty(stored.shape, np.float32)
+                with np.errstate(over="ignore"):
+                    np.copyto(floats[: len(stored)], stored, casting="unsafe")
+                yield place, floats[: len(stored)]
+            return
+        most, border = max(1, max_bytes // max(1, 4 * size)), self._scale.block[0]
         raw, floats = np.empty((most, *self._shape), self._dtype), np.empty((most, *self._shape), np.float32)
         place = 0
         with self._shard.reading(self._name) as read:
             while start < stop:
-                end = min(start + most, stop)
-                if border is not None:
-                    end = min(end, (start // border + 1) * border)
-                stored, out = raw[: end - start], floats[: len(range(start, end, step))]
-                read(start * self._row_bytes, stored)
-                if self._scale is not None:
-                    if bad := dequantize(stored, self._scale.of_row(start, self._shape[0]), out):
-                        raise refuse_values(self._name, bad, out.size, self._shard.path)
-                else:
-                    with np.errstate(over="ignore"):
-                        np.copyto(out, stored[::step], casting="unsafe")
+                end = min(start + most, stop, (start // border + 1) * border)
+                codes, out = raw[: end - start], floats[: end - start]
+                read(start * self._row_bytes, codes)
+                if bad := dequantize(codes, self._scale.of_row(start, self._shape[0]), out):
+                    raise refuse_values(self._name, bad, out.size, self._shard.path)
                 yield place, out
                 place += len(out)
                 start = end
 
-    def codes(self, max_bytes: int) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.float32]]]:
+    def stored(
+        self, start: int, stop: int, max_bytes: int, step: int = 1
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """As `stream`, in the dtype that they are stored in; codes of FP8 are uint8.
+
+        Args:
+            start: the first row.
+            stop: behind the last one.
+            max_bytes: of a block as it is read, the rows between the wanted ones included.
+            step: from one row to the next.
+        """
+        most = max(1, max_bytes // max(1, self._row_bytes * step)) * step
+        raw = np.empty((min(most, max(0, stop - start)), *self._shape), self._dtype)
+        wanted = raw if step == 1 else np.empty((-(-len(raw) // step), *self._shape), self._dtype)
+        place = 0
+        with self._shard.reading(self._name) as read:
+            while start < stop:
+                rows = raw[: min(most, stop - start)]
+                read(start * self._row_bytes, rows)
+                start += len(rows)
+                if step > 1:
+                    chosen = rows[::step]
+                    rows = wanted[: len(chosen)]
+                    np.copyto(rows, chosen)
+                yield place, rows
+                place += len(rows)
+
+    def codes(self, max_bytes: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
         """The codes of an FP8 matrix by blocks of rows, in order, in one piece of memory.
 
         Args:
             max_bytes: of a block, which may be a single row.
 
         Returns:
-            Triples of a block's first row, its codes `[n, K]`, which the next block overwrites, and the
-            scales of the runs of columns that they have in common, `[ceil(K / bk)]`.
+            Pairs of the codes `[n, K]` of a block, which the next one overwrites, and the scales of the runs
+            of columns that each of its rows is made of, `[n, ceil(K / bk)]`.
 
         Raises:
             CheckpointError: the shard is damaged or was changed since it was opened.
         """
         assert self._scale is not None
-        border, start = self._scale.block[0], 0
-        stored = np.empty((max(1, max_bytes // max(1, self._row_bytes)), *self._shape), np.uint8)
-        with self._shard.reading(self._name) as read:
-            while start < self.count:
-                stop = min(start + len(stored), self.count, (start // border + 1) * border)
-                block = stored[: stop - start]
-                read(start * self._row_bytes, block)
-                yield start, block, self._scale.values[start // border]
-                start = stop
+        for start, block in self.stored(0, self.count, max_bytes):
+            numbers = np.arange(start, start + len(block)) // self._scale.block[0]
+            yield block, self._scale.values[numbers]
 
     @property
     def has_even_blocks(self) -> bool:

@@ -51,12 +51,26 @@ class StoredMatrix:
         Raises:
             CheckpointError: as `Checkpoint.tensor`, when the block is read.
         """
-        if self.expert is None:
-            yield from source.float_rows(self.tensor).stream(0, self.shape[0], max_bytes)
-        elif self.transposed:
-            yield from self._columns(source)
-        else:
-            yield from self._rows(source, max_bytes)
+        if not self.transposed:
+            yield from self._stream(source, max_bytes)
+            return
+        for start, turned in self._turned(source):
+            with np.errstate(over="ignore"):
+                block = turned.astype(np.float32)
+            yield start, block
+
+    def bfloat16_codes(
+        self, source: Checkpoint, max_bytes: int
+    ) -> Iterator[tuple[int, NDArray[np.uint16]]] | None:
+        """As `blocks`, the codes of bfloat16 as they are stored, at most `max_bytes` of them in a block.
+
+        Returns:
+            None for a weight in another dtype.
+        """
+        if source.dtype(self.tensor) != "BF16":
+            return None
+        stored = self._turned(source) if self.transposed else self._stored(source, max_bytes)
+        return ((start, block.view(np.uint16)) for start, block in stored)
 
     def require_finite(self, source: Checkpoint) -> None:
         """Raise CheckpointError, with where they are, if the tensor holds NaN or infinity."""
@@ -78,12 +92,26 @@ class StoredMatrix:
     def _outputs(self) -> slice:
         return slice(self.first, self.first + (self.shape[0] - 1) * self.step + 1, self.step)
 
-    def _rows(self, source: Checkpoint, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        stored = FloatRows(source.shards[source.weight_map[self.tensor]], self.tensor, flat=True)
-        begin = (self.expert or 0) * source.shape(self.tensor)[1] + self.first
-        return stored.stream(begin, begin + (self.shape[0] - 1) * self.step + 1, max_bytes, self.step)
+    def _stream(self, source: Checkpoint, max_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        rows = self._float_rows(source)
+        return rows.stream(*self._range(source), max_bytes, self.step)
 
-    def _columns(self, source: Checkpoint) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    def _stored(self, source: Checkpoint, max_bytes: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        rows = self._float_rows(source)
+        return rows.stored(*self._range(source), max_bytes, self.step)
+
+    def _float_rows(self, source: Checkpoint) -> FloatRows:
+        if self.expert is None:
+            return source.float_rows(self.tensor)
+        return FloatRows(source.shards[source.weight_map[self.tensor]], self.tensor, flat=True)
+
+    def _range(self, source: Checkpoint) -> tuple[int, int]:
+        """Its first row, and the one behind its last, among all rows of the tensor."""
+        begin = (self.expert or 0) * source.shape(self.tensor)[1] + self.first
+        return begin, begin + (self.shape[0] - 1) * self.step + 1
+
+    def _turned(self, source: Checkpoint) -> Iterator[tuple[int, NDArray[Any]]]:
+        """The rows of a transposed expert, in the dtype that it is stored in."""
         shard = source.shards[source.weight_map[self.tensor]]
         entry = shard.entries[self.tensor]
         stored: NDArray[Any] = np.empty(entry.shape[1:], DTYPES[entry.dtype])
@@ -91,7 +119,4 @@ class StoredMatrix:
             read((self.expert or 0) * stored.nbytes, stored)
         outputs = stored[:, self._outputs]
         for start in range(0, self.shape[0], _OUTPUTS):
-            turned = np.ascontiguousarray(outputs[:, start : start + _OUTPUTS].T)
-            with np.errstate(over="ignore"):
-                block = turned.astype(np.float32)
-            yield start, block
+            yield start, np.ascontiguousarray(outputs[:, start : start + _OUTPUTS].T)

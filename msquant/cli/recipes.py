@@ -32,23 +32,39 @@ def list_recipes(
     pattern: Annotated[str, typer.Argument(help="Only names like this: deepseek-r1-distill-*")] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes that come with msquant.
+    """List the recipes that come with msquant by family, and what each was tried on.
 
     Example: msquant recipes list 'deepseek-r1-distill-*'
     """
-    from msquant.recipe.recipe import load_recipe, matching_recipes
+    from msquant.recipe.listing import list_shipped
 
-    found = {name: load_recipe(path) for name, path in matching_recipes(pattern).items()}
+    found = list_shipped(pattern)
     if as_json:
         console.print_json(
             [
-                {"name": name, "model": recipe.model, "description": recipe.description}
-                for name, recipe in found.items()
+                {
+                    "name": each.name,
+                    "model": each.recipe.model,
+                    "description": each.recipe.description,
+                    "family": each.family,
+                    "modelling_code": each.has_code,
+                    "evidence": each.evidence,
+                }
+                for each in found
             ]
         )
         return
-    rows = [[name, recipe.description] for name, recipe in found.items()]
-    console.print_table("Recipes", ["name", "description"], rows)
+    rows, family = [], None
+    for each in found:
+        shown = "" if each.family == family else each.family
+        rows.append([shown, each.name, each.recipe.description, each.evidence])
+        family = each.family
+    caption = (
+        "run: the tests quantize it with its own weights. planned: names, sizes and schemes were worked "
+    )
+    caption += "out from the published config.json; no weights of it were at hand."
+    columns = ["family", "name", "description", "evidence"]
+    console.print_table("Recipes", columns, rows, caption=caption)
     console.print_next("msquant recipes show NAME")
 
 

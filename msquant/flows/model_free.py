@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import require_free_space
@@ -35,6 +36,7 @@ from msquant.flows.short_evaluation import evaluate_result, short_texts
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.kernels.bfloat16_rounding import quantize_bfloat16
 from msquant.kernels.fp8_rounding import quantize_codes
 from msquant.kernels.weight_rounding import INT8, RoundedWeight, quantize_blocks
 from msquant.models.config_json import read_config
@@ -44,7 +46,7 @@ from msquant.recipe.recipe import Recipe
 from msquant.schemes import Quant
 
 BLOCK_BYTES = 1 << 20
-"""Of float32: what is read, rounded and forgotten at a time stays in a core's cache."""
+"""What is read, rounded and forgotten at a time stays in a core's cache."""
 
 CARRIED_BYTES = 8 << 20
 """Of a tensor that stays as it is: what is read and written at a time."""
@@ -273,14 +275,30 @@ def _write_piece(
 
 
 def _rounded(checkpoint: Checkpoint, matrix: StoredMatrix, quant: Quant, dtype: str) -> RoundedWeight:
-    """A weight rounded to nearest, read a block at a time."""
+    """A weight rounded to nearest, read a block at a time; the thread's next one takes its memory."""
+    memory = _integers(matrix.shape)
     if matrix.expert is None and quant == INT8:
         rows = checkpoint.float_rows(matrix.tensor)
         if rows.has_even_blocks:
-            found = quantize_codes(rows.codes(BLOCK_BYTES // 2), matrix.shape, dtype)
+            found = quantize_codes(rows.codes(BLOCK_BYTES), matrix.shape, dtype, memory)
             if found is not None:
                 return found
+    codes = matrix.bfloat16_codes(checkpoint, BLOCK_BYTES) if quant.symmetric else None
+    if codes is not None:
+        return quantize_bfloat16(codes, matrix.shape, dtype, quant, memory)
     return quantize_blocks(matrix.blocks(checkpoint, BLOCK_BYTES), matrix.shape, dtype, quant)
+
+
+_memory = threading.local()
+
+
+def _integers(shape: tuple[int, int]) -> NDArray[np.int8]:
+    """Int8 memory of a shape, the same each time in a thread: the system would clear new memory first."""
+    size = shape[0] * shape[1]
+    kept: NDArray[np.int8] = getattr(_memory, "kept", np.empty(0, np.int8))
+    if kept.size < size:
+        kept = _memory.kept = np.empty(size, np.int8)
+    return kept[:size].reshape(shape)
 
 
 def _carry(model: ModelFreeSource, checkpoint: Checkpoint, name: str, shards: GroupWriter) -> None:

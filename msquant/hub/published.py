@@ -23,6 +23,7 @@ HUB_IDS = {
     "deepseek-v3": "deepseek-ai/DeepSeek-V3",
     "deepseek-v3-0324": "deepseek-ai/DeepSeek-V3-0324",
     "deepseek-v3.1": "deepseek-ai/DeepSeek-V3.1",
+    "deepseek-v3.1-terminus": "deepseek-ai/DeepSeek-V3.1-Terminus",
     "deepseek-v3.2": "deepseek-ai/DeepSeek-V3.2",
     "deepseek-v3.2-exp": "deepseek-ai/DeepSeek-V3.2-Exp",
     "glm-4-32b-0414": "zai-org/GLM-4-32B-0414",
@@ -35,12 +36,23 @@ HUB_IDS = {
     "kimi-k2-instruct": "moonshotai/Kimi-K2-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "minimax-m2": "MiniMaxAI/MiniMax-M2",
     "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2-7b": "Qwen/Qwen2-7B",
+    "qwen2-vl-7b-instruct": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
     "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-30b-a3b-instruct-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507",
     "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-coder-30b-a3b-instruct": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+    "qwen3-vl-8b-instruct": "Qwen/Qwen3-VL-8B-Instruct",
+    "qwq-32b": "Qwen/QwQ-32B",
 }
 """Of each published model: its name here, which is its recipe's, and where its makers publish it."""
 
@@ -65,12 +77,19 @@ def published_config(model: str) -> dict[str, Any] | None:
     return None if name is None else read_json(configs_folder() / "models" / f"{name}.json")
 
 
+def published_kind(model: str) -> str | None:
+    """The `model_type` in the published `config.json` of a model; None for one that is not published here."""
+    config = published_config(model)
+    return None if config is None else str(config.get("model_type"))
+
+
 def published_bytes(model: str) -> int | None:
     """About how many bytes the published weights have, computed from the shapes; None if unknown."""
     config = published_config(model)
-    if config is None:
+    expected = None if config is None else expected_shapes(config)
+    if config is None or expected is None:
         return None
-    shapes = (expected_shapes(config) or {}) | extra_shapes(config)
+    shapes = expected | extra_shapes(config)
     block = config.get("quantization_config", {}).get("weight_block_size")
     return sum(stored_bytes(name, shape, block) for name, shape in shapes.items())
 

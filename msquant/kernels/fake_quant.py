@@ -48,7 +48,12 @@ def in_int8(scale: Floats, offset: NDArray[np.int32]) -> tuple[Floats, NDArray[n
 
 def weight_scale(weight: Floats, steps: int = STEPS) -> Floats:
     """Symmetric scale of every row: `[N, K]` to `2 max|row| / steps`, `[N, 1]`; 1 for zeros."""
-    scale = 2 * row_maxima(weight)[:, None].astype(np.float64) / steps
+    return scale_of_maxima(row_maxima(weight)[:, None], steps)
+
+
+def scale_of_maxima(maxima: Floats, steps: int = STEPS) -> Floats:
+    """Symmetric scale of rows by their greatest magnitudes, of any shape: `2 maximum / steps`; 1 for 0."""
+    scale = 2 * maxima.astype(np.float64) / steps
     return np.where(scale == 0, 1.0, scale).astype(np.float32)
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from msquant.kernels.fake_quant import fake_quantize, row_maxima, weight_scale
 from msquant.schemes import Quant
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 INT8 = Quant(8, "channel")
 """Int8 with one scale for each output channel."""
@@ -149,8 +151,11 @@ def group_parameters(
     return scale, offset.astype(np.float32)
 
 
-def in_groups(weight: NDArray[np.float32], quant: Quant) -> NDArray[np.float32]:
-    """A view of a weight `[N, K]` with a row for what shares a scale: `[N, K]`, or `[N K / size, size]`."""
+def in_groups(weight: NDArray[_Number], quant: Quant) -> NDArray[_Number]:
+    """A view of a weight, its codes or its integers `[N, K]` with a row for what shares a scale.
+
+    It is `[N, K]`, or `[N K / size, size]`.
+    """
     return weight if quant.group_size is None else weight.reshape(-1, quant.group_size)
 
 
