@@ -23,6 +23,7 @@ NAMES = (
     "search",
     "deepseek",
     "memory",
+    "scaling",
     "r1",
     "model_free",
     "download",
