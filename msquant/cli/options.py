@@ -214,7 +214,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Ray cluster to join. Ray asks nobody for a password by itself: a private network only.",
+        help="Ray cluster to join. Keep its ports on a private network: who reaches them can run programs.",
     ),
 ]
 

@@ -171,7 +171,9 @@ def quantize(
                 progress, model.config, finished, bool(texts), len(others), predicted
             ).progress
             job = LayerJob.of(recipe, calibration, model.config, predicted, device, memory_budget, verbose)
-            with _pool(workers, job, model, target.path, progress) as pool:
+            left = model.config.num_hidden_layers + predicted - finished
+            team = workers if left else Workers()
+            with _pool(team, job, model, target.path, progress) as pool:
                 progress.lap("start")
                 progress.phase("ends")
                 # First, because what is wrong with them should not be found out hours later.

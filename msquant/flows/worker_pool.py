@@ -105,7 +105,9 @@ class WorkerPool:
         if self._asked.address is None:
             from msquant.flows.local_workers import LocalCrew
 
-            self._progress.stage(f"starting {self._asked.count} workers")
+            cores = len(os.sched_getaffinity(0))
+            shared = f" on {cores} cores, which is no faster" if (self._asked.count or 1) > cores else ""
+            self._progress.stage(f"starting {self._asked.count} workers{shared}")
             self._crew = LocalCrew(self._asked)
         else:
             from msquant.flows.ray_workers import RayCrew
