@@ -154,6 +154,32 @@ def test_ctrl_c_ends_all_within_two_seconds_and_any_number_of_workers_goes_on(
     assert digests(output) == expected
 
 
+POOL = """
+import time
+from msquant.flows.worker_pool import WorkerPool
+from msquant.flows.workers import Workers
+from msquant.progress import Progress
+with WorkerPool(Workers(2), Progress()):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.e2e
+def test_workers_end_with_the_process_that_started_them() -> None:
+    process = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    children = workers_of(process)
+    assert len(children) == 2
+    killed = time.monotonic()
+    process.kill()
+    process.communicate()
+    while living(children):
+        assert time.monotonic() - killed < 2, living(children)
+        time.sleep(0.02)
+
+
 @pytest.mark.e2e
 def test_random_kills_change_nothing(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
     output, choose, left = tmp_path / "out", random.Random(7), 6
@@ -236,6 +262,24 @@ def test_too_many_workers_for_the_memory_are_refused(tmp_path: Path) -> None:
     ):
         pass
     assert caught.value.remedy == "use --workers 1"
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "threads"),
+    [([64, 64, 64], 3, 64), ([64, 64], 3, 32), ([4, 64], 5, 12), ([1, 1], 2, 1)],
+)
+def test_workers_divide_the_cores_of_the_nodes(cores: list[int], count: int, threads: int) -> None:
+    from msquant.flows.ray_workers import threads_each
+
+    assert threads_each(cores, count) == threads
+
+
+def test_more_workers_than_cores_of_a_cluster_are_refused() -> None:
+    from msquant.flows.ray_workers import threads_each
+
+    with pytest.raises(EngineError, match="3 workers are more than the 2 cores") as caught:
+        threads_each([1, 1], 3)
+    assert "at most 2" in str(caught.value.remedy)
 
 
 def test_nodes_that_differ_are_named() -> None:

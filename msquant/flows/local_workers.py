@@ -53,9 +53,13 @@ class LocalHand:
             code = self._process.wait()
             raise WorkerDied(f"its process ended with {code}") from error
 
+    def end(self) -> None:
+        """Let it end, without waiting for that."""
+        self._process.kill()
+
     def kill(self) -> None:
         """As `Hand.kill`."""
-        self._process.kill()
+        self.end()
         self._process.wait()
         self.connection.close()
 
@@ -99,5 +103,8 @@ class LocalCrew:
 
     def close(self) -> None:
         """As `Crew.close`."""
+        # All at once: a process with much memory takes a while to end.
+        for hand in self._hands:
+            hand.end()
         for hand in self._hands:
             hand.kill()
