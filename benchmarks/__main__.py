@@ -24,6 +24,7 @@ NAMES = (
     "search",
     "deepseek",
     "memory",
+    "scaling",
     "r1",
     "model_free",
     "download",

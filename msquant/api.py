@@ -7,6 +7,7 @@ MindSpore and the other heavy packages are loaded when a function needs them. Ev
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,9 @@ def quantize(
     restart: bool = False,
     offline: bool = False,
     verbose: bool = False,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
     transfer: Callable[[], AbstractContextManager[HubProgress]] | None = None,
 ) -> "QuantizeResult":
@@ -129,6 +133,10 @@ def quantize(
         restart: forget what an interrupted call has finished.
         offline: ask no hub; `HF_HUB_OFFLINE=1` does the same.
         verbose: show golden-stick's own log.
+        workers: processes that share the work on decoder layers; None is this one alone, or with
+            `ray_address` one a node.
+        ray_address: `HOST:PORT` of a Ray cluster to join.
+        allow_different_arithmetic: use nodes that round differently, so that bytes vary.
         progress: callbacks.
         transfer: makes a context, entered while weights are fetched from a hub, of callbacks for that.
 
@@ -143,6 +151,7 @@ def quantize(
     """
     from msquant.checkpoint.cache import cache_folder
     from msquant.flows.pipeline import quantize as run
+    from msquant.flows.workers import Workers, require_workers
     from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import default_folder
 
@@ -173,6 +182,7 @@ def quantize(
             return fetch_model(hub_id, callbacks)
 
     alone = offline or is_offline()
+    require_workers(workers, ray_address, device, without_text=recipe.calibration.is_none)
     if recipe.calibration.is_none:
         from msquant.flows.model_free import quantize_model_free
 
@@ -187,6 +197,11 @@ def quantize(
             fetch=None if alone else fetch,
             progress=progress,
         )
+    team = Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic)
+    if not team.in_process:
+        from msquant.planning.quantization_plan import worker_memory
+
+        team = replace(team, memory=worker_memory(recipe, target, weights, memory_budget))
     return run(
         recipe,
         target,
@@ -199,6 +214,7 @@ def quantize(
         fetch=None if alone else fetch,
         offline=alone,
         progress=progress,
+        workers=team,
     )
 
 

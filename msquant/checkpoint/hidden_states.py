@@ -147,6 +147,7 @@ class HiddenStateStore:
         folder: made if it does not exist; temporary files of a killed process in it are removed.
         budget_bytes: how many bytes of batches are held in memory, over all boundaries together. A
             boundary is held as a whole or not at all.
+        shared: other processes work in the folder too, so temporary files stay.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -156,14 +157,14 @@ class HiddenStateStore:
         budget_bytes: as given.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
+    def __init__(self, folder: Path, budget_bytes: int, *, shared: bool = False) -> None:
         self.folder = folder
         self.budget_bytes = budget_bytes
         self._open: dict[int, HiddenStates] = {}
         self._writers: list[HiddenStatesWriter] = []
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.iterdir():
+            for leftover in [] if shared else list(folder.iterdir()):
                 if is_temporary(leftover.name):
                     leftover.unlink()
 
@@ -220,6 +221,10 @@ class HiddenStateStore:
         self._open.pop(boundary, None)
         with writing(self.path(boundary)):
             self.path(boundary).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let go of all batches that are held; the files stay."""
+        self._open.clear()
 
     def _load(self, boundary: int) -> HiddenStates:
         path = self.path(boundary)

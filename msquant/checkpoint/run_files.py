@@ -29,37 +29,26 @@ class _Stopped(Exception):  # noqa: N818 - nobody waits for it
     """The run has ended."""
 
 
-class RunFiles:
-    """Vouches for the files of a run; a context manager around all of its work.
+class SourceHashes:
+    """Hashes what is read of a checkpoint in a thread of its own; a context manager.
 
     Args:
-        journal: of the run. Its records have `files`, and `source` as `reading` gives it.
-        source: what the run reads.
+        source: what is read.
     """
 
-    def __init__(self, journal: Journal, source: Checkpoint) -> None:
-        self._journal = journal
+    def __init__(self, source: Checkpoint) -> None:
         self._source = source
         self._stop = threading.Event()
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="hash-source")
-        self._verifiers = ThreadPoolExecutor(1, thread_name_prefix="verify")
-        self._checks: list[Future[None]] = []
 
     def __enter__(self) -> Self:
-        folder = self._journal.path.parent
-        for record in self._journal.records:
-            for name, entry in record.get("source", {}).items():
-                self._checks.append(self._verifiers.submit(self._verify_source, name, entry))
-            for name, entry in record.get("files", {}).items():
-                self._checks.append(self._verifiers.submit(self._verify_file, folder / name, entry["sha256"]))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        for pool in (self._readers, self._verifiers):
-            pool.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
     def reading(self, names: Iterable[str]) -> Callable[[], dict[str, Any]]:
         """Hash tensors of the source, and their scales, beside what is done with them.
@@ -94,6 +83,54 @@ class RunFiles:
             }
 
         return record
+
+    def _tensors_sha256(self, name: str, tensors: Sequence[str]) -> str:
+        """The sha256 of tensors' bytes, one after another. Raises CheckpointError as `Shard.read`."""
+        shard, digest = self._source.shards[name], hashlib.sha256()
+        buffer = np.empty(_PIECE, np.uint8)
+        for tensor in tensors:
+            with shard.reading(tensor) as read:
+                nbytes = shard.entries[tensor].nbytes
+                for start in range(0, nbytes, _PIECE):
+                    self._go_on()
+                    piece = buffer[: min(_PIECE, nbytes - start)]
+                    read(start, piece)
+                    digest.update(piece.data)
+        return digest.hexdigest()
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+
+class RunFiles(SourceHashes):
+    """Vouches for the files of a run; a context manager around all of its work.
+
+    Args:
+        journal: of the run. Its records have `files`, and `source` as `reading` gives it.
+        source: what the run reads.
+    """
+
+    def __init__(self, journal: Journal, source: Checkpoint) -> None:
+        super().__init__(source)
+        self._journal = journal
+        self._verifiers = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._checks: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        folder = self._journal.path.parent
+        for record in self._journal.records:
+            for name, entry in record.get("source", {}).items():
+                self._checks.append(self._verifiers.submit(self._verify_source, name, entry))
+            for name, entry in record.get("files", {}).items():
+                self._checks.append(self._verifiers.submit(self._verify_file, folder / name, entry["sha256"]))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, value, traceback)
+        self._verifiers.shutdown(cancel_futures=True)
 
     @property
     def unverified(self) -> int:
@@ -146,21 +183,3 @@ class RunFiles:
                 where=path,
                 remedy="start over with --restart",
             )
-
-    def _tensors_sha256(self, name: str, tensors: Sequence[str]) -> str:
-        """The sha256 of tensors' bytes, one after another. Raises CheckpointError as `Shard.read`."""
-        shard, digest = self._source.shards[name], hashlib.sha256()
-        buffer = np.empty(_PIECE, np.uint8)
-        for tensor in tensors:
-            with shard.reading(tensor) as read:
-                nbytes = shard.entries[tensor].nbytes
-                for start in range(0, nbytes, _PIECE):
-                    self._go_on()
-                    piece = buffer[: min(_PIECE, nbytes - start)]
-                    read(start, piece)
-                    digest.update(piece.data)
-        return digest.hexdigest()
-
-    def _go_on(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msquant.cli import console
+from msquant.cli import console, options
 
 if TYPE_CHECKING:
     from msquant.deploy.ascend_checks import Check
@@ -35,6 +35,7 @@ def doctor(
     ] = None,
     host: Annotated[str, typer.Option(help="With FOLDER: address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="With FOLDER: port to listen on.")] = 8000,
+    ray_address: options.RayAddress = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check this machine: Python, packages, memory, disk, NPUs and CANN, engines, hubs.
@@ -42,13 +43,21 @@ def doctor(
     With FOLDER it checks what vLLM-MindSpore's guides ask for before that is served: the folder, NPUs and
     their memory, variables, ports, and for several nodes the network and that they are the same.
 
+    With --ray-address it checks that all nodes of a cluster are alike: packages, arithmetic, memory.
+
     Every line that is not ok says what to do. Exits with 1 if something that is needed does not work; a
     missing NPU is only a note without FOLDER, and an unreachable hub a warning.
 
     Example: msquant doctor
+
+    Example: msquant doctor --ray-address 10.0.0.1:6379
     """
     with console.Working("looking around"):
-        if folder is None:
+        if ray_address is not None:
+            from msquant.flows.worker_pool import diagnose_cluster
+
+            checks = diagnose_cluster(ray_address)
+        elif folder is None:
             from msquant.flows.diagnosis import diagnose
 
             checks = diagnose()

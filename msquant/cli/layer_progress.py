@@ -101,7 +101,7 @@ class LayerProgress:
 
     def advance(self, index: int, note: str) -> None:
         """Layer `index` is done; `note` says what came out."""
-        self._done, self._step, self._note = index + 1, "", note
+        self._done, self._step, self._note = self._done + 1, "", note
         every = -(-self._count // self._most_lines) if self._most_lines else 1
         if not console.stderr.is_terminal and (self._done % every == 0 or self._done == self._count):
             parts = (f"{self._done} of {self._count} {self._unit}s", note, self._eta())

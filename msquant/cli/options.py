@@ -210,4 +210,20 @@ MemoryBudget = Annotated[
     str, typer.Option(help="Hidden states beyond this are kept on disk, for example 4GB.")
 ]
 
+WorkerCount = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that share the work on decoder layers; the bytes are the same.  [default: 1; with "
+        "--ray-address one a node]",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Ray cluster to join. Keep its ports on a private network: who reaches them can run programs.",
+    ),
+]
+
 MEMORY_BUDGET = "1GB"

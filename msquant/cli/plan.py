@@ -48,6 +48,7 @@ def plan(
     sequence_length: options.SequenceLength = None,
     formats: options.Formats = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    workers: options.WorkerCount = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure this machine, to estimate the time.")
     ] = True,
@@ -83,11 +84,18 @@ def plan(
     )
     target = output or default_folder(model, recipe)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
-    show_plan(recipe, target, source, budget, probe=probe, as_json=as_json)
+    show_plan(recipe, target, source, budget, probe=probe, as_json=as_json, workers=workers or 1)
 
 
 def show_plan(
-    recipe: "Recipe", output: Path, source: str | None, memory_budget: int, *, probe: bool, as_json: bool
+    recipe: "Recipe",
+    output: Path,
+    source: str | None,
+    memory_budget: int,
+    *,
+    probe: bool,
+    as_json: bool,
+    workers: int = 1,
 ) -> None:
     """Make a plan and print it; exits with 1 if something does not fit.
 
@@ -98,6 +106,7 @@ def show_plan(
         memory_budget: bytes of hidden states held in memory.
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
+        workers: processes that share the work on decoder layers.
     """
     if recipe.calibration.is_none:
         _show_model_free(recipe, output, source, as_json=as_json)
@@ -112,7 +121,12 @@ def show_plan(
         return measure_samples(recipe, config, output, checkpoint)
 
     made = make_plan(
-        recipe, output, source=source, memory_budget=memory_budget, probe=measure if probe else None
+        recipe,
+        output,
+        source=source,
+        memory_budget=memory_budget,
+        probe=measure if probe else None,
+        workers=workers,
     )
     if as_json:
         console.print_json(_as_json(made))
@@ -214,8 +228,9 @@ def _print(plan: "Plan") -> None:
         ["to serve", console.as_serving(plan.serving)],
         ["scratch", console.as_bytes(plan.scratch_bytes)],
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
-        ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
+        ["peak memory", f"about {console.as_bytes(plan.peak_memory)}{_each(plan)} of {available} available"],
         ["time", _span(plan.seconds)],
+        *([["of it the chain", f"{_span(plan.chain)}, however many workers"]] if plan.chain else []),
     ]
     console.print_table("What it takes", ["", ""], rows)
     if plan.seconds_by_stage is not None and plan.machine is not None:
@@ -232,6 +247,10 @@ def _print(plan: "Plan") -> None:
         console.print_line(f"Note: {note}")
     for problem in plan.problems:
         console.print_error(OutputError(f"does not fit: {problem}"))
+
+
+def _each(plan: "Plan") -> str:
+    return f" for each of {plan.workers} workers" if plan.workers > 1 else ""
 
 
 def _span(time: "Span | None") -> str:

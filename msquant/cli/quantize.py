@@ -44,6 +44,14 @@ def quantize(
     device: options.Device = "cpu",
     source: options.Source = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    workers: options.WorkerCount = None,
+    ray_address: options.RayAddress = None,
+    allow_different_arithmetic: Annotated[
+        bool,
+        typer.Option(
+            "--allow-different-arithmetic", help="Use nodes that round differently: bytes then vary."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over where an interrupted run would be continued.")
@@ -93,6 +101,8 @@ def quantize(
 
     Example: msquant quantize ./GLM-4.6 --calibration none --format ascend
 
+    Example: msquant quantize qwen3-8b --workers 4
+
     Example: msquant quantize qwen3-8b --calibration builtin --calibration gsm8k=25% --calibration self=4
     """
     from msquant.models.device import silence_libraries
@@ -124,7 +134,7 @@ def quantize(
     if dry_run:
         from msquant.cli.plan import show_plan
 
-        show_plan(recipe, target, source, budget, probe=True, as_json=as_json)
+        show_plan(recipe, target, source, budget, probe=True, as_json=as_json, workers=workers or 1)
         return
 
     from msquant.cli.layer_progress import LayerProgress
@@ -141,6 +151,9 @@ def quantize(
             memory_budget=budget,
             verbose=verbose,
             offline=offline,
+            workers=workers,
+            ray_address=ray_address,
+            allow_different_arithmetic=allow_different_arithmetic,
             progress=_parts(display) if without_text else display.flow(_alphas),
             transfer=lambda: _transfer(display),
         )

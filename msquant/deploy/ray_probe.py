@@ -12,6 +12,7 @@ comes back on stdout:
 """
 
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -59,7 +60,7 @@ def ask(address: str, folder: str, packages: list[str], variables: list[str]) ->
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     remote = ray.remote(num_cpus=0)(look)
     alive = [node for node in ray.nodes() if node["Alive"]]
     # What vLLM itself asks (executor/ray_utils.py); Ray's public calls do not say it by node.

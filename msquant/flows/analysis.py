@@ -18,7 +18,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.errors import RecipeError
 from msquant.evaluation.ranking import rank
 from msquant.flows.calibration import calibration_of, require_sources
-from msquant.flows.pipeline import embed
+from msquant.flows.layer_work import embed
 from msquant.flows.source import (
     Source,
     batch_tokens,

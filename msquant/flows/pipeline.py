@@ -6,14 +6,11 @@ continues with the layer it was in and ends with the same bytes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from msquant.checkpoint.disk import require_free_space
 from msquant.checkpoint.hidden_states import HiddenStateStore
@@ -22,16 +19,18 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
+from msquant.checkpoint.writer import is_temporary
 from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
 from msquant.flows.conversion import other_folders, output_folders, write_export
 from msquant.flows.forecast import Forecast
-from msquant.flows.manifest import build_manifest, job_identity, layer_record
+from msquant.flows.layer_graph import Executor, InProcess, Result, Task, layer_tasks
+from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork, carry
+from msquant.flows.manifest import build_manifest, job_identity
 from msquant.flows.short_evaluation import evaluate_result, short_texts
 from msquant.flows.source import (
     Source,
-    batch_tokens,
     folder_plans,
     hidden_bytes,
     open_source,
@@ -40,18 +39,19 @@ from msquant.flows.source import (
     rotated,
     untying_note,
 )
+from msquant.flows.workers import AHEAD, Workers
 from msquant.formats.folder_plan import FolderPlan
-from msquant.formats.folder_stream import FolderStream, GroupWriter
+from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
 from msquant.inference.serving_need import ServingNeed, serving_need
-from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.interrupts import deferred_interrupts
 from msquant.models.config import ModelConfig
-from msquant.models.device import require_device, use_device
+from msquant.models.device import require_device
 from msquant.progress import Phase, Progress
 from msquant.recipe.recipe import Recipe
 
-# Of a tensor that is carried through in floating point.
-BLOCK_BYTES = 64 << 20
+if TYPE_CHECKING:
+    from msquant.flows.worker_pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def quantize(
     offline: bool = False,
     progress: Progress | None = None,
     remember: bool = True,
+    workers: Workers | None = None,
 ) -> QuantizeResult:
     """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
 
@@ -116,6 +117,7 @@ def quantize(
         fetch: downloads the weights of a hub id that are not here; without it that is an error.
         offline: ask no hub for calibration text.
         progress: callbacks.
+        workers: who does the work on decoder layers; this process alone if None. The bytes are the same.
         remember: note the folder as the newest result, which `msquant run` takes, and `msquant list` shows.
 
     Raises:
@@ -123,7 +125,7 @@ def quantize(
             finished layers are kept in `<output>.partial`, and the same call continues with them.
     """
     started = time.monotonic()
-    progress = progress or Progress()
+    progress, workers = progress or Progress(), workers or Workers()
     require_device(device)
     _announce(recipe, progress)
     with OutputFolder(output, overwrite=overwrite) as target:
@@ -157,7 +159,10 @@ def quantize(
             RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
-            require_free_space(target.path, needed + hidden_bytes(model.config, calibration.size, predicted))
+            require_free_space(
+                target.path,
+                needed + hidden_bytes(model.config, calibration.size, predicted, workers.count or 1),
+            )
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
@@ -165,21 +170,23 @@ def quantize(
             progress = Forecast(
                 progress, model.config, finished, bool(texts), len(others), predicted
             ).progress
-            progress.lap("start")
-            progress.phase("ends")
-            # First, because what is wrong with them should not be found out hours later.
-            progress.stage("writing embeddings and output head")
-            _write_rest(model, predicted, journal, writer, files)
-            progress.lap("ends")
-            store = HiddenStateStore(target.path / SCRATCH, memory_budget)
-            progress.phase("layers")
-            run = recipe, model, calibration, texts, journal, writer, files
-            seconds = _write_layers(*run, store, device, verbose, progress, predicted)
+            job = LayerJob.of(recipe, calibration, model.config, predicted, device, memory_budget, verbose)
+            left = model.config.num_hidden_layers + predicted - finished
+            team = workers if left else Workers()
+            with _pool(team, job, model, target.path, progress) as pool:
+                progress.lap("start")
+                progress.phase("ends")
+                # First, because what is wrong with them should not be found out hours later.
+                progress.stage("writing embeddings and output head")
+                _write_rest(model, predicted, journal, writer, files)
+                progress.lap("ends")
+                progress.phase("layers")
+                seconds = _write_layers(model, texts, journal, writer, files, job, pool, progress)
             if files.unverified:
                 progress.stage("verifying what an earlier run has finished")
             files.finish()
             progress.stage("writing tokenizer and manifest")
-            layers = _finished_layers(journal)
+            layers = list(_finished_layers(journal).values())
             writer.finish(model.folder, build_manifest(recipe, identity, layers))
             progress.lap("start")
             if texts:
@@ -220,6 +227,21 @@ def quantize(
     )
 
 
+@contextmanager
+def _pool(
+    workers: Workers, job: LayerJob, model: Source, folder: Path, progress: Progress
+) -> Iterator["WorkerPool | None"]:
+    """The workers, looked at and ready; None where this process does everything itself."""
+    if workers.in_process:
+        yield None
+        return
+    from msquant.flows.worker_pool import WorkerPool
+
+    with WorkerPool(workers, progress) as pool:
+        pool.prepare(job, model.folder.absolute(), folder.absolute())
+        yield pool
+
+
 def _require_further_tokens(calibration: Calibration, predicted: int, config: ModelConfig) -> None:
     """Raise CalibrationError for samples that leave a multi-token-prediction layer without a token."""
     sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
@@ -245,128 +267,71 @@ def _announce(recipe: Recipe, progress: Progress) -> None:
     progress.phase("start")
 
 
-SCRATCH = "scratch"
-
-
-def embed(source: Source, batches: Iterable[NDArray[np.int32]], store: HiddenStateStore, dtype: Any) -> None:
-    """Put the inputs of the first decoder layer into the store.
-
-    Args:
-        source: the model.
-        batches: the calibration tokens, `[B, T]` each.
-        store: takes them at boundary 0.
-        dtype: compute dtype.
-    """
-    from msquant.models.network import Embedding
-
-    embedding = Embedding(source.config, source.weights, dtype)
-    with store.write(0) as hidden:
-        for batch in batches:
-            hidden.append(embedding(batch).asnumpy().astype(np.float32))
-
-
 def _write_layers(
-    recipe: Recipe,
     source: Source,
-    calibration: Calibration,
     texts: Sequence[Text],
     journal: Journal,
     writer: FolderStream,
     files: RunFiles,
-    store: HiddenStateStore,
-    device: str,
-    verbose: bool,
+    job: LayerJob,
+    pool: "WorkerPool | None",
     progress: Progress,
-    predicted: int,
 ) -> list[float]:
     """Quantize, write and journal the layers that are not finished; returns each one's seconds.
 
-    The decoder layers come first, and so many multi-token-prediction layers after them.
+    The decoder layers come first, and the multi-token-prediction layers after them.
     """
-    config, weights = source.config, source.weights
-    count, done = config.num_hidden_layers + predicted, len(_finished_layers(journal))
-    if done >= count:
+    count, finished = source.config.num_hidden_layers + job.predicted, set(_finished_layers(journal))
+    if len(finished) >= count:
         return []
-    progress.stage("loading MindSpore and golden-stick")
-    from msquant.evaluation.lockstep import first_layer
-    from msquant.kernels import golden_stick
-    from msquant.quantization.decoder_pass import DecoderPass
-
-    dtype = use_device(device)
-    golden_stick.set_log_level(verbose)
-    progress.layers(count, done)
-    policy, most = recipe.quantization, batch_tokens(config)
-    sets = [calibration.samples, *([calibration.spare] if calibration.spare else [])]
-    batches = [batch for samples in sets for batch in samples.batches(most)]
-    decoder = DecoderPass(
-        config,
-        weights,
-        policy,
-        max(samples.tokens.shape[1] for samples in sets),
-        dtype,
-        store,
-        progress.step,
-        lambda: progress.lap("attention"),
-        searched=len(list(calibration.samples.batches(most))),
-    )
-    if not done:
-        embed(source, batches, store, dtype)
-    progress.lap("start")
-    if texts:
-        # What is wrong with the layer, the pass over it says better.
-        with suppress(MsquantError):
-            states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
-            first_layer(Model(str(source.folder), config, weights), texts, dtype, states)
-            progress.lap("evaluation sample")
+    store = HiddenStateStore(writer.folder / SCRATCH, job.memory_budget)
+    made = {index for index in range(count) if store.path(index).exists()} if finished else set[int]()
+    progress.layers(count, len(finished))
+    executor: Executor
+    if pool is None:
+        progress.stage("loading MindSpore and golden-stick")
+        work = LayerWork(job, source, writer, files, store, store, progress)
+        executor, ahead = InProcess(work.run), None
+    else:
+        executor, ahead = pool, pool.count + AHEAD
+    tasks = layer_tasks(count, finished, made, ahead)
+    left = {task.key for task in tasks}
     seconds: list[float] = []
-    for index in range(done, count):
-        started = time.monotonic()
-        source_read = files.reading(config.layer_shapes(index))
-        inputs = index
-        if index >= config.num_hidden_layers:
-            progress.step("inputs")
-            _predict(source, index, batches, store, dtype)
-            inputs = PREDICTION
-        with writer.group(index) as shards, store.write(index + 1) as outputs:
-            report = decoder.run(index, store.open(inputs), outputs.append, shards)
-            if index >= config.num_hidden_layers:
-                within = config.decoder_shapes(index)
-                _carry(source, [name for name in config.layer_shapes(index) if name not in within], shards)
-        record = layer_record(index, report, policy)
-        journal.append({"group": index, "layer": record, "files": shards.files, "source": source_read()})
-        store.discard(index)
-        store.discard(PREDICTION)
-        seconds.append(time.monotonic() - started)
-        progress.lap("layer")
-        progress.layer(record)
-        files.check()
-        check_interrupt()
+    if finished:
+        progress.lap("start")
+
+    def done(task: Task, result: Result) -> None:
+        left.discard(task.key)
+        if task.kind == "embed":
+            progress.lap("start")
+            if texts and pool is None:
+                # What is wrong with the layer, the pass over it says better.
+                with suppress(MsquantError):
+                    from msquant.evaluation.lockstep import first_layer
+
+                    states = HiddenStateStore(store.folder / "evaluation", store.budget_bytes)
+                    first_layer(
+                        Model(str(source.folder), source.config, source.weights), texts, work.dtype, states
+                    )
+                    progress.lap("evaluation sample")
+        if result.record is not None:
+            journal.append(result.record)
+            writer.files.update(result.record["files"])
+        # What no task reads any more, no later run has to continue from.
+        if task.kind != "embed" and not any(index == task.index for _, index in left):
+            store.discard(task.index)
+        if result.record is not None:
+            seconds.append(result.seconds)
+            progress.lap("layer")
+            progress.layer(result.record["layer"])
+            files.check()
+
+    executor.run(tasks, done)
+    for path in writer.folder.iterdir():
+        # Of a worker that died.
+        if is_temporary(path.name):
+            path.unlink()
     return seconds
-
-
-PREDICTION = 99_998
-"""The boundary before the decoder layer of a multi-token-prediction layer, among those of decoder layers."""
-
-
-def _predict(
-    source: Source, index: int, batches: Sequence[NDArray[np.int32]], store: HiddenStateStore, dtype: Any
-) -> None:
-    """Put what the decoder layer of a multi-token-prediction layer reads into the store.
-
-    Args:
-        source: the model.
-        index: number of the layer.
-        batches: all calibration tokens, `[B, T]` each; the store has the outputs of the layer before.
-        store: takes the inputs at the boundary `PREDICTION`.
-        dtype: compute dtype.
-    """
-    from msquant.models.network import PredictionInput
-
-    prediction, hidden = PredictionInput(source.config, source.weights, index, dtype), store.open(index)
-    with store.write(PREDICTION) as inputs:
-        for batch, states in zip(batches, hidden, strict=True):
-            check_interrupt()
-            inputs.append(prediction(states, batch))
 
 
 def _write_rest(
@@ -380,20 +345,14 @@ def _write_rest(
             continue
         source_read = files.reading(names)
         with writer.group(group) as shards:
-            _carry(source, names, shards)
+            carry(source, names, shards)
         journal.append({"group": group, "files": shards.files, "source": source_read()})
 
 
-def _carry(source: Source, names: Iterable[str], shards: GroupWriter) -> None:
-    """Write tensors in floating point, block by block."""
-    for name in names:
-        check_interrupt()
-        for start, block in source.weights.row_blocks(name, BLOCK_BYTES):
-            shards.tensor_rows(name, start, block)
-
-
-def _finished_layers(journal: Journal) -> list[dict[str, Any]]:
-    return [record["layer"] for record in journal.records if "layer" in record]
+def _finished_layers(journal: Journal) -> dict[int, dict[str, Any]]:
+    """The records of the layers that are finished, by the number of each, in ascending order."""
+    layers = [record["layer"] for record in journal.records if "layer" in record]
+    return {layer["index"]: layer for layer in sorted(layers, key=lambda layer: int(layer["index"]))}
 
 
 def _bytes_to_come(plan: FolderPlan, journal: Journal) -> int:

@@ -8,6 +8,7 @@ from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, RecipeError
 from msquant.flows.serving_checks import parallelism
+from msquant.flows.workers import AHEAD
 from msquant.formats.base import Format
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import folder_format, model_format
@@ -307,15 +308,18 @@ def model_groups(
     return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
 
 
-def hidden_bytes(config: ModelConfig, tokens: int, predicted: int = 0) -> int:
+def hidden_bytes(config: ModelConfig, tokens: int, predicted: int = 0, workers: int = 1) -> int:
     """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them.
 
     Args:
         config: the model's shape.
         tokens: calibration tokens.
         predicted: quantized multi-token-prediction layers, whose inputs are made of those that are kept.
+        workers: processes, each with states within a layer; between layers there are more then.
     """
-    return (4 if predicted else 3) * tokens * config.hidden_size * 4
+    within = 2 if predicted else 1
+    boundaries = 2 if workers == 1 else workers + AHEAD + 1
+    return (boundaries + workers * within) * tokens * config.hidden_size * 4
 
 
 def batch_tokens(config: ModelConfig) -> int:

@@ -247,4 +247,4 @@ def for_parts(rows: int, work: Callable[[slice], None]) -> None:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))

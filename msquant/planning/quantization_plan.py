@@ -16,6 +16,7 @@ from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
 from msquant.errors import ModelError, MsquantError, OutputError
 from msquant.flows.calibration import most_characters, require_sources
 from msquant.flows.conversion import output_folders
+from msquant.flows.layer_graph import critical_path, layer_tasks, makespan
 from msquant.flows.source import (
     batch_samples,
     hidden_bytes,
@@ -25,6 +26,7 @@ from msquant.flows.source import (
     shapes_plans,
     untying_note,
 )
+from msquant.flows.workers import AHEAD
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.inference.serving_need import ServingNeed, serving_need
@@ -185,6 +187,8 @@ class Plan:
         machine: what it gave while it was measured; likewise.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
+        workers: processes that share the work on decoder layers; memory is that of each.
+        chain: the floating-point pass, which takes this long with any number of workers; None for one.
     """
 
     model: str
@@ -212,6 +216,8 @@ class Plan:
     machine: Machine | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    workers: int = 1
+    chain: Span | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -249,6 +255,7 @@ def make_plan(
     source: str | None = None,
     memory_budget: int = MEMORY_BUDGET,
     probe: Probe | None = None,
+    workers: int = 1,
 ) -> Plan:
     """Plan a quantization; no weight is read but in part by the probe, and nothing is left behind.
 
@@ -258,6 +265,7 @@ def make_plan(
         source: folder of the weights, in place of the recipe's model. A published model is planned without
             its weights if neither is here.
         memory_budget: bytes of hidden states held in memory.
+        workers: processes that share the work on decoder layers and the cores of this machine.
         probe: measures this machine once the model is known to be whole; without it no time is estimated.
 
     Raises:
@@ -281,6 +289,7 @@ def make_plan(
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
     stages: dict[Phase, Span] = dict.fromkeys(get_args(Phase), NOTHING)
     peaks, parts = [0], []
+    computed: dict[int, Span] = {}
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())
         written, *others = (folder.group_bytes[group] for folder in folders)
@@ -294,6 +303,7 @@ def make_plan(
                 rounds = feed_forward_rounds(config, tokens, memory_budget)
                 seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
                 stages["layers"] += seconds
+                computed[index] = measured.computed_layer(blocks, tokens.count, source_bytes) or seconds
                 if index < config.num_hidden_layers:
                     stages["evaluation"] += measured.evaluated_layer(blocks)
         elif measured is not None:
@@ -316,7 +326,11 @@ def make_plan(
         stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
     if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
-    scratch = hidden_bytes(config, settings.most * settings.sequence_length, predicted)
+    chain = None
+    if measured is not None and workers > 1:
+        whole = {part.index: part.seconds for part in parts if part.index is not None and part.seconds}
+        stages["layers"], chain = _shared(whole, computed, workers, measured.machine)
+    scratch = hidden_bytes(config, settings.most * settings.sequence_length, predicted, workers)
     peak, writing = BASE_BYTES + max(peaks), 0
     if any(parse_source(word).place.writes for word in settings.sources):
         writing = BASE_BYTES + _whole_model_bytes(config)
@@ -351,8 +365,44 @@ def make_plan(
         seconds_by_stage=None if measured is None else stages,
         machine=None if measured is None else measured.machine,
         notes=tuple(notes),
-        problems=tuple(_problems(written_bytes + scratch, free, peak, writing, available)),
+        problems=tuple(_problems(written_bytes + scratch, free, peak, writing, available, workers)),
+        workers=workers,
+        chain=chain,
     )
+
+
+def _shared(
+    whole: Mapping[int, Span], computed: Mapping[int, Span], workers: int, machine: Machine
+) -> tuple[Span, Span]:
+    """How long workers of one machine take for all layers, and the chain that none of them makes shorter.
+
+    Args:
+        whole: seconds of each layer's quantization by its number, on all cores that one process uses.
+        computed: of its floating-point outputs alone.
+        workers: how many, of which each has a part of the cores.
+        machine: what it gave to one process.
+    """
+    slower = max(1.0, machine.share * workers / machine.cores)
+    tasks = layer_tasks(len(computed), (), (), workers + AHEAD)
+    ends: list[tuple[float, float]] = []
+    for side in ("low", "high"):
+        seconds = {
+            task.key: 0.0
+            if task.kind == "embed"
+            else slower * getattr((computed if task.kind == "compute" else whole)[task.index], side)
+            for task in tasks
+        }
+        ends.append((makespan(tasks, seconds, workers), critical_path(tasks, seconds)))
+    (low, chain_low), (high, chain_high) = ends
+    return Span(low, high), Span(chain_low, chain_high)
+
+
+def worker_memory(recipe: Recipe, output: Path, source: str | None, memory_budget: int) -> int:
+    """Bytes that one worker takes at most, an estimate; 0 for a model whose config is not known here."""
+    try:
+        return make_plan(recipe, output, source=source, memory_budget=memory_budget).peak_memory
+    except ModelError:
+        return 0
 
 
 def _subject(recipe: Recipe, source: str | None) -> _Subject:
@@ -390,8 +440,19 @@ def _whole_model_bytes(config: ModelConfig) -> int:
     return _FLOAT * sum(map(prod, held.values()))
 
 
-def _problems(needed: int, free: int | None, peak: int, writing: int, available: int | None) -> list[str]:
-    """What does not fit; `writing` are the bytes in which the model writes calibration text, 0 if not."""
+def _problems(
+    needed: int, free: int | None, peak: int, writing: int, available: int | None, workers: int
+) -> list[str]:
+    """What does not fit.
+
+    Args:
+        needed: bytes of the output and scratch.
+        free: bytes of the output's disk.
+        peak: bytes of memory for each worker.
+        writing: bytes in which the model writes calibration text, 0 if it does not.
+        available: bytes of memory.
+        workers: processes at work.
+    """
     problems = []
     if free is not None and needed > free:
         wanted, left = shown_sizes(needed, free)
@@ -404,6 +465,12 @@ def _problems(needed: int, free: int | None, peak: int, writing: int, available:
         problems.append(
             f"memory: about {wanted} are needed at the peak, {left} are available; use fewer "
             "--samples, a shorter --sequence-length or a smaller --memory-budget, or a larger machine"
+        )
+    elif available is not None and workers * peak > available:
+        wanted, left = shown_sizes(workers * peak, available)
+        problems.append(
+            f"memory: about {wanted} are needed by {workers} workers, {left} are available; use --workers "
+            f"{available // peak}"
         )
     if available is not None and writing > available:
         wanted, left = shown_sizes(writing, available)

@@ -105,6 +105,38 @@ class DecoderPass:
         result.report.error = relative_error(sample, first[0][:_COMPARED], quantized)
         return result.report
 
+    def compute(self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
+        """The floating-point outputs of layer `index` alone, in the bytes in which `run` gives them.
+
+        Args:
+            index: of the layer.
+            hidden: its inputs, batches of samples `[B, T, H]`.
+            put: takes the outputs, batch by batch, in the same shapes.
+
+        Raises:
+            MsquantError: a tensor is missing, damaged or of a wrong shape, or holds NaN; the disk is full.
+        """
+        put_finite = self._finite(index, put)
+        if not in_two_blocks(self._config, self._policy, index):
+            self._forward(index, "whole", hidden, put_finite)
+            return
+        self._step("attention")
+        with self._store.write(BETWEEN) as between:
+            self._forward(index, "attention", hidden, between.append)
+        self._outputs(self._block(index, observes=False), put_finite)
+        self._store.discard(BETWEEN)
+
+    def _forward(
+        self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]
+    ) -> None:
+        """Compute every batch by the layer's own weights, those that are searched on as the search does."""
+        layer = self._layer(self._source, index, part)
+        for place, batch in enumerate(hidden):
+            check_interrupt()
+            together = self._policy.takes_batches or (self._searched is not None and place >= self._searched)
+            items = [batch] if together else [batch[i : i + 1] for i in range(len(batch))]
+            put(np.concatenate([self._compute(layer, item) for item in items]))
+
     def _two_blocks(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
     ) -> LayerReport:
@@ -141,7 +173,19 @@ class DecoderPass:
             The block, which has seen and been fed all tokens; and inputs and outputs `[T, H]` of as many
             tokens as the memory budget takes at once.
         """
-        block = FeedForwardPass(self._config, self._source, index, self._policy, self._dtype, self._step)
+        block = self._block(index)
+        first = self._outputs(block, put)
+        block.feed(lambda: map(_flat, self._rounds(self._store.open(BETWEEN))))
+        self._store.discard(BETWEEN)
+        return block, *first
+
+    def _block(self, index: int, *, observes: bool = True) -> FeedForwardPass:
+        return FeedForwardPass(
+            self._config, self._source, index, self._policy, self._dtype, self._step, observes=observes
+        )
+
+    def _outputs(self, block: FeedForwardPass, put: Callable[[Floats], None]) -> tuple[Floats, Floats]:
+        """What a block makes of the states between the blocks; returns the first round, before and after."""
         first: tuple[Floats, Floats] | None = None
         for batches in self._rounds(self._store.open(BETWEEN)):
             flat = _flat(batches)
@@ -151,9 +195,7 @@ class DecoderPass:
             for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
                 put(output.reshape(batch.shape))
         assert first is not None
-        block.feed(lambda: map(_flat, self._rounds(self._store.open(BETWEEN))))
-        self._store.discard(BETWEEN)
-        return block, *first
+        return first
 
     def _carry(self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
         """Compute the batches that the search has not seen, by the layer's own weights."""

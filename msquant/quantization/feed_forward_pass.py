@@ -79,6 +79,7 @@ class FeedForwardPass:
         policy: what to do.
         dtype: compute dtype.
         step: called with what goes on.
+        observes: whether `forward` takes the ranges that `quantize` needs.
 
     Attributes:
         expert_tokens: calibration tokens of each routed expert; empty for a dense block.
@@ -92,7 +93,10 @@ class FeedForwardPass:
         policy: Algorithm,
         dtype: Any,
         step: Callable[[str], None] = lambda text: None,
+        *,
+        observes: bool = True,
     ) -> None:
+        self._observes = observes
         layer, self._parts = config.family.layer_name(index), config.family.names
         parts = self._parts
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
@@ -193,7 +197,7 @@ class FeedForwardPass:
             float32 `[T, H]`.
         """
         x = self._normalize(hidden)
-        smooth = self._policy.feed_forward_smoothing is not None
+        smooth = self._observes and self._policy.feed_forward_smoothing is not None
         first = smooth and self._columns is None
         columns = np.zeros(self._config.hidden_size, np.float32)
         output = np.zeros(hidden.shape, np.float32) if self._output_norm else hidden.copy()

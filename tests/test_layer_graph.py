@@ -1,0 +1,86 @@
+"""The graph of tasks on decoder layers: what waits for what, and who is begun first."""
+
+import random
+
+import pytest
+
+from msquant.flows.layer_graph import Schedule, Task, critical_path, layer_tasks, makespan
+
+
+def shown(tasks: list[Task]) -> list[tuple[str, int]]:
+    return [task.key for task in tasks]
+
+
+def test_one_process_does_a_layer_in_one_go() -> None:
+    tasks = layer_tasks(3, (), ())
+    assert shown(tasks) == [("embed", 0), ("pass", 0), ("pass", 1), ("pass", 2)]
+    assert [task.after for task in tasks] == [(), (("embed", 0),), (("pass", 0),), (("pass", 1),)]
+
+
+def test_several_have_a_chain_and_what_hangs_on_it() -> None:
+    tasks = layer_tasks(3, (), (), ahead=8)
+    assert shown(tasks) == [
+        ("embed", 0),
+        ("compute", 0),
+        ("quantize", 0),
+        ("compute", 1),
+        ("quantize", 1),
+        # Nothing reads the outputs of the last layer.
+        ("quantize", 2),
+    ]
+    assert tasks[-1].after == (("compute", 1),)
+
+
+def test_the_chain_is_ahead_by_so_many_layers_and_no_more() -> None:
+    waits = {task.key: task.after for task in layer_tasks(9, (), (), ahead=3)}
+    assert ("quantize", 2) in waits["compute", 5]
+    assert ("quantize", 2) not in waits["compute", 4]
+
+
+@pytest.mark.parametrize("ahead", [None, 3])
+def test_a_later_run_does_what_is_left(ahead: int | None) -> None:
+    # Layers 0 and 3 are finished; the inputs of 1 and 2 are there, and the outputs of 3 are not.
+    tasks = shown(layer_tasks(6, {0, 3}, {1, 2}, ahead))
+    assert not {("embed", 0), ("quantize", 0), ("quantize", 3), ("pass", 3), ("compute", 0)} & set(tasks)
+    assert ("compute", 3) in tasks
+    if ahead is None:
+        assert tasks == [("pass", 1), ("pass", 2), ("compute", 3), ("pass", 4), ("pass", 5)]
+    else:
+        assert ("compute", 1) not in tasks
+        assert ("compute", 2) in tasks
+
+
+def test_nothing_is_left_when_all_layers_are_finished() -> None:
+    assert layer_tasks(2, {0, 1}, ()) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_task_is_begun_once_and_after_what_it_reads(seed: int) -> None:
+    choose = random.Random(seed)
+    finished = set(choose.sample(range(12), choose.randrange(12)))
+    tasks = layer_tasks(12, finished, set(), ahead=choose.randrange(1, 5))
+    schedule, done, running = Schedule(tasks), set[tuple[str, int]](), list[Task]()
+    while schedule.left:
+        while len(running) < 3 and (task := schedule.next()) is not None:
+            assert set(task.after) & {each.key for each in tasks} <= done
+            running.append(task)
+        assert running, "a task waits for what nobody does"
+        task = running.pop(choose.randrange(len(running)))
+        if choose.random() < 0.3:
+            schedule.put_back(task)
+            continue
+        assert task.key not in done
+        done.add(task.key)
+        schedule.done(task)
+    assert done == {task.key for task in tasks}
+
+
+def test_the_chain_bounds_what_workers_can_do() -> None:
+    tasks = layer_tasks(10, (), (), ahead=100)
+    seconds = {task.key: {"embed": 0.0, "compute": 1.0, "quantize": 4.0}[task.kind] for task in tasks}
+    # Nine layers are computed, and the last one is quantized after that.
+    assert critical_path(tasks, seconds) == 9 + 4
+    assert makespan(tasks, seconds, 1) == 9 + 40
+    assert makespan(tasks, seconds, 100) == 13
+    two = makespan(tasks, seconds, 2)
+    assert 49 / 2 <= two <= 28

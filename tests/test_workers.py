@@ -1,0 +1,313 @@
+"""Layers that worker processes share: the same bytes, whoever dies; nothing is left running."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from msquant.checkpoint.writer import file_sha256
+from msquant.errors import EngineError
+from msquant.flows.workers import Workers, require_workers
+from tests.fixtures.tiny_families import write_tiny
+
+LAYERS = 4
+RECIPE = """
+model: {model}
+quantization:
+  smooth_alpha: [0.4, 0.6]
+  schemes: [lm_head: FLOAT, kv_b_proj: FLOAT, {feed_forward}"*": W8A8]
+calibration:
+  samples: 4
+  sequence_length: 32
+evaluation:
+  sequences: 0
+"""
+KINDS = {"llama": "", "deepseek_v3": "mlp.: W8A8_DYNAMIC, "}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workers")
+    model = write_tiny(folder / "model", request.param, layers=LAYERS, dtype="bfloat16")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model, feed_forward=KINDS[request.param]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path) -> dict[str, str]:
+    """What one process writes that nobody disturbs."""
+    ended(start(recipe, recipe.parent / "whole"))
+    return digests(recipe.parent / "whole")
+
+
+def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "msquant", "quantize", str(recipe), "--output", str(output), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it wrote to stderr, when it has ended with that exit code."""
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == code, errors
+    return errors
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+def journaled(output: Path) -> int:
+    """Decoder layers that the journal of an unfinished result holds."""
+    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
+    return sum('"layer"' in line for line in journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in family(process):
+        try:
+            if any("worker_process" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for_layers(process: subprocess.Popen[str], output: Path, count: int) -> None:
+    deadline = time.monotonic() + 600
+    while journaled(output) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_bytes_are_those_of_one_process(
+    count: int, recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    process, seen = start(recipe, tmp_path / "out", "--workers", str(count)), list[psutil.Process]()
+    listening, most = set[object](), 0
+    while process.poll() is None:
+        seen = list({*seen, *family(process)})
+        most = max(most, len(workers_of(process)))
+        for each in family(process):
+            try:
+                listening |= {c.laddr for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+            except psutil.Error:
+                continue
+        time.sleep(0.5)
+    ended(process)
+    assert digests(tmp_path / "out") == expected
+    assert most == count
+    # Nobody but the one that started them can speak to workers of one machine.
+    assert listening == set()
+    assert living(seen) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.e2e
+def test_a_worker_that_is_killed_is_replaced(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    process = start(recipe, tmp_path / "out", "--workers", "2")
+    wait_for_layers(process, tmp_path / "out", 1)
+    workers_of(process)[0].kill()
+    assert "its task is done anew" in ended(process)
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.mark.e2e
+def test_ctrl_c_ends_all_within_two_seconds_and_any_number_of_workers_goes_on(
+    recipe: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start(recipe, output, "--workers", "2")
+    wait_for_layers(process, output, 1)
+    children = family(process)
+    assert workers_of(process)
+    pressed = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    while living(children):
+        assert time.monotonic() - pressed < 2, living(children)
+        time.sleep(0.02)
+    assert "the same command continues" in ended(process, 130)
+    ended(start(recipe, output))
+    assert digests(output) == expected
+
+
+POOL = """
+import time
+from msquant.flows.worker_pool import WorkerPool
+from msquant.flows.workers import Workers
+from msquant.progress import Progress
+with WorkerPool(Workers(2), Progress()):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.e2e
+def test_workers_end_with_the_process_that_started_them() -> None:
+    process = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    children = workers_of(process)
+    assert len(children) == 2
+    killed = time.monotonic()
+    process.kill()
+    process.communicate()
+    while living(children):
+        assert time.monotonic() - killed < 2, living(children)
+        time.sleep(0.02)
+
+
+@pytest.mark.e2e
+def test_random_kills_change_nothing(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    output, choose, left = tmp_path / "out", random.Random(7), 6
+    while True:
+        process = start(recipe, output, "--workers", str(choose.choice([2, 3])))
+        children: list[psutil.Process] = []
+        while process.poll() is None and left:
+            time.sleep(choose.uniform(2, 12))
+            children = family(process) or children
+            victims = [process.pid, *(worker.pid for worker in workers_of(process))]
+            try:
+                os.kill(choose.choice(victims), signal.SIGKILL)
+            except ProcessLookupError:
+                break
+            left -= 1
+        _, errors = process.communicate(timeout=900)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+        deadline = time.monotonic() + 10
+        while living(children):
+            assert time.monotonic() < deadline, living(children)
+            time.sleep(0.1)
+    assert digests(output) == expected
+
+
+@pytest.mark.e2e
+def test_a_tasks_own_error_is_said_as_in_one_process(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", "llama", layers=LAYERS)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.2.self_attn.q_proj.weight"
+    tensors[name] = np.array(tensors[name])
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=model, feed_forward=""))
+    process = start(recipe, tmp_path / "out", "--workers", "2")
+    errors = ended(process, 1)
+    assert f"{name} holds NaN or infinity" in errors
+    assert "Traceback" not in errors
+    assert "ray." not in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((0, None, "cpu", False), "--workers: 0 workers"),
+        ((None, "10.0.0.1", "cpu", False), "--ray-address: '10.0.0.1' is no HOST:PORT"),
+        ((None, ":6379", "cpu", False), "is no HOST:PORT"),
+        ((None, "head:70000", "cpu", False), "is no HOST:PORT"),
+        ((2, None, "cpu", True), "--calibration none"),
+        ((2, None, "ascend", False), "not on ascend"),
+    ],
+)
+def test_what_no_worker_can_do_is_refused(
+    arguments: tuple[int | None, str | None, str, bool], said: str
+) -> None:
+    count, address, device, without_text = arguments
+    with pytest.raises(EngineError) as caught:
+        require_workers(count, address, device, without_text=without_text)
+    assert said in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_one_worker_needs_no_ray() -> None:
+    assert Workers().in_process
+    assert Workers(1).in_process
+    assert not Workers(2).in_process
+    assert not Workers(1, "10.0.0.1:6379").in_process
+
+
+def test_too_many_workers_for_the_memory_are_refused(tmp_path: Path) -> None:
+    from msquant.flows.worker_pool import WorkerPool
+    from msquant.progress import Progress
+
+    with (
+        pytest.raises(EngineError, match="workers need about") as caught,
+        WorkerPool(Workers(2, memory=10**15), Progress()),
+    ):
+        pass
+    assert caught.value.remedy == "use --workers 1"
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "threads"),
+    [([64, 64, 64], 3, 64), ([64, 64], 3, 32), ([4, 64], 5, 12), ([1, 1], 2, 1)],
+)
+def test_workers_divide_the_cores_of_the_nodes(cores: list[int], count: int, threads: int) -> None:
+    from msquant.flows.ray_workers import threads_each
+
+    assert threads_each(cores, count) == threads
+
+
+def test_more_workers_than_cores_of_a_cluster_are_refused() -> None:
+    from msquant.flows.ray_workers import threads_each
+
+    with pytest.raises(EngineError, match="3 workers are more than the 2 cores") as caught:
+        threads_each([1, 1], 3)
+    assert "at most 2" in str(caught.value.remedy)
+
+
+def test_nodes_that_differ_are_named() -> None:
+    from dataclasses import replace
+
+    from msquant.flows.node_checks import NodeReport, own_versions, require_alike
+
+    here = NodeReport("one", 2, 10**9, own_versions(), "a", "s", None)
+    require_alike([here, here], Path("/model"), "s", different_arithmetic=False)
+    cases = [
+        (replace(here, host="two", versions=own_versions() | {"numpy": "9"}), "numpy is 9 on node two"),
+        (replace(here, host="two", source="t"), "node two sees other weights"),
+        (replace(here, host="two", arithmetic="b"), "two and one round differently"),
+    ]
+    for other, said in cases:
+        with pytest.raises(EngineError, match=said):
+            require_alike([here, other], Path("/model"), "s", different_arithmetic=False)
+    require_alike([here, cases[-1][0]], Path("/model"), "s", different_arithmetic=True)
+
+
+def test_a_plan_with_workers_has_a_chain(tmp_path: Path) -> None:
+    from msquant.planning.measure import Machine, Span
+    from msquant.planning.quantization_plan import _shared
+
+    whole, computed = dict.fromkeys(range(10), Span(4, 8)), dict.fromkeys(range(10), Span(1, 2))
+    time_taken, chain = _shared(whole, computed, 2, Machine(2, 1.0, 1.0))
+    assert chain == Span(9 + 4, 18 + 8)
+    assert time_taken.low == pytest.approx(49 / 2, abs=3)
+    assert time_taken.high == 2 * time_taken.low
+    # Where one process used both cores, each of two workers has half as many.
+    assert _shared(whole, computed, 2, Machine(2, 1.0, 2.0))[1] == chain * 2
