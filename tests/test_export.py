@@ -178,9 +178,9 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     for name in ("quantization_description.json", "msquant.json"):
         (folder / name).unlink()
     change_json(
-        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "awq"})
+        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "quip"})
     )
-    refused(folder, "quantized as 'awq'")
+    refused(folder, "quantized as 'quip'")
 
 
 def test_what_a_format_cannot_express_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from msquant.flows.serving_checks import parallelism
 from msquant.flows.workers import AHEAD
 from msquant.formats.base import Format
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
-from msquant.formats.registry import folder_format, model_format
+from msquant.formats.registry import model_format, read_only_name
 from msquant.formats.verdicts import best_refusal, servers_of
 from msquant.hub.models import resolve_model
 from msquant.models.config import ModelConfig
@@ -73,14 +73,8 @@ def open_source(
             of FP8 included.
     """
     folder = resolve_model(model, fetch, note)
-    form = folder_format(folder)
-    if form is not None and not form.written:
-        raise ModelError(
-            f"is quantized already, as {form.name}",
-            where=folder,
-            remedy="start from the model that it was made of; msquant export converts it as it is",
-        )
     config = read_config(folder)
+    _refuse_quantized(config, str(folder))
     checkpoint = with_prediction_ends(config, Checkpoint.open(folder))
     for name, shape in config.shapes.items():
         checkpoint.expect_weight(name, shape)
@@ -90,6 +84,16 @@ def open_source(
             checkpoint.expect_weight(name, shape)
     refuse_unknown_tensors(checkpoint, config.shapes.keys() | {name for shapes in extras for name in shapes})
     return Source(folder, config, checkpoint, extras if predictions else [], checkpoint)
+
+
+def _refuse_quantized(config: ModelConfig, where: str) -> None:
+    """Raise ModelError for a model that another tool has quantized, in a format that is read alone."""
+    if (name := read_only_name(config.raw)) is not None:
+        raise ModelError(
+            f"is quantized already, as {name}",
+            where=where,
+            remedy="start from the unquantized checkpoint; msquant export converts it as it is",
+        )
 
 
 def rotated(source: Source, policy: Algorithm) -> Source:
@@ -209,6 +213,7 @@ def shapes_plans(
         RecipeError: the policy contradicts itself, the model cannot be rotated, the format cannot express it,
             or no version of the format's server would serve it by the recipe's serving section.
     """
+    _refuse_quantized(config, recipe.model)
     _require_all_seen(recipe, config)
     if ROTATIONS[recipe.quantization.rotation] is not None:
         config = _rotated_shape(recipe.quantization, config, extras)

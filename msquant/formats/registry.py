@@ -63,6 +63,12 @@ def find_format(name: str, where: str = "format") -> type[Format]:
     return _REGISTERED[name]
 
 
+def read_only_name(config: Mapping[str, Any]) -> str | None:
+    """The format of another tool that a `config.json` says, where msquant reads it alone; else None."""
+    alone = (form for form in _REGISTERED.values() if not form.written)
+    return next((form.name for form in alone if form.is_in(Path(), config)), None)
+
+
 def any_model_formats() -> tuple[str, ...]:
     """The formats that need no family of the model, that of vllm-ascend first."""
     return tuple(name for name in reversed(format_names()) if _REGISTERED[name].takes_any_model)

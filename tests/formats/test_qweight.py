@@ -12,9 +12,11 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError, ModelError, RecipeError
 from msquant.flows.conversion import export, open_quantized
-from msquant.flows.source import open_source
+from msquant.flows.source import open_source, shapes_plans
 from msquant.formats.registry import find_format, folder_format, format_names, parse_formats, readable_formats
 from msquant.formats.summary import summarize
+from msquant.models.config_json import read_config
+from msquant.recipe.recipe import validate_recipe
 from msquant.schemes import parse_scheme
 from tests.formats.folders import change_json, change_tensors
 from tests.formats.qweight_folders import SECTIONS, Values, write_qweight
@@ -102,6 +104,7 @@ def test_groups_in_an_order_of_their_own_of_compressed_tensors(tmp_path: Path) -
     assert isinstance(linear, QuantizedLinear)
     np.testing.assert_array_equal(linear.float_weight, replace(made[UP], groups=orders[UP]).weight)
     change_tensors(folder, {f"{UP}.weight_g_idx": orders[UP] + 1}, described=False)
+    (folder / "msquant.json").unlink()
     with pytest.raises(CheckpointError, match="names groups from 1 to 2, there are 2"):
         open_quantized(folder).weights.linear(UP)
 
@@ -222,6 +225,9 @@ def test_no_quantization_starts_from_it(tmp_path: Path) -> None:
     write_qweight(tmp_path / "m", "awq")
     with pytest.raises(ModelError, match="is quantized already, as awq"):
         open_source(str(tmp_path / "m"))
+    recipe = validate_recipe({"model": str(tmp_path / "m")}, "test")
+    with pytest.raises(ModelError, match="is quantized already, as awq"):
+        shapes_plans(recipe, read_config(tmp_path / "m"), [])
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="quantization_config") as caught:
-        read(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+        read(tmp_path, quantization_config={"quant_method": "quip", "bits": 4})
     assert "start from the unquantized checkpoint" in str(caught.value.remedy)
 
 

@@ -115,7 +115,7 @@ def test_fp8_blocks_are_accepted(raws: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quant_method": "gptq"},
+        {"quant_method": "quip"},
         {"fmt": "e5m2"},
         {"weight_block_size": None},
         {"weight_block_size": [128]},
