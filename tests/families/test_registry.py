@@ -68,7 +68,10 @@ def test_both_engines_compute_a_family_that_renames_every_tensor(toy_folder: Pat
     assert np.abs(logits[0]).max() > 0
 
 
-@pytest.mark.parametrize("name", HUB_IDS)
+WITH_FAMILY = [name for name in HUB_IDS if find_family((published_config(name) or {})["model_type"])]
+
+
+@pytest.mark.parametrize("name", WITH_FAMILY)
 def test_a_folder_without_a_recipe_gets_what_the_shipped_recipe_says(name: str) -> None:
     config, shipped = published_config(name), find_recipe(name)
     assert config is not None
@@ -77,7 +80,7 @@ def test_a_folder_without_a_recipe_gets_what_the_shipped_recipe_says(name: str) 
     assert default.format == shipped.format
 
 
-@pytest.mark.parametrize("name", HUB_IDS)
+@pytest.mark.parametrize("name", WITH_FAMILY)
 def test_some_server_serves_each_format_that_a_family_names(name: str) -> None:
     config = published_config(name) or {}
     family = find_family(config["model_type"])
@@ -89,11 +92,13 @@ def test_some_server_serves_each_format_that_a_family_names(name: str) -> None:
         for tensor, shape in (expected_shapes(config | {"num_hidden_layers": 5}) or {}).items()
         if len(shape) == 2 and not tensor.endswith(("embed_tokens.weight", "mlp.gate.weight"))
     }
+    # The 14 heads of Qwen2.5-0.5B are shared by two NPUs at most.
+    split = Parallelism(4 if config["num_attention_heads"] % 4 == 0 else 2)
     for form in (model_format(name, config) for name in ("golden-stick", "ascend", "compressed-tensors")):
         written = form.adapted(config) | form.config_entries(linears, [], config)
         model = ServedModel(form.name, form.variant, written, linears)
         servers = servers_of(model, form.server)
-        served = best_refusal(servers, model, Parallelism(4)) is None
+        served = best_refusal(servers, model, split) is None
         assert served == (form.name in recipe.formats), form.name
         assert not served or list(form.check(linears, written)) == []
 
