@@ -86,7 +86,9 @@ class ExpertSizes:
 class Names:
     """What a family calls the parts of its decoder in a checkpoint; by default as Llama and DeepSeek do.
 
-    The ends and `layers` are full names, all others are names within the part that holds them.
+    The ends and `layers` are full names, all others are names within the part that holds them. What is None
+    most families do not have: norms behind the two blocks, before their outputs are added to the residual
+    stream; and gate and up as one linear, gate first.
     """
 
     embedding: str = "model.embed_tokens"
@@ -107,10 +109,13 @@ class Names:
     latent_down: str = "kv_a_proj_with_mqa"
     latent_norm: str = "kv_a_layernorm"
     latent_up: str = "kv_b_proj"
+    attention_output_norm: str | None = None
     feed_forward_norm: str = "post_attention_layernorm"
+    feed_forward_output_norm: str | None = None
     feed_forward: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
+    gate_up: str | None = None
     down: str = "down_proj"
     router: str = "gate"
     correction_bias: str = "e_score_correction_bias"
@@ -135,6 +140,17 @@ class Names:
             self.prediction_head,
         )
 
+    @property
+    def feed_forward_inputs(self) -> tuple[str, ...]:
+        """The linears that a feed-forward block's input goes to: gate and up, or the one that is both."""
+        return (self.gate, self.up) if self.gate_up is None else (self.gate_up,)
+
+    @property
+    def output_norms(self) -> tuple[str, ...]:
+        """The norms behind the two blocks of a layer, where there are such."""
+        norms = self.attention_output_norm, self.feed_forward_output_norm
+        return tuple(norm for norm in norms if norm is not None)
+
     def layer(self, index: int) -> str:
         """The name of decoder layer `index`."""
         return f"{self.layers}.{index}"
@@ -157,12 +173,15 @@ class SmoothGroup:
         linears: their names within the decoder layer.
         previous: the norm, or the linear, that the inverse scale is folded into. For the linear that makes
             keys and values of latent attention it is folded into the value rows only: each head has
-            `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values.
+            `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values. For the one that is gate and up
+            it is folded into the second half of the rows, those of up.
+        followers: further linears that read the same and stay in floating point, but take the scale.
     """
 
     name: str
     linears: tuple[str, ...]
     previous: str
+    followers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +221,15 @@ class Family:
         windowed: whether its config class knows attention that does not see all earlier tokens.
         defaults: what transformers 4.57.1 takes for an entry of `config.json` that is left out, where it is
             not derived from the others.
-        options: the values of entries of `config.json` that are computed here, beside `COMPUTED`.
+        options: the values of entries of `config.json` that are computed here, beside `COMPUTED`; None where
+            all are.
+        interleaved_pairs: whether the pairs that the rotary embedding rotates lie side by side, and not half
+            the rotated channels apart. Latent attention says it by `LatentSizes`.
+        predicts: whether it comes with multi-token-prediction layers.
+        shares_prediction_ends: whether those may be without an embedding and a head of their own, which are
+            then the model's.
+        per_token: whether the servers of all its formats take a scale per token for every linear, which is
+            then the default.
         formats: see `DefaultRecipe`.
         mindspore_backend: the backend of vLLM-MindSpore that has the family's model code.
     """
@@ -220,7 +247,11 @@ class Family:
     expert_count: str | None = None
     windowed: bool = False
     defaults: Config = field(default_factory=dict)
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    interleaved_pairs: bool = False
+    predicts: bool = False
+    shares_prediction_ends: bool = False
+    per_token: bool = False
     formats: tuple[str, ...] = ("golden-stick", "ascend", "compressed-tensors")
     mindspore_backend: Literal["native", "mindformers"] = "native"
 
@@ -245,8 +276,11 @@ class Family:
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
         """The smooth groups of a dense layer's feed-forward block, in the order of computation."""
         names = self.names
-        gate, up, down = names.within_feed_forward(names.gate, names.up, names.down)
-        return SmoothGroup("gate_up", (gate, up), names.feed_forward_norm), SmoothGroup("down", (down,), up)
+        *inputs, down = names.within_feed_forward(*names.feed_forward_inputs, names.down)
+        return (
+            SmoothGroup("gate_up", tuple(inputs), names.feed_forward_norm),
+            SmoothGroup("down", (down,), inputs[-1]),
+        )
 
     def norm_before(self, config: Config, linear: str) -> str | None:
         """The norm through which a linear reads the residual stream; None for one that reads something else.
@@ -260,10 +294,12 @@ class Family:
         """
         names, (block, _, part) = self.names, linear.partition(".")
         if block == names.feed_forward:
-            reads = part.rpartition(".")[2] in (names.gate, names.up, names.router)
+            reads = part.rpartition(".")[2] in (*names.feed_forward_inputs, names.router)
             return names.feed_forward_norm if reads else None
         reading = (
-            group.linears for group in self.attention_groups(config) if group.previous == names.input_norm
+            (*group.linears, *group.followers)
+            for group in self.attention_groups(config)
+            if group.previous == names.input_norm
         )
         return names.input_norm if any(linear in linears for linears in reading) else None
 
@@ -271,6 +307,20 @@ class Family:
         """Whether a linear's outputs are added to the residual stream; by its name within the layer."""
         block, last = linear.partition(".")[0], linear.rpartition(".")[2]
         return linear == self.value_columns or (block, last) == (self.names.feed_forward, self.names.down)
+
+    def never_quantized(self, linear: str) -> bool:
+        """Whether a matrix is carried through by any policy: the router; by its name within the layer."""
+        return linear == f"{self.names.feed_forward}.{self.names.router}"
+
+    def most_tokens(self, config: Config) -> tuple[str, int] | None:
+        """The longest context in which attention sees all earlier tokens, and the entry that says so.
+
+        None where it always does.
+
+        Raises:
+            CheckpointError: the entry is no positive integer.
+        """
+        return None
 
     @property
     def value_rows(self) -> str:
@@ -309,10 +359,31 @@ class Family:
     def extra_shapes(self, config: Config) -> Shapes:
         """Shapes of the tensors of multi-token-prediction layers, which follow the decoder layers by number.
 
+        Each is a decoder layer with an embedding, norms and a head of its own, and is named
+        `model.layers.<num_hidden_layers + i>`. Many conversions drop them, though `config.json` still counts
+        them.
+
         Raises:
             CheckpointError: as for `shapes`.
         """
-        return {}
+        if not self.predicts or not config.get("num_nextn_predict_layers"):
+            return {}
+        config = self.completed(config)
+        hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
+        first = positive(config, "num_hidden_layers")
+        shapes: Shapes = {}
+        for index in range(first, first + positive(config, "num_nextn_predict_layers")):
+            name, names = self.layer_name(index), self.names
+            shapes |= {
+                f"{name}.{names.prediction_embedding}.weight": (vocabulary, hidden),
+                f"{name}.{names.prediction_embedding_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_hidden_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_projection}.weight": (hidden, 2 * hidden),
+                f"{name}.{names.prediction_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_head}.weight": (vocabulary, hidden),
+            }
+            shapes |= self.layer_shapes(config, index)
+        return shapes
 
     def completed(self, config: Config) -> dict[str, Any]:
         """A `config.json` with the family's defaults. Raises CheckpointError if a number is too large."""
@@ -327,6 +398,7 @@ class Family:
         shapes: Shapes = {
             f"{layer}.{names.input_norm}.weight": (hidden,),
             f"{layer}.{names.feed_forward_norm}.weight": (hidden,),
+            **{f"{layer}.{norm}.weight": (hidden,) for norm in names.output_norms},
         }
         for linear in self.attention_linears(config, hidden):
             shapes |= _stored(f"{layer}.{names.attention}", linear)
@@ -358,10 +430,14 @@ class Family:
 
     def attention_norms(self, config: Config, hidden: int) -> Iterator[tuple[str, int]]:
         """The norms within attention and their sizes; arguments as for `attention_linears`."""
-        if self.query_key_norms:
+        if self.has_query_key_norms(config):
             head_size = positive(config, "head_dim", hidden // positive(config, "num_attention_heads"))
             yield self.names.query_norm, head_size
             yield self.names.key_norm, head_size
+
+    def has_query_key_norms(self, config: Config) -> bool:
+        """Whether queries and keys are normalized per head, which some families leave to `config.json`."""
+        return self.query_key_norms
 
     def has_experts(self, config: Config, index: int) -> bool:
         """Whether a layer of a family with experts has them; `config` is complete."""
@@ -373,11 +449,11 @@ class Family:
 
     def _feed_forward(self, config: Config, block: str, hidden: int, inner: int) -> Shapes:
         names, bias = self.names, self.feed_forward_biases and bool(config.get("mlp_bias"))
-        return {
-            **_stored(block, (names.gate, inner, hidden, bias)),
-            **_stored(block, (names.up, inner, hidden, bias)),
-            **_stored(block, (names.down, hidden, inner, bias)),
-        }
+        rows = inner if names.gate_up is None else 2 * inner
+        shapes = _stored(block, (names.down, hidden, inner, bias))
+        for linear in names.feed_forward_inputs:
+            shapes |= _stored(block, (linear, rows, hidden, bias))
+        return shapes
 
     # What the entries of transformers' config object mean.
 
@@ -399,7 +475,7 @@ class Family:
     def refuse_options(self, config: Config, where: Path | str) -> None:
         """Raise ModelError for what would silently change the arithmetic of the decoder layers."""
         for option, values in {**COMPUTED, **self.options}.items():
-            if config.get(option) not in values:
+            if values is not None and config.get(option) not in values:
                 raise ModelError(f"{option} = {config[option]!r} is not supported", where=where)
 
     def refuse_windows(self, config: Any, where: Path | str) -> None:
@@ -422,10 +498,8 @@ class Family:
     def fused(self) -> dict[str, tuple[str, ...]]:
         """The linears that vLLM runs as one layer, by its name: the model's `packed_modules_mapping`."""
         names = self.names
-        return {
-            "qkv_proj": (names.queries, names.keys, names.values),
-            "gate_up_proj": (names.gate, names.up),
-        }
+        gate_up = {"gate_up_proj": names.feed_forward_inputs} if names.gate_up is None else {}
+        return {"qkv_proj": (names.queries, names.keys, names.values), **gate_up}
 
     @property
     def float_only(self) -> dict[str, str]:
@@ -457,9 +531,10 @@ class Family:
         """All static where engines serve that, which run mixtures of experts with a scale per token alone."""
         floats = tuple((name, FLOAT) for name in (self.names.head, *self.folded))
         experts = ((f"{self.names.feed_forward}.", W8A8_DYNAMIC),) if self.router else ()
+        others = (("*", W8A8_DYNAMIC),) if self.per_token else (*experts, ("*", W8A8))
         return DefaultRecipe(
             formats=self.served_formats(config),
-            schemes=(*floats, *experts, ("*", W8A8)),
+            schemes=(*floats, *others),
             options={"feed_forward_alpha": 0.5} if self.router else {},
         )
 

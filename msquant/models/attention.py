@@ -66,7 +66,7 @@ class Attention(nn.Cell):
         linears = names.queries, names.keys, names.values, names.output
         add_linears(self, config, source, name, dtype, *linears)
         for norm in (names.query_norm, names.key_norm):
-            normed = config.family.query_key_norms
+            normed = config.query_key_norms
             setattr(self, norm, norm_cell(config, source, f"{name}.{norm}", dtype) if normed else None)
         self.attend = ScaledDotProduct(config.head_dim**-0.5)
 

@@ -23,6 +23,7 @@ class ModelConfig:
     Attributes:
         family: the names and options that its architecture implies.
         head_dim: of queries, keys and values; with latent attention, of their rotated part.
+        rotary_dim: channels of a head that the rotary embedding rotates.
         shapes: of every tensor of the unquantized model, by name, experts one by one.
         extra_shapes: of the multi-token-prediction layers that the model may come with.
         raw: the content of `config.json`, as it is.
@@ -41,6 +42,7 @@ class ModelConfig:
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
+    rotary_dim: PositiveInt
     vocab_size: PositiveInt
     rms_norm_eps: PositiveFloat
     rope_theta: PositiveFloat
@@ -76,6 +78,28 @@ class ModelConfig:
     def linears(self) -> tuple[str, ...]:
         """The names of all linears within a dense decoder layer, in the order of computation."""
         return tuple(name for group in self.groups for name in group.linears)
+
+    @property
+    def query_key_norms(self) -> bool:
+        """Whether queries and keys are normalized per head before the rotary embedding."""
+        return self.family.has_query_key_norms(self.raw)
+
+    @property
+    def interleaved_pairs(self) -> bool:
+        """Whether the two channels of a rotated pair lie side by side."""
+        return self.latent.rope_interleave if self.latent else self.family.interleaved_pairs
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is computed here."""
+        return self.longest_by[1]
+
+    @property
+    def longest_by(self) -> tuple[str, int]:
+        """The same, behind the entry of `config.json` that says it."""
+        positions = "max_position_embeddings", self.max_position_embeddings
+        seen = self.family.most_tokens(self.raw)
+        return positions if seen is None else min(positions, seen, key=lambda entry: entry[1])
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -134,6 +158,21 @@ class ModelConfig:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor, multi-token-prediction layers included; None if there is none so called."""
         return self.shapes.get(name) or self.extra_shapes.get(name)
+
+    def carried_in_attention(self, index: int) -> dict[str, str | None]:
+        """The tensors within attention that are carried through, by full name.
+
+        Each with the name of the smooth group whose scale its columns take; None for one that takes none.
+        """
+        layer = f"{self.family.layer_name(index)}."
+        block = f"{layer}{self.family.names.attention}."
+        following = {part: group.name for group in self.attention_groups for part in group.followers}
+        carried: dict[str, str | None] = {}
+        for name in self.decoder_shapes(index):
+            part = name.removeprefix(layer).rpartition(".")[0]
+            if name.startswith(block) and self.family.never_quantized(part):
+                carried[name] = following.get(part)
+        return carried
 
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""

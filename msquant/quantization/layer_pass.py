@@ -224,10 +224,10 @@ class _OneLayerModel:
         return self._smoothed
 
     def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
-        from msquant.quantization.layer_pass import ValueRows
-
         cell = find_cell(layer, group.previous)
         sizes, names = self._config.latent, self._config.family.names
+        if names.gate_up is not None and (group.previous,) == names.within_feed_forward(names.gate_up):
+            return UpRows(cell)
         # Its rows are keys and values of every head in turn.
         if sizes is None or (group.previous,) != names.within_attention(names.latent_up):
             return cell
@@ -251,7 +251,8 @@ def find_cell(layer: DecoderLayer, name: str) -> Any:
 def _norms(config: ModelConfig, index: int) -> list[str]:
     """The names of a decoder layer's norms, within the layer."""
     prefix, suffix = f"{config.family.layer_name(index)}.", ".weight"
-    names = [name.removeprefix(prefix) for name in config.decoder_shapes(index)]
+    carried = config.carried_in_attention(index)
+    names = [name.removeprefix(prefix) for name in config.decoder_shapes(index) if name not in carried]
     return [name.removesuffix(suffix) for name in names if name.endswith(f"norm{suffix}")]
 
 
@@ -271,12 +272,43 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
     return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)
 
 
-class ValueRows:
+class SomeRows:
+    """Those rows of a linear that a smooth group reads the outputs of.
+
+    To golden-stick this is a linear with these rows alone; it is its own `weight`, because `weight` is read
+    and replaced as a whole.
+
+    Args:
+        cell: the linear, as it is or wrapped for quantization.
+        rows: their numbers, `[n]`.
+    """
+
+    bias = None
+
+    def __init__(self, cell: Any, rows: NDArray[np.integer]) -> None:
+        self._linear = cell.layer if isinstance(cell, QuantCell) else cell
+        self._rows = rows
+
+    @property
+    def weight(self) -> "SomeRows":
+        return self
+
+    def clone(self) -> Tensor:
+        """The rows, `[n, K]`."""
+        return Tensor(self._linear.weight.asnumpy()[self._rows])
+
+    def set_data(self, rows: Tensor) -> None:
+        """Replace the rows."""
+        weight = self._linear.weight.asnumpy().copy()
+        weight[self._rows] = rows.asnumpy()
+        self._linear.weight.set_data(Tensor(weight, self._linear.weight.dtype))
+
+
+class ValueRows(SomeRows):
     """Those rows of `kv_b_proj` that make the values which `o_proj` reads.
 
     The weight is `[heads * (key_rows + value_rows), rank]`, keys before values in every head (transformers
-    4.57.1, `models/deepseek_v3/modeling_deepseek_v3.py`). To golden-stick this is a linear with the values'
-    rows alone; it is its own `weight`, because `weight` is read and replaced as a whole.
+    4.57.1, `models/deepseek_v3/modeling_deepseek_v3.py`).
 
     Args:
         cell: `kv_b_proj`, as it is or wrapped for quantization.
@@ -285,23 +317,19 @@ class ValueRows:
         value_rows: rows of values in a head.
     """
 
-    bias = None
-
     def __init__(self, cell: Any, heads: int, key_rows: int, value_rows: int) -> None:
-        self._linear = cell.layer if isinstance(cell, QuantCell) else cell
         per_head = np.arange(heads)[:, None] * (key_rows + value_rows)
-        self._rows: NDArray[np.integer] = (per_head + key_rows + np.arange(value_rows)).reshape(-1)
+        super().__init__(cell, (per_head + key_rows + np.arange(value_rows)).reshape(-1))
 
-    @property
-    def weight(self) -> "ValueRows":
-        return self
 
-    def clone(self) -> Tensor:
-        """The rows, `[heads * value_rows, rank]`."""
-        return Tensor(self._linear.weight.asnumpy()[self._rows])
+class UpRows(SomeRows):
+    """Those rows of `gate_up_proj` that make up, the second half.
 
-    def set_data(self, rows: Tensor) -> None:
-        """Replace the rows."""
-        weight = self._linear.weight.asnumpy().copy()
-        weight[self._rows] = rows.asnumpy()
-        self._linear.weight.set_data(Tensor(weight, self._linear.weight.dtype))
+    Args:
+        cell: `gate_up_proj`, as it is or wrapped for quantization.
+    """
+
+    def __init__(self, cell: Any) -> None:
+        linear = cell.layer if isinstance(cell, QuantCell) else cell
+        rows = linear.weight.shape[0]
+        super().__init__(cell, np.arange(rows // 2, rows))

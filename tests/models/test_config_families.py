@@ -74,11 +74,15 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
         previous = shapes[f"model.layers.0.{group.previous}.weight"][0]
         if group.previous == "self_attn.kv_b_proj":
             previous = config.num_attention_heads * config.v_head_dim
-        inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in group.linears}
+        if group.previous == "mlp.gate_up_proj":
+            previous //= 2
+        reading = (*group.linears, *group.followers)
+        inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in reading}
         assert len(inputs) == 1
         assert inputs.pop() % previous == 0
     linears = [f"model.layers.0.{name}.weight" for group in config.groups for name in group.linears]
-    assert sorted(linears) == sorted(name for name, shape in shapes.items() if len(shape) == 2)
+    carried = [name for name in config.carried_in_attention(0) if len(shapes[name]) == 2]
+    assert sorted(linears + carried) == sorted(name for name, shape in shapes.items() if len(shape) == 2)
 
 
 def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class CpuMLP:
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str) -> None:
         names = config.family.names
-        linears = (read_linear(config, source, f"{name}.{part}") for part in (names.gate, names.up))
+        linears = (read_linear(config, source, f"{name}.{part}") for part in names.feed_forward_inputs)
         self._gate_up = linear_layer(*linears)
         self._down = linear_layer(read_linear(config, source, f"{name}.{names.down}"))
 
@@ -91,13 +91,20 @@ class CpuDecoderLayer:
         else:
             self._attention = CpuLatentAttention(config, config.latent, source, attention)
         self._norm = CpuRMSNorm.read(config, source, f"{name}.{names.feed_forward_norm}")
+        self._output_norms = [
+            None if norm is None else CpuRMSNorm.read(config, source, f"{name}.{norm}")
+            for norm in (names.attention_output_norm, names.feed_forward_output_norm)
+        ]
         block = CpuMoE if config.has_experts(index) else CpuMLP
         self._mlp = block(config, source, f"{name}.{names.feed_forward}")
 
     def __call__(self, hidden: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
         """`[T, H]` to the same."""
-        hidden = hidden + self._attention(self._input_norm(hidden), places, caches)
-        hidden += self._mlp(self._norm(hidden))
+        attention_norm, mlp_norm = self._output_norms
+        output = self._attention(self._input_norm(hidden), places, caches)
+        hidden = hidden + (output if attention_norm is None else attention_norm(output))
+        output = self._mlp(self._norm(hidden))
+        hidden += output if mlp_norm is None else mlp_norm(output)
         return hidden
 
 
