@@ -16,7 +16,8 @@ GLM4 = Family(
     per_token=True,
     defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
     options={"partial_rotary_factor": None},
-    # vllm-ascend has no entry for it among the models whose description it reads, nor has vLLM-MindSpore.
+    # vllm-ascend does not find the description of gate and up in one tensor (vllm 0.11.0, models/glm4.py,
+    # `packed_modules_mapping`), and vLLM-MindSpore has the model in floating point only.
     formats=("compressed-tensors",),
 )
 

@@ -192,3 +192,9 @@ def test_norms_behind_the_blocks_and_gate_up_in_one_linear(
     with pytest.raises(KeyboardInterrupt):
         quantize(recipe, again, progress=Progress(layer=interrupt), remember=False)
     assert digests(quantize(recipe, again, remember=False)) == digests(result)
+
+
+def test_a_description_that_vllm_ascend_does_not_find_is_refused(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", "glm4", dtype="bfloat16")
+    with pytest.raises(RecipeError, match="gate_proj and up_proj, which are one tensor, gate_up_proj"):
+        make_plan(recipe_for(source, "rtn").adjusted(formats="ascend"), tmp_path / "out")
