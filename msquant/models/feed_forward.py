@@ -42,7 +42,7 @@ class MLP(nn.Cell):
         """The input of the linear down: `[T, H]` to `[T, intermediate]`."""
         made = [linear(x) for linear in self.inputs]
         gate, up = made if len(made) > 1 else ops.split(made[0], made[0].shape[1] // 2, axis=1)
-        return ops.silu(gate(x)) * up(x)
+        return ops.silu(gate) * up
 
     def construct(self, x: Tensor) -> Tensor:
         """`[T, H]` to the same."""
