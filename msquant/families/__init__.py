@@ -8,6 +8,7 @@ from msquant.families.base import Config, Family, Shapes
 from msquant.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from msquant.families.llama import LLAMA, MISTRAL
 from msquant.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from msquant.families.qwen3_next import QWEN3_NEXT
 from msquant.families.row_orders import RopeRows
 
 _REGISTERED: dict[str, Family] = {}
@@ -19,7 +20,7 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3):
+for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, DEEPSEEK_V2, DEEPSEEK_V3):
     register(_family)
 
 

@@ -5,7 +5,7 @@ differs by names or options is an instance of it, and one that differs in its st
 """
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,40 @@ class ExpertSizes:
     scaling_factor: PositiveFloat = 1.0
 
 
+@checked_dataclass(frozen=True, config=_STRICT)
+class DeltaSizes:
+    """The sizes of gated delta rule attention (Gated DeltaNet, arXiv 2412.06464).
+
+    Attributes:
+        key_heads: heads of queries and keys; each serves `value_heads / key_heads` heads of values.
+        value_heads: heads of values, each with a state `[key_dim, value_dim]` of its own.
+        key_dim: channels of a head's queries and keys.
+        value_dim: channels of a head's values.
+        kernel: tokens that the short convolution in front sees, the one at hand included.
+    """
+
+    key_heads: PositiveInt
+    value_heads: PositiveInt
+    key_dim: PositiveInt
+    value_dim: PositiveInt
+    kernel: PositiveInt
+
+    @property
+    def repeat(self) -> int:
+        """Heads of values that share a head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def keys(self) -> int:
+        """Channels of all queries, and of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values, and of the gates of their outputs."""
+        return self.value_heads * self.value_dim
+
+
 @dataclass(frozen=True)
 class Names:
     """What a family calls the parts of its decoder in a checkpoint; by default as Llama and DeepSeek do.
@@ -116,6 +150,15 @@ class Names:
     correction_bias: str = "e_score_correction_bias"
     experts: str = "experts"
     shared_experts: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
+    delta: str = "linear_attn"
+    delta_inputs: str = "in_proj_qkvz"
+    delta_gates: str = "in_proj_ba"
+    delta_convolution: str = "conv1d"
+    delta_decay: str = "A_log"
+    delta_step: str = "dt_bias"
+    delta_norm: str = "norm"
+    delta_output: str = "out_proj"
     prediction_embedding: str = "embed_tokens"
     prediction_embedding_norm: str = "enorm"
     prediction_hidden_norm: str = "hnorm"
@@ -158,11 +201,16 @@ class SmoothGroup:
         previous: the norm, or the linear, that the inverse scale is folded into. For the linear that makes
             keys and values of latent attention it is folded into the value rows only: each head has
             `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values.
+        beside: matrices that read the same and stay in floating point, which the scale is folded into, too.
+        heads: so many heads share `previous`, a norm of one head's channels, and so the scale; None where
+            nothing is shared but by the key-value heads of attention.
     """
 
     name: str
     linears: tuple[str, ...]
     previous: str
+    beside: tuple[str, ...] = ()
+    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -199,10 +247,21 @@ class Family:
         router: how a token's scores for the experts are made of the router's logits; None without experts.
         correction_bias: whether experts are chosen by their scores plus a stored bias.
         expert_count: the entry of `config.json` that counts the routed experts of a layer; None without.
+        shared_gate: whether a gate of its own weighs the shared expert's output of each token.
+        prediction_block: what holds all multi-token-prediction layers, where they are not named like decoder
+            layers; they are then carried through as they are.
+        output_gate: whether queries come with a gate of the attention's output: each head has `head_dim`
+            rows of queries, then `head_dim` rows of the gate.
         windowed: whether its config class knows attention that does not see all earlier tokens.
         defaults: what transformers 4.57.1 takes for an entry of `config.json` that is left out, where it is
             not derived from the others.
-        options: the values of entries of `config.json` that are computed here, beside `COMPUTED`.
+        options: the values of entries of `config.json` that are computed here, beside `COMPUTED`; None where
+            all are.
+        interleaved_pairs: whether the pairs that the rotary embedding rotates lie side by side, and not half
+            the rotated channels apart. Latent attention says it by `LatentSizes`.
+        predicts: whether it comes with multi-token-prediction layers.
+        per_token: whether the servers of all its formats take a scale per token for every linear, which is
+            then the default.
         formats: see `DefaultRecipe`.
         mindspore_backend: the backend of vLLM-MindSpore that has the family's model code.
     """
@@ -218,15 +277,25 @@ class Family:
     router: Literal["softmax", "sigmoid"] | None = None
     correction_bias: bool = False
     expert_count: str | None = None
+    shared_gate: bool = False
+    output_gate: bool = False
+    prediction_block: str | None = None
     windowed: bool = False
     defaults: Config = field(default_factory=dict)
-    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    interleaved_pairs: bool = False
+    predicts: bool = False
+    per_token: bool = False
     formats: tuple[str, ...] = ("golden-stick", "ascend", "compressed-tensors")
     mindspore_backend: Literal["native", "mindformers"] = "native"
 
     def layer_name(self, index: int) -> str:
         """The name of decoder layer `index` in a checkpoint."""
         return self.names.layer(index)
+
+    def prediction_name(self, index: int) -> str:
+        """What holds multi-token-prediction layer `index`, counted on behind the decoder layers."""
+        return self.prediction_block or self.layer_name(index)
 
     def router_name(self, index: int) -> str:
         """The name of the router of decoder layer `index`, whether the layer has one or not."""
@@ -240,6 +309,18 @@ class Family:
         values, output = names.within_attention(names.values, names.output)
         inputs = names.within_attention(names.queries, names.keys, names.values)
         return SmoothGroup("qkv", inputs, names.input_norm), SmoothGroup("o", (output,), values)
+
+    def mixer(self, config: Config, index: int) -> str:
+        """The name within decoder layer `index` of the block that mixes tokens: attention, or another."""
+        return self.names.attention
+
+    def mixers_as(self, config: Config, layers: Sequence[int]) -> dict[str, Any]:
+        """The entries of a `config.json` whose layers mix tokens as these layers of `config` do, in order."""
+        return {}
+
+    def mixer_groups(self, config: Config, index: int) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of the block that mixes tokens in a layer, in the order of computation."""
+        return self.attention_groups(config)
 
     @property
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
@@ -260,7 +341,7 @@ class Family:
         """
         names, (block, _, part) = self.names, linear.partition(".")
         if block == names.feed_forward:
-            reads = part.rpartition(".")[2] in (names.gate, names.up, names.router)
+            reads = part.rpartition(".")[2] in (names.gate, names.up, names.router, names.shared_gate)
             return names.feed_forward_norm if reads else None
         reading = (
             group.linears for group in self.attention_groups(config) if group.previous == names.input_norm
@@ -273,15 +354,28 @@ class Family:
         return linear == self.value_columns or (block, last) == (self.names.feed_forward, self.names.down)
 
     @property
-    def value_rows(self) -> str:
-        """The linear within a layer whose rows make the values; with latent attention, see `SmoothGroup`."""
+    def value_rows(self) -> str | None:
+        """The linear within a layer whose rows make the values; with latent attention, see `SmoothGroup`.
+
+        None where the values of a head cannot be rotated, because a gate weighs each of their channels.
+        """
         names = self.names
+        if self.output_gate:
+            return None
         return f"{names.attention}.{names.latent_up if self.attention == 'latent' else names.values}"
 
     @property
     def value_columns(self) -> str:
         """The linear within a layer whose columns read the heads' values."""
         return f"{self.names.attention}.{self.names.output}"
+
+    def norm_offset(self, norm: str) -> float:
+        """What is added to a norm's stored weight before it is multiplied by; by the norm's full name."""
+        return 0.0
+
+    def float_matrices(self, index: int) -> tuple[str, ...]:
+        """Full names of the matrices in layer `index` that no engine quantizes, if it has them."""
+        return (self.router_name(index),)
 
     # What is stored.
 
@@ -309,10 +403,31 @@ class Family:
     def extra_shapes(self, config: Config) -> Shapes:
         """Shapes of the tensors of multi-token-prediction layers, which follow the decoder layers by number.
 
+        Each is a decoder layer with an embedding, norms and a head of its own, and is named
+        `model.layers.<num_hidden_layers + i>`. Many conversions drop them, though `config.json` still counts
+        them.
+
         Raises:
             CheckpointError: as for `shapes`.
         """
-        return {}
+        if not self.predicts or not config.get("num_nextn_predict_layers"):
+            return {}
+        config = self.completed(config)
+        hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
+        first = positive(config, "num_hidden_layers")
+        shapes: Shapes = {}
+        for index in range(first, first + positive(config, "num_nextn_predict_layers")):
+            name, names = self.layer_name(index), self.names
+            shapes |= {
+                f"{name}.{names.prediction_embedding}.weight": (vocabulary, hidden),
+                f"{name}.{names.prediction_embedding_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_hidden_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_projection}.weight": (hidden, 2 * hidden),
+                f"{name}.{names.prediction_norm}.weight": (hidden,),
+                f"{name}.{names.prediction_head}.weight": (vocabulary, hidden),
+            }
+            shapes |= self.layer_shapes(config, index)
+        return shapes
 
     def completed(self, config: Config) -> dict[str, Any]:
         """A `config.json` with the family's defaults. Raises CheckpointError if a number is too large."""
@@ -328,20 +443,29 @@ class Family:
             f"{layer}.{names.input_norm}.weight": (hidden,),
             f"{layer}.{names.feed_forward_norm}.weight": (hidden,),
         }
-        for linear in self.attention_linears(config, hidden):
-            shapes |= _stored(f"{layer}.{names.attention}", linear)
-        for norm, size in self.attention_norms(config, hidden):
-            shapes[f"{layer}.{names.attention}.{norm}.weight"] = (size,)
+        shapes |= self.mixer_shapes(config, index, hidden)
         if self.expert_count is None or not self.has_experts(config, index):
             return shapes | self._feed_forward(config, block, hidden, positive(config, "intermediate_size"))
         inner, count = positive(config, "moe_intermediate_size"), positive(config, self.expert_count)
         shapes[f"{block}.{names.router}.weight"] = (count, hidden)
         if self.correction_bias:
             shapes[f"{block}.{names.router}.{names.correction_bias}"] = (count,)
-        if shared := self.shared_experts(config):
-            shapes |= self._feed_forward(config, f"{block}.{names.shared_experts}", hidden, inner * shared)
+        if shared := self.shared_size(config):
+            shapes |= self._feed_forward(config, f"{block}.{names.shared_experts}", hidden, shared)
+        if self.shared_gate:
+            shapes[f"{block}.{names.shared_gate}.weight"] = (1, hidden)
         for expert in range(count):
             shapes |= self._feed_forward(config, f"{block}.{names.experts}.{expert}", hidden, inner)
+        return shapes
+
+    def mixer_shapes(self, config: Config, index: int, hidden: int) -> Shapes:
+        """Shapes of the tensors of the block that mixes tokens in a layer, by full name."""
+        block = f"{self.layer_name(index)}.{self.names.attention}"
+        shapes: Shapes = {}
+        for linear in self.attention_linears(config, hidden):
+            shapes |= _stored(block, linear)
+        for norm, size in self.attention_norms(config, hidden):
+            shapes[f"{block}.{norm}.weight"] = (size,)
         return shapes
 
     def attention_linears(self, config: Config, hidden: int) -> Iterator[LinearShape]:
@@ -351,17 +475,21 @@ class Family:
         head_size = positive(config, "head_dim", hidden // heads)
         asked = bool(config.get("attention_bias"))
         inputs, output = (asked if always is None else always for always in self.attention_biases)
-        yield self.names.queries, heads * head_size, hidden, inputs
+        yield self.names.queries, heads * head_size * (2 if self.output_gate else 1), hidden, inputs
         yield self.names.keys, kv_heads * head_size, hidden, inputs
         yield self.names.values, kv_heads * head_size, hidden, inputs
         yield self.names.output, hidden, heads * head_size, output
 
     def attention_norms(self, config: Config, hidden: int) -> Iterator[tuple[str, int]]:
         """The norms within attention and their sizes; arguments as for `attention_linears`."""
-        if self.query_key_norms:
+        if self.has_query_key_norms(config):
             head_size = positive(config, "head_dim", hidden // positive(config, "num_attention_heads"))
             yield self.names.query_norm, head_size
             yield self.names.key_norm, head_size
+
+    def has_query_key_norms(self, config: Config) -> bool:
+        """Whether queries and keys are normalized per head, which some families leave to `config.json`."""
+        return self.query_key_norms
 
     def has_experts(self, config: Config, index: int) -> bool:
         """Whether a layer of a family with experts has them; `config` is complete."""
@@ -370,6 +498,10 @@ class Family:
     def shared_experts(self, config: Config) -> int:
         """How many experts of a layer compute every token."""
         return 0
+
+    def shared_size(self, config: Config) -> int:
+        """The intermediate size of the one block that all shared experts are stored as; 0 without."""
+        return positive(config, "moe_intermediate_size") * self.shared_experts(config)
 
     def _feed_forward(self, config: Config, block: str, hidden: int, inner: int) -> Shapes:
         names, bias = self.names, self.feed_forward_biases and bool(config.get("mlp_bias"))
@@ -383,6 +515,10 @@ class Family:
 
     def latent_sizes(self, config: Any) -> LatentSizes | None:
         """The sizes of latent attention of a config object of transformers; None without it."""
+        return None
+
+    def delta_sizes(self, config: Any) -> DeltaSizes | None:
+        """The sizes of gated delta rule attention of a config object of transformers; None without."""
         return None
 
     def expert_sizes(self, config: Any) -> ExpertSizes | None:
@@ -399,7 +535,7 @@ class Family:
     def refuse_options(self, config: Config, where: Path | str) -> None:
         """Raise ModelError for what would silently change the arithmetic of the decoder layers."""
         for option, values in {**COMPUTED, **self.options}.items():
-            if config.get(option) not in values:
+            if values is not None and config.get(option) not in values:
                 raise ModelError(f"{option} = {config[option]!r} is not supported", where=where)
 
     def refuse_windows(self, config: Any, where: Path | str) -> None:
@@ -457,9 +593,10 @@ class Family:
         """All static where engines serve that, which run mixtures of experts with a scale per token alone."""
         floats = tuple((name, FLOAT) for name in (self.names.head, *self.folded))
         experts = ((f"{self.names.feed_forward}.", W8A8_DYNAMIC),) if self.router else ()
+        others = (("*", W8A8_DYNAMIC),) if self.per_token else (*experts, ("*", W8A8))
         return DefaultRecipe(
             formats=self.served_formats(config),
-            schemes=(*floats, *experts, ("*", W8A8)),
+            schemes=(*floats, *others),
             options={"feed_forward_alpha": 0.5} if self.router else {},
         )
 

@@ -62,9 +62,13 @@ def serving_need(config: ModelConfig, weight_bytes: int) -> ServingNeed | None:
 
 
 def _token_bytes(config: ModelConfig, npus: int) -> int:
-    """What a token takes in each NPU's cache: all of latent attention's, but a share of the heads'."""
+    """What a token takes in each NPU's cache: all of latent attention's, but a share of the heads'.
+
+    Layers that mix tokens by the delta rule keep a state that does not grow.
+    """
     if config.latent is not None:
         numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
     else:
         numbers = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim
-    return _BYTES_OF_A_NUMBER * config.num_hidden_layers * numbers
+    layers = sum(config.delta_rule(index) is None for index in range(config.num_hidden_layers))
+    return _BYTES_OF_A_NUMBER * layers * numbers

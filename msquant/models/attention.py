@@ -61,12 +61,13 @@ class Attention(nn.Cell):
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
         super().__init__()
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.output_gate = config.family.output_gate
         self.head_dim = config.head_dim
         self.names = names = config.family.names
         linears = names.queries, names.keys, names.values, names.output
         add_linears(self, config, source, name, dtype, *linears)
         for norm in (names.query_norm, names.key_norm):
-            normed = config.family.query_key_norms
+            normed = config.query_key_norms
             setattr(self, norm, norm_cell(config, source, f"{name}.{norm}", dtype) if normed else None)
         self.attend = ScaledDotProduct(config.head_dim**-0.5)
 
@@ -74,13 +75,18 @@ class Attention(nn.Cell):
         """The input of the output projection: `[B*T, H]` to `[B*T, heads * head_dim]`."""
         names = self.names
         queries, keys, values = (getattr(self, part)(x) for part in (names.queries, names.keys, names.values))
+        gate: Tensor | None = None
+        if self.output_gate:
+            both = queries.reshape(-1, self.heads, 2, self.head_dim)
+            queries, gate = (both[:, :, i].reshape(queries.shape[0], -1) for i in (0, 1))
         query_norm, key_norm = getattr(self, names.query_norm), getattr(self, names.key_norm)
         queries = places.rotate(self._split(queries, batch, self.heads, query_norm))
         keys = places.rotate(self._split(keys, batch, self.groups, key_norm))
         values = self._split(values, batch, self.groups)
         if cache is not None:
             keys, values = cache.extend(keys, values)
-        return self.attend(queries, keys, values, places)
+        mixed = self.attend(queries, keys, values, places)
+        return mixed if gate is None else mixed * ops.sigmoid(gate)
 
     def _split(self, x: Tensor, batch: int, heads: int, norm: nn.Cell | None = None) -> Tensor:
         if norm is not None:

@@ -49,7 +49,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             remedy=f"use a model of one of these types: {', '.join(model_types())}",
         )
     check_numbers(raw, where)
-    family.refuse_options(raw, where)
+    family.refuse_options(with_rope_scaling(raw), where)
     fp8_block = fp8_block_size(raw, where)
     original = raw
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
@@ -71,6 +71,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
         eos = config.eos_token_id
         latent = family.latent_sizes(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim = latent.qk_rope_head_dim if latent else head_dim
         built = ModelConfig(
             family=family,
             hidden_size=config.hidden_size,
@@ -78,7 +79,8 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=config.num_key_value_heads or heads,
-            head_dim=latent.qk_rope_head_dim if latent else head_dim,
+            head_dim=head_dim,
+            rotary_dim=head_dim if latent else _rotary_dim(config, head_dim),
             vocab_size=config.vocab_size,
             rms_norm_eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
@@ -92,6 +94,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
             latent=latent,
             experts=family.expert_sizes(config),
+            delta=family.delta_sizes(config),
             num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
             fp8_block=fp8_block,
         )
@@ -109,6 +112,23 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
     # Refuses an unknown scaling variant now, and not at the first layer.
     rotary_tables(built, 0, 1)
     return built
+
+
+def _rotary_dim(config: Any, head_dim: int) -> int:
+    """Channels of a head that are rotated, as transformers 4.57.1 rounds them (`modeling_rope_utils.py`).
+
+    Raises:
+        CheckpointError: the share of them is no number, or the channels do not make pairs.
+    """
+    factor = getattr(config, "partial_rotary_factor", None)
+    factor = 1 if factor is None else factor
+    dim = int(head_dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
+    if dim < 1 or (dim % 2 and dim != head_dim):
+        raise CheckpointError(
+            f"partial_rotary_factor is {factor!r}, a share of head_dim {head_dim} that is an even number of "
+            "channels is expected"
+        )
+    return dim
 
 
 def _check_heads(config: ModelConfig, explicit_head_dim: bool, where: Where) -> None:

@@ -14,6 +14,7 @@ from msquant.families.base import LatentSizes
 from msquant.models.attention import Attention, KeyValueCache, ScaledDotProduct
 from msquant.models.cells import RMSNorm, add_linears, norm_cell
 from msquant.models.config import INNER_NORM_EPS, ModelConfig
+from msquant.models.delta_net import DeltaCache, GatedDeltaNet
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE
 from msquant.models.positions import Positions, positions
@@ -101,6 +102,7 @@ __all__ = ["DecoderLayer", "KeyValueCache", "Part", "Positions", "RMSNorm", "Sta
 
 Part = Literal["whole", "attention"]
 State = tuple[Tensor, ...]
+Cache = KeyValueCache | DeltaCache
 
 
 class DecoderLayer(nn.Cell):
@@ -142,15 +144,19 @@ class DecoderLayer(nn.Cell):
         index = int(index.rsplit(".", 1)[1]) if isinstance(index, str) else index
         name = config.family.layer_name(index)
         self.names = names = config.family.names
-        groups = config.attention_groups
-        block = f"{name}.{names.attention}"
+        groups = config.mixer_groups(index)
+        self.mixer = config.mixer(index)
+        block = f"{name}.{self.mixer}"
         setattr(self, names.input_norm, norm_cell(config, source, f"{name}.{names.input_norm}", dtype))
-        attention: Any
-        if config.latent is None:
-            attention = Attention(config, source, block, dtype)
+        mixer: Any
+        if (delta := config.delta_rule(index)) is not None:
+            mixer = GatedDeltaNet(config, delta, source, block, dtype)
+        elif config.latent is None:
+            mixer = Attention(config, source, block, dtype)
         else:
-            attention = LatentAttention(config, config.latent, source, block, dtype)
-        setattr(self, names.attention, attention)
+            mixer = LatentAttention(config, config.latent, source, block, dtype)
+        self.mixes_by_delta_rule = isinstance(mixer, GatedDeltaNet)
+        setattr(self, self.mixer, mixer)
         experts = part == "whole" and config.has_experts(index)
         setattr(self, names.feed_forward_norm, None)
         if part == "whole":
@@ -165,7 +171,8 @@ class DecoderLayer(nn.Cell):
             setattr(self, names.feed_forward, feed_forward)
         # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
         steps: list[tuple[str, Callable[..., State]]]
-        steps = [("", DecoderLayer._normalize), *((group.name, _STEPS[group.name]) for group in groups)]
+        first = DecoderLayer._normalize_and_gate if self.mixes_by_delta_rule else DecoderLayer._normalize
+        steps = [("", first), *((group.name, _STEPS[group.name]) for group in groups)]
         steps += [("", DecoderLayer._mix)] if experts else []
         self._steps = tuple(step for _, step in steps)
         self.step_of = {group: i for i, (group, _) in enumerate(steps) if group}
@@ -175,7 +182,11 @@ class DecoderLayer(nn.Cell):
         """How many steps the layer is made of."""
         return len(self._steps)
 
-    def construct(self, hidden: Tensor, places: Positions, cache: KeyValueCache | None = None) -> Tensor:
+    def new_cache(self) -> Cache:
+        """What keeps the tokens that the layer has seen, empty."""
+        return DeltaCache() if self.mixes_by_delta_rule else KeyValueCache()
+
+    def construct(self, hidden: Tensor, places: Positions, cache: Cache | None = None) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; with a cache, the tokens follow those in it."""
         batch, length, size = hidden.shape
         state = (hidden.reshape(batch * length, size),)
@@ -186,7 +197,7 @@ class DecoderLayer(nn.Cell):
         state: State,
         batch: int,
         places: Positions,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         start: int = 0,
         stop: int | None = None,
     ) -> State:
@@ -199,8 +210,8 @@ class DecoderLayer(nn.Cell):
         return state
 
     @property
-    def _attention(self) -> Any:
-        return getattr(self, self.names.attention)
+    def _mixer(self) -> Any:
+        return getattr(self, self.mixer)
 
     @property
     def feed_forward(self) -> Any:
@@ -211,30 +222,39 @@ class DecoderLayer(nn.Cell):
         (hidden,) = state
         return hidden, getattr(self, self.names.input_norm)(hidden)
 
-    def _attend(self, state: State, batch: int, places: Positions, cache: KeyValueCache | None) -> State:
+    def _normalize_and_gate(self, state: State, *_: Any) -> State:
+        (hidden,) = state
+        x = getattr(self, self.names.input_norm)(hidden)
+        # Made before the step that a search begins with: a candidate quantizes what the linears read alone.
+        return hidden, x, self._mixer.gates(x)
+
+    def _apply_delta_rule(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
+        hidden, x, gates = state
+        return hidden, self._mixer.context(x, gates, batch, cache)
+
+    def _attend(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
         hidden, x = state
-        return hidden, self._attention.context(x, batch, places, cache)
+        return hidden, self._mixer.context(x, batch, places, cache)
 
     def _compress(self, state: State, *_: Any) -> State:
         hidden, x = state
-        queries, compressed, shared = self._attention.compress(x)
-        if self._attention.compresses_queries:
+        queries, compressed, shared = self._mixer.compress(x)
+        if self._mixer.compresses_queries:
             return hidden, queries, compressed, shared
         return hidden, compressed, queries, shared
 
     def _expand_queries(self, state: State, *_: Any) -> State:
         hidden, x, compressed, shared = state
-        return hidden, compressed, self._attention.expand_queries(x), shared
+        return hidden, compressed, self._mixer.expand_queries(x), shared
 
-    def _attend_latent(
-        self, state: State, batch: int, places: Positions, cache: KeyValueCache | None
-    ) -> State:
+    def _attend_latent(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
         hidden, x, queries, shared = state
-        return hidden, self._attention.context(queries, x, shared, batch, places, cache)
+        return hidden, self._mixer.context(queries, x, shared, batch, places, cache)
 
     def _project(self, state: State, *_: Any) -> State:
         hidden, context = state
-        hidden = hidden + getattr(self._attention, self.names.output)(context)
+        output = self.names.delta_output if self.mixes_by_delta_rule else self.names.output
+        hidden = hidden + getattr(self._mixer, output)(context)
         norm = getattr(self, self.names.feed_forward_norm)
         return (hidden,) if norm is None else (hidden, norm(hidden))
 
@@ -254,6 +274,7 @@ class DecoderLayer(nn.Cell):
 # The step that starts with the linears of a smooth group, by the group's name.
 _STEPS: dict[str, Callable[..., State]] = {
     "qkv": DecoderLayer._attend,
+    "qkvz": DecoderLayer._apply_delta_rule,
     "q_kv_a": DecoderLayer._compress,
     "q_b": DecoderLayer._expand_queries,
     "kv_b": DecoderLayer._attend_latent,

@@ -23,6 +23,7 @@ class Positions:
         mask: float32 `[T, past + T]`, 0 where a token may look and a large negative number where not.
         dtype: compute dtype.
         interleave: whether the two channels of a rotated pair lie side by side, and not R / 2 apart.
+        leading: whether the rotated channels are the first of a head, and not the last.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Positions:
         mask: NDArray[np.float32],
         dtype: Any,
         interleave: bool = False,
+        leading: bool = False,
     ) -> None:
         half = cos.shape[1] // 2
         channels = np.arange(2 * half)
@@ -42,17 +44,19 @@ class Positions:
         self._cos, self._sin, self._mask, self._dtype = cos, sin, mask, dtype
         self._partners = np.empty_like(pairs)
         self._partners[pairs] = np.roll(pairs, half)
+        self._leading = leading
         self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._gather = ops.Gather()
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate the last R channels of queries or keys, `[B, heads, T, R or more]`."""
+        """Rotate R channels of each head of queries or keys, `[B, heads, T, R or more]`."""
         plain = x.shape[3] - self._cos.shape[1]
-        partners = self._keep("partners", x.shape[3:], lambda: self._partner_channels(plain), ms.int32)
+        around = (0, plain) if self._leading else (plain, 0)
+        partners = self._keep("partners", x.shape[3:], lambda: self._partner_channels(*around), ms.int32)
         # Shorter samples stand at the first of the places.
         count = x.shape[2]
-        cos = self._keep("cos", x.shape, lambda: _widen(self._cos[:count], plain, 1.0), self._dtype)
-        sin = self._keep("sin", x.shape, lambda: _widen(self._sin[:count], plain, 0.0), self._dtype)
+        cos = self._keep("cos", x.shape, lambda: _widen(self._cos[:count], around, 1.0), self._dtype)
+        sin = self._keep("sin", x.shape, lambda: _widen(self._sin[:count], around, 0.0), self._dtype)
         return x * cos + self._gather(x, partners, 3) * sin
 
     def hide_future(self, scores: Tensor) -> Tensor:
@@ -60,8 +64,10 @@ class Positions:
         rows, columns = scores.shape[2:]
         return scores + self._keep("mask", scores.shape, lambda: self._mask[:rows, :columns], ms.float32)
 
-    def _partner_channels(self, plain: int) -> NDArray[np.integer]:
-        return np.concatenate([np.arange(plain), plain + self._partners])
+    def _partner_channels(self, before: int, behind: int) -> NDArray[np.integer]:
+        rotated = before + self._partners
+        rest = before + len(rotated) + np.arange(behind)
+        return np.concatenate([np.arange(before), rotated, rest])
 
     def _keep(self, name: str, shape: tuple[int, ...], table: Any, dtype: Any) -> Tensor:
         if (name, shape) not in self._kept:
@@ -74,9 +80,9 @@ def positions(config: ModelConfig, length: int, dtype: Any, past: int = 0) -> Po
     cos, sin = rotary_tables(config, past, length)
     visible = np.arange(past + length)[None, :] <= np.arange(past, past + length)[:, None]
     mask = np.where(visible, 0, np.finfo(np.float32).min).astype(np.float32)
-    interleave = config.latent is not None and config.latent.rope_interleave
-    return Positions(cos, sin, mask, dtype, interleave)
+    # What latent attention rotates stands behind the channels without a position.
+    return Positions(cos, sin, mask, dtype, config.interleaved_pairs, leading=config.latent is None)
 
 
-def _widen(table: NDArray[np.float32], plain: int, value: float) -> NDArray[np.float32]:
-    return np.pad(table, ((0, 0), (plain, 0)), constant_values=value)
+def _widen(table: NDArray[np.float32], around: tuple[int, int], value: float) -> NDArray[np.float32]:
+    return np.pad(table, ((0, 0), around), constant_values=value)

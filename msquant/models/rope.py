@@ -25,12 +25,12 @@ def rotary_tables(
     """Cosine and sine of every position's angles.
 
     Args:
-        config: gives the head size, the base and the scaling variant.
+        config: gives the rotated channels, the base and the scaling variant.
         start: position of the first token.
         length: number of tokens.
 
     Returns:
-        Two float32 arrays `[length, head_dim]`; the second half of each row repeats the first.
+        Two float32 arrays `[length, rotary_dim]`; the second half of each row repeats the first.
 
     Raises:
         ModelError: the scaling variant is unknown or lacks a parameter.
@@ -57,7 +57,7 @@ def softmax_scale(config: "ModelConfig", sizes: "LatentSizes") -> float:
 
 
 def _frequencies(config: "ModelConfig", sequence_length: int) -> Frequencies:
-    """Inverse frequencies `[head_dim / 2]` and the factor on cosine and sine."""
+    """Inverse frequencies `[rotary_dim / 2]` and the factor on cosine and sine."""
     scaling = config.rope_scaling
     variant = scaling.get("rope_type") or scaling.get("type") or "default"
     compute = _VARIANTS.get(variant)
@@ -76,7 +76,7 @@ def _frequencies(config: "ModelConfig", sequence_length: int) -> Frequencies:
 
 
 def _powers(config: "ModelConfig", base: float) -> NDArray[np.float32]:
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     return np.power(np.float32(base), exponents, dtype=np.float32)
 
 
@@ -92,14 +92,14 @@ def _dynamic(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """NTK-aware scaling: the base grows once the sequence is longer than the model was trained for."""
     factor, trained = config.rope_scaling["factor"], config.max_position_embeddings
     stretch = factor * max(sequence_length, trained) / trained - (factor - 1)
-    base = config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
+    base = config.rope_theta * stretch ** (config.rotary_dim / (config.rotary_dim - 2))
     return 1 / _powers(config, base), 1.0
 
 
 def _yarn(config: "ModelConfig", sequence_length: int) -> Frequencies:
     """YaRN (arXiv 2309.00071): interpolate slow frequencies, keep fast ones, ramp between."""
     scaling = config.rope_scaling
-    factor, dim = scaling["factor"], config.head_dim
+    factor, dim = scaling["factor"], config.rotary_dim
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
     def dimension_of(rotations: float) -> float:

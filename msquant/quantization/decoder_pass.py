@@ -188,7 +188,7 @@ class DecoderPass:
     ) -> LayerResult:
         inputs = [Tensor(batch, self._dtype) for batch in hidden]
         result = quantize_layer(self._config, index, layer, inputs, self._places, self._policy, put)
-        for name, values in result.norms.items():
+        for name, values in result.tensors.items():
             sink.tensor(name, values)
         for module, linear in result.linears.items():
             sink.linear(module, linear)

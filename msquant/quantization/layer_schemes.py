@@ -6,15 +6,15 @@ from msquant.schemes import Scheme
 
 
 def layer_linears(config: ModelConfig, index: int) -> list[str]:
-    """The full names of the linears within a decoder layer that can be quantized: all but a router.
+    """The full names of the linears within a decoder layer that can be quantized: all but a router and gates.
 
     Of a multi-token-prediction layer, those of the decoder layer in it.
     """
-    router = f"{config.family.router_name(index)}.weight"
+    floats = {f"{matrix}.weight" for matrix in config.family.float_matrices(index)}
     return [
         tensor.removesuffix(".weight")
         for tensor, shape in config.decoder_shapes(index).items()
-        if len(shape) == 2 and tensor != router
+        if len(shape) == 2 and tensor not in floats
     ]
 
 

@@ -68,17 +68,18 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
     kind: str, raws: dict[str, dict[str, Any]]
 ) -> None:
     config = parse_config(raws[kind])
-    assert config.groups == config.attention_groups + config.feed_forward_groups
+    assert config.groups(0) == config.mixer_groups(0) + config.feed_forward_groups
     shapes = config.layer_shapes(0)
-    for group in config.groups:
+    for group in config.groups(0):
         previous = shapes[f"model.layers.0.{group.previous}.weight"][0]
         if group.previous == "self_attn.kv_b_proj":
             previous = config.num_attention_heads * config.v_head_dim
         inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in group.linears}
         assert len(inputs) == 1
         assert inputs.pop() % previous == 0
-    linears = [f"model.layers.0.{name}.weight" for group in config.groups for name in group.linears]
-    assert sorted(linears) == sorted(name for name, shape in shapes.items() if len(shape) == 2)
+    linears = [f"model.layers.0.{name}.weight" for group in config.groups(0) for name in group.linears]
+    floats = {f"{matrix}.weight" for matrix in config.family.float_matrices(0)}
+    assert sorted(linears) == sorted(n for n, shape in shapes.items() if len(shape) == 2 and n not in floats)
 
 
 def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:

@@ -58,16 +58,26 @@ class Places:
         half = tables[0][0].shape[1] // 2
         self._cos = np.concatenate([cos[:, None, :half] for cos, _ in tables])
         self._sin = np.concatenate([sin[:, None, :half] for _, sin in tables])
-        self._interleave = config.latent is not None and config.latent.rope_interleave
+        self._interleave = config.interleaved_pairs
         self._masks = [_hidden_future(past, new) for past, new in spans]
 
     def rotate(self, x: Array) -> Array:
-        """Rotate all channels of queries or keys, `[T, heads, R]`; interleaved pairs come out apart."""
-        half = x.shape[2] // 2
-        a, b = (x[:, :, ::2], x[:, :, 1::2]) if self._interleave else (x[:, :, :half], x[:, :, half:])
+        """Rotate the first R channels of queries or keys, `[T, heads, R or more]`.
+
+        Interleaved pairs come out apart, in queries and keys alike.
+        """
+        half = self._cos.shape[2]
+        rotated = 2 * half
+        pairs = (
+            (slice(0, rotated, 2), slice(1, rotated, 2))
+            if self._interleave
+            else (slice(half), slice(half, rotated))
+        )
+        a, b = (x[:, :, each] for each in pairs)
         out = np.empty(x.shape, np.float32)
         np.subtract(a * self._cos, b * self._sin, out=out[:, :, :half])
-        np.add(b * self._cos, a * self._sin, out=out[:, :, half:])
+        np.add(b * self._cos, a * self._sin, out=out[:, :, half:rotated])
+        out[:, :, rotated:] = x[:, :, rotated:]
         return out
 
     def attend(
@@ -124,8 +134,9 @@ class GroupedQueryAttention:
         inputs = (names.queries, names.keys, names.values)
         self._qkv = linear_layer(*(read_linear(config, source, f"{name}.{part}") for part in inputs))
         self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
+        self._output_gate = config.family.output_gate
         self._norms: tuple[CpuRMSNorm, CpuRMSNorm] | None = None
-        if config.family.query_key_norms:
+        if config.query_key_norms:
             self._norms = (
                 CpuRMSNorm.read(config, source, f"{name}.{names.query_norm}"),
                 CpuRMSNorm.read(config, source, f"{name}.{names.key_norm}"),
@@ -134,13 +145,21 @@ class GroupedQueryAttention:
     def __call__(self, x: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
         """`[T, H]` to the same."""
         split = self._qkv(x).reshape(len(x), -1, self._head_dim)
+        gate: Array | None = None
+        if self._output_gate:
+            both, rest = split[:, : 2 * self._heads], split[:, 2 * self._heads :]
+            gate = both[:, 1::2].reshape(len(x), -1)
+            split = np.concatenate([both[:, ::2], rest], axis=1)
         rotated, values = split[:, : -self._groups], split[:, -self._groups :]
         if self._norms is not None:
             queries, keys = rotated[:, : self._heads], rotated[:, self._heads :]
             rotated = np.concatenate([self._norms[0](queries), self._norms[1](keys)], axis=1)
         rotated = places.rotate(rotated)
         queries, keys = rotated[:, : self._heads], rotated[:, self._heads :]
-        return self._o(places.attend(queries, keys, values, caches, self._scale))
+        mixed = places.attend(queries, keys, values, caches, self._scale)
+        if gate is not None:
+            mixed /= 1 + np.exp(-gate)
+        return self._o(mixed)
 
 
 class CpuLatentAttention:
