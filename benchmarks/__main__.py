@@ -14,6 +14,7 @@ NAMES = (
     "accuracy",
     "scales",
     "four_bits",
+    "families",
     "calibration",
     "coverage",
     "sources",
