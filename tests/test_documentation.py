@@ -96,6 +96,10 @@ SUPPORTED = {
     "Qwen3-MoE": "qwen3-30b-a3b",
     "DeepSeek-V2": "deepseek-v2-lite",
     "DeepSeek-V3, R1": "deepseek-r1",
+    "DeepSeek-V3.2, GLM-5": "deepseek-v3.2",
+    "Kimi-K2": "kimi-k2-instruct",
+    "GLM-4": "glm-4-9b-0414",
+    "GLM-4.5, 4.6, 4.7": "glm-4.5",
 }
 """Rows of the README's matrix, and the recipe whose published config stands for them."""
 

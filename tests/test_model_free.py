@@ -21,7 +21,7 @@ from tests.fixtures.fp8 import dequantize_blocks, quantize_blocks
 from tests.fixtures.tiny_strangers import stored, write_fused, write_stranger
 
 DESCRIPTION = "quant_model_description.json"
-ARCHITECTURES = ("glm4_moe", "qwen3_next", "gpt_oss", "llama4_text", "gemma3_text", "fused")
+ARCHITECTURES = ("dots1", "qwen3_next", "gpt_oss", "llama4_text", "gemma3_text", "fused")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_biases_of_fused_experts_go_with_their_outputs(
 
 
 def test_the_description_names_every_tensor(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    quantize(sources("glm4_moe"), tmp_path / "out")
+    quantize(sources("dots1"), tmp_path / "out")
     described = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     after = stored(tmp_path / "out")
     assert set(after) <= set(described)
@@ -179,20 +179,20 @@ def test_int4_is_for_experts_where_the_server_has_it_for_them_alone(
 ) -> None:
     import torch
 
-    quantize(sources("glm4_moe"), tmp_path / "out", scheme="W4A8_DYNAMIC")
+    quantize(sources("dots1"), tmp_path / "out", scheme="W4A8_DYNAMIC")
     described = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     expert = "model.layers.1.mlp.experts.2.down_proj"
     assert described[f"{expert}.weight"] == "W4A8_DYNAMIC"
     assert described["model.layers.1.self_attn.q_proj.weight"] == "W8A8_DYNAMIC"
     assert not msquant.inspect(tmp_path / "out").findings
-    wanted, scale = rounded(stored(sources("glm4_moe"))[f"{expert}.weight"], bits=4)
+    wanted, scale = rounded(stored(sources("dots1"))[f"{expert}.weight"], bits=4)
     after = stored(tmp_path / "out")
     assert torch.equal(after[f"{expert}.weight_scale"], scale)
     assert torch.equal(after[f"{expert}.weight"][:, :] & 0xF, wanted[0::2].to(torch.int8) & 0xF)
 
 
 def test_several_formats_at_once(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    result = quantize(sources("glm4_moe"), tmp_path / "out", "ascend,compressed-tensors")
+    result = quantize(sources("dots1"), tmp_path / "out", "ascend,compressed-tensors")
     assert list(result.folders) == ["ascend", "compressed-tensors"]
     for folder in result.folders.values():
         assert not msquant.inspect(folder, verify=True).findings
@@ -206,7 +206,7 @@ def test_fp8_with_exponents_for_scales(sources: Callable[[str], Path], tmp_path:
     source = tmp_path / "fp8"
     source.mkdir()
     tensors, expected = {}, {}
-    for name, tensor in stored(sources("glm4_moe")).items():
+    for name, tensor in stored(sources("dots1")).items():
         tensors[name] = tensor
         if name.endswith("_proj.weight"):
             codes, scale = quantize_blocks(tensor, (32, 48))
@@ -215,7 +215,7 @@ def test_fp8_with_exponents_for_scales(sources: Callable[[str], Path], tmp_path:
             tensors[f"{name}_scale_inv"] = scale.to(torch.float8_e8m0fnu)
             expected[name] = dequantize_blocks(codes, scale, (32, 48))
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((sources("glm4_moe") / "config.json").read_text())
+    config = json.loads((sources("dots1") / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -251,7 +251,7 @@ def test_the_plan_says_before_any_work_what_is_quantized(sources: Callable[[str]
 def test_a_recipe_changes_the_rules(sources: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = validate_recipe(
         {
-            "model": str(sources("glm4_moe")),
+            "model": str(sources("dots1")),
             "format": "compressed-tensors",
             "quantization": {"algorithm": "rtn", "schemes": [{"o_proj": "FLOAT"}, {"*": "W8A8_DYNAMIC"}]},
             "calibration": {"source": "none"},
@@ -298,7 +298,7 @@ def test_a_known_family_is_compared_with_its_config_and_with_the_float_model(tmp
 def test_an_interrupted_run_continues_with_equal_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_stranger(tmp_path / "model", "glm4_moe", max_shard_size="60KB")
+    source = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
     quantize(source, tmp_path / "whole")
     write, done = model_free._write_piece, []
 
@@ -356,7 +356,7 @@ def test_restart_forgets_what_any_of_the_formats_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, both = (
-        write_stranger(tmp_path / "model", "glm4_moe", max_shard_size="60KB"),
+        write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB"),
         "ascend,compressed-tensors",
     )
     interrupted(monkeypatch, "_write_piece", 20, source, tmp_path / "out", both)

@@ -130,6 +130,16 @@ def test_an_interrupted_run_ends_with_the_same_bytes_and_another_rotation_is_ano
     assert files(tmp_path / "out") == expected
 
 
+def test_norms_behind_the_blocks_are_refused_before_any_work(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", "glm4")
+    for attempt in (make_plan, quantize):
+        with pytest.raises(RecipeError, match="post_self_attn_layernorm, post_mlp_layernorm") as caught:
+            attempt(recipe_of(source), tmp_path / "out")
+        assert caught.value.where == "quantization.rotation"
+        assert "rotation: none" in (caught.value.remedy or "")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_prediction_layers_are_refused_before_any_work(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", "deepseek_v3", prediction_layers=1)
     for attempt in (make_plan, quantize):

@@ -266,7 +266,9 @@ def _typical(layer: DecoderLayer, group: GroupCells, heads: int, repeat: int) ->
     """By the norm's weight or the rows in front; what a key-value head makes is read by several queries."""
     before = [_unwrapped(group.prev_layer).weight.clone().asnumpy()]
     if group.name == "down":
-        before.append(_unwrapped(layer.feed_forward.linears[0]).weight.asnumpy())
+        # Of gate and up in one linear, gate is first and as long as up.
+        gate = _unwrapped(layer.feed_forward.inputs[0]).weight.asnumpy()
+        before.append(gate[: len(before[0])])
     typical = typical_magnitudes(*before)
     return np.repeat(typical.reshape(heads, 1, -1), repeat, axis=1).reshape(-1) if repeat > 1 else typical
 

@@ -35,7 +35,7 @@ class GroupCells:
         step: the decoder layer's step that holds its linears.
         prev_layer: the cell that the inverse of the smooth scale is folded into.
         curr_layer: the linears that share the scale.
-        beside: cells with a matrix in floating point that reads the same.
+        followers: cells with a matrix in floating point that reads the same.
         shared: whether all heads share what `prev_layer` multiplies by, and so the scale.
         smooth_scale: set by golden-stick.
     """
@@ -44,7 +44,7 @@ class GroupCells:
     step: int
     prev_layer: Any
     curr_layer: list[Any]
-    beside: Sequence[Any] = ()
+    followers: Sequence[Any] = ()
     shared: bool = False
     smooth_scale: Any = None
 
@@ -85,7 +85,7 @@ class HostSmoother:
     def _apply_smooth_scale(self, layer_info: GroupCells, smooth_scale: Tensor, *heads: int) -> None:
         self.is_gqa_wo_layer = self.is_gqa_wo_layer or layer_info.shared
         super()._apply_smooth_scale(layer_info, smooth_scale, *heads)  # type: ignore[misc]
-        for cell in layer_info.beside:
+        for cell in layer_info.followers:
             _scale_columns(cell, smooth_scale)
 
     def _apply_smooth_scale_to_curr_layer(self, layer: Any, smooth_scale: Tensor) -> None:

@@ -1,9 +1,10 @@
 """A local Hugging Face folder of safetensors, read lazily: headers at once, tensors one at a time."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,20 @@ class Checkpoint:
         folder: where it lies.
         shards: the files the index names, by file name.
         weight_map: the file name of each tensor's shard, by tensor name.
+        aliases: tensors that are stored once, under another name, by the name that they are asked for by too.
     """
 
-    def __init__(self, folder: Path, shards: dict[str, Shard], weight_map: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: dict[str, Shard],
+        weight_map: dict[str, str],
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.folder = folder
         self.shards = shards
         self.weight_map = weight_map
+        self.aliases = aliases
 
     @classmethod
     def open(cls, folder: Path | str) -> "Checkpoint":
@@ -62,8 +71,12 @@ class Checkpoint:
             weight_map = dict.fromkeys(shards[found.name].entries, found.name)
         return cls(folder, shards, weight_map)
 
+    def with_aliases(self, aliases: Mapping[str, str]) -> "Checkpoint":
+        """The same, in which tensors have further names; see `aliases`."""
+        return Checkpoint(self.folder, self.shards, self.weight_map, aliases)
+
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Names of all tensors as they are stored, sorted."""
         return sorted(self.weight_map)
 
     def parameters(self) -> list[str]:
@@ -75,7 +88,7 @@ class Checkpoint:
         return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.weight_map
 
     def __contains__(self, name: str) -> bool:
-        return name in self.weight_map
+        return self._stored(name) in self.weight_map
 
     def shard_path(self, name: str) -> Path:
         """The file that holds a tensor. Raises CheckpointError if there is no such tensor."""
@@ -83,15 +96,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[name].shape
+        return self._shard(name).entries[self._stored(name)].shape
 
     def dtype(self, name: str) -> str:
         """A tensor's safetensors dtype, such as `BF16`. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[name].dtype
+        return self._shard(name).entries[self._stored(name)].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes a tensor takes on disk. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[name].nbytes
+        return self._shard(name).entries[self._stored(name)].nbytes
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check a tensor's shape against what the configuration says.
@@ -123,7 +136,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its shard was changed since it was opened.
         """
-        return self._shard(name).read(name)
+        return self._shard(name).read(self._stored(name))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return a floating-point tensor as float32; FP8 with block scales is dequantized (see `fp8`).
@@ -209,10 +222,10 @@ class Checkpoint:
     def _float_rows(self, name: str) -> FloatRows:
         scale_name = self._scale_name(name)
         if scale_name is None:
-            return FloatRows(self._shard(name), name)
+            return FloatRows(self._shard(name), self._stored(name))
         values, where = self.tensor(scale_name), self.shard_path(scale_name)
         scale = BlockScale.checked(name, values, self._block_size, where)
-        return FloatRows(self._shard(name), name, scale)
+        return FloatRows(self._shard(name), self._stored(name), scale)
 
     def _scale_name(self, name: str) -> str | None:
         """The scales of an FP8 matrix, checked as far as headers tell; None for other dtypes."""
@@ -220,7 +233,7 @@ class Checkpoint:
         check_dtype(name, dtype, where)
         if dtype != FP8:
             return None
-        scale_name = name + SCALE_SUFFIX
+        scale_name = self._stored(name) + SCALE_SUFFIX
         if scale_name not in self:
             raise CheckpointError(
                 f"{name} is stored as {dtype}, but its scales {scale_name} are missing",
@@ -232,7 +245,11 @@ class Checkpoint:
         check_scale_shape(name, self.shape(name), self.shape(scale_name), self._block_size, where)
         return scale_name
 
+    def _stored(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
     def _shard(self, name: str) -> Shard:
+        name = self._stored(name)
         if name not in self.weight_map:
             raise CheckpointError(
                 f"there is no tensor {name}",

@@ -7,7 +7,8 @@ from typing import Any
 def with_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` as transformers 4 has it: `rope_theta`, and `rope_scaling` or None.
 
-    transformers 5 keeps the base and the scaling in one section, `rope_parameters`.
+    transformers 5 keeps the base, the scaling and the share of channels that are rotated in one section,
+    `rope_parameters`.
 
     Args:
         config: its content; without that section it is returned as it is.
@@ -15,10 +16,11 @@ def with_rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return dict(config)
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    apart = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in parameters.items() if key not in apart}
     plain = scaling.get("rope_type", "default") == "default"
     return {
         **config,
-        "rope_theta": parameters.get("rope_theta", config.get("rope_theta")),
+        **{key: parameters[key] for key in apart if key in parameters},
         "rope_scaling": None if plain else scaling,
     }

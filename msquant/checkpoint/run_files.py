@@ -73,7 +73,8 @@ class RunFiles:
             raises CheckpointError if a shard cannot be read or was changed since it was opened.
         """
         tensors: dict[str, list[str]] = defaultdict(list)
-        for name in names:
+        stored = (self._source.aliases.get(name, name) for name in names)
+        for name in stored:
             for part in (name, name + SCALE_SUFFIX):
                 if part in self._source:
                     tensors[self._source.weight_map[part]].append(part)

@@ -81,10 +81,11 @@ def check_tokens(config: ModelConfig, text: Text) -> None:
             where=text.name,
             remedy=remedy,
         )
-    if tokens.shape[1] > config.max_position_embeddings:
+    entry, longest = config.longest_by
+    if tokens.shape[1] > longest:
         raise CalibrationError(
-            f"sequences of {tokens.shape[1]} tokens are longer than the model takes "
-            f"({config.max_position_embeddings})",
+            f"sequences of {tokens.shape[1]} tokens are longer than what is computed of the model "
+            f"({entry} = {longest})",
             where=text.name,
             remedy="use shorter sequences",
         )

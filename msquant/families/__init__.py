@@ -5,11 +5,13 @@ from functools import cache
 from typing import Any
 
 from msquant.families.base import Config, Family, Shapes
-from msquant.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from msquant.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
+from msquant.families.glm import GLM4, GLM4_MOE
 from msquant.families.llama import LLAMA, MISTRAL
 from msquant.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from msquant.families.qwen3_next import QWEN3_NEXT
 from msquant.families.row_orders import RopeRows
+from msquant.families.sparse import DEEPSEEK_V32, GLM_MOE_DSA
 
 _REGISTERED: dict[str, Family] = {}
 
@@ -20,7 +22,21 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, DEEPSEEK_V2, DEEPSEEK_V3):
+for _family in (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    KIMI_K2,
+    GLM4,
+    GLM4_MOE,
+    GLM_MOE_DSA,
+):
     register(_family)
 
 

@@ -120,7 +120,9 @@ class DeltaSizes:
 class Names:
     """What a family calls the parts of its decoder in a checkpoint; by default as Llama and DeepSeek do.
 
-    The ends and `layers` are full names, all others are names within the part that holds them.
+    The ends and `layers` are full names, all others are names within the part that holds them. What is None
+    most families do not have: norms behind the two blocks, before their outputs are added to the residual
+    stream; and gate and up as one linear, gate first.
     """
 
     embedding: str = "model.embed_tokens"
@@ -141,10 +143,13 @@ class Names:
     latent_down: str = "kv_a_proj_with_mqa"
     latent_norm: str = "kv_a_layernorm"
     latent_up: str = "kv_b_proj"
+    attention_output_norm: str | None = None
     feed_forward_norm: str = "post_attention_layernorm"
+    feed_forward_output_norm: str | None = None
     feed_forward: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
+    gate_up: str | None = None
     down: str = "down_proj"
     router: str = "gate"
     correction_bias: str = "e_score_correction_bias"
@@ -178,6 +183,17 @@ class Names:
             self.prediction_head,
         )
 
+    @property
+    def feed_forward_inputs(self) -> tuple[str, ...]:
+        """The linears that a feed-forward block's input goes to: gate and up, or the one that is both."""
+        return (self.gate, self.up) if self.gate_up is None else (self.gate_up,)
+
+    @property
+    def output_norms(self) -> tuple[str, ...]:
+        """The norms behind the two blocks of a layer, where there are such."""
+        norms = self.attention_output_norm, self.feed_forward_output_norm
+        return tuple(norm for norm in norms if norm is not None)
+
     def layer(self, index: int) -> str:
         """The name of decoder layer `index`."""
         return f"{self.layers}.{index}"
@@ -200,8 +216,9 @@ class SmoothGroup:
         linears: their names within the decoder layer.
         previous: the norm, or the linear, that the inverse scale is folded into. For the linear that makes
             keys and values of latent attention it is folded into the value rows only: each head has
-            `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values.
-        beside: matrices that read the same and stay in floating point, which the scale is folded into, too.
+            `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values. For the one that is gate and up
+            it is folded into the second half of the rows, those of up.
+        followers: further linears that read the same and stay in floating point, but take the scale.
         heads: so many heads share `previous`, a norm of one head's channels, and so the scale; None where
             nothing is shared but by the key-value heads of attention.
     """
@@ -209,7 +226,7 @@ class SmoothGroup:
     name: str
     linears: tuple[str, ...]
     previous: str
-    beside: tuple[str, ...] = ()
+    followers: tuple[str, ...] = ()
     heads: int | None = None
 
 
@@ -260,6 +277,8 @@ class Family:
         interleaved_pairs: whether the pairs that the rotary embedding rotates lie side by side, and not half
             the rotated channels apart. Latent attention says it by `LatentSizes`.
         predicts: whether it comes with multi-token-prediction layers.
+        shares_prediction_ends: whether those may be without an embedding and a head of their own, which are
+            then the model's.
         per_token: whether the servers of all its formats take a scale per token for every linear, which is
             then the default.
         formats: see `DefaultRecipe`.
@@ -285,6 +304,7 @@ class Family:
     options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
     interleaved_pairs: bool = False
     predicts: bool = False
+    shares_prediction_ends: bool = False
     per_token: bool = False
     formats: tuple[str, ...] = ("golden-stick", "ascend", "compressed-tensors")
     mindspore_backend: Literal["native", "mindformers"] = "native"
@@ -326,8 +346,11 @@ class Family:
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
         """The smooth groups of a dense layer's feed-forward block, in the order of computation."""
         names = self.names
-        gate, up, down = names.within_feed_forward(names.gate, names.up, names.down)
-        return SmoothGroup("gate_up", (gate, up), names.feed_forward_norm), SmoothGroup("down", (down,), up)
+        *inputs, down = names.within_feed_forward(*names.feed_forward_inputs, names.down)
+        return (
+            SmoothGroup("gate_up", tuple(inputs), names.feed_forward_norm),
+            SmoothGroup("down", (down,), inputs[-1]),
+        )
 
     def norm_before(self, config: Config, linear: str) -> str | None:
         """The norm through which a linear reads the residual stream; None for one that reads something else.
@@ -341,10 +364,12 @@ class Family:
         """
         names, (block, _, part) = self.names, linear.partition(".")
         if block == names.feed_forward:
-            reads = part.rpartition(".")[2] in (names.gate, names.up, names.router, names.shared_gate)
+            reads = part.rpartition(".")[2] in (*names.feed_forward_inputs, names.router, names.shared_gate)
             return names.feed_forward_norm if reads else None
         reading = (
-            group.linears for group in self.attention_groups(config) if group.previous == names.input_norm
+            (*group.linears, *group.followers)
+            for group in self.attention_groups(config)
+            if group.previous == names.input_norm
         )
         return names.input_norm if any(linear in linears for linears in reading) else None
 
@@ -352,6 +377,20 @@ class Family:
         """Whether a linear's outputs are added to the residual stream; by its name within the layer."""
         block, last = linear.partition(".")[0], linear.rpartition(".")[2]
         return linear == self.value_columns or (block, last) == (self.names.feed_forward, self.names.down)
+
+    def never_quantized(self, linear: str) -> bool:
+        """Whether a matrix is carried through by any policy: the router; by its name within the layer."""
+        return linear == f"{self.names.feed_forward}.{self.names.router}"
+
+    def most_tokens(self, config: Config) -> tuple[str, int] | None:
+        """The longest context in which attention sees all earlier tokens, and the entry that says so.
+
+        None where it always does.
+
+        Raises:
+            CheckpointError: the entry is no positive integer.
+        """
+        return None
 
     @property
     def value_rows(self) -> str | None:
@@ -372,10 +411,6 @@ class Family:
     def norm_offset(self, norm: str) -> float:
         """What is added to a norm's stored weight before it is multiplied by; by the norm's full name."""
         return 0.0
-
-    def float_matrices(self, index: int) -> tuple[str, ...]:
-        """Full names of the matrices in layer `index` that no engine quantizes, if it has them."""
-        return (self.router_name(index),)
 
     # What is stored.
 
@@ -442,6 +477,7 @@ class Family:
         shapes: Shapes = {
             f"{layer}.{names.input_norm}.weight": (hidden,),
             f"{layer}.{names.feed_forward_norm}.weight": (hidden,),
+            **{f"{layer}.{norm}.weight": (hidden,) for norm in names.output_norms},
         }
         shapes |= self.mixer_shapes(config, index, hidden)
         if self.expert_count is None or not self.has_experts(config, index):
@@ -505,11 +541,11 @@ class Family:
 
     def _feed_forward(self, config: Config, block: str, hidden: int, inner: int) -> Shapes:
         names, bias = self.names, self.feed_forward_biases and bool(config.get("mlp_bias"))
-        return {
-            **_stored(block, (names.gate, inner, hidden, bias)),
-            **_stored(block, (names.up, inner, hidden, bias)),
-            **_stored(block, (names.down, hidden, inner, bias)),
-        }
+        rows = inner if names.gate_up is None else 2 * inner
+        shapes = _stored(block, (names.down, hidden, inner, bias))
+        for linear in names.feed_forward_inputs:
+            shapes |= _stored(block, (linear, rows, hidden, bias))
+        return shapes
 
     # What the entries of transformers' config object mean.
 
@@ -558,10 +594,8 @@ class Family:
     def fused(self) -> dict[str, tuple[str, ...]]:
         """The linears that vLLM runs as one layer, by its name: the model's `packed_modules_mapping`."""
         names = self.names
-        return {
-            "qkv_proj": (names.queries, names.keys, names.values),
-            "gate_up_proj": (names.gate, names.up),
-        }
+        gate_up = {"gate_up_proj": names.feed_forward_inputs} if names.gate_up is None else {}
+        return {"qkv_proj": (names.queries, names.keys, names.values), **gate_up}
 
     @property
     def float_only(self) -> dict[str, str]:

@@ -1,36 +1,21 @@
-"""DeepSeek-V2 and V3: multi-head latent attention (arXiv 2405.04434), grouped and shared experts."""
+"""DeepSeek-V2 and V3, and Kimi-K2: latent attention (arXiv 2405.04434), grouped and shared experts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from msquant.errors import CheckpointError
-from msquant.families.base import (
-    Config,
-    ExpertSizes,
-    Family,
-    LatentSizes,
-    LinearShape,
-    Shapes,
-    SmoothGroup,
-    positive,
-    unexpected,
-)
+from msquant.families.base import Config, LatentSizes, LinearShape, SmoothGroup, positive
+from msquant.families.grouped_experts import SIGMOID_ROUTER, GroupedExperts
 from msquant.families.row_orders import RopeRows, RowOrder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DeepSeek(Family):
-    """A family with latent attention.
-
-    Attributes:
-        predicts: whether it comes with multi-token-prediction layers.
-    """
+class DeepSeek(GroupedExperts):
+    """A family with latent attention."""
 
     attention: Literal["grouped-query", "latent"] = "latent"
-    expert_count: str | None = "n_routed_experts"
     mindspore_backend: Literal["native", "mindformers"] = "mindformers"
-    predicts: bool = False
 
     def attention_groups(self, config: Config) -> tuple[SmoothGroup, ...]:
         """See `Family`; queries that are not compressed make no group of their own."""
@@ -79,42 +64,6 @@ class DeepSeek(Family):
         """None where queries are not compressed, which `config.json` has to say."""
         return config.get("q_lora_rank", self.defaults.get("q_lora_rank"))
 
-    def has_experts(self, config: Config, index: int) -> bool:
-        """See `Family`: all but the first layers."""
-        dense = config.get("first_k_dense_replace", 0)
-        if type(dense) is not int or dense < 0:
-            raise unexpected("first_k_dense_replace", dense, "a number of layers")
-        return index >= dense
-
-    def shared_experts(self, config: Config) -> int:
-        """See `Family`."""
-        return positive(config, "n_shared_experts")
-
-    def extra_shapes(self, config: Config) -> Shapes:
-        """See `Family`; each is a decoder layer with an embedding, norms and a head of its own.
-
-        They are named `model.layers.<num_hidden_layers + i>`. Many conversions drop them, though
-        `config.json` still counts them.
-        """
-        if not self.predicts or not config.get("num_nextn_predict_layers"):
-            return {}
-        config = self.completed(config)
-        hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
-        first = positive(config, "num_hidden_layers")
-        shapes: Shapes = {}
-        for index in range(first, first + positive(config, "num_nextn_predict_layers")):
-            name, names = self.layer_name(index), self.names
-            shapes |= {
-                f"{name}.{names.prediction_embedding}.weight": (vocabulary, hidden),
-                f"{name}.{names.prediction_embedding_norm}.weight": (hidden,),
-                f"{name}.{names.prediction_hidden_norm}.weight": (hidden,),
-                f"{name}.{names.prediction_projection}.weight": (hidden, 2 * hidden),
-                f"{name}.{names.prediction_norm}.weight": (hidden,),
-                f"{name}.{names.prediction_head}.weight": (vocabulary, hidden),
-            }
-            shapes |= self.layer_shapes(config, index)
-        return shapes
-
     def latent_sizes(self, config: Any) -> LatentSizes:
         """See `Family`."""
         return LatentSizes(
@@ -124,22 +73,6 @@ class DeepSeek(Family):
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.v_head_dim,
             rope_interleave=getattr(config, "rope_interleave", True),
-        )
-
-    def expert_sizes(self, config: Any) -> ExpertSizes:
-        """See `Family`."""
-        # DeepSeek-V2 counts groups even where its greedy router does not look at them.
-        grouped = getattr(config, "topk_method", None) != "greedy"
-        return ExpertSizes(
-            count=config.n_routed_experts,
-            per_token=config.num_experts_per_tok,
-            intermediate_size=config.moe_intermediate_size,
-            shared=config.n_shared_experts,
-            groups=config.n_group if grouped else 1,
-            groups_per_token=config.topk_group if grouped else 1,
-            group_score=2 if self.correction_bias else 1,
-            normalize=config.norm_topk_prob,
-            scaling_factor=float(config.routed_scaling_factor),
         )
 
     @property
@@ -217,9 +150,15 @@ DEEPSEEK_V3 = DeepSeek(
     correction_bias=True,
     predicts=True,
     defaults={"q_lora_rank": 1536, "first_k_dense_replace": 3},
-    options={
-        "topk_method": (None, "noaux_tc"),
-        "scoring_func": (None, "sigmoid"),
-        "moe_layer_freq": (None, 1),
-    },
+    options=SIGMOID_ROUTER,
+)
+
+KIMI_K2 = replace(
+    DEEPSEEK_V3,
+    model_type="kimi_k2",
+    # Its config.json names DeepSeek's own architecture, which it is.
+    read_as="deepseek_v3",
+    # MindFormers 2.1.0 does not know the name.
+    formats=("ascend", "compressed-tensors"),
+    per_token=True,
 )

@@ -48,7 +48,7 @@ class Qwen3Next(QwenMoe):
         )
         heads = positive(self.completed(config), "linear_num_value_heads")
         return (
-            SmoothGroup("qkvz", (inputs,), names.input_norm, beside=(gates,)),
+            SmoothGroup("qkvz", (inputs,), names.input_norm, followers=(gates,)),
             SmoothGroup("o", (output,), norm, heads=heads),
         )
 
@@ -67,14 +67,11 @@ class Qwen3Next(QwenMoe):
         """See `Family`."""
         return 0.0 if norm.endswith(f".{self.names.delta}.{self.names.delta_norm}") else 1.0
 
-    def float_matrices(self, index: int) -> tuple[str, ...]:
-        """See `Family`."""
-        layer, names = self.layer_name(index), self.names
-        return (
-            *super().float_matrices(index),
-            f"{layer}.{names.feed_forward}.{names.shared_gate}",
-            f"{layer}.{names.delta}.{names.delta_gates}",
-        )
+    def never_quantized(self, linear: str) -> bool:
+        """See `Family`: gates, too."""
+        names = self.names
+        gates = f"{names.feed_forward}.{names.shared_gate}", f"{names.delta}.{names.delta_gates}"
+        return linear in gates or super().never_quantized(linear)
 
     def mixer_shapes(self, config: Config, index: int, hidden: int) -> Shapes:
         """See `Family`."""

@@ -137,7 +137,7 @@ def compare(
     all_folders = [*([float_folder] if float_folder else []), *folders]
     progress.stage("reading texts")
     config = read_config(all_folders[0])
-    length = sequence_length or min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    length = sequence_length or min(SEQUENCE_LENGTH, config.longest)
     domains = _domains(texts, builtin, template, progress)
     tokens = _tokens(all_folders, domains, sequences, length, notes)
     progress.stage("loading MindSpore")

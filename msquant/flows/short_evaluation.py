@@ -27,7 +27,7 @@ def short_texts(settings: EvaluationSettings, source: Path, config: ModelConfig)
     """
     if not settings.sequences:
         return []
-    length = min(settings.sequence_length, config.max_position_embeddings)
+    length = min(settings.sequence_length, config.longest)
     return builtin_texts(source, settings.sequences, length)
 
 

@@ -73,7 +73,7 @@ def open_source(
     """
     folder = resolve_model(model, fetch, note)
     config = read_config(folder)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = with_prediction_ends(config, Checkpoint.open(folder))
     for name, shape in config.shapes.items():
         checkpoint.expect_weight(name, shape)
     extras = prediction_layers(config, checkpoint)
@@ -91,6 +91,25 @@ def rotated(source: Source, policy: Algorithm) -> Source:
         return source
     weights = RotatedWeights(source.config, source.checkpoint, rotation)
     return replace(source, config=untied(source.config), weights=weights)
+
+
+def with_prediction_ends(config: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose multi-token-prediction layers have the ends that they share with the model.
+
+    Servers look for them in the layer (vllm-ascend's description of a tensor that is not there is an error).
+    """
+    family, names = config.family, config.family.names
+    if not family.shares_prediction_ends:
+        return checkpoint
+    head = names.embedding if config.tie_word_embeddings else names.head
+    shared = {names.prediction_embedding: names.embedding, names.prediction_head: head}
+    aliases = {}
+    held = len(prediction_layers(config, checkpoint))
+    for layer in map(family.layer_name, range(config.num_hidden_layers, config.num_hidden_layers + held)):
+        for own, end in shared.items():
+            if f"{layer}.{own}.weight" not in checkpoint:
+                aliases[f"{layer}.{own}.weight"] = f"{end}.weight"
+    return checkpoint.with_aliases(aliases) if aliases else checkpoint
 
 
 def prediction_layers(config: ModelConfig, checkpoint: Checkpoint) -> list[dict[str, tuple[int, ...]]]:
@@ -191,6 +210,7 @@ def shapes_plans(
         RecipeError: the policy contradicts itself, the model cannot be rotated, the format cannot express it,
             or no version of the format's server would serve it by the recipe's serving section.
     """
+    _require_all_seen(recipe, config)
     if ROTATIONS[recipe.quantization.rotation] is not None:
         config = _rotated_shape(recipe.quantization, config, extras)
     groups = model_groups(config, extras)
@@ -204,10 +224,30 @@ def shapes_plans(
     return plans
 
 
+def _require_all_seen(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise RecipeError for calibration samples in which attention would not see all earlier tokens."""
+    seen, length = config.family.most_tokens(config.raw), recipe.calibration.sequence_length
+    if seen is not None and length > seen[1]:
+        entry, most = seen
+        raise RecipeError(
+            f"is {length}: in so long a sequence {config.family.model_type} attends to {most} tokens "
+            f"({entry}) that an indexer picks, which is not computed here; up to {most} it attends to all",
+            where="calibration.sequence_length",
+            remedy=f"calibrate with sequences of {most} tokens or fewer: --sequence-length {most}",
+        )
+
+
 def _rotated_shape(
     policy: Algorithm, config: ModelConfig, extras: Sequence[Mapping[str, tuple[int, ...]]]
 ) -> ModelConfig:
     """The shape of a rotated model. Raises RecipeError if it cannot be rotated."""
+    if norms := config.family.names.output_norms:
+        raise RecipeError(
+            f"rotation: {policy.rotation} is not possible with norms behind the blocks of a layer "
+            f"({', '.join(norms)}): no linear is behind them that their weights could be folded into",
+            where="quantization.rotation",
+            remedy="write rotation: none",
+        )
     if extras:
         raise RecipeError(
             f"rotation: {policy.rotation} is not possible with multi-token-prediction layers "

@@ -104,6 +104,13 @@ def _architecture(server: Server, model: ServedModel, parallelism: Parallelism) 
         )
     elif problem := _FLOAT_IN.get(server.backend, {}).get(kind):
         yield "model_type", problem, _OTHER_FORMATS
+    elif server.name == "vllm-ascend" and (family := find_family(kind)) and family.names.gate_up:
+        parts, whole = f"{family.names.gate} and {family.names.up}", family.names.gate_up
+        yield (
+            "model_type",
+            f"vLLM's {kind} asks for a description of {parts}, which are one tensor, {whole}, in this model",
+            "msquant export FOLDER --format compressed-tensors; of quantize: --format",
+        )
     elif _is_mindformers(server) and kind not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         yield "model_type", f"it has no quantized {kind}, of msquant's only {known}", _OTHER_FORMATS

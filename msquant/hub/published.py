@@ -23,6 +23,16 @@ HUB_IDS = {
     "deepseek-v3": "deepseek-ai/DeepSeek-V3",
     "deepseek-v3-0324": "deepseek-ai/DeepSeek-V3-0324",
     "deepseek-v3.1": "deepseek-ai/DeepSeek-V3.1",
+    "deepseek-v3.2": "deepseek-ai/DeepSeek-V3.2",
+    "deepseek-v3.2-exp": "deepseek-ai/DeepSeek-V3.2-Exp",
+    "glm-4-32b-0414": "zai-org/GLM-4-32B-0414",
+    "glm-4-9b-0414": "zai-org/GLM-4-9B-0414",
+    "glm-4.5": "zai-org/GLM-4.5",
+    "glm-4.5-air": "zai-org/GLM-4.5-Air",
+    "glm-4.6": "zai-org/GLM-4.6",
+    "glm-4.7": "zai-org/GLM-4.7",
+    "glm-5": "zai-org/GLM-5",
+    "kimi-k2-instruct": "moonshotai/Kimi-K2-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
@@ -36,8 +46,8 @@ HUB_IDS = {
 """Of each published model: its name here, which is its recipe's, and where its makers publish it."""
 
 _BF16_BYTES, _F32_BYTES = 2, 4
-_FP8_LINEARS = ("_proj.weight", "_proj_with_mqa.weight")
-_MTP_PROJECTION = "eh_proj.weight"
+_FP8_LINEARS = ("_proj.weight", "_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
+_BF16_LINEARS = ("eh_proj.weight", "weights_proj.weight")
 
 
 def published_name(model: str) -> str | None:
@@ -76,7 +86,7 @@ def configs_folder() -> Path:
 
 def is_published_in_fp8(name: str) -> bool:
     """Whether a tensor of a model that is published in FP8 is."""
-    return name.endswith(_FP8_LINEARS) and not name.endswith(_MTP_PROJECTION)
+    return name.endswith(_FP8_LINEARS) and not name.endswith(_BF16_LINEARS)
 
 
 def stored_bytes(name: str, shape: tuple[int, ...], block: Sequence[int] | None) -> int:

@@ -140,7 +140,7 @@ class EmbeddedEngine:
 
     def _tokens(self, ids: Sequence[int], sampling: Sampling, sampler: Sampler) -> Iterator[int]:
         self._check(ids, room=min(sampling.max_tokens, 1))
-        room = min(sampling.max_tokens, self.config.max_position_embeddings - len(ids))
+        room = min(sampling.max_tokens, self.config.longest - len(ids))
         ends = () if sampling.ignore_eos else self.config.eos_token_ids
         return self._batch.tokens(ids, sampler, room, ends)
 
@@ -148,11 +148,11 @@ class EmbeddedEngine:
         return token in self.config.eos_token_ids and not sampling.ignore_eos
 
     def _check(self, ids: Sequence[int], room: int = 1) -> None:
-        longest = self.config.max_position_embeddings
+        entry, longest = self.config.longest_by
         if len(ids) + room > longest:
             raise EngineError(
                 f"a prompt of {len(ids)} tokens leaves no room for an answer: "
-                f"the model takes {longest} tokens (max_position_embeddings)",
+                f"this engine computes {longest} tokens of the model ({entry})",
                 where="--prompt",
                 remedy="shorten the prompt",
             )

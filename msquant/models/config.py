@@ -89,6 +89,18 @@ class ModelConfig:
         return self.latent.rope_interleave if self.latent else self.family.interleaved_pairs
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is computed here."""
+        return self.longest_by[1]
+
+    @property
+    def longest_by(self) -> tuple[str, int]:
+        """The same, behind the entry of `config.json` that says it."""
+        positions = "max_position_embeddings", self.max_position_embeddings
+        seen = self.family.most_tokens(self.raw)
+        return positions if seen is None else min(positions, seen, key=lambda entry: entry[1])
+
+    @property
     def qk_nope_head_dim(self) -> int:
         """Channels of a head's keys without a position: the key rows in each head of what makes them."""
         return self.latent.qk_nope_head_dim if self.latent else 0
@@ -152,6 +164,21 @@ class ModelConfig:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor, multi-token-prediction layers included; None if there is none so called."""
         return self.shapes.get(name) or self.extra_shapes.get(name)
+
+    def carried_in_attention(self, index: int) -> dict[str, str | None]:
+        """The tensors within attention that are carried through, by full name.
+
+        Each with the name of the smooth group whose scale its columns take; None for one that takes none.
+        """
+        layer = f"{self.family.layer_name(index)}."
+        block = f"{layer}{self.family.names.attention}."
+        following = {part: group.name for group in self.mixer_groups(index) for part in group.followers}
+        carried: dict[str, str | None] = {}
+        for name in self.decoder_shapes(index):
+            part = name.removeprefix(layer).rpartition(".")[0]
+            if name.startswith(block) and self.family.never_quantized(part):
+                carried[name] = following.get(part)
+        return carried
 
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""

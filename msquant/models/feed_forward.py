@@ -25,20 +25,25 @@ class MLP(nn.Cell):
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
         super().__init__()
         names = config.family.names
-        self._parts = names.gate, names.up, names.down
-        add_linears(self, config, source, name, dtype, *self._parts)
+        self._inputs, self._down = names.feed_forward_inputs, names.down
+        add_linears(self, config, source, name, dtype, *self._inputs, self._down)
 
     @property
-    def linears(self) -> tuple[Any, Any, Any]:
-        """The cells of gate, up and down, which golden-stick replaces."""
-        gate, up, down = (getattr(self, part) for part in self._parts)
-        return gate, up, down
+    def inputs(self) -> tuple[Any, ...]:
+        """The cells of gate and up, or the one that is both, gate first; golden-stick replaces them."""
+        return tuple(getattr(self, part) for part in self._inputs)
+
+    @property
+    def down(self) -> Any:
+        """The cell behind them."""
+        return getattr(self, self._down)
 
     def gated(self, x: Tensor) -> Tensor:
         """The input of the linear down: `[T, H]` to `[T, intermediate]`."""
-        gate, up, _ = self.linears
-        return ops.silu(gate(x)) * up(x)
+        made = [linear(x) for linear in self.inputs]
+        gate, up = made if len(made) > 1 else ops.split(made[0], made[0].shape[1] // 2, axis=1)
+        return ops.silu(gate) * up
 
     def construct(self, x: Tensor) -> Tensor:
         """`[T, H]` to the same."""
-        return self.linears[2](self.gated(x))
+        return self.down(self.gated(x))

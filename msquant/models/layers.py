@@ -157,8 +157,11 @@ class DecoderLayer(nn.Cell):
             mixer = LatentAttention(config, config.latent, source, block, dtype)
         self.mixes_by_delta_rule = isinstance(mixer, GatedDeltaNet)
         setattr(self, self.mixer, mixer)
+        self._output_norm(config, source, name, names.attention_output_norm, dtype)
         experts = part == "whole" and config.has_experts(index)
-        setattr(self, names.feed_forward_norm, None)
+        for unused in (names.feed_forward_norm, names.feed_forward_output_norm):
+            if unused is not None:
+                setattr(self, unused, None)
         if part == "whole":
             norm, block = f"{name}.{names.feed_forward_norm}", f"{name}.{names.feed_forward}"
             setattr(self, names.feed_forward_norm, norm_cell(config, source, norm, dtype))
@@ -169,6 +172,7 @@ class DecoderLayer(nn.Cell):
                 feed_forward = MLP(config, source, block, dtype)
                 groups += config.feed_forward_groups
             setattr(self, names.feed_forward, feed_forward)
+            self._output_norm(config, source, name, names.feed_forward_output_norm, dtype)
         # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
         steps: list[tuple[str, Callable[..., State]]]
         first = DecoderLayer._normalize_and_gate if self.mixes_by_delta_rule else DecoderLayer._normalize
@@ -176,6 +180,16 @@ class DecoderLayer(nn.Cell):
         steps += [("", DecoderLayer._mix)] if experts else []
         self._steps = tuple(step for _, step in steps)
         self.step_of = {group: i for i, (group, _) in enumerate(steps) if group}
+
+    def _output_norm(
+        self, config: ModelConfig, source: WeightSource, layer: str, norm: str | None, dtype: Any
+    ) -> None:
+        if norm is not None:
+            setattr(self, norm, norm_cell(config, source, f"{layer}.{norm}", dtype))
+
+    def _add(self, hidden: Tensor, output: Tensor, norm: str | None) -> Tensor:
+        """The residual stream behind a block."""
+        return hidden + (output if norm is None else getattr(self, norm)(output))
 
     @property
     def steps(self) -> int:
@@ -253,14 +267,15 @@ class DecoderLayer(nn.Cell):
 
     def _project(self, state: State, *_: Any) -> State:
         hidden, context = state
-        output = self.names.delta_output if self.mixes_by_delta_rule else self.names.output
-        hidden = hidden + getattr(self._mixer, output)(context)
+        linear = self.names.delta_output if self.mixes_by_delta_rule else self.names.output
+        output = getattr(self._mixer, linear)(context)
+        hidden = self._add(hidden, output, self.names.attention_output_norm)
         norm = getattr(self, self.names.feed_forward_norm)
         return (hidden,) if norm is None else (hidden, norm(hidden))
 
     def _mix(self, state: State, *_: Any) -> State:
         hidden, x = state
-        return (hidden + self.feed_forward(x),)
+        return (self._add(hidden, self.feed_forward(x), self.names.feed_forward_output_norm),)
 
     def _gate(self, state: State, *_: Any) -> State:
         hidden, x = state
@@ -268,7 +283,8 @@ class DecoderLayer(nn.Cell):
 
     def _finish(self, state: State, *_: Any) -> State:
         hidden, gated = state
-        return (hidden + self.feed_forward.linears[2](gated),)
+        output = self.feed_forward.down(gated)
+        return (self._add(hidden, output, self.names.feed_forward_output_norm),)
 
 
 # The step that starts with the linears of a smooth group, by the group's name.

@@ -165,7 +165,7 @@ class Measured:
 
 def _evaluated_tokens(recipe: Recipe, config: ModelConfig) -> int:
     settings = recipe.evaluation
-    length = min(settings.sequence_length, config.max_position_embeddings)
+    length = min(settings.sequence_length, config.longest)
     return EVALUATION_TEXTS * settings.sequences * length
 
 

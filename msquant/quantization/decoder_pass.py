@@ -192,6 +192,10 @@ class DecoderPass:
             sink.tensor(name, values)
         for module, linear in result.linears.items():
             sink.linear(module, linear)
+        for name, group in self._config.carried_in_attention(index).items():
+            values = self._source.tensor(name)
+            scale = None if group is None else result.smooth_scales.get(group)
+            sink.tensor(name, values if scale is None else values * scale)
         return result
 
     def _rounds(self, batches: Sequence[Floats]) -> Iterator[list[Floats]]:

@@ -101,6 +101,11 @@ class FeedForwardPass:
         self._norm_name = f"{layer}.{parts.feed_forward_norm}"
         self._name = f"{layer}.{parts.feed_forward}"
         self._norm = norm_cell(config, source, self._norm_name, dtype)
+        norm = parts.feed_forward_output_norm
+        self._output_norm_name = None if norm is None else f"{layer}.{norm}"
+        self._output_norm = None
+        if self._output_norm_name is not None:
+            self._output_norm = norm_cell(config, source, self._output_norm_name, dtype)
         router, gate = config.family.router_name(index), f"{self._name}.{parts.shared_gate}"
         beside = (f"{router}.", f"{gate}.")
         self._beside = [name for name in config.layer_shapes(index) if name.startswith(beside)]
@@ -157,7 +162,7 @@ class FeedForwardPass:
             self._step(f"feeding expert {place}/{len(hungry)}")
             mlp = MLP(self._config, self._source, expert.name, self._dtype)
             given = Tensor(x[np.searchsorted(wanted, rows)], self._dtype)
-            expert.observe(mlp.gated(given).asnumpy(), mlp.linears[2].weight.asnumpy())
+            expert.observe(mlp.gated(given).asnumpy(), mlp.down.weight.asnumpy())
             expert.lent = len(rows)
 
     def _nearest(
@@ -194,15 +199,15 @@ class FeedForwardPass:
         smooth = self._policy.feed_forward_smoothing is not None
         first = smooth and self._columns is None
         columns = np.zeros(self._config.hidden_size, np.float32)
-        output = hidden.copy()
+        output = np.zeros(hidden.shape, np.float32) if self._output_norm else hidden.copy()
         for expert, rows, factors in self._dispatch(x, "computing"):
             expert.tokens += len(rows)
             if not len(rows) and not first:
                 continue
             mlp = MLP(self._config, self._source, expert.name, self._dtype)
-            gate, up, down = mlp.linears
+            down = mlp.down
             if first:
-                for linear in (gate, up):
+                for linear in mlp.inputs:
                     np.maximum(columns, column_maxima(linear.weight.asnumpy()), out=columns)
             if not len(rows):
                 continue
@@ -213,7 +218,7 @@ class FeedForwardPass:
         if smooth:
             self._columns = columns if first else self._columns
             np.maximum(self._inputs, column_maxima(x), out=self._inputs)
-        return output
+        return self._behind(hidden, output)
 
     def quantize(self, sample: Floats, sink: LayerSink) -> Floats:
         """The second reading: quantize every linear and pass it on; `forward` must have seen all tokens.
@@ -231,22 +236,42 @@ class FeedForwardPass:
         for name in self._beside:
             values = self._source.tensor(name)
             sink.tensor(name, values * shared if values.ndim == 2 else values)
+        if self._output_norm_name is not None:
+            name = f"{self._output_norm_name}.weight"
+            sink.tensor(name, self._source.tensor(name))
         x = self._normalize(sample)
-        output = sample.copy()
+        output = np.zeros(sample.shape, np.float32) if self._output_norm else sample.copy()
         for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
-            # Once for both that read it: what it says of them may take as long as rounding them.
-            read = self._rounder(given)
-            gate = self._linear(expert, self._parts.gate, sink, read, columns=shared)
-            product = _silu(_apply(gate, given))
-            del gate
-            up = self._linear(expert, self._parts.up, sink, read, columns=shared, rows=inner)
-            product *= _apply(up, given)
-            del up
+            product = self._gated(expert, given, shared, inner, sink)
             down = self._linear(expert, self._parts.down, sink, self._rounder(product), columns=inner)
             output[rows] += _apply(down, product) * factors
-        return output
+        return self._behind(sample, output)
+
+    def _gated(
+        self, expert: _Expert, given: Floats, shared: Floats, inner: Floats | None, sink: LayerSink
+    ) -> Floats:
+        """Quantize gate and up, and compute what down reads."""
+        # Once for all that read it: what it says of them may take as long as rounding them.
+        read = self._rounder(given)
+        first, *others = self._parts.feed_forward_inputs
+        if not others:
+            rows = None if inner is None else np.concatenate([np.ones_like(inner), inner])
+            both = self._linear(expert, first, sink, read, columns=shared, rows=rows)
+            gate, up = np.split(_apply(both, given), 2, axis=1)
+            return _silu(gate) * up
+        product = _silu(_apply(self._linear(expert, first, sink, read, columns=shared), given))
+        for name in others:
+            product *= _apply(self._linear(expert, name, sink, read, columns=shared, rows=inner), given)
+        return product
+
+    def _behind(self, hidden: Floats, output: Floats) -> Floats:
+        """The residual stream behind the block; without a norm there, the output has been added to it."""
+        if self._output_norm is None:
+            return output
+        normed: Floats = self._output_norm(Tensor(output, self._dtype)).asnumpy()
+        return hidden + normed.astype(np.float32, copy=False)
 
     def groups(self) -> list[GroupReport]:
         """The smooth groups, of all experts together, after `forward`; none if they are not smoothed."""

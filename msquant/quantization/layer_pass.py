@@ -222,7 +222,8 @@ class _OneLayerModel:
                 layer.step_of[group.name],
                 self._previous(layer, group),
                 [find_cell(layer, name) for name in group.linears],
-                [find_cell(layer, name) for name in group.beside],
+                # What is carried through has no cell, and takes the scale when it is written.
+                [find_cell(layer, name) for name in group.followers if _is_computed(layer, name)],
                 shared=group.heads is not None,
             )
             for group in self._groups
@@ -230,10 +231,10 @@ class _OneLayerModel:
         return self._smoothed
 
     def _previous(self, layer: DecoderLayer, group: SmoothGroup) -> Any:
-        from msquant.quantization.layer_pass import ValueRows
-
         cell = find_cell(layer, group.previous)
         sizes, names = self._config.latent, self._config.family.names
+        if names.gate_up is not None and (group.previous,) == names.within_feed_forward(names.gate_up):
+            return UpRows(cell)
         # Its rows are keys and values of every head in turn.
         if sizes is None or (group.previous,) != names.within_attention(names.latent_up):
             return cell
@@ -254,10 +255,22 @@ def find_cell(layer: DecoderLayer, name: str) -> Any:
     return cell
 
 
+def _is_computed(layer: DecoderLayer, name: str) -> bool:
+    """Whether a decoder layer has a cell of that name within it."""
+    cell: Any = layer
+    for part in name.split("."):
+        cell = getattr(cell, part, None)
+    return cell is not None
+
+
 def _others(config: ModelConfig, index: int, linears: Sequence[str]) -> list[str]:
-    """The tensors of a decoder layer that are no linear's, without a mixture of experts, within the layer."""
+    """The tensors of a decoder layer that are no linear's, without a mixture of experts, within the layer.
+
+    What is carried through has no cell.
+    """
     prefix, block = f"{config.family.layer_name(index)}.", f"{config.family.names.feed_forward}."
-    names = [name.removeprefix(prefix) for name in config.decoder_shapes(index)]
+    carried = config.carried_in_attention(index)
+    names = [name.removeprefix(prefix) for name in config.decoder_shapes(index) if name not in carried]
     return [n for n in names if n.rpartition(".")[0] not in linears and not n.startswith(block)]
 
 
@@ -283,12 +296,43 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
     return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)
 
 
-class ValueRows:
+class SomeRows:
+    """Those rows of a linear that a smooth group reads the outputs of.
+
+    To golden-stick this is a linear with these rows alone; it is its own `weight`, because `weight` is read
+    and replaced as a whole.
+
+    Args:
+        cell: the linear, as it is or wrapped for quantization.
+        rows: their numbers, `[n]`.
+    """
+
+    bias = None
+
+    def __init__(self, cell: Any, rows: NDArray[np.integer]) -> None:
+        self._linear = cell.layer if isinstance(cell, QuantCell) else cell
+        self._rows = rows
+
+    @property
+    def weight(self) -> "SomeRows":
+        return self
+
+    def clone(self) -> Tensor:
+        """The rows, `[n, K]`."""
+        return Tensor(self._linear.weight.asnumpy()[self._rows])
+
+    def set_data(self, rows: Tensor) -> None:
+        """Replace the rows."""
+        weight = self._linear.weight.asnumpy().copy()
+        weight[self._rows] = rows.asnumpy()
+        self._linear.weight.set_data(Tensor(weight, self._linear.weight.dtype))
+
+
+class ValueRows(SomeRows):
     """Those rows of `kv_b_proj` that make the values which `o_proj` reads.
 
     The weight is `[heads * (key_rows + value_rows), rank]`, keys before values in every head (transformers
-    4.57.1, `models/deepseek_v3/modeling_deepseek_v3.py`). To golden-stick this is a linear with the values'
-    rows alone; it is its own `weight`, because `weight` is read and replaced as a whole.
+    4.57.1, `models/deepseek_v3/modeling_deepseek_v3.py`).
 
     Args:
         cell: `kv_b_proj`, as it is or wrapped for quantization.
@@ -297,23 +341,19 @@ class ValueRows:
         value_rows: rows of values in a head.
     """
 
-    bias = None
-
     def __init__(self, cell: Any, heads: int, key_rows: int, value_rows: int) -> None:
-        self._linear = cell.layer if isinstance(cell, QuantCell) else cell
         per_head = np.arange(heads)[:, None] * (key_rows + value_rows)
-        self._rows: NDArray[np.integer] = (per_head + key_rows + np.arange(value_rows)).reshape(-1)
+        super().__init__(cell, (per_head + key_rows + np.arange(value_rows)).reshape(-1))
 
-    @property
-    def weight(self) -> "ValueRows":
-        return self
 
-    def clone(self) -> Tensor:
-        """The rows, `[heads * value_rows, rank]`."""
-        return Tensor(self._linear.weight.asnumpy()[self._rows])
+class UpRows(SomeRows):
+    """Those rows of `gate_up_proj` that make up, the second half.
 
-    def set_data(self, rows: Tensor) -> None:
-        """Replace the rows."""
-        weight = self._linear.weight.asnumpy().copy()
-        weight[self._rows] = rows.asnumpy()
-        self._linear.weight.set_data(Tensor(weight, self._linear.weight.dtype))
+    Args:
+        cell: `gate_up_proj`, as it is or wrapped for quantization.
+    """
+
+    def __init__(self, cell: Any) -> None:
+        linear = cell.layer if isinstance(cell, QuantCell) else cell
+        rows = linear.weight.shape[0]
+        super().__init__(cell, np.arange(rows // 2, rows))

@@ -6,16 +6,14 @@ from msquant.schemes import Scheme
 
 
 def layer_linears(config: ModelConfig, index: int) -> list[str]:
-    """The full names of the linears within a decoder layer that can be quantized: all but a router and gates.
+    """The full names of the linears within a decoder layer that can be quantized, see `never_quantized`.
 
     Of a multi-token-prediction layer, those of the decoder layer in it.
     """
-    floats = {f"{matrix}.weight" for matrix in config.family.float_matrices(index)}
-    return [
-        tensor.removesuffix(".weight")
-        for tensor, shape in config.decoder_shapes(index).items()
-        if len(shape) == 2 and tensor not in floats
-    ]
+    layer, suffix = f"{config.family.layer_name(index)}.", ".weight"
+    matrices = (name for name, shape in config.decoder_shapes(index).items() if len(shape) == 2)
+    modules = (name.removesuffix(suffix) for name in matrices)
+    return [name for name in modules if not config.family.never_quantized(name.removeprefix(layer))]
 
 
 def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[str, Scheme]:

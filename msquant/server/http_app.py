@@ -65,7 +65,7 @@ def build_app(
                 code="model_not_found",
             )
 
-    longest = limits.longest_answer(engine.config.max_position_embeddings)
+    longest = limits.longest_answer(engine.config.longest)
     pages = Pages(model, keyed, chats=bool(engine.tokenizer.chat_template), longest=longest)
 
     @app.get("/", include_in_schema=False)

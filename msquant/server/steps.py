@@ -109,7 +109,7 @@ def _generate(
     limits: RequestLimits,
     seed: int,
 ) -> Steps:
-    room = engine.config.max_position_embeddings
+    room = engine.config.longest
     wanted, most = request.wanted_tokens, limits.longest_answer(room)
     if wanted is not None and wanted > most:
         raise ApiError(400, f"max_tokens is {wanted}, the server's limit is {most}", param="max_tokens")

@@ -42,7 +42,7 @@ class EmbeddedLM(TemplateLM):
         super().__init__()
         self.tokenizer = engine.tokenizer
         self._engine, self._progress = engine, progress
-        self._longest = engine.config.max_position_embeddings
+        self._longest = engine.config.longest
         self._newest: tuple[tuple[int, ...], NDArray[np.float64]] | None = None
 
     @property

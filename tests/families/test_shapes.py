@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.families import expected_shapes, extra_shapes, model_types
+from msquant.families import expected_shapes, extra_shapes, find_family, model_types
 from tests.fixtures.tiny_families import SETTINGS, write_tiny
 
 # Enough for every family, with everything left out that has a default.
@@ -33,6 +33,7 @@ LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
 }
+GROUPED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -59,6 +60,17 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", LATENT | {"q_lora_rank": None}),
     "deepseek_v2-biases": ("deepseek_v2", LATENT | {"attention_bias": True, "mlp_bias": True}),
     "deepseek_v3": ("deepseek_v3", LATENT | {"n_group": 2, "topk_group": 1}),
+    "glm4": ("glm4", {"pad_token_id": 0}),
+    "glm4-no-biases": (
+        "glm4",
+        {"pad_token_id": 0, "attention_bias": False, "head_dim": 16, "num_key_value_heads": 4},
+    ),
+    "glm4_moe": ("glm4_moe", GROUPED_EXPERTS),
+    "glm4_moe-norms": (
+        "glm4_moe",
+        GROUPED_EXPERTS
+        | {"use_qk_norm": True, "attention_bias": True, "head_dim": 16, "n_shared_experts": 2},
+    ),
     "deepseek_v3-biases": (
         "deepseek_v3",
         LATENT | {"first_k_dense_replace": 0, "q_lora_rank": 20, "attention_bias": True, "mlp_bias": True},
@@ -84,7 +96,9 @@ def test_the_shapes_are_those_of_transformers_own_model(case: str) -> None:
 
 @pytest.mark.parametrize("model_type", model_types())
 def test_the_shapes_are_those_that_transformers_writes(model_type: str, tmp_path: Path) -> None:
-    predicted = {"deepseek_v3": 2, "qwen3_next": 1}.get(model_type, 0)
+    family = find_family(model_type)
+    assert family is not None
+    predicted = 2 if family.predicts else 1 if family.prediction_block else 0
     folder = write_tiny(tmp_path, model_type, prediction_layers=predicted)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint.open(folder)
@@ -100,6 +114,29 @@ def test_an_unknown_type_has_no_layout() -> None:
     assert expected_shapes({"model_type": "gpt2"}) is None
     assert expected_shapes({}) is None
     assert extra_shapes({"model_type": "gpt2", "num_nextn_predict_layers": 1}) == {}
+
+
+def test_the_indexer_has_the_tensors_that_servers_load() -> None:
+    """Of DeepSeek-V3.2 and GLM-5 as vllm 0.11 and vllm-ascend name them; GLM-5.2 has it in some layers."""
+    sizes = {"q_lora_rank": 20, "index_n_heads": 3, "index_head_dim": 8, "index_topk": 64}
+    config = {"model_type": "glm_moe_dsa"} | MINIMAL | LATENT | sizes
+    shapes = expected_shapes(config)
+    assert shapes is not None
+    found = {name: shape for name, shape in shapes.items() if ".indexer." in name}
+    indexer = "model.layers.2.self_attn.indexer."
+    assert {name.removeprefix(indexer): s for name, s in found.items() if name.startswith(indexer)} == {
+        "wq_b.weight": (24, 20),
+        "wk.weight": (8, 256),
+        "k_norm.weight": (8,),
+        "k_norm.bias": (8,),
+        "weights_proj.weight": (3, 256),
+    }
+    assert len(found) == 5 * MINIMAL["num_hidden_layers"]
+    shared = expected_shapes(config | {"indexer_types": ["full", "full", "shared", "full"]})
+    assert shared is not None
+    assert set(shapes) - set(shared) == {name for name in found if name.startswith(indexer)}
+    with pytest.raises(CheckpointError, match="indexer_types is"):
+        expected_shapes(config | {"indexer_types": ["full"]})
 
 
 def test_prediction_layers_are_whole_decoder_layers_with_their_own_ends() -> None:

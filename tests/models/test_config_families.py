@@ -74,12 +74,17 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
         previous = shapes[f"model.layers.0.{group.previous}.weight"][0]
         if group.previous == "self_attn.kv_b_proj":
             previous = config.num_attention_heads * config.v_head_dim
-        inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in group.linears}
+        if group.previous == "mlp.gate_up_proj":
+            previous //= 2
+        reading = (*group.linears, *group.followers)
+        inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in reading}
         assert len(inputs) == 1
         assert inputs.pop() % previous == 0
     linears = [f"model.layers.0.{name}.weight" for group in config.groups(0) for name in group.linears]
-    floats = {f"{matrix}.weight" for matrix in config.family.float_matrices(0)}
-    assert sorted(linears) == sorted(n for n, shape in shapes.items() if len(shape) == 2 and n not in floats)
+    never = config.family.never_quantized
+    matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    quantized = [f"{name}.weight" for name in matrices if not never(name.removeprefix("model.layers.0."))]
+    assert sorted(linears) == sorted(quantized)
 
 
 def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-one-group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
     "deepseek_v3-two-mscales": ("deepseek_v3", {"rope_scaling": YARN | {"mscale_all_dim": 0.5}}),
     "deepseek_v3-plain-rope": ("deepseek_v3", {"rope_scaling": None, "attention_bias": True}),
+    "glm_moe_dsa-yarn": ("glm_moe_dsa", {"rope_scaling": YARN}),
+    "glm4-no-biases-tied": ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4_moe-air": ("glm4_moe", {"use_qk_norm": False, "routed_scaling_factor": 1.0}),
+    "glm4_moe-groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "attention_bias": False}),
+    "glm4_moe-yarn": (
+        "glm4_moe",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
+    "glm4_moe-all-channels": ("glm4_moe", {"partial_rotary_factor": 1.0, "n_shared_experts": 2}),
     "deepseek_v3-all-experts": ("deepseek_v3", {"first_k_dense_replace": 0, "layers": 3}),
 }
 
@@ -83,7 +92,7 @@ def reference(folder: Path) -> Any:
             layer.self_attn.scaling *= (0.1 * math.log(config.rope_scaling["factor"]) + 1) ** 2
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.chunk_gated_delta_rule = _delta_rule_in_float64()
-        if config.family.model_type == "deepseek_v3" and hasattr(layer.mlp, "gate"):
+        if config.family.correction_bias and hasattr(layer.mlp, "gate"):
             # Its router answers in float32, which its experts in float64 do not take.
             layer.mlp.gate.register_forward_hook(lambda _, __, chosen: (chosen[0], chosen[1].double()))
     return model

@@ -117,7 +117,7 @@ def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
         previous = cell_of(layer, group.previous).weight
         inverse = 1 / scale if previous.ndim == 1 else 1 / scale[:, None]
         previous.set_data(Tensor(previous.asnumpy() * inverse))
-        for name in (*group.linears, *group.beside):
+        for name in (*group.linears, *group.followers):
             weight = cell_of(layer, name).weight
             weight.set_data(Tensor(weight.asnumpy() * scale))
         smoothed = layer.run((hidden,), 2, places, stop=step)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
@@ -15,6 +15,7 @@ from msquant.models.config_json import read_config
 from msquant.models.network import CausalLM, Embedding
 from msquant.zoo.bundled import smollm2_folder
 from tests.fixtures import tiny_model
+from tests.fixtures.tiny_families import transformers_model
 from tests.fixtures.tiny_model import VOCABULARY_SIZE, write_tiny_llama
 from tests.models.folders import Replaced, with_config
 
@@ -73,7 +74,7 @@ def random_tokens(batch: int = 2, length: int = LENGTH) -> NDArray[np.int64]:
 
 def torch_model(folder: Path) -> Any:
     """The model of transformers with float64 products, so that the rounding compared is ours alone."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double()
+    return transformers_model(folder).double()
 
 
 def torch_logits(folder: Path, tokens: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -28,6 +28,9 @@ EXTRA_CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen2-uneven": ("qwen2", {"hidden_size": 48}),
 }
 
+# Norms behind the blocks of a layer do not let it be rotated, see test_rotated_folders.py.
+ROTATED = [case for case, (model_type, _) in (CASES | EXTRA_CASES).items() if model_type != "glm4"]
+
 
 @pytest.mark.parametrize("size", [1, 2, 7, 12, 64, 96, 128, 144, 576, 896, 1000, 7168])
 def test_the_matrix_is_orthogonal_and_spreads_every_channel(size: int) -> None:
@@ -59,7 +62,7 @@ def relative_error(expected: Any, found: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("case", CASES | EXTRA_CASES)
+@pytest.mark.parametrize("case", ROTATED)
 def test_the_rotated_float_model_equals_the_plain_one(case: str, tmp_path: Path, dtype: Any) -> None:
     model_type, settings = (CASES | EXTRA_CASES)[case]
     folder = write_tiny(tmp_path, model_type, **settings)

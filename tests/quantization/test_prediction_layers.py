@@ -28,7 +28,7 @@ from msquant.models.network import Embedding, PredictionInput
 from msquant.planning.quantization_plan import make_plan
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe, find_recipe, validate_recipe
-from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_families import transformers_model, write_tiny
 
 LAYERS = 2
 FIRST = f"model.layers.{LAYERS}"
@@ -45,10 +45,7 @@ def reference(folder: Path, tokens: np.ndarray, count: int) -> list[tuple[torch.
     The decoder layers are transformers'; what is around them is written as arXiv 2412.19437, 2.2, has it, in
     float32.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers_model(folder, attn_implementation="eager")
     stored = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
     config, ids, found = model.config, torch.from_numpy(tokens).long(), []
 
@@ -64,8 +61,12 @@ def reference(folder: Path, tokens: np.ndarray, count: int) -> list[tuple[torch.
                 [norm(embedded, f"{name}enorm.weight"), norm(hidden[:, :-1], f"{name}hnorm.weight")], -1
             )
             x = joined @ stored[f"{name}eh_proj.weight"].T
-            layer = DeepseekV3DecoderLayer(config, LAYERS - 1).eval()
-            parts = {key.removeprefix(name): value for key, value in stored.items() if key.startswith(name)}
+            layer = type(model.model.layers[0])(config, LAYERS - 1).eval()
+            parts = {
+                key.removeprefix(name): value
+                for key, value in stored.items()
+                if key.startswith(name) and ".indexer." not in key
+            }
             missing, unexpected = layer.load_state_dict(parts, strict=False)
             assert not missing
             assert {key.partition(".")[0] for key in unexpected} == {
@@ -103,10 +104,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 
-def test_both_layers_compute_what_transformers_does(source: Path) -> None:
+@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa", "glm4_moe"])
+def test_both_layers_compute_what_transformers_does(kind: str, tmp_path: Path) -> None:
     from mindspore import Tensor
 
-    dtype = use_device("cpu")
+    source, dtype = write_tiny(tmp_path / "source", kind, prediction_layers=2), use_device("cpu")
     tokens = np.random.default_rng(0).integers(0, 500, (3, 12)).astype(np.int32)
     config, weights = read_config(source), Checkpoint.open(source)
     places = positions(config, tokens.shape[1], dtype)

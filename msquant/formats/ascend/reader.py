@@ -6,6 +6,7 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear
 from msquant.errors import CheckpointError
+from msquant.families import expected_shapes, extra_shapes
 from msquant.formats.ascend.layout import (
     WORDS,
     decode_linear,
@@ -44,15 +45,18 @@ class AscendCheckpoint(FolderSource):
         """
         folder = Path(folder)
         checkpoint, description = Checkpoint.open(folder), read_description(folder)
-        for name in checkpoint.names():
-            if name.endswith(_NORM_ADDITIONS) and checkpoint.raw(name).any():
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        added = [name for name in checkpoint.names() if name.endswith(_NORM_ADDITIONS)]
+        # The indexer of sparse attention has such a norm by itself.
+        own = {**(expected_shapes(config) or {}), **extra_shapes(config)} if added else {}
+        for name in added:
+            if name not in own and checkpoint.raw(name).any():
                 raise CheckpointError(
                     f"{name} is there: norms with a bias, which msModelSlim's outlier suppression makes, are "
                     "not computed",
                     where=checkpoint.shard_path(name),
                     remedy="quantize again with a method that leaves norms without a bias",
                 )
-        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         dtype = model_dtype(config)
         return cls(checkpoint, description, dtype if dtype in MODEL_DTYPES else None)
 

@@ -26,7 +26,7 @@ class CpuMLP:
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str) -> None:
         names = config.family.names
-        linears = (read_linear(config, source, f"{name}.{part}") for part in (names.gate, names.up))
+        linears = (read_linear(config, source, f"{name}.{part}") for part in names.feed_forward_inputs)
         self._gate_up = linear_layer(*linears)
         self._down = linear_layer(read_linear(config, source, f"{name}.{names.down}"))
 
@@ -101,13 +101,20 @@ class CpuDecoderLayer:
         else:
             self._mixer = CpuLatentAttention(config, config.latent, source, mixer)
         self._norm = CpuRMSNorm.read(config, source, f"{name}.{names.feed_forward_norm}")
+        self._output_norms = [
+            None if norm is None else CpuRMSNorm.read(config, source, f"{name}.{norm}")
+            for norm in (names.attention_output_norm, names.feed_forward_output_norm)
+        ]
         block = CpuMoE if config.has_experts(index) else CpuMLP
         self._mlp = block(config, source, f"{name}.{names.feed_forward}")
 
     def __call__(self, hidden: Array, places: Places, caches: Sequence[Any]) -> Array:
         """`[T, H]` to the same."""
-        hidden = hidden + self._mixer(self._input_norm(hidden), places, caches)
-        hidden += self._mlp(self._norm(hidden))
+        mixer_norm, mlp_norm = self._output_norms
+        output = self._mixer(self._input_norm(hidden), places, caches)
+        hidden = hidden + (output if mixer_norm is None else mixer_norm(output))
+        output = self._mlp(self._norm(hidden))
+        hidden += output if mlp_norm is None else mlp_norm(output)
         return hidden
 
 
