@@ -15,6 +15,7 @@ NAMES = (
     "scales",
     "four_bits",
     "kv_cache",
+    "families",
     "calibration",
     "coverage",
     "sources",

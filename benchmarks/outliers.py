@@ -1,13 +1,15 @@
-"""Outlier channels for a trained DeepSeek-V3, Qwen3 or Qwen3-MoE on torch, without changing its function.
+"""Outlier channels for a trained DeepSeek-V3 or Qwen3 of any kind on torch, without changing its function.
 
 Where a tensor's channel reaches others through nothing but their own columns for it, the channel is scaled up
 and these columns are scaled down by the same factor:
 
-- `attention`: `input_layernorm` and what reads it: `q_a_proj` and `kv_a_proj_with_mqa`, or q, k and v.
+- `attention`: `input_layernorm` and what reads it: `q_a_proj` and `kv_a_proj_with_mqa`, or q, k and v, or
+  both projections of the gated delta rule.
 - `feed_forward`: `post_attention_layernorm` and the gate and up projections of the dense layer, or of all
-  experts and the router.
+  experts, the router and the gate of a shared expert.
 - `inner`: `q_a_layernorm` and `q_b_proj`; `kv_a_layernorm` and `kv_b_proj`; the value rows of `kv_b_proj`
-  or the rows of `v_proj`, and `o_proj`; the rows of every `up_proj` and its `down_proj`.
+  or the rows of `v_proj`, and `o_proj`; the norm behind the delta rule and `out_proj`; the rows of every
+  `up_proj` and its `down_proj`.
 
 These are where large models have them.
 """
@@ -51,21 +53,26 @@ def add_outliers(model: Any, outliers: Outliers) -> None:
                 spread = torch.rand(count, generator=generator)
                 factors = torch.ones(len(rows))
                 factors[chosen] = outliers.least * (largest / outliers.least) ** spread
+                # Qwen3-Next's norms multiply by 1 plus their weight, but for the one within a block.
+                centred = (
+                    rows is layer.input_layernorm.weight or rows is layer.post_attention_layernorm.weight
+                )
+                offset = 1.0 if centred and model.config.model_type == "qwen3_next" else 0.0
+                rows += offset
                 rows *= factors if rows.ndim == 1 else factors[:, None]
+                rows -= offset
                 for weight in readers:
                     weight /= factors
 
 
 def _places(layer: Any, config: Any, outliers: Outliers) -> Iterator[tuple[Any, Sequence[Any], float]]:
     """What is scaled up (a view of a norm `[C]` or of rows `[C, K]`), who reads it `[N, C]`, by how much."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn, layer.mlp
     experts = [*mlp.experts] if hasattr(mlp, "experts") else [mlp]
-    experts += [mlp.shared_experts] if hasattr(mlp, "shared_experts") else []
+    experts += [getattr(mlp, name) for name in ("shared_experts", "shared_expert") if hasattr(mlp, name)]
     inputs = [projection.weight for expert in experts for projection in (expert.gate_proj, expert.up_proj)]
-    if hasattr(mlp, "gate"):
-        inputs.append(mlp.gate.weight)
-    latent = hasattr(attention, "q_a_proj")
-    names = ("q_a_proj", "kv_a_proj_with_mqa") if latent else ("q_proj", "k_proj", "v_proj")
+    inputs += [getattr(mlp, name).weight for name in ("gate", "shared_expert_gate") if hasattr(mlp, name)]
+    names = next(names for names in _READERS if hasattr(attention, names[0]))
     readers = [attention.get_submodule(name).weight for name in names]
     yield layer.input_layernorm.weight, readers, outliers.attention
     yield layer.post_attention_layernorm.weight, inputs, outliers.feed_forward
@@ -74,8 +81,19 @@ def _places(layer: Any, config: Any, outliers: Outliers) -> Iterator[tuple[Any, 
         yield expert.up_proj.weight, [expert.down_proj.weight], outliers.inner
 
 
+# Of the layer's input, in latent attention, with the gated delta rule, and in other attention.
+_READERS = (
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("q_proj", "k_proj", "v_proj"),
+)
+
+
 def _attention_places(attention: Any, config: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Within attention: for latent attention its norms, and the values' rows with o_proj's columns."""
+    if hasattr(attention, "out_proj"):
+        yield attention.norm.weight, attention.out_proj.weight.split(len(attention.norm.weight), dim=1)
+        return
     heads, output = config.num_attention_heads, attention.o_proj.weight
     if not hasattr(attention, "q_a_proj"):
         size, shared = attention.head_dim, heads // config.num_key_value_heads

@@ -462,8 +462,77 @@ def test_other_quantized_sources_are_refused(sources: Callable[[str], Path], tmp
     (source / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
     )
-    with pytest.raises(ModelError, match="mxfp4"):
+    with pytest.raises(ModelError, match=r"says mxfp4, and no tensor \*_blocks with its \*_scales"):
         quantize(source, tmp_path / "again")
+
+
+def write_mxfp4(source: Path, folder: Path, *, decoded: bool, **changes: Any) -> Path:
+    """gpt-oss with random experts as it is published, or with what transformers dequantizes of them."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    generator, tensors = torch.Generator().manual_seed(3), stored(source)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(
+            0, 256, (count, rows, columns // 32, 16), generator=generator, dtype=torch.uint8
+        )
+        scales = torch.randint(115, 130, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        packed = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors |= {name: convert_moe_packed_tensors(blocks, scales)} if decoded else packed
+    tensors |= changes
+    save_file(
+        {n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors", {"format": "pt"}
+    )
+    if not decoded:
+        config = json.loads((source / "config.json").read_text())
+        section = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return folder
+
+
+def test_experts_in_mxfp4_are_what_transformers_makes_of_them(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import torch
+
+    packed = write_mxfp4(sources("gpt_oss"), tmp_path / "packed", decoded=False)
+    plain = write_mxfp4(sources("gpt_oss"), tmp_path / "plain", decoded=True)
+    for name, source in {"a": packed, "b": plain}.items():
+        result = quantize(source, tmp_path / name, "compressed-tensors")
+        assert "experts that lie in one tensor" in " ".join(result.notes)
+    ours, theirs = stored(tmp_path / "a"), stored(tmp_path / "b")
+    assert sorted(ours) == sorted(theirs)
+    assert any("experts.3.up_proj" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert "quantization_config" in json.loads((tmp_path / "a" / "config.json").read_text())
+    assert not msquant.inspect(tmp_path / "a").findings
+    plan = msquant.plan(find_recipe(str(packed)).adjusted(calibration="none"))
+    assert any(kind.pattern.endswith("experts.*.up_proj") for kind in plan.kinds)
+
+
+def test_damaged_mxfp4_is_named(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+
+    scales = "model.layers.1.mlp.experts.down_proj_scales"
+    missing = write_mxfp4(sources("gpt_oss"), tmp_path / "missing", decoded=False, **{scales: None})
+    with pytest.raises(ModelError, match=r"down_proj_blocks is U8 .* and .*down_proj_scales is missing"):
+        quantize(missing, tmp_path / "out")
+    wrong = {scales: torch.full((4, 64, 2), 255, dtype=torch.uint8)}
+    nan = write_mxfp4(sources("gpt_oss"), tmp_path / "nan", decoded=False, **wrong)
+    with pytest.raises(
+        CheckpointError, match=r"down_proj_scales holds NaN, .* at expert 0, output 0, input 0"
+    ):
+        quantize(nan, tmp_path / "out")
+    recipe = find_recipe(str(tmp_path / "nan")).adjusted(calibration="none")
+    kept = recipe.replace("model_free", keep_float=["experts", "embed", "lm_head"])
+    with pytest.raises(ModelError, match="down_proj_blocks is in MXFP4, and would stay so"):
+        quantize_model_free(kept, tmp_path / "out", remember=False)
 
 
 def test_square_experts_of_an_unknown_model_are_asked_about(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ PARAMETERS = {
     "qwen3-32b": 32_762_123_264,
     "qwen3-8b": 8_190_735_360,
     "qwq-32b": 32_763_876_352,
+    "qwen3-next-80b-a3b-instruct": 79_674_391_296,
 }
 LARGE = [name for name in PARAMETERS if re.match("deepseek-(r1|v3)(?!-distill|.2)", name)]
 
@@ -125,7 +126,14 @@ def shapes_in_transformers(config: dict[str, Any]) -> Shapes:
 def compared_layers(config: dict[str, Any]) -> int:
     """How many layers show every kind: a mixture of experts has two, and many modules in each."""
     experts = "num_experts" in config or "n_routed_experts" in config
-    return config.get("first_k_dense_replace", 0) + 1 if experts else config["num_hidden_layers"]
+    if experts:
+        return config.get("first_k_dense_replace", 0) + period_of(config)
+    return config["num_hidden_layers"]
+
+
+def period_of(config: dict[str, Any]) -> int:
+    """After how many layers they are the same again."""
+    return config.get("full_attention_interval", 1)
 
 
 def fp8_matrices(shapes: Shapes) -> Shapes:
@@ -183,9 +191,9 @@ def test_transformers_has_the_same_names_and_shapes(name: str) -> None:
 def test_the_layers_that_were_not_compared_repeat_the_last_that_was(name: str) -> None:
     config = config_of(name)
     shapes = shapes_of(config)
-    layers, last = by_layer(shapes), compared_layers(config) - 1
+    layers, last, period = by_layer(shapes), compared_layers(config) - 1, period_of(config)
     assert list(layers) == list(range(config["num_hidden_layers"]))
-    assert all(layer == layers[last] for index, layer in layers.items() if index > last)
+    assert all(layer == layers[index - period] for index, layer in layers.items() if index > last)
     outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     outside -= {"lm_head.weight"} if config["tie_word_embeddings"] else set()
     assert len(shapes) == sum(map(len, layers.values())) + len(outside)

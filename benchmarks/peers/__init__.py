@@ -21,11 +21,12 @@ from benchmarks.peers.table import write_table
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
 from benchmarks.tiny_deepseek import trained_model
-from benchmarks.tiny_qwen import trained_qwen3, trained_qwen3_moe
+from benchmarks.tiny_qwen import trained_qwen3, trained_qwen3_moe, trained_qwen3_next
 
 MODELS: dict[str, Callable[[], Path]] = {
     "tiny-qwen3": trained_qwen3,
     "tiny-qwen3-moe": trained_qwen3_moe,
+    "tiny-qwen3-next": trained_qwen3_next,
     "tiny-deepseek-v3": trained_model,
     "smollm2-135m": float_folder,
 }

@@ -65,6 +65,7 @@ FOUR_BIT_SCHEMES = ("W4A16_G64_ASYM", "W4A16_G128", "W4A16_CHANNEL", "W4A8_DYNAM
 SCHEMES = {
     "tiny-qwen3": ("static", "dynamic", *FOUR_BIT_SCHEMES),
     "tiny-qwen3-moe": ("mixed", "dynamic"),
+    "tiny-qwen3-next": ("dynamic",),
     "tiny-deepseek-v3": ("mixed", "dynamic"),
     "smollm2-135m": ("static", "dynamic", *FOUR_BIT_SCHEMES),
 }

@@ -1,7 +1,7 @@
 """Run by llm-compressor's own Python, not msquant's: `MODEL TOKENS.npy OUTPUT static|dynamic|mixed`.
 
-SmoothQuant at 0.5 with llm-compressor's own mappings, then W8A8 of every linear but the head and the router,
-as its examples have it. `mixed` is static in attention and per token in the feed-forward blocks.
+SmoothQuant at 0.5 with llm-compressor's own mappings, then W8A8 of every linear but the head, the router and
+gates, as its examples have it. `mixed` is static in attention and per token in the feed-forward blocks.
 """
 
 import sys
@@ -27,9 +27,10 @@ def main() -> None:
         scheme, {"static": ["re:.*self_attn.*"], "dynamic": ["re:.*mlp.*"]}
     )
     groups = {f"group_{i}": _group(*item) for i, item in enumerate(targets.items())}
+    ignore = ["lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$", "re:.*in_proj_ba$"]
     recipe = [
         SmoothQuantModifier(smoothing_strength=0.5),
-        QuantizationModifier(config_groups=groups, ignore=["lm_head", "re:.*mlp.gate$"]),
+        QuantizationModifier(config_groups=groups, ignore=ignore),
     ]
     oneshot(
         model=model,

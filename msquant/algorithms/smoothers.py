@@ -35,6 +35,8 @@ class GroupCells:
         step: the decoder layer's step that holds its linears.
         prev_layer: the cell that the inverse of the smooth scale is folded into.
         curr_layer: the linears that share the scale.
+        followers: cells with a matrix in floating point that reads the same.
+        shared: whether all heads share what `prev_layer` multiplies by, and so the scale.
         smooth_scale: set by golden-stick.
     """
 
@@ -42,6 +44,8 @@ class GroupCells:
     step: int
     prev_layer: Any
     curr_layer: list[Any]
+    followers: Sequence[Any] = ()
+    shared: bool = False
     smooth_scale: Any = None
 
 
@@ -70,16 +74,27 @@ class HostSmoother:
 
     def _get_weight_stats(self, layer_info: GroupCells, heads: int, key_value_heads: int) -> Tensor:
         """The greatest magnitude of each column of a group, over the query heads of one key-value head."""
+        # golden-stick knows by the name of the linear alone that heads share a scale.
+        self.is_gqa_wo_layer = self.is_gqa_wo_layer or layer_info.shared
         columns = [column_maxima(cell.layer.weight.asnumpy()) for cell in layer_info.curr_layer]
         highest = np.maximum.reduce(columns)
         if self.is_gqa_wo_layer:
             highest = highest.reshape(key_value_heads, heads // key_value_heads, -1).max(axis=1).reshape(-1)
         return Tensor(highest)
 
+    def _apply_smooth_scale(self, layer_info: GroupCells, smooth_scale: Tensor, *heads: int) -> None:
+        self.is_gqa_wo_layer = self.is_gqa_wo_layer or layer_info.shared
+        super()._apply_smooth_scale(layer_info, smooth_scale, *heads)  # type: ignore[misc]
+        for cell in layer_info.followers:
+            _scale_columns(cell, smooth_scale)
+
     def _apply_smooth_scale_to_curr_layer(self, layer: Any, smooth_scale: Tensor) -> None:
-        # On the host: an operator's output stays MindSpore's own when the weight is long gone.
-        weight = layer.layer.weight
-        weight.set_data(Tensor.from_numpy(weight.asnumpy() * smooth_scale.asnumpy()))
+        _scale_columns(layer.layer, smooth_scale)
+
+
+def _scale_columns(cell: Any, smooth_scale: Tensor) -> None:
+    # On the host: an operator's output stays MindSpore's own when the weight is long gone.
+    cell.weight.set_data(Tensor.from_numpy(cell.weight.asnumpy() * smooth_scale.asnumpy()))
 
 
 class FastOSLSmoother(GroupReporter, HostSmoother, OSLSmoother):  # type: ignore[misc]

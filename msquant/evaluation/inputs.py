@@ -14,6 +14,7 @@ from msquant.models.rotation import Rotation
 _ALIKE = (
     *("family", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "latent", "experts"),
+    "delta",
 )
 
 

@@ -9,6 +9,7 @@ from msquant.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from msquant.families.glm import GLM4, GLM4_MOE
 from msquant.families.llama import LLAMA, MISTRAL
 from msquant.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from msquant.families.qwen3_next import QWEN3_NEXT
 from msquant.families.row_orders import RopeRows
 from msquant.families.sparse import DEEPSEEK_V32, GLM_MOE_DSA
 
@@ -27,6 +28,7 @@ for _family in (
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V32,

@@ -5,7 +5,7 @@ differs by names or options is an instance of it, and one that differs in its st
 """
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,40 @@ class ExpertSizes:
     scaling_factor: PositiveFloat = 1.0
 
 
+@checked_dataclass(frozen=True, config=_STRICT)
+class DeltaSizes:
+    """The sizes of gated delta rule attention (Gated DeltaNet, arXiv 2412.06464).
+
+    Attributes:
+        key_heads: heads of queries and keys; each serves `value_heads / key_heads` heads of values.
+        value_heads: heads of values, each with a state `[key_dim, value_dim]` of its own.
+        key_dim: channels of a head's queries and keys.
+        value_dim: channels of a head's values.
+        kernel: tokens that the short convolution in front sees, the one at hand included.
+    """
+
+    key_heads: PositiveInt
+    value_heads: PositiveInt
+    key_dim: PositiveInt
+    value_dim: PositiveInt
+    kernel: PositiveInt
+
+    @property
+    def repeat(self) -> int:
+        """Heads of values that share a head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def keys(self) -> int:
+        """Channels of all queries, and of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values, and of the gates of their outputs."""
+        return self.value_heads * self.value_dim
+
+
 @dataclass(frozen=True)
 class Names:
     """What a family calls the parts of its decoder in a checkpoint; by default as Llama and DeepSeek do.
@@ -121,6 +155,15 @@ class Names:
     correction_bias: str = "e_score_correction_bias"
     experts: str = "experts"
     shared_experts: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
+    delta: str = "linear_attn"
+    delta_inputs: str = "in_proj_qkvz"
+    delta_gates: str = "in_proj_ba"
+    delta_convolution: str = "conv1d"
+    delta_decay: str = "A_log"
+    delta_step: str = "dt_bias"
+    delta_norm: str = "norm"
+    delta_output: str = "out_proj"
     prediction_embedding: str = "embed_tokens"
     prediction_embedding_norm: str = "enorm"
     prediction_hidden_norm: str = "hnorm"
@@ -176,12 +219,15 @@ class SmoothGroup:
             `qk_nope_head_dim` rows of keys, then `v_head_dim` rows of values. For the one that is gate and up
             it is folded into the second half of the rows, those of up.
         followers: further linears that read the same and stay in floating point, but take the scale.
+        heads: so many heads share `previous`, a norm of one head's channels, and so the scale; None where
+            nothing is shared but by the key-value heads of attention.
     """
 
     name: str
     linears: tuple[str, ...]
     previous: str
     followers: tuple[str, ...] = ()
+    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +264,11 @@ class Family:
         router: how a token's scores for the experts are made of the router's logits; None without experts.
         correction_bias: whether experts are chosen by their scores plus a stored bias.
         expert_count: the entry of `config.json` that counts the routed experts of a layer; None without.
+        shared_gate: whether a gate of its own weighs the shared expert's output of each token.
+        prediction_block: what holds all multi-token-prediction layers, where they are not named like decoder
+            layers; they are then carried through as they are.
+        output_gate: whether queries come with a gate of the attention's output: each head has `head_dim`
+            rows of queries, then `head_dim` rows of the gate.
         windowed: whether its config class knows attention that does not see all earlier tokens.
         defaults: what transformers 4.57.1 takes for an entry of `config.json` that is left out, where it is
             not derived from the others.
@@ -245,6 +296,9 @@ class Family:
     router: Literal["softmax", "sigmoid"] | None = None
     correction_bias: bool = False
     expert_count: str | None = None
+    shared_gate: bool = False
+    output_gate: bool = False
+    prediction_block: str | None = None
     windowed: bool = False
     defaults: Config = field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
@@ -259,6 +313,10 @@ class Family:
         """The name of decoder layer `index` in a checkpoint."""
         return self.names.layer(index)
 
+    def prediction_name(self, index: int) -> str:
+        """What holds multi-token-prediction layer `index`, counted on behind the decoder layers."""
+        return self.prediction_block or self.layer_name(index)
+
     def router_name(self, index: int) -> str:
         """The name of the router of decoder layer `index`, whether the layer has one or not."""
         return f"{self.layer_name(index)}.{self.names.feed_forward}.{self.names.router}"
@@ -271,6 +329,18 @@ class Family:
         values, output = names.within_attention(names.values, names.output)
         inputs = names.within_attention(names.queries, names.keys, names.values)
         return SmoothGroup("qkv", inputs, names.input_norm), SmoothGroup("o", (output,), values)
+
+    def mixer(self, config: Config, index: int) -> str:
+        """The name within decoder layer `index` of the block that mixes tokens: attention, or another."""
+        return self.names.attention
+
+    def mixers_as(self, config: Config, layers: Sequence[int]) -> dict[str, Any]:
+        """The entries of a `config.json` whose layers mix tokens as these layers of `config` do, in order."""
+        return {}
+
+    def mixer_groups(self, config: Config, index: int) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of the block that mixes tokens in a layer, in the order of computation."""
+        return self.attention_groups(config)
 
     @property
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
@@ -294,7 +364,7 @@ class Family:
         """
         names, (block, _, part) = self.names, linear.partition(".")
         if block == names.feed_forward:
-            reads = part.rpartition(".")[2] in (*names.feed_forward_inputs, names.router)
+            reads = part.rpartition(".")[2] in (*names.feed_forward_inputs, names.router, names.shared_gate)
             return names.feed_forward_norm if reads else None
         reading = (
             (*group.linears, *group.followers)
@@ -323,9 +393,14 @@ class Family:
         return None
 
     @property
-    def value_rows(self) -> str:
-        """The linear within a layer whose rows make the values; with latent attention, see `SmoothGroup`."""
+    def value_rows(self) -> str | None:
+        """The linear within a layer whose rows make the values; with latent attention, see `SmoothGroup`.
+
+        None where the values of a head cannot be rotated, because a gate weighs each of their channels.
+        """
         names = self.names
+        if self.output_gate:
+            return None
         return f"{names.attention}.{names.latent_up if self.attention == 'latent' else names.values}"
 
     @property
@@ -341,6 +416,10 @@ class Family:
     def value_columns(self) -> str:
         """The linear within a layer whose columns read the heads' values."""
         return f"{self.names.attention}.{self.names.output}"
+
+    def norm_offset(self, norm: str) -> float:
+        """What is added to a norm's stored weight before it is multiplied by; by the norm's full name."""
+        return 0.0
 
     # What is stored.
 
@@ -409,20 +488,29 @@ class Family:
             f"{layer}.{names.feed_forward_norm}.weight": (hidden,),
             **{f"{layer}.{norm}.weight": (hidden,) for norm in names.output_norms},
         }
-        for linear in self.attention_linears(config, hidden):
-            shapes |= _stored(f"{layer}.{names.attention}", linear)
-        for norm, size in self.attention_norms(config, hidden):
-            shapes[f"{layer}.{names.attention}.{norm}.weight"] = (size,)
+        shapes |= self.mixer_shapes(config, index, hidden)
         if self.expert_count is None or not self.has_experts(config, index):
             return shapes | self._feed_forward(config, block, hidden, positive(config, "intermediate_size"))
         inner, count = positive(config, "moe_intermediate_size"), positive(config, self.expert_count)
         shapes[f"{block}.{names.router}.weight"] = (count, hidden)
         if self.correction_bias:
             shapes[f"{block}.{names.router}.{names.correction_bias}"] = (count,)
-        if shared := self.shared_experts(config):
-            shapes |= self._feed_forward(config, f"{block}.{names.shared_experts}", hidden, inner * shared)
+        if shared := self.shared_size(config):
+            shapes |= self._feed_forward(config, f"{block}.{names.shared_experts}", hidden, shared)
+        if self.shared_gate:
+            shapes[f"{block}.{names.shared_gate}.weight"] = (1, hidden)
         for expert in range(count):
             shapes |= self._feed_forward(config, f"{block}.{names.experts}.{expert}", hidden, inner)
+        return shapes
+
+    def mixer_shapes(self, config: Config, index: int, hidden: int) -> Shapes:
+        """Shapes of the tensors of the block that mixes tokens in a layer, by full name."""
+        block = f"{self.layer_name(index)}.{self.names.attention}"
+        shapes: Shapes = {}
+        for linear in self.attention_linears(config, hidden):
+            shapes |= _stored(block, linear)
+        for norm, size in self.attention_norms(config, hidden):
+            shapes[f"{block}.{norm}.weight"] = (size,)
         return shapes
 
     def attention_linears(self, config: Config, hidden: int) -> Iterator[LinearShape]:
@@ -432,7 +520,7 @@ class Family:
         head_size = positive(config, "head_dim", hidden // heads)
         asked = bool(config.get("attention_bias"))
         inputs, output = (asked if always is None else always for always in self.attention_biases)
-        yield self.names.queries, heads * head_size, hidden, inputs
+        yield self.names.queries, heads * head_size * (2 if self.output_gate else 1), hidden, inputs
         yield self.names.keys, kv_heads * head_size, hidden, inputs
         yield self.names.values, kv_heads * head_size, hidden, inputs
         yield self.names.output, hidden, heads * head_size, output
@@ -456,6 +544,10 @@ class Family:
         """How many experts of a layer compute every token."""
         return 0
 
+    def shared_size(self, config: Config) -> int:
+        """The intermediate size of the one block that all shared experts are stored as; 0 without."""
+        return positive(config, "moe_intermediate_size") * self.shared_experts(config)
+
     def _feed_forward(self, config: Config, block: str, hidden: int, inner: int) -> Shapes:
         names, bias = self.names, self.feed_forward_biases and bool(config.get("mlp_bias"))
         rows = inner if names.gate_up is None else 2 * inner
@@ -468,6 +560,10 @@ class Family:
 
     def latent_sizes(self, config: Any) -> LatentSizes | None:
         """The sizes of latent attention of a config object of transformers; None without it."""
+        return None
+
+    def delta_sizes(self, config: Any) -> DeltaSizes | None:
+        """The sizes of gated delta rule attention of a config object of transformers; None without."""
         return None
 
     def expert_sizes(self, config: Any) -> ExpertSizes | None:

@@ -2,18 +2,20 @@
 
 Read in transformers 4.57.1: gpt_oss, llama4 and qwen3_vl_moe multiply from the left, `x @ gate_up_proj`,
 so an expert is `[K, N]`; what transformers 5 fuses (Qwen3.5 and whatever it converts) goes through
-`F.linear`, so an expert is `[N, K]`. gate and up are one behind the other, and in gpt_oss they alternate.
+`F.linear`, so an expert is `[N, K]`, and so it is in MXFP4, which gpt-oss is published in. gate and up are
+one behind the other, and in gpt_oss they alternate.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from msquant.checkpoint.mxfp4 import BLOCKS_SUFFIX, decoded_shape
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.errors import ModelError
 from msquant.families.base import Config
 
-_FUSED = re.compile(r"^(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
+_FUSED = re.compile(r"^(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight|_blocks)?$")
 _INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 _ALTERNATING = ("gpt_oss",)
 _DOWN = "down_proj"
@@ -52,8 +54,18 @@ def known_layout(config: Config) -> ExpertLayout:
 
 
 def is_fused(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor holds the same matrix of all experts of a layer."""
-    return len(shape) == 3 and _FUSED.match(name) is not None
+    """Whether a tensor holds the same matrix of all experts of a layer, in MXFP4 or not."""
+    return len(shape) == (4 if is_packed(name) else 3) and _FUSED.match(name) is not None
+
+
+def is_packed(name: str) -> bool:
+    """Whether a tensor holds the codes of a matrix of all experts in MXFP4, by its name."""
+    return name.endswith(BLOCKS_SUFFIX) and _FUSED.match(name) is not None
+
+
+def fused_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape `[E, ...]` of what a tensor that `is_fused` stands for."""
+    return decoded_shape(shape) if is_packed(name) else shape
 
 
 def experts_of(name: str) -> str:
@@ -65,7 +77,11 @@ def experts_of(name: str) -> str:
 
 def bias_of(name: str) -> str:
     """The name that the biases beside such a tensor have, `[E, outputs]`."""
-    return f"{name.removesuffix('.weight')}_bias"
+    return f"{_without_end(name)}_bias"
+
+
+def _without_end(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(BLOCKS_SUFFIX)
 
 
 def is_transposed(name: str, shape: tuple[int, ...], hidden: object) -> bool | None:
@@ -73,17 +89,19 @@ def is_transposed(name: str, shape: tuple[int, ...], hidden: object) -> bool | N
 
     Args:
         name: of a tensor that `is_fused`.
-        shape: of it.
+        shape: its `fused_shape`.
         hidden: `hidden_size`.
 
     Returns:
         None where both of its sizes are that one, or neither.
     """
+    if is_packed(name):
+        return False
     first, second = (bool(size == hidden) for size in shape[1:])
     if first == second:
         return None
     # The residual stream is what `down_proj` makes, and what all others read.
-    return second if name.removesuffix(".weight").endswith(_DOWN) else first
+    return second if _without_end(name).endswith(_DOWN) else first
 
 
 def split_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> dict[str, StoredMatrix]:
@@ -91,7 +109,7 @@ def split_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> di
 
     Args:
         name: of a tensor that `is_fused`.
-        shape: of it.
+        shape: its `fused_shape`.
         layout: of its experts; `transposed` is known.
 
     Returns:
@@ -122,6 +140,7 @@ def split_experts(name: str, shape: tuple[int, ...], layout: ExpertLayout) -> di
             first=place * (1 if layout.alternating else each),
             step=step,
             transposed=bool(layout.transposed),
+            packed=is_packed(name),
         )
         for expert in range(count)
         for place, single in enumerate(names)

@@ -70,10 +70,7 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
 
     table = f"{config.family.names.embedding}.weight"
     widened = 1 if onednn.load_int8() else 4
-    first_extra = config.num_hidden_layers
-    skipped = tuple(
-        f"{config.family.layer_name(first_extra + i)}." for i in range(config.num_nextn_predict_layers)
-    )
+    skipped = tuple(f"{config.family.prediction_name(index)}." for index in config.prediction_indices)
     names = [
         name
         for name in checkpoint.names()

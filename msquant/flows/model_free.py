@@ -224,7 +224,7 @@ def _working_bytes(model: ModelFreeSource, module: str) -> int:
     matrix = model.linears[module].matrix
     rows, columns = matrix.shape
     whole = 0
-    if matrix.transposed:
+    if matrix.transposed or matrix.packed:
         spec = model.specs[matrix.tensor]
         whole = spec.row_bytes
     return 2 * rows * columns + whole

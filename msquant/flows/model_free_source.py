@@ -13,6 +13,7 @@ from msquant.checkpoint.config_limits import check_numbers
 from msquant.checkpoint.float_rows import FLOAT_DTYPES
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.json_file import read_json
+from msquant.checkpoint.mxfp4 import BLOCK_BYTES, BLOCKS_SUFFIX, METHOD, SCALES_SUFFIX, scales_of
 from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.checkpoint.tensor_spec import TensorSpec
@@ -22,7 +23,9 @@ from msquant.families.fused_experts import (
     ExpertLayout,
     bias_of,
     experts_of,
+    fused_shape,
     is_fused,
+    is_packed,
     is_transposed,
     known_layout,
     language_config,
@@ -123,7 +126,7 @@ class ModelFreeSource:
         biases = {linear.bias for linear in self.linears.values()}
         by_tensor: dict[str, list[Piece]] = {}
         for module, linear in self.linears.items():
-            tensors = (linear.matrix.tensor, *([linear.bias] if linear.bias else []))
+            tensors = (*linear.matrix.tensors, *([linear.bias] if linear.bias else []))
             by_tensor.setdefault(linear.matrix.tensor, []).append(Piece(module, tensors))
         shard, size = None, 0
         for name, place in self.places.items():
@@ -199,7 +202,7 @@ def open_model_free(
     found = sort_tensors(recipe, model, config, specs, checkpoint.weight_map, path)
     matrices = {linear.matrix.tensor for linear in found.linears.values()}
     for name, spec in found.specs.items():
-        if spec.dtype in FLOAT_DTYPES or name in matrices:
+        if spec.dtype in FLOAT_DTYPES or (name in matrices and not is_packed(name)):
             checkpoint.expect_weight(name, spec.shape)
     return replace(found, folder=folder, checkpoint=checkpoint)
 
@@ -229,7 +232,8 @@ def sort_tensors(
     """
     check_numbers(config, where)
     for section in (config, language_config(config)):
-        fp8_block_size(section, where)
+        if not _is_mxfp4(section):
+            fp8_block_size(section, where)
     if config.get("model_type") in _TRANSPOSED_MODELS:
         raise ModelError(
             f"model_type {config['model_type']!r} stores linear layers as [inputs, outputs] (Conv1D), which "
@@ -237,10 +241,13 @@ def sort_tensors(
             where=where,
             remedy="use a model whose linear layers are [outputs, inputs], as all newer ones are",
         )
+    packed = _packed(config, specs, where)
+    scales = set(packed.values())
     own = {
         tensor: spec
         for tensor, spec in specs.items()
         if not (tensor.endswith(SCALE_SUFFIX) and tensor.removesuffix(SCALE_SUFFIX) in specs)
+        and tensor not in scales
         and (recipe.keeps_predictions or not is_prediction(tensor, config))
     }
     layouts = _expert_layouts(own, config, recipe.model_free, where)
@@ -250,6 +257,12 @@ def sort_tensors(
         reason = _why_float(spec, config, recipe)
         if reason is None:
             reason = _add_linears(linears, spec, own, recipe, layouts)
+        if reason is not None and tensor in packed:
+            raise ModelError(
+                f"{tensor} is in MXFP4, and would stay so ({reason}), which no format here holds",
+                where=where,
+                remedy="leave the experts out of keep_float, and give them another scheme than FLOAT",
+            )
         if reason is not None:
             kept[tensor] = reason
     for linear in linears.values():
@@ -264,6 +277,41 @@ def sort_tensors(
     order = {tensor: places[tensor] for tensor in own}
     notes = tuple(_notes(config, layouts))
     return ModelFreeSource(name, config, own, linears, kept, order, notes=notes)
+
+
+def _is_mxfp4(section: Mapping[str, Any]) -> bool:
+    """Whether a `config.json`, or a section of it, says that experts are in MXFP4."""
+    found = section.get("quantization_config")
+    return isinstance(found, Mapping) and found.get("quant_method") == METHOD
+
+
+def _packed(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: Path | str) -> dict[str, str]:
+    """The scales of each tensor that holds experts' codes in MXFP4, by name.
+
+    Raises:
+        ModelError: codes have no scales, or are in no shape of experts; or none are there, though
+            `config.json` says so.
+    """
+    packed = {name: scales_of(name) for name in specs if is_packed(name)}
+    for name, scales in packed.items():
+        shape, spec = specs[name].shape, specs.get(scales)
+        found = "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+        fits = spec is not None and (spec.dtype, spec.shape) == ("U8", shape[:-1])
+        if specs[name].dtype != "U8" or not is_fused(name, shape) or shape[-1] != BLOCK_BYTES or not fits:
+            raise ModelError(
+                f"{name} is {specs[name].dtype} {list(shape)} and {scales} is {found}: in MXFP4 they are U8 "
+                f"[experts, outputs, blocks, {BLOCK_BYTES}] and U8 [experts, outputs, blocks]",
+                where=where,
+                remedy="copy or download the model again; or start from it in bfloat16",
+            )
+    if _is_mxfp4(config) and not packed:
+        raise ModelError(
+            f"quantization_config says {METHOD}, and no tensor *{BLOCKS_SUFFIX} with its *{SCALES_SUFFIX} is "
+            "here",
+            where=where,
+            remedy="take quantization_config out of config.json if the weights are bfloat16",
+        )
+    return packed
 
 
 def published_model_free(recipe: Recipe) -> ModelFreeSource | None:
@@ -354,7 +402,8 @@ def _carried(source: ModelFreeSource, dtype: str) -> dict[str, str]:
 def _why_float(spec: TensorSpec, config: Mapping[str, Any], recipe: Recipe) -> str | None:
     """Why a tensor is no linear layer, or is one that stays in floating point; None for another."""
     fused = is_fused(spec.name, spec.shape)
-    if spec.dtype not in FLOAT_DTYPES and not spec.name.endswith(".weight"):
+    packed = fused and is_packed(spec.name)
+    if spec.dtype not in FLOAT_DTYPES and not spec.name.endswith(".weight") and not packed:
         return f"stored as {spec.dtype}"
     if len(spec.shape) != 2 and not fused:
         return "no matrix"
@@ -379,7 +428,8 @@ def _add_linears(
     """Add the linear layers in a tensor, or say why it stays as it is."""
     fused = is_fused(spec.name, spec.shape)
     if fused:
-        found = split_experts(spec.name, spec.shape, layouts[experts_of(spec.name)])
+        shape = fused_shape(spec.name, spec.shape)
+        found = split_experts(spec.name, shape, layouts[experts_of(spec.name)])
         bias = bias_of(spec.name)
     else:
         module = spec.name.removesuffix(".weight")
@@ -387,7 +437,7 @@ def _add_linears(
         bias = f"{module}.bias"
     outputs: tuple[int, ...] = spec.shape[:1]
     if fused:
-        outputs = (spec.shape[0], spec.shape[2 if layouts[experts_of(spec.name)].transposed else 1])
+        outputs = (shape[0], shape[2 if layouts[experts_of(spec.name)].transposed else 1])
     if bias in specs and specs[bias].shape != outputs:
         raise ModelError(
             f"{bias} is {list(specs[bias].shape)}, and {spec.name} has {list(outputs)} outputs",
@@ -428,7 +478,8 @@ def _expert_layouts(
         told: set[bool | None] = {settings.expert_layout == "inputs-first"}
     else:
         # One that is square in every tensor of the model is told by its type alone.
-        told = {is_transposed(spec.name, spec.shape, hidden) for spec in fused} - {None}
+        shaped = ((spec.name, fused_shape(spec.name, spec.shape)) for spec in fused)
+        told = {is_transposed(name, shape, hidden) for name, shape in shaped} - {None}
         told = told or {known.transposed} - {None}
     if len(told) != 1:
         shapes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in fused[:2])

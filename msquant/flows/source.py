@@ -143,7 +143,9 @@ def quantized_predictions(recipe: Recipe, config: ModelConfig, extras: Sequence[
         config: the model's shape.
         extras: the multi-token-prediction layers that are written.
     """
-    if recipe.prediction_layers != "quantized" or _float_predictions(recipe, config):
+    if recipe.prediction_layers != "quantized" or config.family.prediction_block:
+        return 0
+    if _float_predictions(recipe, config):
         return 0
     return len(extras)
 
@@ -163,7 +165,14 @@ def prediction_note(recipe: Recipe, config: ModelConfig, extras: Sequence[object
         extras: the multi-token-prediction layers that are written.
     """
     forms = _float_predictions(recipe, config)
-    if not extras or recipe.prediction_layers != "quantized" or not forms:
+    if not extras or recipe.prediction_layers != "quantized":
+        return None
+    if block := config.family.prediction_block:
+        return (
+            f"{block}, which predicts a further token, stays in floating point: msquant does not compute it "
+            f"for {config.family.model_type}"
+        )
+    if not forms:
         return None
     others = [name for name in recipe.formats if name not in {form.name for form in forms}]
     alone = f" and so does {', '.join(others)}, which holds the same numbers" if others else ""
@@ -255,8 +264,8 @@ def _rotated_shape(
     if extras:
         raise RecipeError(
             f"rotation: {policy.rotation} is not possible with multi-token-prediction layers "
-            f"({config.family.layer_name(config.num_hidden_layers)}): they normalize what the last norm has "
-            "scaled, and rotation folds that norm's weight into the output head",
+            f"({config.family.prediction_name(config.num_hidden_layers)}): they normalize what the last norm "
+            "has scaled, and rotation folds that norm's weight into the output head",
             where="quantization.rotation",
             remedy="write rotation: none, or leave these layers out with prediction_layers: none",
         )

@@ -51,6 +51,7 @@ HUB_IDS = {
     "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen3-8b": "Qwen/Qwen3-8B",
     "qwen3-coder-30b-a3b-instruct": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+    "qwen3-next-80b-a3b-instruct": "Qwen/Qwen3-Next-80B-A3B-Instruct",
     "qwen3-vl-8b-instruct": "Qwen/Qwen3-VL-8B-Instruct",
     "qwq-32b": "Qwen/QwQ-32B",
 }

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.models.attention import KeyValueCache
 from msquant.models.config import ModelConfig
 from msquant.models.device import use_device
+from msquant.models.layers import Cache
 from msquant.models.network import CausalLM
 
 
@@ -20,7 +20,7 @@ class SequenceCache:
         layers: of each decoder layer.
     """
 
-    def __init__(self, layers: list[KeyValueCache]) -> None:
+    def __init__(self, layers: list[Cache]) -> None:
         self.length = 0
         self.layers = layers
 

@@ -71,9 +71,13 @@ def serving_need(config: ModelConfig, weight_bytes: int, cache: Quant | None = N
 
 
 def _token_numbers(config: ModelConfig, npus: int) -> int:
-    """Numbers that a token takes in each NPU's cache: all of latent attention's, a share of the heads'."""
+    """Numbers that a token takes in each NPU's cache: all of latent attention's, a share of the heads'.
+
+    Layers that mix tokens by the delta rule keep a state that does not grow.
+    """
     if config.latent is not None:
         numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
     else:
         numbers = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim
-    return config.num_hidden_layers * numbers
+    layers = sum(config.delta_rule(index) is None for index in range(config.num_hidden_layers))
+    return layers * numbers

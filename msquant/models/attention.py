@@ -91,6 +91,7 @@ class Attention(nn.Cell):
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> None:
         super().__init__()
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.output_gate = config.family.output_gate
         self.head_dim = config.head_dim
         self.names = names = config.family.names
         linears = names.queries, names.keys, names.values, names.output
@@ -106,23 +107,33 @@ class Attention(nn.Cell):
 
     def context(self, x: Tensor, batch: int, places: Positions, cache: KeyValueCache | None) -> Tensor:
         """The input of the output projection: `[B*T, H]` to `[B*T, heads * head_dim]`."""
-        queries, keys, values = self.project(x, batch, places)
+        queries, keys, values, gate = self.project(x, batch, places)
         if self.key_cache is not None:
             keys = self.key_cache(keys)
         if self.value_cache is not None:
             values = self.value_cache(values)
         if cache is not None:
             keys, values = cache.extend(keys, values)
-        return self.attend(queries, keys, values, places)
+        mixed = self.attend(queries, keys, values, places)
+        return mixed if gate is None else mixed * ops.sigmoid(gate)
 
-    def project(self, x: Tensor, batch: int, places: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, the first two rotated: `[B*T, H]` to `[B, heads, T, head_dim]` each."""
+    def project(
+        self, x: Tensor, batch: int, places: Positions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values, the first two rotated: `[B*T, H]` to `[B, heads, T, head_dim]` each.
+
+        Behind them what gates the output, `[B*T, heads * head_dim]`, or None.
+        """
         names = self.names
         queries, keys, values = (getattr(self, part)(x) for part in (names.queries, names.keys, names.values))
+        gate: Tensor | None = None
+        if self.output_gate:
+            both = queries.reshape(-1, self.heads, 2, self.head_dim)
+            queries, gate = (both[:, :, i].reshape(queries.shape[0], -1) for i in (0, 1))
         query_norm, key_norm = getattr(self, names.query_norm), getattr(self, names.key_norm)
         queries = places.rotate(self._split(queries, batch, self.heads, query_norm))
         keys = places.rotate(self._split(keys, batch, self.groups, key_norm))
-        return queries, keys, self._split(values, batch, self.groups)
+        return queries, keys, self._split(values, batch, self.groups), gate
 
     def _split(self, x: Tensor, batch: int, heads: int, norm: nn.Cell | None = None) -> Tensor:
         if norm is not None:

@@ -20,7 +20,7 @@ from msquant.checkpoint.weights import (
 )
 from msquant.models.config import ModelConfig
 from msquant.models.exact import exact_parts
-from msquant.models.reading import read_linear, read_tensor
+from msquant.models.reading import read_linear, read_norm, read_tensor
 
 
 def linear_cell(linear: Linear, dtype: Any) -> nn.Cell:
@@ -155,8 +155,30 @@ def norm_cell(
     Raises:
         CheckpointError: it is missing or damaged, or its shape is not that of the config.
     """
-    weight = read_tensor(config, source, f"{name}.weight")
+    weight = read_norm(config, source, name)
     return RMSNorm(weight, config.rms_norm_eps if eps is None else eps, dtype)
+
+
+class StoredMatrix(nn.Cell):
+    """A matrix, or a convolution's kernels, that no engine quantizes, in float32; golden-stick passes it by.
+
+    Args:
+        config: the model's shape.
+        source: its weights.
+        name: of the tensor, without `.weight`.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or does not fit the config.
+    """
+
+    def __init__(self, config: ModelConfig, source: WeightSource, name: str) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(read_tensor(config, source, f"{name}.weight"), ms.float32))
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """`[T, K]` to `[T, N]` for a matrix."""
+        return self.matmul(x.astype(ms.float32), self.weight)
 
 
 def projection(config: ModelConfig, source: WeightSource, name: str, dtype: Any) -> nn.Cell:

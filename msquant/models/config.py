@@ -8,7 +8,7 @@ from pydantic import ConfigDict, InstanceOf, NonNegativeInt, PositiveFloat, Posi
 from pydantic.dataclasses import dataclass
 
 from msquant.errors import CheckpointError
-from msquant.families.base import ExpertSizes, Family, LatentSizes, Shapes, SmoothGroup
+from msquant.families.base import DeltaSizes, ExpertSizes, Family, LatentSizes, Shapes, SmoothGroup
 
 _STRICT = ConfigDict(strict=True)
 
@@ -32,6 +32,7 @@ class ModelConfig:
         eos_token_ids: tokens that end a generation.
         latent: the sizes of multi-head latent attention, where the family has it.
         experts: the mixture of experts, where the family has one.
+        delta: the sizes of gated delta rule attention, where the family has it.
         fp8_block: rows and columns that share a scale in a checkpoint with FP8 weights; None for others.
     """
 
@@ -56,28 +57,26 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     latent: LatentSizes | None = None
     experts: ExpertSizes | None = None
+    delta: DeltaSizes | None = None
     num_nextn_predict_layers: NonNegativeInt = 0
     fp8_block: tuple[PositiveInt, PositiveInt] | None = None
 
-    @property
-    def attention_groups(self) -> tuple[SmoothGroup, ...]:
-        """The smooth groups of attention, in the order of computation."""
-        return self.family.attention_groups(self.raw)
+    def mixer_groups(self, index: int) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of the block that mixes tokens in a layer, in the order of computation."""
+        return self.family.mixer_groups(self.raw, index)
 
     @property
     def feed_forward_groups(self) -> tuple[SmoothGroup, ...]:
         """The smooth groups of a dense layer's feed-forward block, in the order of computation."""
         return self.family.feed_forward_groups
 
-    @property
-    def groups(self) -> tuple[SmoothGroup, ...]:
-        """The smooth groups of a dense layer, in the order of computation."""
-        return self.attention_groups + self.feed_forward_groups
+    def groups(self, index: int) -> tuple[SmoothGroup, ...]:
+        """The smooth groups of a layer, if it is dense, in the order of computation."""
+        return self.mixer_groups(index) + self.feed_forward_groups
 
-    @property
-    def linears(self) -> tuple[str, ...]:
+    def linears(self, index: int) -> tuple[str, ...]:
         """The names of all linears within a dense decoder layer, in the order of computation."""
-        return tuple(name for group in self.groups for name in group.linears)
+        return tuple(name for group in self.groups(index) for name in group.linears)
 
     @property
     def query_key_norms(self) -> bool:
@@ -139,10 +138,17 @@ class ModelConfig:
         return tuple(self.extra_shapes)
 
     @property
+    def prediction_indices(self) -> range:
+        """The numbers of the multi-token-prediction layers, which follow those of the decoder layers."""
+        first = self.num_hidden_layers
+        return range(first, first + (1 if self.family.prediction_block else self.num_nextn_predict_layers))
+
+    @property
     def extra_layers(self) -> tuple[Shapes, ...]:
         """The shapes of each multi-token-prediction layer, by full name."""
-        first = self.num_hidden_layers
-        layers = (self.layer_shapes(first + i) for i in range(self.num_nextn_predict_layers))
+        if self.family.prediction_block:
+            return (self.extra_shapes,) if self.extra_shapes else ()
+        layers = map(self.layer_shapes, self.prediction_indices)
         return tuple(shapes for shapes in layers if shapes)
 
     def layer_shapes(self, index: int) -> Shapes:
@@ -166,7 +172,7 @@ class ModelConfig:
         """
         layer = f"{self.family.layer_name(index)}."
         block = f"{layer}{self.family.names.attention}."
-        following = {part: group.name for group in self.attention_groups for part in group.followers}
+        following = {part: group.name for group in self.mixer_groups(index) for part in group.followers}
         carried: dict[str, str | None] = {}
         for name in self.decoder_shapes(index):
             part = name.removeprefix(layer).rpartition(".")[0]
@@ -177,6 +183,14 @@ class ModelConfig:
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""
         return f"{self.family.router_name(index)}.weight" in self.layer_shapes(index)
+
+    def mixer(self, index: int) -> str:
+        """The name of the block that mixes tokens in a decoder layer, within the layer."""
+        return self.family.mixer(self.raw, index)
+
+    def delta_rule(self, index: int) -> DeltaSizes | None:
+        """The sizes of gated delta rule attention, where a decoder layer mixes tokens by it; else None."""
+        return self.delta if self.delta and self.mixer(index) == self.family.names.delta else None
 
     @cached_property
     def _by_layer(self) -> dict[str, Shapes]:

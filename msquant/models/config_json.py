@@ -102,6 +102,7 @@ def parse_config(raw: dict[str, Any], where: Where = "config.json") -> ModelConf
             eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
             latent=latent,
             experts=family.expert_sizes(config),
+            delta=family.delta_sizes(config),
             num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
             fp8_block=fp8_block,
         )

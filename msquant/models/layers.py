@@ -14,6 +14,7 @@ from msquant.families.base import LatentSizes
 from msquant.models.attention import Attention, KeyValueCache, ScaledDotProduct
 from msquant.models.cells import RMSNorm, add_linears, norm_cell
 from msquant.models.config import INNER_NORM_EPS, ModelConfig
+from msquant.models.delta_net import DeltaCache, GatedDeltaNet
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE
 from msquant.models.positions import Positions, positions
@@ -101,6 +102,7 @@ __all__ = ["DecoderLayer", "KeyValueCache", "Part", "Positions", "RMSNorm", "Sta
 
 Part = Literal["whole", "attention"]
 State = tuple[Tensor, ...]
+Cache = KeyValueCache | DeltaCache
 
 
 class DecoderLayer(nn.Cell):
@@ -142,15 +144,19 @@ class DecoderLayer(nn.Cell):
         index = int(index.rsplit(".", 1)[1]) if isinstance(index, str) else index
         name = config.family.layer_name(index)
         self.names = names = config.family.names
-        groups = config.attention_groups
-        block = f"{name}.{names.attention}"
+        groups = config.mixer_groups(index)
+        self.mixer = config.mixer(index)
+        block = f"{name}.{self.mixer}"
         setattr(self, names.input_norm, norm_cell(config, source, f"{name}.{names.input_norm}", dtype))
-        attention: Any
-        if config.latent is None:
-            attention = Attention(config, source, block, dtype)
+        mixer: Any
+        if (delta := config.delta_rule(index)) is not None:
+            mixer = GatedDeltaNet(config, delta, source, block, dtype)
+        elif config.latent is None:
+            mixer = Attention(config, source, block, dtype)
         else:
-            attention = LatentAttention(config, config.latent, source, block, dtype)
-        setattr(self, names.attention, attention)
+            mixer = LatentAttention(config, config.latent, source, block, dtype)
+        self.mixes_by_delta_rule = isinstance(mixer, GatedDeltaNet)
+        setattr(self, self.mixer, mixer)
         self._output_norm(config, source, name, names.attention_output_norm, dtype)
         experts = part == "whole" and config.has_experts(index)
         for unused in (names.feed_forward_norm, names.feed_forward_output_norm):
@@ -169,7 +175,8 @@ class DecoderLayer(nn.Cell):
             self._output_norm(config, source, name, names.feed_forward_output_norm, dtype)
         # Not methods of self: the layer would refer to itself, and wait for the garbage collector.
         steps: list[tuple[str, Callable[..., State]]]
-        steps = [("", DecoderLayer._normalize), *((group.name, _STEPS[group.name]) for group in groups)]
+        first = DecoderLayer._normalize_and_gate if self.mixes_by_delta_rule else DecoderLayer._normalize
+        steps = [("", first), *((group.name, _STEPS[group.name]) for group in groups)]
         steps += [("", DecoderLayer._mix)] if experts else []
         self._steps = tuple(step for _, step in steps)
         self.step_of = {group: i for i, (group, _) in enumerate(steps) if group}
@@ -189,7 +196,11 @@ class DecoderLayer(nn.Cell):
         """How many steps the layer is made of."""
         return len(self._steps)
 
-    def construct(self, hidden: Tensor, places: Positions, cache: KeyValueCache | None = None) -> Tensor:
+    def new_cache(self) -> Cache:
+        """What keeps the tokens that the layer has seen, empty."""
+        return DeltaCache() if self.mixes_by_delta_rule else KeyValueCache()
+
+    def construct(self, hidden: Tensor, places: Positions, cache: Cache | None = None) -> Tensor:
         """`[B, T, H]` to `[B, T, H]`; with a cache, the tokens follow those in it."""
         batch, length, size = hidden.shape
         state = (hidden.reshape(batch * length, size),)
@@ -200,7 +211,7 @@ class DecoderLayer(nn.Cell):
         state: State,
         batch: int,
         places: Positions,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         start: int = 0,
         stop: int | None = None,
     ) -> State:
@@ -213,9 +224,9 @@ class DecoderLayer(nn.Cell):
         return state
 
     @property
-    def attention_block(self) -> Any:
-        """Its attention block, with grouped queries or latent."""
-        return getattr(self, self.names.attention)
+    def mixer_block(self) -> Any:
+        """What mixes tokens: attention with grouped queries or latent, or the delta rule."""
+        return getattr(self, self.mixer)
 
     @property
     def feed_forward(self) -> Any:
@@ -226,30 +237,39 @@ class DecoderLayer(nn.Cell):
         (hidden,) = state
         return hidden, getattr(self, self.names.input_norm)(hidden)
 
-    def _attend(self, state: State, batch: int, places: Positions, cache: KeyValueCache | None) -> State:
+    def _normalize_and_gate(self, state: State, *_: Any) -> State:
+        (hidden,) = state
+        x = getattr(self, self.names.input_norm)(hidden)
+        # Made before the step that a search begins with: a candidate quantizes what the linears read alone.
+        return hidden, x, self.mixer_block.gates(x)
+
+    def _apply_delta_rule(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
+        hidden, x, gates = state
+        return hidden, self.mixer_block.context(x, gates, batch, cache)
+
+    def _attend(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
         hidden, x = state
-        return hidden, self.attention_block.context(x, batch, places, cache)
+        return hidden, self.mixer_block.context(x, batch, places, cache)
 
     def _compress(self, state: State, *_: Any) -> State:
         hidden, x = state
-        queries, compressed, shared = self.attention_block.compress(x)
-        if self.attention_block.compresses_queries:
+        queries, compressed, shared = self.mixer_block.compress(x)
+        if self.mixer_block.compresses_queries:
             return hidden, queries, compressed, shared
         return hidden, compressed, queries, shared
 
     def _expand_queries(self, state: State, *_: Any) -> State:
         hidden, x, compressed, shared = state
-        return hidden, compressed, self.attention_block.expand_queries(x), shared
+        return hidden, compressed, self.mixer_block.expand_queries(x), shared
 
-    def _attend_latent(
-        self, state: State, batch: int, places: Positions, cache: KeyValueCache | None
-    ) -> State:
+    def _attend_latent(self, state: State, batch: int, places: Positions, cache: Cache | None) -> State:
         hidden, x, queries, shared = state
-        return hidden, self.attention_block.context(queries, x, shared, batch, places, cache)
+        return hidden, self.mixer_block.context(queries, x, shared, batch, places, cache)
 
     def _project(self, state: State, *_: Any) -> State:
         hidden, context = state
-        output = getattr(self.attention_block, self.names.output)(context)
+        linear = self.names.delta_output if self.mixes_by_delta_rule else self.names.output
+        output = getattr(self.mixer_block, linear)(context)
         hidden = self._add(hidden, output, self.names.attention_output_norm)
         norm = getattr(self, self.names.feed_forward_norm)
         return (hidden,) if norm is None else (hidden, norm(hidden))
@@ -271,6 +291,7 @@ class DecoderLayer(nn.Cell):
 # The step that starts with the linears of a smooth group, by the group's name.
 _STEPS: dict[str, Callable[..., State]] = {
     "qkv": DecoderLayer._attend,
+    "qkvz": DecoderLayer._apply_delta_rule,
     "q_kv_a": DecoderLayer._compress,
     "q_b": DecoderLayer._expand_queries,
     "kv_b": DecoderLayer._attend_latent,

@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from msquant.checkpoint.weights import WeightSource
+from msquant.models.cells import StoredMatrix
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
 from msquant.models.reading import expert_sizes, read_tensor
@@ -63,6 +64,15 @@ class Router(nn.Cell):
         return None if bias is None else bias.asnumpy()
 
 
+class SharedGate(StoredMatrix):
+    """Weighs the shared expert's output of each token by a sigmoid."""
+
+    def construct(self, x: Tensor) -> Weights:
+        """`[T, H]` to the factors, float32 `[T, 1]`."""
+        factors: Weights = ops.sigmoid(super().construct(x)).asnumpy()
+        return factors
+
+
 class MoE(nn.Cell):
     """The feed-forward block of a layer with experts: those chosen, by their weights, plus the shared ones.
 
@@ -90,6 +100,9 @@ class MoE(nn.Cell):
         if sizes.shared:
             shared = MLP(config, source, f"{name}.{names.shared_experts}", dtype)
             setattr(self, names.shared_experts, shared)
+        setattr(self, names.shared_gate, None)
+        if config.family.shared_gate:
+            setattr(self, names.shared_gate, SharedGate(config, source, f"{name}.{names.shared_gate}"))
         self._load = lambda expert: MLP(config, source, f"{name}.{names.experts}.{expert}", dtype)
         experts = nn.CellList([self._load(i) for i in range(self.count)]) if resident else None
         setattr(self, names.experts, experts)
@@ -110,5 +123,7 @@ class MoE(nn.Cell):
             answer = self.expert(index)(Tensor(rows_in[rows], self.dtype))
             total[rows] += answer.astype(ms.float32).asnumpy() * weight[:, None]
         mixed = Tensor(total, self.dtype)
-        shared = getattr(self, self.names.shared_experts)
-        return mixed if shared is None else mixed + shared(x)
+        shared, gate = (getattr(self, part) for part in (self.names.shared_experts, self.names.shared_gate))
+        if shared is None:
+            return mixed
+        return mixed + (shared(x) if gate is None else shared(x) * Tensor(gate(x), self.dtype))

@@ -8,10 +8,9 @@ from mindspore import Tensor, ops
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.models.attention import KeyValueCache
 from msquant.models.cells import norm_cell, projection
 from msquant.models.config import ModelConfig, check_shape
-from msquant.models.layers import DecoderLayer
+from msquant.models.layers import Cache, DecoderLayer
 from msquant.models.positions import positions
 
 
@@ -144,14 +143,14 @@ class CausalLM:
         ]
         self._head = Head(config, source, dtype)
 
-    def new_cache(self) -> list[KeyValueCache]:
-        """An empty key-value cache for `logits`, one entry a layer."""
-        return [KeyValueCache() for _ in self._layers]
+    def new_cache(self) -> list[Cache]:
+        """An empty cache for `logits`, one entry a layer."""
+        return [layer.new_cache() for layer in self._layers]
 
     def logits(
         self,
         tokens: NDArray[np.integer],
-        cache: list[KeyValueCache] | None = None,
+        cache: list[Cache] | None = None,
         past: int = 0,
         last_only: bool = False,
     ) -> NDArray[np.float32]:

@@ -20,6 +20,23 @@ def read_tensor(config: ModelConfig, source: WeightSource, name: str) -> NDArray
     return tensor
 
 
+def read_norm(config: ModelConfig, source: WeightSource, name: str) -> NDArray[np.float32]:
+    """What the norm called `name` multiplies by, which may be more than the weight it is stored as.
+
+    Raises:
+        CheckpointError: as `read_tensor`.
+    """
+    weight = read_tensor(config, source, f"{name}.weight")
+    offset = np.float32(config.family.norm_offset(name))
+    return weight + offset if offset else weight
+
+
+def stored_norm(config: ModelConfig, name: str, factors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The weight that a norm is stored as, by what it multiplies by; the inverse of `read_norm`."""
+    offset = np.float32(config.family.norm_offset(name))
+    return factors - offset if offset else factors
+
+
 def read_linear(config: ModelConfig, source: WeightSource, name: str) -> Linear:
     """Read the linear layer called `name`, in floating point or in W8A8 as the source has it.
 

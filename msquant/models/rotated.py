@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import FloatLinear
 from msquant.models.config import ModelConfig
+from msquant.models.reading import read_norm, stored_norm
 from msquant.models.rotation import Hadamard
 
 Floats = NDArray[np.float32]
@@ -86,13 +87,21 @@ class RotatedWeights:
         if name == self._embedding:
             _rotate_rows(values, self._residual)
         elif name == self._head:
-            values *= self._checkpoint.tensor(self._final_norm)
+            values *= self._norm(self._final_norm)
             _rotate_rows(values, self._residual)
         elif name == self._final_norm:
-            values[:] = 1
+            values[:] = self._ones(name)
         elif name.startswith(f"{self._config.family.names.layers}."):
             self._rotate_in_layer(name, values)
         return values
+
+    def _norm(self, tensor: str) -> Floats:
+        """What a norm multiplies by; by the name of its tensor."""
+        return read_norm(self._config, self._checkpoint, tensor.removesuffix(".weight"))
+
+    def _ones(self, tensor: str) -> Floats:
+        """The weight of a norm that multiplies by 1; by the name of its tensor."""
+        return stored_norm(self._config, tensor.removesuffix(".weight"), np.ones(1, np.float32))
 
     def _rotate_in_layer(self, name: str, values: Floats) -> None:
         family, names = self._config.family, self._config.family.names
@@ -100,15 +109,15 @@ class RotatedWeights:
         part, _, kind = within.rpartition(".")
         norm = family.norm_before(self._config.raw, part)
         if part in (names.input_norm, names.feed_forward_norm):
-            values[:] = 1
+            values[:] = self._ones(name)
         elif norm is not None and kind == "weight":
-            values *= self._checkpoint.tensor(f"{names.layers}.{index}.{norm}.weight")
+            values *= self._norm(f"{names.layers}.{index}.{norm}.weight")
             _rotate_rows(values, self._residual)
         if part == family.value_rows:
             keys = self._config.qk_nope_head_dim
             for head in values.reshape(-1, keys + self._values.size, *values.shape[1:]):
                 _rotate_outputs(head[keys:], self._values)
-        if part == family.value_columns and kind == "weight":
+        if family.value_rows and part == family.value_columns and kind == "weight":
             _rotate_rows(values, self._values)
         if family.writes_residual(part):
             _rotate_outputs(values, self._residual)

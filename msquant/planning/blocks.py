@@ -69,6 +69,7 @@ class LayerBlocks:
         groups: the linears of golden-stick's block by smooth group, in the order of computation.
         inner: the blocks that go one by one: the experts, or a dense feed-forward; by name, often none.
         experts: routed experts of the layer.
+        kind: whether it has any, and what mixes tokens in it.
     """
 
     def __init__(self, config: ModelConfig, policy: Algorithm, index: int) -> None:
@@ -80,13 +81,14 @@ class LayerBlocks:
             rows, columns = shapes[f"{module}.weight"]
             linears[module.removeprefix(name)] = Linear(rows, columns, scheme)
         two = in_two_blocks(config, policy, index)
-        groups = config.attention_groups if two else config.groups
+        groups = config.mixer_groups(index) if two else config.groups(index)
         self.groups = [[linears[linear] for linear in group.linears] for group in groups]
         self.inner: dict[str, list[Linear]] = {}
         for key, linear in linears.items() if two else ():
             if key.startswith(f"{config.family.names.feed_forward}."):
                 self.inner.setdefault(key.rpartition(".")[0], []).append(linear)
         self.experts = config.num_experts if config.has_experts(index) else 0
+        self.kind = bool(self.experts), config.mixer(index)
 
     @property
     def searched(self) -> list[Linear]:

@@ -123,7 +123,8 @@ class Measured:
     ) -> None:
         self._recipe, self._config, self._samples = recipe, config, samples
         self.sample, self.machine, self._read = samples[-1], machine, read
-        self._places = {config.has_experts(index): place for place, index in enumerate(layer_kinds(config))}
+        kinds = (LayerBlocks(config, recipe.quantization, index).kind for index in layer_kinds(config))
+        self._places = {kind: place for place, kind in enumerate(kinds)}
 
     def layer(self, blocks: LayerBlocks, tokens: int, rounds: int, nbytes: int) -> Span:
         """To quantize and write a decoder layer of so many bytes; the others as `layer_work` takes them."""
@@ -164,7 +165,7 @@ class Measured:
 
     def _works(self, blocks: LayerBlocks, tokens: Sequence[int]) -> tuple[int, list[tuple[Work, Work]]]:
         """Which layer of the samples is of this kind, and its work in each."""
-        place = self._places[bool(blocks.experts)]
+        place = self._places[blocks.kind]
         policy = self._recipe.quantization
         return place, [
             layer_work(LayerBlocks(sample.config, policy, place), count)

@@ -31,9 +31,13 @@ _SMALL_HIDDEN = 256
 
 
 def layer_kinds(config: ModelConfig) -> list[int]:
-    """The first decoder layer of each kind: a dense one, one with experts."""
-    found = {config.has_experts(index): index for index in reversed(range(config.num_hidden_layers))}
-    return sorted(found.values())
+    """The first decoder layer of each kind, dense ones before those with experts.
+
+    What makes kinds differ is whether there are experts, and what mixes tokens.
+    """
+    layers = reversed(range(config.num_hidden_layers))
+    found = {(config.has_experts(index), config.mixer(index)): index for index in layers}
+    return sorted(found.values(), key=lambda index: (config.has_experts(index), index))
 
 
 def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False) -> ModelConfig:
@@ -75,9 +79,15 @@ def sample_config(config: ModelConfig, policy: Algorithm, *, small: bool = False
         "first_k_dense_replace": dense,
         "mlp_only_layers": list(range(dense)),
         "decoder_sparse_step": 1,
+        **config.family.mixers_as(config.raw, kinds),
     }
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     kept = max(1, int(kv_heads * part))
+    if (delta := config.delta) is not None:
+        fewer = max(1, int(delta.key_heads * part))
+        while fewer < delta.key_heads and delta.repeat * fewer * delta.value_dim % group:
+            fewer += 1
+        raw |= {"linear_num_key_heads": fewer, "linear_num_value_heads": fewer * delta.repeat}
     values = config.head_dim if config.latent is None else config.latent.v_head_dim
     # Groups of columns divide what the output projection reads.
     while kept < kv_heads and heads // kv_heads * kept * values % group:

@@ -255,7 +255,7 @@ def _samples(layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions) -
         count, length, size = batch.shape
         before = (batch.reshape(count * length, size),)
         stream, x = layer.run(before, count, places, stop=layer.step_of["qkv"])
-        queries, keys, values = map(_floats, layer.attention_block.project(x, count, places))
+        queries, keys, values = map(_floats, layer.mixer_block.project(x, count, places)[:3])
         residual = _floats(stream).reshape(count, length, size)
         for number in range(count):
             # Every `step`th token of all.

@@ -243,7 +243,7 @@ class DecoderPass:
                 self._config, index, result, attention, inputs, self._places
             )
             result = replace(result, linears={**result.linears, **linears})
-        for name, values in result.norms.items():
+        for name, values in result.tensors.items():
             sink.tensor(name, values)
         for module, linear in result.linears.items():
             sink.linear(module, linear)

@@ -30,10 +30,11 @@ from msquant.kernels.layer_report import GroupReport
 from msquant.kernels.ranges import channel_ranges
 from msquant.kernels.smoothing import power_of_two, smooth_scale
 from msquant.kernels.weight_rounding import column_maxima
-from msquant.models.cells import RMSNorm
+from msquant.models.cells import norm_cell
 from msquant.models.config import ModelConfig
 from msquant.models.feed_forward import MLP
-from msquant.models.moe import Router
+from msquant.models.moe import Router, SharedGate
+from msquant.models.reading import read_norm, stored_norm
 from msquant.models.routing import tokens_of
 
 if TYPE_CHECKING:
@@ -101,18 +102,18 @@ class FeedForwardPass:
         parts = self._parts
         self._config, self._source, self._policy, self._dtype = config, source, policy, dtype
         self._step = step
-        self._norm_name = f"{layer}.{parts.feed_forward_norm}.weight"
+        self._norm_name = f"{layer}.{parts.feed_forward_norm}"
         self._name = f"{layer}.{parts.feed_forward}"
-        self._norm = RMSNorm(source.tensor(self._norm_name), config.rms_norm_eps, dtype)
+        self._norm = norm_cell(config, source, self._norm_name, dtype)
         norm = parts.feed_forward_output_norm
-        self._output_norm_name = None if norm is None else f"{layer}.{norm}.weight"
+        self._output_norm_name = None if norm is None else f"{layer}.{norm}"
         self._output_norm = None
         if self._output_norm_name is not None:
-            weight = source.tensor(self._output_norm_name)
-            self._output_norm = RMSNorm(weight, config.rms_norm_eps, dtype)
-        names, router = config.layer_shapes(index), config.family.router_name(index)
-        self._router_names = [name for name in names if name.startswith(f"{router}.")]
-        self._router = None
+            self._output_norm = norm_cell(config, source, self._output_norm_name, dtype)
+        router, gate = config.family.router_name(index), f"{self._name}.{parts.shared_gate}"
+        beside = (f"{router}.", f"{gate}.")
+        self._beside = [name for name in config.layer_shapes(index) if name.startswith(beside)]
+        self._router, self._shared_gate = None, None
         if config.has_experts(index):
             self._router = Router(config, source, router, dtype)
             self._experts = [
@@ -121,6 +122,8 @@ class FeedForwardPass:
             ]
             if config.experts is not None and config.experts.shared:
                 self._experts.append(_Expert(f"{self._name}.{parts.shared_experts}", None))
+            if config.family.shared_gate:
+                self._shared_gate = SharedGate(config, source, gate)
         else:
             self._experts = [_Expert(self._name, None)]
         # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
@@ -232,12 +235,14 @@ class FeedForwardPass:
             The quantized block's output with the residual, `[T, H]`; its integer sums are rounded to float32.
         """
         shared = self._shared_scale()
-        sink.tensor(self._norm_name, self._source.tensor(self._norm_name) / shared)
-        for name in self._router_names:
+        factors = read_norm(self._config, self._source, self._norm_name) / shared
+        sink.tensor(f"{self._norm_name}.weight", stored_norm(self._config, self._norm_name, factors))
+        for name in self._beside:
             values = self._source.tensor(name)
             sink.tensor(name, values * shared if values.ndim == 2 else values)
         if self._output_norm_name is not None:
-            sink.tensor(self._output_norm_name, self._source.tensor(self._output_norm_name))
+            name = f"{self._output_norm_name}.weight"
+            sink.tensor(name, self._source.tensor(name))
         x = self._normalize(sample)
         output = np.zeros(sample.shape, np.float32) if self._output_norm else sample.copy()
         for expert, rows, factors in self._dispatch(x, "quantizing"):
@@ -350,7 +355,12 @@ class FeedForwardPass:
             check_interrupt()
             self._step(f"{doing} expert {place}/{len(self._experts)}")
             if expert.number is None:
-                yield expert, np.arange(len(x)), np.float32(1)
+                gate = self._shared_gate
+                yield (
+                    expert,
+                    np.arange(len(x)),
+                    np.float32(1) if gate is None else gate(Tensor(x, self._dtype)),
+                )
             else:
                 rows, factors = tokens_of(ids, weights, expert.number)
                 yield expert, rows, factors[:, None]

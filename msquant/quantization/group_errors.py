@@ -79,7 +79,7 @@ class SensitivityPass(DecoderPass):
             put(batches[-1].output.reshape(batch.shape).astype(np.float32, copy=False))
         name = self._config.family.layer_name(index)
         errors = []
-        for group in self._config.groups:
+        for group in self._config.groups(index):
             linears = tuple(f"{name}.{linear}" for linear in group.linears)
             scheme = self._policy.scheme(linears[0])
             if group.name not in layer.step_of or scheme.is_float:

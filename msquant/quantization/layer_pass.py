@@ -22,6 +22,7 @@ from msquant.kernels.fake_quant import in_int8
 from msquant.kernels.layer_report import LayerReport
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
+from msquant.models.reading import stored_norm
 from msquant.schemes import Scheme
 
 
@@ -31,27 +32,27 @@ class LayerResult:
 
     Attributes:
         linears: by their full names.
-        norms: smoothed weights, float32, by their full tensor names.
+        tensors: all others, float32, by their full names; of norms and gates, smoothed.
         report: what the search chose.
         smooth_scales: what the weights' columns were multiplied by, float32 `[K]` by the smooth group's name;
             groups that were not smoothed have none.
     """
 
     linears: dict[str, Linear]
-    norms: dict[str, NDArray[np.float32]]
+    tensors: dict[str, NDArray[np.float32]]
     report: LayerReport
     smooth_scales: dict[str, NDArray[np.float32]]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.norms
+        return name in self.tensors
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """Return a norm's weight."""
-        return self.norms[name]
+        """Return a tensor that is no linear's."""
+        return self.tensors[name]
 
     def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Return some elements of a norm's weight."""
-        return self.norms[name][indices]
+        """Return some elements of such a tensor."""
+        return self.tensors[name][indices]
 
     def linear(self, module: str) -> Linear:
         """Return a linear layer."""
@@ -89,7 +90,7 @@ def quantize_layer(
     from mindspore_gs.ptq import PTQ
 
     name = config.family.layer_name(index)
-    groups = [group for group in config.groups if group.name in layer.step_of]
+    groups = [group for group in config.groups(index) if group.name in layer.step_of]
     linears = [linear for group in groups for linear in group.linears]
     report = LayerReport(name)
     passes = _Passes([len(batch) for batch in hidden], put)
@@ -117,10 +118,10 @@ def quantize_layer(
             f"{name}.{linear}": _result(find_cell(layer, linear), scheme)
             for linear, scheme in schemes.items()
         },
-        norms={
-            f"{name}.{norm}.weight": find_cell(layer, norm).weight.asnumpy()
-            for norm in _norms(config, index)
-            if getattr(layer, norm.partition(".")[0]) is not None
+        tensors={
+            f"{name}.{tensor}": _stored(config, f"{name}.{tensor}", find_cell(layer, tensor).asnumpy())
+            for tensor in _others(config, index, linears)
+            if getattr(layer, tensor.partition(".")[0]) is not None
         },
         report=report,
         smooth_scales=model.smooth_scales(),
@@ -192,6 +193,9 @@ class _OneLayerModel:
         self.network = _Network(layer)
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
+        if shared := [group.heads for group in groups if group.heads is not None]:
+            # All of them read what one norm scales.
+            self.num_attention_heads, self.num_key_value_heads = shared[0], 1
         self._config = config
         self._groups = groups
         self._hidden = hidden
@@ -218,6 +222,9 @@ class _OneLayerModel:
                 layer.step_of[group.name],
                 self._previous(layer, group),
                 [find_cell(layer, name) for name in group.linears],
+                # What is carried through has no cell, and takes the scale when it is written.
+                [find_cell(layer, name) for name in group.followers if _is_computed(layer, name)],
+                shared=group.heads is not None,
             )
             for group in self._groups
         ]
@@ -241,19 +248,36 @@ class _Network(nn.Cell):
 
 
 def find_cell(layer: DecoderLayer, name: str) -> Any:
-    """The cell of that name within a decoder layer, for example `mlp.up_proj`."""
+    """The cell, or the parameter, of that name within a decoder layer, for example `mlp.up_proj`."""
     cell: Any = layer
     for part in name.split("."):
         cell = getattr(cell, part)
     return cell
 
 
-def _norms(config: ModelConfig, index: int) -> list[str]:
-    """The names of a decoder layer's norms, within the layer."""
-    prefix, suffix = f"{config.family.layer_name(index)}.", ".weight"
+def _is_computed(layer: DecoderLayer, name: str) -> bool:
+    """Whether a decoder layer has a cell of that name within it."""
+    cell: Any = layer
+    for part in name.split("."):
+        cell = getattr(cell, part, None)
+    return cell is not None
+
+
+def _others(config: ModelConfig, index: int, linears: Sequence[str]) -> list[str]:
+    """The tensors of a decoder layer that are no linear's, without a mixture of experts, within the layer.
+
+    What is carried through has no cell.
+    """
+    prefix, block = f"{config.family.layer_name(index)}.", f"{config.family.names.feed_forward}."
     carried = config.carried_in_attention(index)
     names = [name.removeprefix(prefix) for name in config.decoder_shapes(index) if name not in carried]
-    return [name.removesuffix(suffix) for name in names if name.endswith(f"norm{suffix}")]
+    return [n for n in names if n.rpartition(".")[0] not in linears and not n.startswith(block)]
+
+
+def _stored(config: ModelConfig, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A tensor as it is stored; a norm's is perhaps not what the norm multiplies by."""
+    module, _, kind = name.rpartition(".")
+    return stored_norm(config, module, values) if kind == "weight" and values.ndim == 1 else values
 
 
 def _result(cell: Any, scheme: Scheme) -> Linear:

@@ -25,7 +25,7 @@ def logits(model: Any) -> Any:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3", "qwen3_moe", "qwen3_next"])
 def test_the_logits_stay_and_every_place_has_outliers(tmp_path: Path, model_type: str) -> None:
     model = tiny(tmp_path, model_type)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -48,6 +48,8 @@ def test_a_registered_family_is_known_everywhere(toy: Family) -> None:
         "lm_head": "the output head",
         "embed_tokens": "embeddings",
         "mlp.gate": "the router",
+        "mlp.shared_expert_gate": "the gate of the shared expert",
+        "linear_attn.in_proj_ba": "what makes decay and step size of the delta rule",
         "output": "the output head",
         "tok_embeddings": "embeddings",
         "ffn.gate": "the router",
@@ -86,11 +88,12 @@ def test_some_server_serves_each_format_that_a_family_names(name: str) -> None:
     family = find_family(config["model_type"])
     assert family is not None
     recipe = family.default_recipe(config)
+    floats = tuple(f"{end}.weight" for end in families.float_only() if end != "lm_head")
     # A layer is one of many alike, and 671 billion parameters have 90,000 tensors.
     linears = {
         tensor.removesuffix(".weight"): default_recipe("x", config).quantization.scheme(tensor)
         for tensor, shape in (expected_shapes(config | {"num_hidden_layers": 5}) or {}).items()
-        if len(shape) == 2 and not tensor.endswith(("embed_tokens.weight", "mlp.gate.weight"))
+        if len(shape) == 2 and not tensor.endswith(floats)
     }
     # The 14 heads of Qwen2.5-0.5B are shared by two NPUs at most.
     split = Parallelism(4 if config["num_attention_heads"] % 4 == 0 else 2)

@@ -46,6 +46,17 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3-biases": ("qwen3", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
     "qwen3_moe-steps": ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "qwen3_next": ("qwen3_next", EXPERTS),
+    "qwen3_next-steps": (
+        "qwen3_next",
+        EXPERTS
+        | {
+            "decoder_sparse_step": 2,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "linear_num_value_heads": 48,
+            "attention_bias": True,
+        },
+    ),
     "deepseek_v2": ("deepseek_v2", LATENT | {"q_lora_rank": None}),
     "deepseek_v2-biases": ("deepseek_v2", LATENT | {"attention_bias": True, "mlp_bias": True}),
     "deepseek_v3": ("deepseek_v3", LATENT | {"n_group": 2, "topk_group": 1}),
@@ -86,8 +97,9 @@ def test_the_shapes_are_those_of_transformers_own_model(case: str) -> None:
 @pytest.mark.parametrize("model_type", model_types())
 def test_the_shapes_are_those_that_transformers_writes(model_type: str, tmp_path: Path) -> None:
     family = find_family(model_type)
-    predicted = {"prediction_layers": 2} if family is not None and family.predicts else {}
-    folder = write_tiny(tmp_path, model_type, **predicted)
+    assert family is not None
+    predicted = 2 if family.predicts else 1 if family.prediction_block else 0
+    folder = write_tiny(tmp_path, model_type, prediction_layers=predicted)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint.open(folder)
     stored = {name: checkpoint.shape(name) for name in checkpoint.names()}

@@ -82,7 +82,7 @@ def test_the_family_names_every_tensor_of_a_checkpoint(tiny_llama: Path) -> None
     expected, norms = set(config.end_names), ("input_layernorm", "post_attention_layernorm")
     for index in range(config.num_hidden_layers):
         layer = config.family.layer_name(index)
-        expected |= {f"{layer}.{name}.weight" for name in (*norms, *config.linears)}
+        expected |= {f"{layer}.{name}.weight" for name in (*norms, *config.linears(0))}
     assert set(checkpoint.names()) == expected
 
 

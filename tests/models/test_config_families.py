@@ -68,9 +68,9 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
     kind: str, raws: dict[str, dict[str, Any]]
 ) -> None:
     config = parse_config(raws[kind])
-    assert config.groups == config.attention_groups + config.feed_forward_groups
+    assert config.groups(0) == config.mixer_groups(0) + config.feed_forward_groups
     shapes = config.layer_shapes(0)
-    for group in config.groups:
+    for group in config.groups(0):
         previous = shapes[f"model.layers.0.{group.previous}.weight"][0]
         if group.previous == "self_attn.kv_b_proj":
             previous = config.num_attention_heads * config.v_head_dim
@@ -80,9 +80,11 @@ def test_every_smooth_group_follows_what_its_scale_is_folded_into(
         inputs = {shapes[f"model.layers.0.{name}.weight"][1] for name in reading}
         assert len(inputs) == 1
         assert inputs.pop() % previous == 0
-    linears = [f"model.layers.0.{name}.weight" for group in config.groups for name in group.linears]
-    carried = [name for name in config.carried_in_attention(0) if len(shapes[name]) == 2]
-    assert sorted(linears + carried) == sorted(name for name, shape in shapes.items() if len(shape) == 2)
+    linears = [f"model.layers.0.{name}.weight" for group in config.groups(0) for name in group.linears]
+    never = config.family.never_quantized
+    matrices = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    quantized = [f"{name}.weight" for name in matrices if not never(name.removeprefix("model.layers.0."))]
+    assert sorted(linears) == sorted(quantized)
 
 
 def test_prediction_layers_are_kept_apart(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every family against transformers on torch, with what its real config switches on."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,26 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe-every-second": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "layers": 4}),
     "qwen3_moe-unnormalized": ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
+    "qwen3_next-as-published": (
+        "qwen3_next",
+        {"full_attention_interval": 4, "mlp_only_layers": [], "layers": 4},
+    ),
+    "qwen3_next-kinds": (
+        "qwen3_next",
+        {
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "layers": 3,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [],
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "linear_num_key_heads": 4,
+            "linear_conv_kernel_dim": 2,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ),
     "deepseek_v2-groups": (
         "deepseek_v2",
         {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0},
@@ -69,10 +90,24 @@ def reference(folder: Path) -> Any:
     for layer in model.model.layers:
         if config.family.model_type == "deepseek_v2" and config.rope_scaling:
             layer.self_attn.scaling *= (0.1 * math.log(config.rope_scaling["factor"]) + 1) ** 2
+        if hasattr(layer, "linear_attn"):
+            layer.linear_attn.chunk_gated_delta_rule = _delta_rule_in_float64()
         if config.family.correction_bias and hasattr(layer.mlp, "gate"):
             # Its router answers in float32, which its experts in float64 do not take.
             layer.mlp.gate.register_forward_hook(lambda _, __, chosen: (chosen[0], chosen[1].double()))
     return model
+
+
+def _delta_rule_in_float64() -> Any:
+    """transformers' own, which casts whatever it is given to float32."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    source = inspect.getsource(theirs.torch_chunk_gated_delta_rule)
+    wide = source.replace("torch.float32", "torch.float64").replace(".float()", ".double()")
+    assert wide != source
+    scope = vars(theirs).copy()
+    exec(wide, scope)
+    return scope["torch_chunk_gated_delta_rule"]
 
 
 def logits_of(model: Any, tokens: Any) -> Any:

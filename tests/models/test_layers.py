@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
     "qwen3_moe": {},
+    "qwen3_next": {},
     "deepseek_v3": {},
     "deepseek_v2": {"attention_bias": True},
 }
@@ -35,6 +36,7 @@ STEPS = {
     "llama": ["qkv", "o", "gate_up", "down"],
     "qwen3": ["qkv", "o", "gate_up", "down"],
     "qwen3_moe": ["qkv", "o"],
+    "qwen3_next": ["qkv", "o"],
     "deepseek_v3": ["q_kv_a", "q_b", "kv_b", "o"],
     "deepseek_v2": ["q_kv_a", "kv_b", "o"],
 }
@@ -72,11 +74,11 @@ def test_the_steps_are_those_of_the_groups(kind: str, folders: dict[str, Path], 
     config = read_config(folders[kind])
     layer, _, _ = layer_and_input(folders[kind], dtype)
     assert list(layer.step_of) == STEPS[kind]
-    assert [group.name for group in config.attention_groups] == [
+    assert [group.name for group in config.mixer_groups(1)] == [
         name for name in STEPS[kind] if name not in ("gate_up", "down")
     ]
     dense, _, _ = layer_and_input(folders[kind], dtype, index=0)
-    assert list(dense.step_of) == [group.name for group in config.groups]
+    assert list(dense.step_of) == [group.name for group in config.groups(0)]
     assert list(dense.step_of.values()) == list(range(1, dense.steps))
 
 
@@ -85,7 +87,7 @@ def test_the_linears_of_a_group_first_count_in_its_step(
     kind: str, folders: dict[str, Path], dtype: Any
 ) -> None:
     config = read_config(folders[kind])
-    for group in config.groups:
+    for group in config.groups(0):
         layer, hidden, places = layer_and_input(folders[kind], dtype, index=0)
         step = layer.step_of[group.name]
         before = layer.run((hidden,), 2, places, stop=step)
@@ -104,7 +106,7 @@ def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
     kind: str, folders: dict[str, Path], dtype: Any
 ) -> None:
     config = read_config(folders[kind])
-    for group in config.groups:
+    for group in config.groups(0):
         if group.name == "o":
             continue
         layer, hidden, places = layer_and_input(folders[kind], dtype, index=0)
@@ -115,7 +117,7 @@ def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
         previous = cell_of(layer, group.previous).weight
         inverse = 1 / scale if previous.ndim == 1 else 1 / scale[:, None]
         previous.set_data(Tensor(previous.asnumpy() * inverse))
-        for name in group.linears:
+        for name in (*group.linears, *group.followers):
             weight = cell_of(layer, name).weight
             weight.set_data(Tensor(weight.asnumpy() * scale))
         smoothed = layer.run((hidden,), 2, places, stop=step)
@@ -123,6 +125,20 @@ def test_a_smooth_scale_can_be_moved_between_a_group_and_what_feeds_it(
         # The layer's output does not change, if x was the input of these linears and of nothing else.
         moved = layer.run(smoothed, 2, places, start=step)[0].asnumpy()
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_all_heads_of_the_delta_rule_share_what_feeds_the_output_projection(
+    folders: dict[str, Path], dtype: Any
+) -> None:
+    layer, hidden, places = layer_and_input(folders["qwen3_next"], dtype, index=0)
+    expected = layer.run((hidden,), 2, places)[0].asnumpy()
+    group = read_config(folders["qwen3_next"]).mixer_groups(0)[1]
+    assert group.heads == 4
+    norm, output = (cell_of(layer, name).weight for name in (group.previous, group.linears[0]))
+    scale = np.random.default_rng(1).uniform(0.5, 2, norm.shape).astype(np.float32)
+    norm.set_data(Tensor(norm.asnumpy() / scale))
+    output.set_data(Tensor(output.asnumpy() * np.tile(scale, group.heads)))
+    np.testing.assert_allclose(layer.run((hidden,), 2, places)[0].asnumpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_value_rows_of_latent_attention_feed_the_output_projection(

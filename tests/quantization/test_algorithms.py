@@ -23,8 +23,8 @@ def same(ours, theirs):
         if linear.input_scale is not None:
             np.testing.assert_allclose(ours.linears[name].input_scale, linear.input_scale, rtol=1e-6)
             np.testing.assert_array_equal(ours.linears[name].input_offset, linear.input_offset)
-    for name, theirs_norm in theirs.norms.items():
-        np.testing.assert_allclose(ours.norms[name], theirs_norm, rtol=1e-6)
+    for name, theirs_norm in theirs.tensors.items():
+        np.testing.assert_allclose(ours.tensors[name], theirs_norm, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_smoothquant_takes_its_alpha_from_the_recipe(tmp_path):
     most = run_pass(folder, 2, algorithm="smoothquant", smoothquant_alpha=0.8)
     assert {group.alpha for group in most.report.groups} == {0.8}
     name = "model.layers.1.input_layernorm.weight"
-    assert not np.allclose(half.norms[name], most.norms[name])
+    assert not np.allclose(half.tensors[name], most.tensors[name])
 
 
 @pytest.mark.parametrize("case", CASES)

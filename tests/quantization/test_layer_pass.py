@@ -42,7 +42,7 @@ def test_every_linear_is_int8_and_the_output_is_close(parts):
 
     result = quantize_layer(config, 0, layer, hidden, places, make_algorithm(**GRID))
 
-    assert list(result.linears) == [f"{NAME}.{name}" for name in config.linears]
+    assert list(result.linears) == [f"{NAME}.{name}" for name in config.linears(0)]
     for name, linear in result.linears.items():
         assert isinstance(linear, QuantizedLinear)
         assert linear.weight.dtype == np.int8

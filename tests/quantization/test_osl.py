@@ -79,8 +79,8 @@ def test_fast_search_equals_golden_sticks_own(case, tmp_path):
         np.testing.assert_array_equal(ours.input_offset, theirs.input_offset)
         if theirs.bias is not None:
             np.testing.assert_allclose(ours.bias, theirs.bias, rtol=1e-6)
-    for name, theirs in reference.norms.items():
-        np.testing.assert_allclose(fast.norms[name], theirs, rtol=1e-6)
+    for name, theirs in reference.tensors.items():
+        np.testing.assert_allclose(fast.tensors[name], theirs, rtol=1e-6)
 
 
 def test_the_result_does_not_depend_on_the_batches(tmp_path):

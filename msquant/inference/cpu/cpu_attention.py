@@ -136,6 +136,7 @@ class GroupedQueryAttention:
         self._qkv = linear_layer(*linears)
         self._caches = [linear.cache for linear in linears[1:]]
         self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
+        self._output_gate = config.family.output_gate
         self._norms: tuple[CpuRMSNorm, CpuRMSNorm] | None = None
         if config.query_key_norms:
             self._norms = (
@@ -146,6 +147,11 @@ class GroupedQueryAttention:
     def __call__(self, x: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
         """`[T, H]` to the same."""
         split = self._qkv(x).reshape(len(x), -1, self._head_dim)
+        gate: Array | None = None
+        if self._output_gate:
+            both, rest = split[:, : 2 * self._heads], split[:, 2 * self._heads :]
+            gate = both[:, 1::2].reshape(len(x), -1)
+            split = np.concatenate([both[:, ::2], rest], axis=1)
         rotated, values = split[:, : -self._groups], split[:, -self._groups :]
         if self._norms is not None:
             queries, keys = rotated[:, : self._heads], rotated[:, self._heads :]
@@ -156,7 +162,10 @@ class GroupedQueryAttention:
             made if cache is None else cache.rounded(made.reshape(len(x), -1)).reshape(made.shape)
             for made, cache in zip((keys, values), self._caches, strict=True)
         )
-        return self._o(places.attend(queries, keys, values, caches, self._scale))
+        mixed = places.attend(queries, keys, values, caches, self._scale)
+        if gate is not None:
+            mixed /= 1 + np.exp(-gate)
+        return self._o(mixed)
 
 
 class CpuLatentAttention:

@@ -4,16 +4,19 @@ PyNative MindSpore takes about a millisecond for an operator on a CPU, however s
 small model takes a thousand of them. The layers are tested against the MindSpore cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, WeightSource
 from msquant.inference.cpu.cpu_attention import CpuLatentAttention, GroupedQueryAttention, LayerCache, Places
+from msquant.inference.cpu.cpu_delta_net import CpuDeltaNet
 from msquant.inference.cpu.cpu_linear import Array, linear_layer
 from msquant.inference.cpu.norm import CpuRMSNorm
 from msquant.models.config import ModelConfig, check_shape
+from msquant.models.delta_rule import DeltaState
 from msquant.models.reading import expert_sizes, read_linear, read_tensor
 from msquant.models.routing import route, tokens_of
 
@@ -51,6 +54,9 @@ class CpuMoE:
         if config.family.correction_bias:
             self._bias = read_tensor(config, source, f"{router}.{names.correction_bias}")
         self._experts = [CpuMLP(config, source, f"{experts}.{i}") for i in range(self._sizes.count)]
+        self._shared_gate: Array | None = None
+        if config.family.shared_gate:
+            self._shared_gate = read_tensor(config, source, f"{name}.{names.shared_gate}.weight").T
         shared = self._sizes.shared
         self._shared = CpuMLP(config, source, f"{name}.{names.shared_experts}") if shared else None
 
@@ -58,6 +64,8 @@ class CpuMoE:
         """`[T, H]` to the same."""
         ids, weights = route(self._config, self._sizes, x @ self._router, self._bias)
         total = np.zeros_like(x) if self._shared is None else self._shared(x)
+        if self._shared_gate is not None:
+            total /= 1 + np.exp(-(x @ self._shared_gate))
         for index in np.unique(ids).tolist():
             rows, weight = tokens_of(ids, weights, index)
             total[rows] += self._experts[index](x[rows]) * weight[:, None]
@@ -65,16 +73,17 @@ class CpuMoE:
 
 
 class CpuSequenceCache:
-    """Keys and values of one sequence.
+    """What one sequence leaves behind.
 
     Attributes:
         length: how many tokens it holds.
-        layers: of each decoder layer.
+        layers: of each decoder layer, its keys and values, or its state where it mixes by the delta rule.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.length = 0
-        self.layers = [LayerCache() for _ in range(layers)]
+        kinds = map(config.delta_rule, range(config.num_hidden_layers))
+        self.layers: list[Any] = [LayerCache() if delta is None else DeltaState(delta) for delta in kinds]
 
 
 class CpuDecoderLayer:
@@ -83,13 +92,14 @@ class CpuDecoderLayer:
     def __init__(self, config: ModelConfig, source: WeightSource, index: int) -> None:
         name, names = config.family.layer_name(index), config.family.names
         self._input_norm = CpuRMSNorm.read(config, source, f"{name}.{names.input_norm}")
-        attention = f"{name}.{names.attention}"
-        if config.latent is None:
-            self._attention: GroupedQueryAttention | CpuLatentAttention = GroupedQueryAttention(
-                config, source, attention
-            )
+        mixer = f"{name}.{config.mixer(index)}"
+        self._mixer: Callable[[Array, Places, Sequence[Any]], Array]
+        if (delta := config.delta_rule(index)) is not None:
+            self._mixer = CpuDeltaNet(config, delta, source, mixer)
+        elif config.latent is None:
+            self._mixer = GroupedQueryAttention(config, source, mixer)
         else:
-            self._attention = CpuLatentAttention(config, config.latent, source, attention)
+            self._mixer = CpuLatentAttention(config, config.latent, source, mixer)
         self._norm = CpuRMSNorm.read(config, source, f"{name}.{names.feed_forward_norm}")
         self._output_norms = [
             None if norm is None else CpuRMSNorm.read(config, source, f"{name}.{norm}")
@@ -98,11 +108,11 @@ class CpuDecoderLayer:
         block = CpuMoE if config.has_experts(index) else CpuMLP
         self._mlp = block(config, source, f"{name}.{names.feed_forward}")
 
-    def __call__(self, hidden: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
+    def __call__(self, hidden: Array, places: Places, caches: Sequence[Any]) -> Array:
         """`[T, H]` to the same."""
-        attention_norm, mlp_norm = self._output_norms
-        output = self._attention(self._input_norm(hidden), places, caches)
-        hidden = hidden + (output if attention_norm is None else attention_norm(output))
+        mixer_norm, mlp_norm = self._output_norms
+        output = self._mixer(self._input_norm(hidden), places, caches)
+        hidden = hidden + (output if mixer_norm is None else mixer_norm(output))
         output = self._mlp(self._norm(hidden))
         hidden += output if mlp_norm is None else mlp_norm(output)
         return hidden
@@ -132,8 +142,8 @@ class CpuModel:
         self._head = linear_layer(FloatLinear(table))
 
     def new_cache(self) -> CpuSequenceCache:
-        """The empty key-value cache of a sequence."""
-        return CpuSequenceCache(len(self._layers))
+        """The empty cache of a sequence."""
+        return CpuSequenceCache(self._config)
 
     def next_logits(self, batch: Sequence[tuple[CpuSequenceCache, Sequence[int]]]) -> NDArray[np.float32]:
         """Logits of the token after each sequence's last.

@@ -7,7 +7,7 @@ import numpy as np
 from msquant.checkpoint.weights import WeightSource
 from msquant.inference.cpu.cpu_linear import Array
 from msquant.models.config import ModelConfig
-from msquant.models.reading import read_tensor
+from msquant.models.reading import read_norm
 
 
 class CpuRMSNorm:
@@ -23,7 +23,7 @@ class CpuRMSNorm:
         Raises:
             CheckpointError: it is missing or damaged, or its shape is not that of the config.
         """
-        weight = read_tensor(config, source, f"{name}.weight")
+        weight = read_norm(config, source, name)
         return cls(weight, config.rms_norm_eps if eps is None else eps)
 
     def __call__(self, x: Array) -> Array:
