@@ -94,3 +94,25 @@ def test_outputs_that_overflow_are_refused(folder: Path, tmp_path: Path) -> None
     hidden = [np.random.default_rng(0).normal(size=(1, LENGTH, 64)).astype(np.float32)]
     with pytest.raises(CheckpointError, match=r"model.layers.1: computes NaN or infinity"):
         run(model, tmp_path / "scratch", hidden, 1 << 30)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("algorithm", ["osl", "smoothquant", "rtn"])
+@pytest.mark.parametrize("dynamic", [["mlp."], []])
+def test_outputs_alone_have_the_bytes_that_quantization_gives_on_the_way(
+    folder: Path, tmp_path: Path, layer: int, algorithm: str, dynamic: list[str]
+) -> None:
+    if layer == 1 and not dynamic:
+        pytest.skip("experts have a scale per token")
+    rng = np.random.default_rng(0)
+    hidden = [rng.normal(size=(2, length, 64)).astype(np.float32) for length in (LENGTH, LENGTH, 9)]
+    dtype = use_device()
+    golden_stick.set_log_level(verbose=False)
+    policy = make_algorithm(algorithm=algorithm, schemes=rules(skip=["kv_b_proj"], dynamic=dynamic))
+    source, store = Checkpoint.open(folder), HiddenStateStore(tmp_path, 1 << 30)
+    decoder = DecoderPass(read_config(folder), source, policy, LENGTH, dtype, store, searched=2)
+    outputs: dict[str, list[bytes]] = {"run": [], "compute": []}
+    decoder.run(layer, hidden, lambda output: outputs["run"].append(output.tobytes()), Discard())
+    decoder.compute(layer, hidden, lambda output: outputs["compute"].append(output.tobytes()))
+    assert outputs["compute"] == outputs["run"]
+    assert len(outputs["run"]) == 3
