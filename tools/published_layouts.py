@@ -1,9 +1,8 @@
 """Which of the published quantized models are in a layout that msquant reads, as pages of the documentation.
 
-    python -m tools.published_layouts    # writes docs/published-layouts.md and its translation
-
     python -m tools.published_layouts    # writes docs/published-layouts.md in both languages
-is made, and read or refused, by `tests/formats/test_published_layouts.py`.
+
+Each layout that the pages name is made, and read or refused, by `tests/formats/test_published_layouts.py`.
 """
 
 import re
@@ -54,7 +53,7 @@ def parts() -> list[Part]:
 
 def names() -> list[str]:
     """The repositories."""
-    return (_HERE / "published_names.txt").read_text(encoding="utf-8").split()
+    return (_HERE / "published_ascend.txt").read_text(encoding="utf-8").split()
 
 
 def parts_of(name: str) -> list[Part]:

@@ -35,6 +35,13 @@ def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[st
                 where="quantization.cache",
                 remedy="write cache: none",
             )
+        if config.delta is not None:
+            raise RecipeError(
+                f"cache: {policy.cache} is for attention in every layer, and {config.family.model_type} has "
+                "layers that keep a state in its place",
+                where="quantization.cache",
+                remedy="write cache: none",
+            )
         for linear in config.family.cached:
             module = f"{config.family.layer_name(index)}.{linear}"
             schemes[module] = replace(schemes[module], cache=cache)

@@ -16,6 +16,7 @@ from msquant.formats.ascend.layout import DESCRIPTION_NAME
 from msquant.formats.summary import Summary, summarize
 from msquant.models.rotation import Hadamard
 from msquant.schemes import W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC, W8A8_MIX, W8A16, Scheme
+from tests.formats.ascend.test_kv_cache import HEADS_OF_32, cached
 from tests.formats.ascend.test_published import write_dense
 from tests.formats.expert_folders import DEEPSEEK, QWEN, four_bit_experts, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_json
@@ -88,7 +89,12 @@ def quarot(folder: Path) -> list[Path]:
     return [made]
 
 
+def c8(folder: Path) -> list[Path]:
+    return [ascend(folder / "m", HEADS_OF_32, cached(HEADS_OF_32))]
+
+
 READ: dict[str, Made] = {
+    "c8": c8,
     "compressed-tensors": compressed,
     "w4a8": w4a8,
     "w8a16": lambda folder: [ascend(folder / "m", CONFIG, whole(CONFIG, W8A16))],
@@ -103,7 +109,7 @@ REFUSED = {
     "mxfp": ("W8A8_MXFP8", "described as 'W8A8_MXFP8'"),
     "w8a8sc": ("W8A8SC", "described as 'W8A8SC'"),
     "w4a4": ("W4A4_FLATQUANT_DYNAMIC", "described as 'W4A4_FLATQUANT_DYNAMIC'"),
-    "c8": ({"kv_cache_type": "C8"}, "kv_cache_type is 'C8'"),
+    "latent-c8": ({"fa_quant_type": "FAKQuant"}, "fa_quant_type is 'FAKQuant'"),
 }
 
 
