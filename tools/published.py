@@ -27,6 +27,7 @@ from msquant.errors import MsquantError
 from msquant.families import find_family
 from msquant.flows import model_free_source
 from msquant.flows.source import shapes_plans
+from msquant.formats.ascend import kv_cache
 from msquant.formats.folder_plan import FolderPlan
 from msquant.hub.published import HUB_IDS, published_config
 from msquant.models.config_json import fp8_block_size, parse_config
@@ -38,7 +39,7 @@ NAMES = Path(__file__).with_name("published_ascend.txt")
 PAGES = {"en": ROOT / "docs" / "published.md", "zh": ROOT / "docs" / "zh-CN" / "published.md"}
 BEGIN, END = "<!-- tools/published.py writes from here -->", "<!-- to here -->"
 
-# As the names have it; `w8a8c8` and the like stay in the scheme.
+# As the names have it; the cache of `w8a8c8` and the like stays in the scheme.
 _NAME = re.compile(r"^(?P<source>.+?)-(?:quantized\.)?(?P<scheme>w\d+a\d+[a-z0-9]*)(?P<rest>.*)$")
 _SOURCES = {
     "glm5": "glm-5",
@@ -120,17 +121,23 @@ def _recipe(source: str, scheme: str, words: list[str]) -> tuple[str, Recipe]:
     if _FOR_310 in words:
         raise MsquantError("is for the Ascend 310P, and msquant knows no rules of its operators")
     number = next((word for word in words if _MX.fullmatch(word)), None)
-    wanted = parse_scheme("_".join(filter(None, (scheme, number))).upper())
+    cached = scheme.endswith("c8")
+    plain = scheme.removesuffix("c8")
+    wanted = parse_scheme("_".join(filter(None, (plain, number))).upper())
     weights, inputs = wanted.weights, wanted.inputs
     assert weights is not None
     in_eights = (weights.bits, inputs and inputs.bits) == (8, 8)
-    own = f"{source}-{scheme}"
+    own = f"{source}-{plain}"
     name = own if own in shipped_recipes() else source
     recipe = find_recipe(name)
     if name == source and not in_eights:
         asked = "W4A8_DYNAMIC" if (weights.bits, inputs and inputs.bits) == (4, 8) else wanted
         recipe = recipe.adjusted(scheme=asked)
-    recipe = recipe.adjusted(formats="ascend", rotation="hadamard" if "quarot" in words else None)
+    recipe = recipe.adjusted(
+        formats="ascend",
+        rotation="hadamard" if "quarot" in words else None,
+        cache="int8" if cached else None,
+    )
     if "floatmtp" in words:
         recipe = recipe.model_copy(update={"prediction_layers": "float"})
     return name, recipe
@@ -162,7 +169,7 @@ def _planned(source: str, recipe: Recipe) -> int:
 def _check(plan: FolderPlan) -> None:
     """Hold the tensors of a folder to its description, which must have a word of the format for each."""
     (description,) = plan.documents.values()
-    words = {*plan.format.words.values(), "FLOAT"}
+    words = {*plan.format.words.values(), "FLOAT", kv_cache.WORD}
     undescribed = [name for name in plan.weight_map if description.get(name) not in words]
     assert not undescribed, undescribed[:3]
     assert "quantization_config" not in plan.written_config

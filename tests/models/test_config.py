@@ -86,7 +86,7 @@ def test_the_family_names_every_tensor_of_a_checkpoint(tiny_llama: Path) -> None
     assert set(checkpoint.names()) == expected
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v32", None, 3])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", None, 3])
 def test_an_unsupported_architecture_names_the_supported_ones(
     model_type: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from msquant.checkpoint.config_limits import MAX_ROUTED_EXPERTS, MAX_SIZE
 from msquant.checkpoint.json_file import read_json
 from msquant.errors import CheckpointError
-from msquant.families import expected_shapes
+from msquant.families import expected_shapes, find_family
 from msquant.hub.published import configs_folder
 from msquant.models.config_json import parse_config, read_config
 from tests.fixtures.fuzzing import documents, fuzz, within_limits
@@ -73,7 +73,9 @@ def test_a_list_of_layers_is_no_longer_than_they_are_many() -> None:
 
 @pytest.mark.parametrize("path", sorted((configs_folder() / "models").glob("*.json")), ids=lambda p: p.stem)
 def test_published_models_are_within_the_limits(path: Any) -> None:
-    assert expected_shapes(read_json(path))
+    config = read_json(path)
+    # Models without a family have no names that msquant knows: they are quantized without calibration.
+    assert bool(expected_shapes(config)) == (find_family(config["model_type"]) is not None)
 
 
 @pytest.fixture(scope="module")
