@@ -228,6 +228,7 @@ def plan(
     cache: str | None = None,
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    workers: int | None = None,
 ) -> "Plan | ModelFreePlan":
     """What quantizing a model would make, read, write and need, from its headers alone.
 
@@ -240,6 +241,7 @@ def plan(
         cache: likewise.
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
+        workers: processes that would share the decoder layers; memory is that of each.
 
     Returns:
         Bytes by decoder layer and in all, memory, and as `problems` what does not fit. No time is estimated:
@@ -273,6 +275,7 @@ def plan(
         target if output is None else Path(output),
         source=None if source is None else str(source),
         memory_budget=memory_budget,
+        workers=workers or 1,
     )
 
 
