@@ -96,10 +96,12 @@ def test_a_node_that_has_not_joined() -> None:
 
 
 def test_no_cluster_at_all(tmp_path: Path) -> None:
-    """Asked for real, of a Python without Ray and of one that is not there."""
+    """Asked for real, of a Python with Ray that runs nowhere, one without Ray and one that is not there."""
     answer = ask_cluster(tmp_path, WANTED, AscendHost(python=sys.executable))
-    assert "ModuleNotFoundError: No module named 'ray'" in answer["error"]
+    assert "Could not find any running Ray instance" in answer["error"]
     assert "no cluster" in problems(answer)["Ray"]
+    bare = AscendHost(python=str(Path(sys.base_prefix) / "bin/python3"))
+    assert "ModuleNotFoundError: No module named 'ray'" in ask_cluster(tmp_path, WANTED, bare)["error"]
     assert "error" in ask_cluster(tmp_path, WANTED, AscendHost(python=str(tmp_path / "none")))
     silent = write_tool(tmp_path / "python", "")
     assert "error" in ask_cluster(tmp_path, WANTED, AscendHost(python=str(silent)))
