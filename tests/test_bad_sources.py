@@ -228,7 +228,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "config with another dense layer": (
         lambda f: edit_config(f, first_k_dense_replace=2),
-        ["model.layers.1.mlp.gate_proj.weight"],
+        ["model.layers.1.mlp.down_proj.weight"],
     ),
     "part of the prediction layer": (
         lambda f: remove(f, PREDICTION + "eh_proj.weight"),
