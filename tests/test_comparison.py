@@ -146,7 +146,7 @@ def test_bad_texts_are_named(quantized: Path, tmp_path: Path) -> None:
         compare([str(quantized)], texts=["nowhere.txt"], **SHORT)
     with pytest.raises(CalibrationError, match="no text to evaluate on"):
         compare([str(quantized)], builtin=False, **SHORT)
-    with pytest.raises(CalibrationError, match="300 tokens are longer than the model takes"):
+    with pytest.raises(CalibrationError, match="300 tokens are longer than what is computed of the model"):
         compare([str(quantized)], sequence_length=300)
 
 

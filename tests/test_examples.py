@@ -50,6 +50,14 @@ def test_quantize_your_own_model(quantized: tuple[Path, str]) -> None:
     assert said[4].startswith("I am")
 
 
+def test_many_machines(model: Path) -> None:
+    output = model.with_name("shared")
+    said = run("many_machines.py", model, output, "--workers", 2).splitlines()
+    assert said[0].endswith("GB for each worker")
+    assert sorted(said[1:3]) == ["decoder layer 0 is done", "decoder layer 1 is done"]
+    assert said[-1] == f"written to {output}"
+
+
 def test_deepseek_r1_end_to_end(model: Path) -> None:
     planned = run("deepseek_r1.py", "--plan-only")
     assert "DeepSeek-R1: 684.5 B parameters" in planned

@@ -78,7 +78,7 @@ def test_both_formats_are_correct_near_the_float_model_and_the_same_after_an_int
         quantize(recipe, tmp_path / "out", progress=Progress(layer=interrupt))
     again = quantize(recipe, tmp_path / "out")
     record = json.loads((result.folder / "msquant.json").read_text())["evaluation"]
-    assert record["overall"]["kl"] < 0.3
+    assert record["overall"]["kl"] < 0.4
     assert all(layer["own_snr"] > 10 for layer in record["layers"])
     stored = Checkpoint.open(source)
     for name in FORMATS:
