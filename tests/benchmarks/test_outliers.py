@@ -36,9 +36,13 @@ def test_the_logits_stay_and_every_place_has_outliers(tmp_path: Path, model_type
         name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
     }
     kept = ("embed_tokens.weight", "lm_head.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
+    # Of the delta rule, what no outlier passes through.
+    kept += ("A_log", "conv1d.weight", "dt_bias")
     assert changed == {name for name in before if not name.endswith(kept)}
     norm = "model.layers.1.input_layernorm.weight"
-    factors = model.get_parameter(norm).detach() / before[norm]
+    # Qwen3-Next's norms add 1 to what they store.
+    added = float(model_type == "qwen3_next")
+    factors = (model.get_parameter(norm).detach() + added) / (before[norm] + added)
     assert int((factors > 3.99).sum()) == 3
     assert float(factors.max()) <= 30.0
 
