@@ -157,6 +157,7 @@ def print_table(
     *,
     caption: str | None = None,
     spare: Sequence[str] = (),
+    unbroken: Sequence[str] = (),
 ) -> None:
     """Write a table to stdout; numbers are right-aligned.
 
@@ -166,6 +167,7 @@ def print_table(
         rows: the cells.
         caption: below it.
         spare: headings of columns that are left out, the first one first, before others are cut.
+        unbroken: headings of columns whose cells stay on one line: what is in them is copied.
     """
     from rich.cells import cell_len
     from rich.table import Table
@@ -182,7 +184,9 @@ def print_table(
         numeric = all(isinstance(row[i], int | float) for row in rows)
         justify: Literal["right", "left"] = "right" if rows and numeric else "left"
         # What fits nowhere goes on in the next line: a name or a number that is cut is of no use.
-        table.add_column(Text(plain_line(column)), justify=justify, overflow="fold")
+        table.add_column(
+            Text(plain_line(column)), justify=justify, overflow="fold", no_wrap=column in unbroken
+        )
     for row in rows:
         table.add_row(*(Text(plain_line(str(cell))) for cell in row))
     _print_prose(stdout, Text(plain_line(title), "table.title"))

@@ -54,17 +54,19 @@ def list_recipes(
             ]
         )
         return
-    rows, family = [], None
+    rows: list[list[str]] = []
+    family = None
     for each in found:
-        shown = "" if each.family == family else each.family
-        rows.append([shown, each.name, each.recipe.description, each.evidence])
-        family = each.family
+        if each.family != family:
+            family = each.family
+            rows.append([f"{family}:", "", ""])
+        rows.append([each.name, each.recipe.description, each.evidence])
     caption = (
         "run: the tests quantize it with its own weights. planned: names, sizes and schemes were worked "
     )
     caption += "out from the published config.json; no weights of it were at hand."
-    columns = ["family", "name", "description", "evidence"]
-    console.print_table("Recipes", columns, rows, caption=caption)
+    columns = ["name", "description", "evidence"]
+    console.print_table("Recipes", columns, rows, caption=caption, unbroken=["name"])
     console.print_next("msquant recipes show NAME")
 
 
