@@ -11,6 +11,8 @@ from tests.cli.test_quantize import msquant
 pytestmark = pytest.mark.e2e
 
 KEYS = {
+    "chain",
+    "workers",
     *("model", "source", "output", "architecture", "stored", "variant", "samples", "sequence_length"),
     "formats",
     *("sources", "source_characters"),
