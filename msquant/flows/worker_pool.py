@@ -225,20 +225,31 @@ class WorkerPool:
         return [worker for worker in workers if worker.hand in ready]
 
     def _ask(self, method: str, arguments: Callable[[_Worker], tuple[Any, ...]]) -> list[Any]:
-        """The answers of all workers to one call, in order."""
+        """The answers of all workers to one call, in order; of one that dies, its successor's.
+
+        What is asked needs nothing that a worker was told before.
+        """
+        assert self._crew is not None
         for worker in self._workers:
             worker.hand.call(method, *arguments(worker))
         answers: dict[int, Any] = {}
+        deaths = Counter[int]()
         while len(answers) < self.count:
             for worker in self._answered([w for w in self._workers if w.number not in answers]):
                 try:
                     answer = worker.hand.answer()
                 except WorkerDied as death:
-                    raise EngineError(
-                        f"a worker died before it began: {death}",
-                        where=self._where,
-                        remedy="run msquant doctor there: every node needs the same msquant, and memory",
-                    ) from death
+                    deaths[worker.number] += 1
+                    if deaths[worker.number] >= MOST_DEATHS:
+                        raise EngineError(
+                            f"{MOST_DEATHS} workers died before they began: {death}",
+                            where=self._where,
+                            remedy="run msquant doctor there: every node needs the same msquant, and memory",
+                        ) from death
+                    worker.hand.kill()
+                    worker.hand = self._crew.hire()
+                    worker.hand.call(method, *arguments(worker))
+                    continue
                 if isinstance(answer, Failure):
                     raise answer.error(worker.host if self._asked.address else None)
                 answers[worker.number] = answer
