@@ -102,7 +102,7 @@ def living(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_bytes_are_those_of_one_process(
     count: int, recipe: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -181,6 +181,7 @@ def test_workers_end_with_the_process_that_started_them() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_random_kills_change_nothing(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
     output, choose, left = tmp_path / "out", random.Random(7), 6
     while True:

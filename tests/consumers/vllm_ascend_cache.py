@@ -33,6 +33,8 @@ def cache_difference(folder: Any, layer: int) -> float:
     size = config.get("head_dim") or config["hidden_size"] // heads
     vllm_ascend_on_cpu.CONFIG.quant_config = folder.quantization
     vllm_ascend_on_cpu.CONFIG.cache_config = SimpleNamespace(block_size=BLOCK)
+    # No other engine hands its cache on to this one.
+    vllm_ascend_on_cpu.CONFIG.kv_transfer_config = None
     assert folder.quantization.is_c8_quant_layer(f"{block}.attn")
     scheme = AscendC8KVCacheAttentionMethod(folder.quantization.quant_description, f"{block}.attn")
     impl = AscendC8AttentionBackendImpl(

@@ -117,9 +117,7 @@ def linear_difference(folder: Folder, word: str, modules: list[str], takes_cache
         modules: that it is made of.
         takes_cache: whether the engine takes another one's cache, as one that writes answers does.
     """
-    vllm_ascend_on_cpu.CONFIG.kv_transfer_config = SimpleNamespace(
-        is_kv_consumer=takes_cache, is_kv_producer=False
-    )
+    vllm_ascend_on_cpu.CONFIG.kv_transfer_config = SimpleNamespace(is_kv_consumer=takes_cache)
     scheme = get_scheme_class(word, "linear")()
     rows = [len(folder.tensors[f"{module}.weight"]) for module in modules]
     columns = folder.tensors[f"{modules[0]}.weight"].shape[1]
