@@ -37,15 +37,12 @@ QWEN3_MOE: dict[str, Any] = QWEN3 | {
 """Of the mixture of experts; the auxiliary loss of its paper balances the router."""
 
 
-QWEN3_NEXT: dict[str, Any] = {
+QWEN3_NEXT: dict[str, Any] = QWEN3_MOE | {
     "model_type": "qwen3_next",
-    "vocab_size": 1024,
     "hidden_size": 192,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
     "full_attention_interval": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 64,
     "partial_rotary_factor": 0.25,
     "linear_conv_kernel_dim": 4,
@@ -55,19 +52,6 @@ QWEN3_NEXT: dict[str, Any] = {
     "linear_value_head_dim": 64,
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 96,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "output_router_logits": True,
-    "router_aux_loss_coef": 0.01,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
 }
 """Of three layers with the gated delta rule before one with gated attention, as published."""
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from msquant.checkpoint.checkpoint_reader import INDEX_NAME
 from msquant.checkpoint.output_folder import OutputFolder
-from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError
 from msquant.flows.pipeline import Progress, quantize
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures.fp8 import dequantize_blocks, to_fp8
 from tests.fixtures.policies import rules
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_families import write_tiny
 
 LAYERS = 3  # The first is dense; another one behind them predicts a second token.
@@ -43,10 +43,6 @@ def recipe_for(model: Path) -> Recipe:
         },
         "test",
     )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in folder.iterdir()}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_model import write_tiny_llama
 
 
@@ -213,10 +214,6 @@ def test_ctrl_c_before_a_layer_is_finished_leaves_nothing(source: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in folder.iterdir()}
-
-
 BAD_LATER: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "NaN": (lambda f: rewrite(f, UP, set_nan), [UP, "NaN"]),
     "truncated meanwhile": (
@@ -254,7 +251,7 @@ def test_what_is_finished_survives_an_error_in_a_later_layer(
     progress = Progress(layers=lambda count, done: seen.append((count, done)))
     quantize(short_recipe(model), tmp_path / "out", progress=progress)
     assert seen == [(2, 1)]
-    ours, expected = files(tmp_path / "out"), files(result)
+    ours, expected = digests(tmp_path / "out"), digests(result)
     # The manifest names the model's folder.
     assert ours.pop("msquant.json") != expected.pop("msquant.json")
     assert ours == expected

@@ -1,19 +1,20 @@
 """A quantization that is killed, at any moment, ends with the bytes of one that is not."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from msquant.checkpoint.writer import file_sha256, write_shard
+from msquant.checkpoint.writer import write_shard
+from tests.fixtures import quantize_process
+from tests.fixtures.quantize_process import FEED_FORWARD, RECIPE, digests, ended, journaled, records
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import write_tiny_llama
 
@@ -21,30 +22,7 @@ pytestmark = pytest.mark.e2e
 
 LAYERS = 4
 PARTS = 24
-RECIPE = """
-model: {model}
-quantization:
-  smooth_alpha: [0.4, 0.6]
-  schemes: [lm_head: FLOAT, kv_b_proj: FLOAT, {feed_forward}"*": W8A8]
-calibration:
-  samples: 4
-  sequence_length: 32
-"""
-
-
-def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "msquant", "quantize", str(recipe), "--output", str(output), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    )
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What it wrote to stderr, when it has ended with that exit code."""
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == code, errors
-    return errors
+start = partial(quantize_process.start, threads=1)
 
 
 def finish(recipe: Path, output: Path, *options: str, code: int = 0) -> str:
@@ -57,21 +35,6 @@ def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
     process.communicate()
-
-
-def records(output: Path) -> list[str]:
-    """The whole lines of the journal of an unfinished result but the first, which says what it is of."""
-    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
-    return journal.read_text().split("\n")[1:-1] if journal.exists() else []
-
-
-def journaled(output: Path) -> int:
-    """Decoder layers that the journal of an unfinished result holds."""
-    return sum('"layer"' in line for line in records(output))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +165,7 @@ def test_a_second_process_is_told_who_works_on_the_output(recipe: Path, tmp_path
 def test_twenty_kills_at_random_moments(kind: str, tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", kind, layers=LAYERS, dtype="bfloat16")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        RECIPE.format(model=model, feed_forward="mlp.: W8A8_DYNAMIC, " if kind == "deepseek_v3" else "")
-    )
+    recipe.write_text(RECIPE.format(model=model, feed_forward=FEED_FORWARD[kind]))
     began = time.monotonic()
     finish(recipe, tmp_path / "whole")
     whole = time.monotonic() - began

@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.writer import file_sha256
 from msquant.errors import MsquantError, StartOverError
 from msquant.flows.pipeline import Progress, quantize
 from msquant.recipe.recipe import Recipe, validate_recipe
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_model import write_tiny_llama
 
 READ = "model.layers.0.mlp.up_proj.weight"
 UNREAD = "model.layers.1.mlp.up_proj.weight"
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in folder.iterdir()}
 
 
 def interrupt(*_: object) -> None:

@@ -19,9 +19,9 @@ from msquant.models.rotation import Hadamard
 from msquant.planning.quantization_plan import make_plan
 from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_families import write_tiny
 from tests.formats.folders import change_json
-from tests.test_pipeline import files
 
 
 def recipe_of(model: Path, rotation: str = "hadamard", **quantization: Any) -> Recipe:
@@ -115,7 +115,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes_and_another_rotation_is_ano
 ) -> None:
     source = write_tiny(tmp_path / "source", "llama", dtype="bfloat16", tie_word_embeddings=True)
     recipe = recipe_of(source).replace("evaluation", sequences=0)
-    expected = files(quantize(recipe, tmp_path / "expected").folder)
+    expected = digests(quantize(recipe, tmp_path / "expected").folder)
 
     def interrupt(record: dict[str, Any]) -> None:
         raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes_and_another_rotation_is_ano
     seen: list[tuple[int, int]] = []
     quantize(recipe, tmp_path / "out", progress=Progress(layers=lambda *counts: seen.append(counts)))
     assert seen == [(2, 1)]
-    assert files(tmp_path / "out") == expected
+    assert digests(tmp_path / "out") == expected
 
 
 def test_norms_behind_the_blocks_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from msquant.flows.comparison import compare
 from msquant.flows.pipeline import Progress, quantize
 from msquant.recipe.recipe import Recipe
 from tests.fixtures import torch_simulation
+from tests.fixtures.quantize_process import RECIPE, digests, journaled
 from tests.fixtures.tiny_model import write_tiny_llama
-from tests.test_pipeline import files, short_recipe
-from tests.test_resume import RECIPE, digests, finish, journaled, start
+from tests.test_pipeline import short_recipe
+from tests.test_resume import finish, start
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_without_it_the_tensors_are_the_same(recipe: Recipe, result: Path, tmp_p
     without = quantize(recipe.replace("evaluation", sequences=0), tmp_path / "out")
     assert without.evaluation is None
     assert "evaluation" not in manifest(without.folder)
-    ours, expected = files(without.folder), files(result)
+    ours, expected = digests(without.folder), digests(result)
     assert ours.pop("msquant.json") != expected.pop("msquant.json")
     assert ours == expected
 

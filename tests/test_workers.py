@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +14,24 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from msquant.checkpoint.writer import file_sha256
 from msquant.errors import EngineError
 from msquant.flows.workers import Workers, require_workers
+from tests.fixtures import quantize_process
+from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, start
 from tests.fixtures.tiny_families import write_tiny
 
 LAYERS = 4
-RECIPE = """
-model: {model}
-quantization:
-  smooth_alpha: [0.4, 0.6]
-  schemes: [lm_head: FLOAT, kv_b_proj: FLOAT, {feed_forward}"*": W8A8]
-calibration:
-  samples: 4
-  sequence_length: 32
-evaluation:
-  sequences: 0
-"""
-KINDS = {"llama": "", "deepseek_v3": "mlp.: W8A8_DYNAMIC, "}
+RECIPE = f"{quantize_process.RECIPE}evaluation:\n  sequences: 0\n"
+
+ended = partial(quantize_process.ended, seconds=900)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=FEED_FORWARD)
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
     model = write_tiny(folder / "model", request.param, layers=LAYERS, dtype="bfloat16")
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(model=model, feed_forward=KINDS[request.param]))
+    path.write_text(RECIPE.format(model=model, feed_forward=FEED_FORWARD[request.param]))
     return path
 
 
@@ -47,28 +40,6 @@ def expected(recipe: Path) -> dict[str, str]:
     """What one process writes that nobody disturbs."""
     ended(start(recipe, recipe.parent / "whole"))
     return digests(recipe.parent / "whole")
-
-
-def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "msquant", "quantize", str(recipe), "--output", str(output), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What it wrote to stderr, when it has ended with that exit code."""
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == code, errors
-    return errors
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-
-
-def journaled(output: Path) -> int:
-    """Decoder layers that the journal of an unfinished result holds."""
-    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
-    return sum('"layer"' in line for line in journal.read_text().splitlines()) if journal.exists() else 0
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -101,23 +101,10 @@ DEEPSEEK_V32 = SparseAttention(
     formats=("ascend", "compressed-tensors"),
 )
 
-GLM_MOE_DSA = SparseAttention(
+GLM_MOE_DSA = replace(
+    DEEPSEEK_V32,
     model_type="glm_moe_dsa",
     architecture="GlmMoeDsaForCausalLM",
-    read_as="deepseek_v3",
-    router="sigmoid",
-    correction_bias=True,
-    predicts=True,
     shares_prediction_ends=True,
-    per_token=True,
-    defaults={
-        "q_lora_rank": 2048,
-        "first_k_dense_replace": 3,
-        "index_topk": 2048,
-        "index_n_heads": 32,
-        "index_head_dim": 128,
-    },
-    options=SIGMOID_ROUTER,
-    # No backend of vLLM-MindSpore has it.
-    formats=("ascend", "compressed-tensors"),
+    defaults={**DEEPSEEK_V32.defaults, "q_lora_rank": 2048, "index_n_heads": 32},
 )

@@ -123,6 +123,18 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(value))
 
 
+def change_entries(path: Path, changes: dict[str, Any]) -> None:
+    """Change entries of a JSON file; those that are None are taken out."""
+
+    def apply(entries: dict[str, Any]) -> None:
+        entries.update(changes)
+        for name, value in changes.items():
+            if value is None:
+                del entries[name]
+
+    change_json(path, apply)
+
+
 def change_tensors(folder: Path, changes: dict[str, Any], *, described: bool = True) -> None:
     """Replace, add or (with None) remove tensors, in their shards, in the index and in the description."""
     checkpoint = Checkpoint.open(folder)

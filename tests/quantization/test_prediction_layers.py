@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
-from msquant.checkpoint.writer import file_sha256
 from msquant.cli.app import app
 from msquant.errors import CalibrationError, CheckpointError, RecipeError
 from msquant.flows.calibration import calibration_of
@@ -28,6 +27,7 @@ from msquant.models.network import Embedding, PredictionInput
 from msquant.planning.quantization_plan import make_plan
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe, find_recipe, validate_recipe
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_families import transformers_model, write_tiny
 
 LAYERS = 2
@@ -98,10 +98,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(recipe_for(model), tmp_path_factory.mktemp("quantized") / "out", remember=False).folder
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa", "glm4_moe"])

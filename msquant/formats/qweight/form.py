@@ -1,6 +1,5 @@
 """GPTQ's, AWQ's and AutoRound's folders, as formats that are read."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,16 +75,13 @@ class QweightFormat(ReadOnlyFormat):
 
     Attributes:
         methods: what `quant_method` in `config.json` is.
+        read: what the section of `config.json` says; raises CheckpointError.
     """
 
     methods: ClassVar[tuple[str, ...]]
+    read: "ClassVar[staticmethod[[Mapping[str, Any]], Section]]"
     engine: ClassVar[str] = "vLLM"
     server = "vllm"
-
-    @classmethod
-    @abstractmethod
-    def read(cls, section: Mapping[str, Any]) -> Section:
-        """What the section of `config.json` says. Raises CheckpointError."""
 
     @classmethod
     def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
@@ -179,11 +175,7 @@ class GptqFormat(QweightFormat):
 
     name = "gptq"
     methods = ("gptq",)
-
-    @classmethod
-    def read(cls, section: Mapping[str, Any]) -> Section:
-        """Raises CheckpointError as `read_gptq`."""
-        return read_gptq(section)
+    read = staticmethod(read_gptq)
 
 
 @dataclass(frozen=True)
@@ -192,11 +184,7 @@ class AwqFormat(QweightFormat):
 
     name = "awq"
     methods = ("awq",)
-
-    @classmethod
-    def read(cls, section: Mapping[str, Any]) -> Section:
-        """Raises CheckpointError as `read_awq`."""
-        return read_awq(section)
+    read = staticmethod(read_awq)
 
 
 @dataclass(frozen=True)
@@ -205,8 +193,4 @@ class AutoRoundFormat(QweightFormat):
 
     name = "auto-round"
     methods = ("auto-round", "auto_round", "intel/auto-round")
-
-    @classmethod
-    def read(cls, section: Mapping[str, Any]) -> Section:
-        """Raises CheckpointError as `read_auto_round`."""
-        return read_auto_round(section)
+    read = staticmethod(read_auto_round)

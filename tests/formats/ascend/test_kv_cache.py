@@ -21,7 +21,7 @@ from msquant.formats.folder_plan import plan_folder
 from msquant.formats.summary import summarize
 from msquant.schemes import C8, FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 from tests.formats.expert_folders import DEEPSEEK, groups_of, random_linear, schemes_of, write_experts
-from tests.formats.folders import CONFIG, change_json, change_tensors
+from tests.formats.folders import CONFIG, change_entries, change_tensors
 
 HEADS_OF_32: dict[str, Any] = {
     **CONFIG,
@@ -152,13 +152,7 @@ def test_broken_scales_are_found(folder: Path, changes: dict[str, Any], message:
     ],
 )
 def test_a_broken_description_is_found(folder: Path, changes: dict[str, Any], message: str) -> None:
-    def apply(description: dict[str, Any]) -> None:
-        description.update(changes)
-        for name, value in changes.items():
-            if value is None:
-                del description[name]
-
-    change_json(folder / DESCRIPTION_NAME, apply)
+    change_entries(folder / DESCRIPTION_NAME, changes)
     assert any(message in problem for problem in problems(folder)), problems(folder)
 
 

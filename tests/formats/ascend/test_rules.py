@@ -18,7 +18,7 @@ from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.registry import folder_format, model_format
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
-from tests.formats.folders import CONFIG, change_json, change_tensors
+from tests.formats.folders import CONFIG, change_entries, change_json, change_tensors
 
 FORM = AscendFormat()
 
@@ -223,13 +223,7 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
     ],
 )
 def test_a_broken_description_is_found(folder: Path, changes: dict[str, Any], message: str) -> None:
-    def apply(description: dict[str, Any]) -> None:
-        description.update(changes)
-        for name, value in changes.items():
-            if value is None:
-                del description[name]
-
-    change_json(folder / DESCRIPTION_NAME, apply)
+    change_entries(folder / DESCRIPTION_NAME, changes)
     assert any(message in problem for problem in problems(folder)), problems(folder)
 
 
