@@ -50,6 +50,14 @@ def test_a_later_run_does_what_is_left(ahead: int | None) -> None:
         assert ("compute", 2) in tasks
 
 
+@pytest.mark.parametrize("ahead", [None, 3])
+def test_outputs_that_a_killed_run_did_not_come_to_are_computed(ahead: int | None) -> None:
+    # Layer 1 is quantized, its inputs are there and its outputs are not.
+    tasks = layer_tasks(5, {0, 1}, {1}, ahead)
+    assert shown(tasks)[0] == ("compute", 1)
+    assert tasks[1].after == (("compute", 1),)
+
+
 def test_nothing_is_left_when_all_layers_are_finished() -> None:
     assert layer_tasks(2, {0, 1}, ()) == []
 

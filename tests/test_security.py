@@ -3,10 +3,15 @@
 import ast
 import inspect
 import re
+import socket
 from pathlib import Path
+
+import pytest
 
 import msquant
 from msquant.cli.serve import serve
+from msquant.flows.diagnosis import mindspore_check
+from msquant.flows.local_workers import LocalHand
 
 PACKAGE = Path(msquant.__file__).parent
 REPOSITORY = PACKAGE.parent
@@ -42,6 +47,23 @@ def test_nothing_is_unpickled_and_no_code_is_trusted() -> None:
         2,
         3,
     ]
+
+
+@pytest.mark.e2e
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person stands in a downloaded model's folder, which has modules of its own."""
+    ran = tmp_path / "ran"
+    for name in ("numpy", "secrets", "mindspore", "pip"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    hand = LocalHand(1)
+    try:
+        hand.call("node")
+        assert hand.answer() == socket.gethostname()
+    finally:
+        hand.kill()
+    assert mindspore_check().status != "error"
+    assert not ran.exists()
 
 
 def test_the_server_listens_on_loopback_unless_told_otherwise() -> None:

@@ -88,7 +88,7 @@ class Checkpoint:
         return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.weight_map
 
     def __contains__(self, name: str) -> bool:
-        return self._stored(name) in self.weight_map
+        return self.stored_name(name) in self.weight_map
 
     def shard_path(self, name: str) -> Path:
         """The file that holds a tensor. Raises CheckpointError if there is no such tensor."""
@@ -96,15 +96,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[self._stored(name)].shape
+        return self._shard(name).entries[self.stored_name(name)].shape
 
     def dtype(self, name: str) -> str:
         """A tensor's safetensors dtype, such as `BF16`. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[self._stored(name)].dtype
+        return self._shard(name).entries[self.stored_name(name)].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes a tensor takes on disk. Raises CheckpointError if there is no such tensor."""
-        return self._shard(name).entries[self._stored(name)].nbytes
+        return self._shard(name).entries[self.stored_name(name)].nbytes
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check a tensor's shape against what the configuration says.
@@ -136,7 +136,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its shard was changed since it was opened.
         """
-        return self._shard(name).read(self._stored(name))
+        return self._shard(name).read(self.stored_name(name))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return a floating-point tensor as float32; FP8 with block scales is dequantized (see `fp8`).
@@ -222,10 +222,10 @@ class Checkpoint:
     def _float_rows(self, name: str) -> FloatRows:
         scale_name = self._scale_name(name)
         if scale_name is None:
-            return FloatRows(self._shard(name), self._stored(name))
+            return FloatRows(self._shard(name), self.stored_name(name))
         values, where = self.tensor(scale_name), self.shard_path(scale_name)
         scale = BlockScale.checked(name, values, self._block_size, where)
-        return FloatRows(self._shard(name), self._stored(name), scale)
+        return FloatRows(self._shard(name), self.stored_name(name), scale)
 
     def _scale_name(self, name: str) -> str | None:
         """The scales of an FP8 matrix, checked as far as headers tell; None for other dtypes."""
@@ -233,7 +233,7 @@ class Checkpoint:
         check_dtype(name, dtype, where)
         if dtype != FP8:
             return None
-        scale_name = self._stored(name) + SCALE_SUFFIX
+        scale_name = self.stored_name(name) + SCALE_SUFFIX
         if scale_name not in self:
             raise CheckpointError(
                 f"{name} is stored as {dtype}, but its scales {scale_name} are missing",
@@ -245,11 +245,12 @@ class Checkpoint:
         check_scale_shape(name, self.shape(name), self.shape(scale_name), self._block_size, where)
         return scale_name
 
-    def _stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor is stored under; see `aliases`."""
         return self.aliases.get(name, name)
 
     def _shard(self, name: str) -> Shard:
-        name = self._stored(name)
+        name = self.stored_name(name)
         if name not in self.weight_map:
             raise CheckpointError(
                 f"there is no tensor {name}",

@@ -30,7 +30,7 @@ class _Stopped(Exception):  # noqa: N818 - nobody waits for it
 
 
 class SourceHashes:
-    """Hashes what is read of a checkpoint in a thread of its own; a context manager.
+    """Hashes what is read of a checkpoint in a thread of its own.
 
     Args:
         source: what is read.
@@ -62,8 +62,7 @@ class SourceHashes:
             raises CheckpointError if a shard cannot be read or was changed since it was opened.
         """
         tensors: dict[str, list[str]] = defaultdict(list)
-        stored = (self._source.aliases.get(name, name) for name in names)
-        for name in stored:
+        for name in map(self._source.stored_name, names):
             for part in (name, name + SCALE_SUFFIX):
                 if part in self._source:
                     tensors[self._source.weight_map[part]].append(part)

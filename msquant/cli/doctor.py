@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msquant.cli import console, options
+from msquant.errors import EngineError
 
 if TYPE_CHECKING:
     from msquant.deploy.ascend_checks import Check
@@ -52,6 +53,12 @@ def doctor(
 
     Example: msquant doctor --ray-address 10.0.0.1:6379
     """
+    if folder is not None and ray_address is not None:
+        raise EngineError(
+            "a folder and a cluster are two different checks",
+            where="--ray-address",
+            remedy=f"run msquant doctor {folder} for itself",
+        )
     with console.Working("looking around"):
         if ray_address is not None:
             from msquant.flows.worker_pool import diagnose_cluster

@@ -114,7 +114,13 @@ def mindspore_check(python: str = sys.executable) -> Check:
     command = [python, "-c", _PROBE]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_ENGINE_SECONDS
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_ENGINE_SECONDS,
+            # As -P, which another interpreter may not know: nothing is imported from the current folder.
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
     except subprocess.TimeoutExpired:
         detail = f"has not begun to compute in {_ENGINE_SECONDS:.0f} s"

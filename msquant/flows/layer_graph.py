@@ -122,6 +122,9 @@ def layer_tasks(
     if not unfinished:
         return []
     first, last = unfinished[0], unfinished[-1]
+    if first not in made and first - 1 in made:
+        # The layer before was quantized, and the run ended before its outputs were computed.
+        first -= 1
     tasks: list[Task] = []
     makers: dict[int, Key] = {}
 

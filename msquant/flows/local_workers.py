@@ -31,7 +31,8 @@ class LocalHand:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
+                # Without -P a module in the current folder, perhaps a downloaded model's, would be imported.
+                [sys.executable, "-P", "-c", _SERVE, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=os.environ | thread_variables(threads),

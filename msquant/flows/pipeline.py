@@ -39,7 +39,7 @@ from msquant.flows.source import (
     rotated,
     untying_note,
 )
-from msquant.flows.workers import AHEAD, Workers
+from msquant.flows.workers import Workers, layers_ahead
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
@@ -159,10 +159,6 @@ def quantize(
             RunFiles(journal, model.checkpoint) as files,
         ):
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
-            require_free_space(
-                target.path,
-                needed + hidden_bytes(model.config, calibration.size, predicted, workers.count or 1),
-            )
             writer = FolderStream(target.path, plan)
             for record in journal.records:
                 writer.restore(record["group"], record["files"])
@@ -174,6 +170,9 @@ def quantize(
             left = model.config.num_hidden_layers + predicted - finished
             team = workers if left else Workers()
             with _pool(team, job, model, target.path, progress) as pool:
+                count = 1 if pool is None else pool.count
+                states = hidden_bytes(model.config, calibration.size, predicted, count)
+                require_free_space(target.path, needed + states)
                 progress.lap("start")
                 progress.phase("ends")
                 # First, because what is wrong with them should not be found out hours later.
@@ -238,7 +237,8 @@ def _pool(
     from msquant.flows.worker_pool import WorkerPool
 
     with WorkerPool(workers, progress) as pool:
-        pool.prepare(job, model.folder.absolute(), folder.absolute())
+        sha256 = model.checkpoint.fingerprint()["sha256"]
+        pool.prepare(job, model.folder.absolute(), sha256, folder.absolute())
         yield pool
 
 
@@ -293,7 +293,7 @@ def _write_layers(
         work = LayerWork(job, source, writer, files, store, store, progress)
         executor, ahead = InProcess(work.run), None
     else:
-        executor, ahead = pool, pool.count + AHEAD
+        executor, ahead = pool, layers_ahead(pool.count)
     tasks = layer_tasks(count, finished, made, ahead)
     left = {task.key for task in tasks}
     seconds: list[float] = []

@@ -8,7 +8,7 @@ from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, RecipeError
 from msquant.flows.serving_checks import parallelism
-from msquant.flows.workers import AHEAD
+from msquant.flows.workers import layers_ahead
 from msquant.formats.base import Format
 from msquant.formats.folder_plan import FALLBACK_DTYPE, FolderPlan, plan_folder
 from msquant.formats.registry import model_format, read_only_name
@@ -332,7 +332,7 @@ def hidden_bytes(config: ModelConfig, tokens: int, predicted: int = 0, workers: 
         workers: processes, each with states within a layer; between layers there are more then.
     """
     within = 2 if predicted else 1
-    boundaries = 2 if workers == 1 else workers + AHEAD + 1
+    boundaries = 2 if workers == 1 else layers_ahead(workers) + 1
     return (boundaries + workers * within) * tokens * config.hidden_size * 4
 
 

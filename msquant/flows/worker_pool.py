@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.output_folder import remove_path
 from msquant.deploy.ascend_checks import Check
 from msquant.errors import EngineError, MsquantError
 from msquant.flows.layer_graph import Done, Schedule, Task
-from msquant.flows.layer_work import LayerJob
+from msquant.flows.layer_work import SCRATCH, LayerJob
 from msquant.flows.node_checks import NodeReport, alike_checks, require_alike
 from msquant.flows.worker_process import Failure
 from msquant.flows.workers import Workers, require_workers
@@ -169,15 +169,23 @@ class WorkerPool:
                 probe.unlink(missing_ok=True)
         return reports
 
-    def prepare(self, job: LayerJob, source: Path, output: Path) -> None:
+    def prepare(self, job: LayerJob, source: Path, sha256: str, output: Path) -> None:
         """Check that all nodes are alike and see the folders, and tell every worker what to do.
+
+        Args:
+            job: what tasks are to know.
+            source: folder of the weights.
+            sha256: its fingerprint here.
+            output: the folder that is made.
 
         Raises:
             EngineError: they are not; names the node, what differs and the remedy.
         """
         reports = self.look(job.device, source, output)
-        own = Checkpoint.open(source).fingerprint()["sha256"]
-        require_alike(reports, source, own, different_arithmetic=self._asked.allow_different_arithmetic)
+        require_alike(reports, source, sha256, different_arithmetic=self._asked.allow_different_arithmetic)
+        for left in (output / SCRATCH).glob("worker-*"):
+            # Of workers of an earlier run, which was killed.
+            remove_path(left)
         self._job = job, source, output
         self._ask("begin", self._beginning)
 
@@ -204,7 +212,8 @@ class WorkerPool:
                         raise _died(task, deaths[cause], worker) from death
                     if task is not None:
                         schedule.put_back(task)
-                    self._progress.stage(f"a worker on {worker.host} died; its task is done anew")
+                    again = "another begins" if task is None else "its task is done anew"
+                    self._progress.stage(f"a worker on {worker.host} died; {again}")
                     worker.hand.kill()
                     worker.hand = self._crew.hire()
                     doing[worker] = None

