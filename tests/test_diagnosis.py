@@ -104,7 +104,7 @@ def test_a_disk_that_cannot_be_written_to() -> None:
 
 def test_mindspore_that_does_not_start(tmp_path: Path) -> None:
     broken = tmp_path / "python"
-    broken.write_text(f'#!/bin/sh\ncd {tmp_path}; exec {sys.executable} "$@"\n')
+    broken.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     (tmp_path / "mindspore.py").write_text("raise ImportError('libmindspore_core.so: no such file')")
     check = mindspore_check(str(broken))

@@ -411,6 +411,18 @@ def test_tensors_that_contradict_are_named_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_matrix_without_numbers_is_carried(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    source = write_fused(tmp_path / "model")
+    values = {"model.a_proj.weight": torch.empty(0, 64), "model.b_proj.weight": torch.ones(4, 64)}
+    save_file({name: value.bfloat16() for name, value in values.items()}, source / "model.safetensors")
+    folder = quantize(source, tmp_path / "out").folders["ascend"]
+    description = json.loads((folder / DESCRIPTION).read_text())
+    assert [description[name] for name in values] == ["FLOAT", "W8A8_DYNAMIC"]
+
+
 def test_nan_is_named(sources: Callable[[str], Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -114,7 +114,7 @@ class HeldOutSearch:
         self._columns = inputs.shared(columns)
         self._outputs = [inputs.x @ weight.T for weight in weights]
         read = [inputs.residual + y if inputs.residual is not None else y for y in self._outputs]
-        self._factors = [_reciprocal(values) for values in read]
+        self._factors = [inverse_squares(values) for values in read]
         self._folds = _folds(inputs, PER_TOKEN_PARTS if per_token else STATIC_PARTS)
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -167,12 +167,22 @@ class HeldOutSearch:
         return self._scale(low, high, choice.alpha, choice.range_floor)
 
     def _scale(self, low: Floats, high: Floats, alpha: float, floor: float) -> Floats:
-        maxima = np.maximum(np.abs(low), np.abs(high))
-        if floor:
-            typical = self._inputs.typical
-            unit = np.quantile(maxima / typical, floor).astype(np.float32)
-            maxima = np.maximum(maxima, unit * typical)
+        maxima = floored(np.maximum(np.abs(low), np.abs(high)), self._inputs.typical, floor)
         return smooth_scale(self._inputs.shared(maxima), self._columns, alpha)
+
+
+def floored(maxima: Floats, typical: Floats, floor: float) -> Floats:
+    """Ranges of channels, none of them for less than a quantile of all, in units of what is typical.
+
+    Args:
+        maxima: greatest magnitudes, `[K]`.
+        typical: as `typical_magnitudes` gives it, `[K]`.
+        floor: the quantile, in [0, 1); 0 is no floor.
+    """
+    if not floor:
+        return maxima
+    unit = np.quantile(maxima / typical, floor).astype(np.float32)
+    return np.maximum(maxima, unit * typical)
 
 
 def typical_magnitudes(*weights: Floats) -> Floats:
@@ -203,7 +213,7 @@ def _folds(inputs: GroupInputs, parts: int) -> list[tuple[NDArray[np.intp], NDAr
     ]
 
 
-def _reciprocal(read: Floats) -> Floats:
+def inverse_squares(read: Floats) -> Floats:
     """1 over the square of every row, in float64: weights may be huge; 0 for a row of zeros."""
     squares = np.square(read, dtype=np.float64).sum(axis=1)
     inverse: Floats = np.divide(1, squares, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)

@@ -276,7 +276,8 @@ class Family:
             all are.
         interleaved_pairs: whether the pairs that the rotary embedding rotates lie side by side, and not half
             the rotated channels apart. Latent attention says it by `LatentSizes`.
-        predicts: whether it comes with multi-token-prediction layers.
+        predicts: whether it comes with multi-token-prediction layers that are named like decoder layers; for
+            others see `prediction_block`.
         shares_prediction_ends: whether those may be without an embedding and a head of their own, which are
             then the model's.
         per_token: whether the servers of all its formats take a scale per token for every linear, which is
@@ -352,11 +353,12 @@ class Family:
             SmoothGroup("down", (down,), inputs[-1]),
         )
 
-    def norm_before(self, config: Config, linear: str) -> str | None:
+    def norm_before(self, config: Config, index: int, linear: str) -> str | None:
         """The norm through which a linear reads the residual stream; None for one that reads something else.
 
         Args:
             config: the content of `config.json`.
+            index: of the layer.
             linear: its name within the layer, for example `mlp.experts.3.up_proj`; the router is one, too.
 
         Returns:
@@ -368,7 +370,7 @@ class Family:
             return names.feed_forward_norm if reads else None
         reading = (
             (*group.linears, *group.followers)
-            for group in self.attention_groups(config)
+            for group in self.mixer_groups(config, index)
             if group.previous == names.input_norm
         )
         return names.input_norm if any(linear in linears for linears in reading) else None
@@ -379,8 +381,8 @@ class Family:
         return linear == self.value_columns or (block, last) == (self.names.feed_forward, self.names.down)
 
     def never_quantized(self, linear: str) -> bool:
-        """Whether a matrix is carried through by any policy: the router; by its name within the layer."""
-        return linear == f"{self.names.feed_forward}.{self.names.router}"
+        """Whether a matrix is carried through by any policy; by its name within the layer."""
+        return linear in self.float_only
 
     def most_tokens(self, config: Config) -> tuple[str, int] | None:
         """The longest context in which attention sees all earlier tokens, and the entry that says so.

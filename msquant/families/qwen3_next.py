@@ -52,13 +52,6 @@ class Qwen3Next(QwenMoe):
             SmoothGroup("o", (output,), norm, heads=heads),
         )
 
-    def norm_before(self, config: Config, linear: str) -> str | None:
-        """See `Family`."""
-        names = self.names
-        if linear in (f"{names.delta}.{names.delta_inputs}", f"{names.delta}.{names.delta_gates}"):
-            return names.input_norm
-        return super().norm_before(config, linear)
-
     def writes_residual(self, linear: str) -> bool:
         """See `Family`."""
         return linear == f"{self.names.delta}.{self.names.delta_output}" or super().writes_residual(linear)
@@ -66,12 +59,6 @@ class Qwen3Next(QwenMoe):
     def norm_offset(self, norm: str) -> float:
         """See `Family`."""
         return 0.0 if norm.endswith(f".{self.names.delta}.{self.names.delta_norm}") else 1.0
-
-    def never_quantized(self, linear: str) -> bool:
-        """See `Family`: gates, too."""
-        names = self.names
-        gates = f"{names.feed_forward}.{names.shared_gate}", f"{names.delta}.{names.delta_gates}"
-        return linear in gates or super().never_quantized(linear)
 
     def mixer_shapes(self, config: Config, index: int, hidden: int) -> Shapes:
         """See `Family`."""

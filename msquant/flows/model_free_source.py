@@ -401,6 +401,8 @@ def _carried(source: ModelFreeSource, dtype: str) -> dict[str, str]:
 
 def _why_float(spec: TensorSpec, config: Mapping[str, Any], recipe: Recipe) -> str | None:
     """Why a tensor is no linear layer, or is one that stays in floating point; None for another."""
+    if not all(spec.shape):
+        return "empty"
     fused = is_fused(spec.name, spec.shape)
     packed = fused and is_packed(spec.name)
     if spec.dtype not in FLOAT_DTYPES and not spec.name.endswith(".weight") and not packed:

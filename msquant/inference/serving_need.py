@@ -52,6 +52,8 @@ class ServingNeed:
 def serving_need(config: ModelConfig, weight_bytes: int, cache: Quant | None = None) -> ServingNeed | None:
     """The fewest NPUs that hold a model and a cache of `LEAST_TOKENS`; None if 64 of them do not.
 
+    None too where no layer keeps keys and values, as the delta rule does not: then tokens take nothing.
+
     Args:
         config: the model's shape.
         weight_bytes: of all its tensors as they are served.
@@ -61,10 +63,13 @@ def serving_need(config: ModelConfig, weight_bytes: int, cache: Quant | None = N
     usable, npus = int(USED * NPU_BYTES) - RESERVED_BYTES, 1
     while npus <= _MOST_NPUS and config.num_attention_heads % npus == 0:
         each = ceil(weight_bytes / npus)
-        token = _token_numbers(config, npus) * bits // 8
+        numbers = _token_numbers(config, npus)
+        if not numbers:
+            return None
+        token = numbers * bits // 8
         tokens = (usable - each) // token
         if tokens >= LEAST_TOKENS:
-            whole = _token_numbers(config, npus) * _BITS_OF_A_NUMBER // 8
+            whole = numbers * _BITS_OF_A_NUMBER // 8
             return ServingNeed(npus, NPU_BYTES, each, usable - each, tokens, token, whole)
         npus *= 2
     return None

@@ -94,12 +94,12 @@ _ARGUMENTS = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 2 + (ctypes.c_float,)
 
 def bfloat16_maxima(codes: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """The greatest magnitude in each run of bfloat16 codes, as a code: uint16 `[R, k]` to `[R]`."""
-    return _maxima("bfloat16_maxima", codes)
+    return _maxima("bfloat16_maxima", codes, np.uint16)
 
 
 def float8_maxima(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The greatest code without its sign in each run of E4M3 codes: uint8 `[R, k]` to `[R]`."""
-    return _maxima("float8_maxima", codes)
+    return _maxima("float8_maxima", codes, np.uint8)
 
 
 def round_bfloat16(
@@ -130,11 +130,11 @@ def round_float8(
     _round("round_float8", codes, np.uint8, factors, high, out)
 
 
-def _maxima(name: str, codes: NDArray[Any]) -> NDArray[Any]:
+def _maxima(name: str, codes: NDArray[Any], dtype: Any) -> NDArray[Any]:
     out = np.empty(len(codes), codes.dtype)
     if not codes.shape[1]:
         out[:] = 0
-    _check(codes, codes.dtype, codes.shape)
+    _check(codes, dtype, codes.shape)
     _loops()[name](codes.ctypes.data, None, out.ctypes.data, *codes.shape, 0.0)
     return out
 

@@ -74,7 +74,7 @@ class LayerReport:
         lent_tokens: further tokens that each of them was given to be calibrated, where it got too few.
         cache: what was chosen for keys and for values; empty where their cache is in floating point.
         error: squared error of the quantized layer's output, relative to the square of what the layer adds to
-            its input, over the first batch of calibration tokens.
+            its input, over the first calibration samples.
     """
 
     name: str

@@ -241,7 +241,7 @@ def for_blocks(values: NDArray[np.float32], work: Callable[[slice], None]) -> No
 
 def for_parts(rows: int, work: Callable[[slice], None]) -> None:
     """As `for_blocks`, in larger parts, one a core or so: for work that costs something a part."""
-    size = max(1, -(-rows // (os.cpu_count() or 1)), min(rows, 256))
+    size = max(1, -(-rows // len(os.sched_getaffinity(0))), min(rows, 256))
     list(_threads().map(work, [slice(start, start + size) for start in range(0, rows, size)]))
 
 

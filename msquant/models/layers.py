@@ -238,8 +238,7 @@ class DecoderLayer(nn.Cell):
         return hidden, getattr(self, self.names.input_norm)(hidden)
 
     def _normalize_and_gate(self, state: State, *_: Any) -> State:
-        (hidden,) = state
-        x = getattr(self, self.names.input_norm)(hidden)
+        hidden, x = self._normalize(state)
         # Made before the step that a search begins with: a candidate quantizes what the linears read alone.
         return hidden, x, self.mixer_block.gates(x)
 

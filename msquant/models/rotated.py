@@ -107,7 +107,7 @@ class RotatedWeights:
         family, names = self._config.family, self._config.family.names
         index, _, within = name.removeprefix(f"{names.layers}.").partition(".")
         part, _, kind = within.rpartition(".")
-        norm = family.norm_before(self._config.raw, part)
+        norm = family.norm_before(self._config.raw, int(index), part)
         if part in (names.input_norm, names.feed_forward_norm):
             values[:] = self._ones(name)
         elif norm is not None and kind == "weight":

@@ -20,14 +20,13 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from msquant.algorithms.held_out import typical_magnitudes
+from msquant.algorithms.held_out import floored, inverse_squares, typical_magnitudes
 from msquant.checkpoint.weights import (
     INT8_MAX,
     CacheScale,
     FloatLinear,
     Linear,
     WeightSource,
-    as_computed,
     with_cache,
 )
 from msquant.errors import CalibrationError
@@ -35,6 +34,7 @@ from msquant.interrupts import check_interrupt
 from msquant.kernels.layer_report import CacheReport
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
+from msquant.models.reading import read_norm
 from msquant.models.rope import rotary_tables
 
 Floats = NDArray[np.float32]
@@ -98,10 +98,7 @@ class _Kind:
 
     def scale(self, samples: NDArray[np.intp], floor: float, factor: float) -> Floats:
         """By the ranges of some samples; 1 for a channel of zeros."""
-        maxima = self.ranges[samples].max(axis=0)
-        if floor:
-            unit = np.quantile(maxima / self.typical, floor).astype(np.float32)
-            maxima = np.maximum(maxima, unit * self.typical)
+        maxima = floored(self.ranges[samples].max(axis=0), self.typical, floor)
         scale = np.float32(factor) * maxima / np.float32(INT8_MAX)
         # What is too small for a reciprocal is nothing beside the other channels.
         return np.where(scale < np.finfo(np.float32).tiny * 16, np.float32(1), scale)
@@ -115,7 +112,7 @@ class CacheSearch:
         output: the weight of the output projection, `[H, heads * D]`.
         softmax_scale: of the scores.
         typical: magnitudes of keys and of values by the weights that make them, `[groups * D]` each.
-        turns: the angle that each pair of channels turns by from one position to the next, `[D / 2]`.
+        turns: the angle that each pair of channels turns by from one position to the next, `[R / 2]`.
         last: the greatest position.
         check: called before every candidate; may raise to interrupt the search.
     """
@@ -138,12 +135,12 @@ class CacheSearch:
             for sample, weights in zip(samples, self._weights, strict=True)
         ]
         self._factors = [
-            _reciprocal(sample.residual + mixed @ output.T)
+            inverse_squares(sample.residual + mixed @ output.T)
             for sample, mixed in zip(samples, self._mixed, strict=True)
         ]
         channels = samples[0].keys.shape[2]
         turned = np.stack([turned_ranges(sample.keys, turns, last) for sample in samples])
-        self.keys = _Kind("keys", turned, _of_pairs(typical[0], channels))
+        self.keys = _Kind("keys", turned, _of_pairs(typical[0], channels, 2 * len(turns)))
         self.values = _Kind("values", np.stack([_ranges(sample) for sample in samples]), typical[1])
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -216,24 +213,20 @@ def with_cache_scales(
     """
     names, name = config.family.names, config.family.layer_name(index)
     attention = f"{name}.{names.attention}"
-    output = as_computed(source.linear(f"{attention}.{names.output}"))
-    weight = output.weight if isinstance(output, FloatLinear) else output.float_weight
+    weight = _float_weight(source.linear(f"{attention}.{names.output}"))
     linears = [f"{name}.{linear}" for linear in config.family.cached]
     made = [source.linear(linear) for linear in linears]
     typical = [typical_magnitudes(_float_weight(linear)) for linear in made]
-    if config.family.query_key_norms:
+    if config.query_key_norms:
         # What the weights make is normalized for every head, and then multiplied by this.
-        norm = np.abs(source.tensor(f"{attention}.{names.key_norm}.weight"))
+        norm = np.abs(read_norm(config, source, f"{attention}.{names.key_norm}"))
         typical[0] = typical_magnitudes(np.tile(norm, config.num_key_value_heads))
-    samples = _samples(layer, hidden, places)
-    # The tables hold each angle twice.
-    cos, sin = (table[0, : config.head_dim // 2].astype(np.float64) for table in rotary_tables(config, 1, 1))
     search = CacheSearch(
-        samples,
+        _samples(layer, hidden, places),
         weight,
         config.head_dim**-0.5,
         (typical[0], typical[1]),
-        np.arctan2(sin, cos),
+        pair_turns(config),
         config.max_position_embeddings - 1,
         check_interrupt,
     )
@@ -284,18 +277,30 @@ def _ranges(sample: AttentionSample) -> Floats:
     return maxima
 
 
+def pair_turns(config: ModelConfig) -> NDArray[np.float64]:
+    """The angle that each pair of channels turns by from one position to the next, `[R / 2]`."""
+    # The tables hold each angle twice.
+    cos, sin = (
+        table[0, : config.rotary_dim // 2].astype(np.float64) for table in rotary_tables(config, 1, 1)
+    )
+    turns: NDArray[np.float64] = np.arctan2(sin, cos)
+    return turns
+
+
 def turned_ranges(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats:
     """The greatest magnitude that each channel of some keys has at any position.
 
     Args:
         keys: rotated, those of a sample from its first token on, `[groups, T, D]`.
-        turns: the angle that each pair turns by from one position to the next, `[D / 2]`.
+        turns: the angle that each pair turns by from one position to the next, `[R / 2]`; the first R
+            channels of a head are rotated.
         last: the greatest position.
 
     Returns:
         float32 `[groups * D]`.
     """
-    first, second = np.split(keys.astype(np.float64), 2, axis=2)
+    rotated = 2 * len(turns)
+    first, second = np.split(keys[..., :rotated].astype(np.float64), 2, axis=2)
     start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * turns
     end = start + last * turns
     radius = np.hypot(first, second)
@@ -310,13 +315,15 @@ def turned_ranges(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats
         for offset in (0, np.pi / 2)
     ]
     maxima = [(radius * part).max(axis=1) for part in reached]
+    maxima.append(np.abs(keys[..., rotated:]).max(axis=1))
     return np.concatenate(maxima, axis=1).reshape(-1).astype(np.float32)
 
 
-def _of_pairs(typical: Floats, channels: int) -> Floats:
-    """What is typical for the pair of every channel, of heads of so many channels: `[groups * D]`."""
-    pairs = np.hypot(*np.split(typical.reshape(-1, channels), 2, axis=1))
-    return np.concatenate([pairs, pairs], axis=1).reshape(-1).astype(np.float32)
+def _of_pairs(typical: Floats, channels: int, rotated: int) -> Floats:
+    """What is typical for the pair of every channel, `[groups * D]`; alone where it is not rotated."""
+    heads = typical.reshape(-1, channels)
+    pairs = np.hypot(*np.split(heads[:, :rotated], 2, axis=1))
+    return np.concatenate([pairs, pairs, heads[:, rotated:]], axis=1).reshape(-1).astype(np.float32)
 
 
 def _cached(values: Floats, cache: CacheScale) -> Floats:
@@ -332,10 +339,3 @@ def _folds(count: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     if count == 1:
         return [(samples, samples)]
     return [(samples[samples % PARTS != part], samples[samples % PARTS == part]) for part in range(PARTS)]
-
-
-def _reciprocal(read: Floats) -> Floats:
-    """1 over the square of every row; 0 for a row of zeros."""
-    squares = np.square(read, dtype=np.float64).sum(axis=1)
-    inverse: Floats = np.divide(1, squares, out=np.zeros_like(squares), where=squares > 0).astype(np.float32)
-    return inverse

@@ -33,7 +33,7 @@ Floats = NDArray[np.float32]
 BETWEEN = 99_999
 """The boundary between the two blocks of the layer at hand, among those before and after decoder layers."""
 
-# Samples by whose outputs a quantized layer is compared with the layer: a report's figure needs no more.
+# Samples by whose outputs a whole quantized layer is compared with the layer: a report needs no more.
 _COMPARED = 4
 
 
@@ -127,15 +127,22 @@ class DecoderPass:
         self._store.discard(BETWEEN)
 
     def _forward(
-        self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]
+        self,
+        index: int,
+        part: Part,
+        hidden: Sequence[Floats],
+        put: Callable[[Floats], None],
+        first: int = 0,
     ) -> None:
-        """Compute every batch by the layer's own weights, those that are searched on as the search does."""
+        """Compute the batches from `first` on by the layer's own weights, as `run` computes each."""
         layer = self._layer(self._source, index, part)
-        for place, batch in enumerate(hidden):
+        for place in range(first, len(hidden)):
             check_interrupt()
+            batch = hidden[place]
             together = self._policy.takes_batches or (self._searched is not None and place >= self._searched)
             items = [batch] if together else [batch[i : i + 1] for i in range(len(batch))]
-            put(np.concatenate([self._compute(layer, item) for item in items]))
+            made = [self._compute(layer, item) for item in items]
+            put(made[0] if len(made) == 1 else np.concatenate(made))
 
     def _two_blocks(
         self, index: int, hidden: Sequence[Floats], put: Callable[[Floats], None], sink: LayerSink
@@ -199,12 +206,8 @@ class DecoderPass:
 
     def _carry(self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
         """Compute the batches that the search has not seen, by the layer's own weights."""
-        if self._searched is None or self._searched >= len(hidden):
-            return
-        layer = self._layer(self._source, index, part)
-        for place in range(self._searched, len(hidden)):
-            check_interrupt()
-            put(self._compute(layer, hidden[place]))
+        if self._searched is not None and self._searched < len(hidden):
+            self._forward(index, part, hidden, put, self._searched)
 
     def _finite(self, index: int, put: Callable[[Floats], None]) -> Callable[[Floats], None]:
         """`put`, for outputs of layer `index` that are to be finite."""

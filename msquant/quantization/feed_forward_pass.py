@@ -229,7 +229,7 @@ class FeedForwardPass:
 
         Args:
             sample: `[T, H]`, outputs of the quantized attention block to compute the quantized output for.
-            sink: takes the linears, the norm and the router.
+            sink: takes the linears, the norms, the router and the gate of a shared expert.
 
         Returns:
             The quantized block's output with the residual, `[T, H]`; its integer sums are rounded to float32.

@@ -161,7 +161,8 @@ def _endpoint(url: str, folder: Path, loaded: "LoadedTasks", progress: Progress)
     from msquant.tasks.language_model import EndpointLM
 
     scored = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks.values())
-    longest = read_config(folder).longest
+    # A server may compute more than this process does.
+    longest = read_config(folder).max_position_embeddings
     return EndpointLM(url, folder, longest, scored, progress)
 
 

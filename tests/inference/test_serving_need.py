@@ -75,6 +75,13 @@ def test_nothing_is_enough() -> None:
     assert serving_need(config_of("qwen2.5-7b-instruct"), 300 * 10**9) is None
 
 
+def test_no_layer_that_keeps_keys_and_values() -> None:
+    raw = published_config("qwen3-next-80b-a3b-instruct")
+    assert raw is not None
+    linear = raw | {"num_hidden_layers": 3, "layer_types": ["linear_attention"] * 3}
+    assert serving_need(parse_config(linear, "linear"), 10**9) is None
+
+
 @pytest.mark.parametrize(
     ("recipe", "npus"),
     [("deepseek-r1", 16), ("deepseek-r1-w4a8", 8), ("qwen3-235b-a22b-w4a8", 4), ("qwen3-32b-w4a16", 1)],

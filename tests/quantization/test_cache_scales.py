@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mindspore import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
@@ -18,8 +19,10 @@ from msquant.formats.summary import summarize
 from msquant.inference.cpu.cpu_model import CpuModel
 from msquant.models.config_json import read_config
 from msquant.models.device import use_device
+from msquant.models.layers import DecoderLayer
 from msquant.models.network import CausalLM
-from msquant.quantization.cache_scales import AttentionSample, CacheSearch
+from msquant.models.positions import positions
+from msquant.quantization.cache_scales import AttentionSample, CacheSearch, pair_turns, turned_ranges
 from msquant.recipe.recipe import find_recipe
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import VOCABULARY_SIZE
@@ -141,6 +144,31 @@ def test_keys_do_not_leave_their_range_at_any_position() -> None:
                 [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=2
             )
             assert (np.abs(turned) <= 127.001 * scale).all()
+
+
+def test_channels_that_are_not_rotated_keep_their_own_range() -> None:
+    """GLM-4.5 rotates the first half of a head's channels: pairs lie within that half."""
+    keys = samples()[0].keys
+    found = turned_ranges(keys, TURNS[:2], LAST).reshape(GROUPS, D)
+    np.testing.assert_array_equal(found[:, 4:], np.abs(keys[..., 4:]).max(axis=1))
+    np.testing.assert_array_equal(
+        found[:, :4], turned_ranges(keys[..., :4], TURNS[:2], LAST).reshape(GROUPS, 4)
+    )
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3"])
+def test_keys_of_a_family_stay_within_the_ranges_of_their_first_position(family: str, tmp_path: Path) -> None:
+    """By the model's own rotation, at every position that it has."""
+    source = write_tiny(tmp_path / "model", family)
+    config, device = read_config(source), use_device("cpu")
+    layer = DecoderLayer(config, open_weights(source), 0, device, part="attention")
+    last = 500
+    x = np.random.default_rng(0).normal(size=(1, config.hidden_size)).astype(np.float32)
+    rows = Tensor(np.repeat(x, last + 1, axis=0))
+    keys = layer.mixer_block.project(rows, 1, positions(config, last + 1, device))[1].asnumpy()[0]
+    turned = turned_ranges(keys[:, :1], pair_turns(config), last).reshape(len(keys), -1)
+    assert (np.abs(keys) <= 1.0001 * turned[:, None] + 1e-6).all()
+    assert (np.abs(keys).max(axis=1) > 1.1 * np.abs(keys[:, 0])).any()
 
 
 def test_a_quiet_channel_has_a_floor_and_one_of_zeros_a_scale() -> None:

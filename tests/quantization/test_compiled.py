@@ -101,6 +101,8 @@ def test_memory_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="is needed"):
             round_bfloat16(wrong[0], wrong[1], 127, wrong[2])
+    with pytest.raises(ValueError, match="is needed"):
+        bfloat16_maxima(codes.view(np.int16))
 
 
 def test_threads_that_ask_at_once_get_the_same_loops() -> None:
