@@ -210,6 +210,15 @@ def test_tensors_that_do_not_fit_are_named(
     assert UP in f"{raised.value.where} {raised.value.what}"
 
 
+def test_the_names_of_a_folder_are_not_sorted_for_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sorted_names, calls = write_qweight(tmp_path / "m"), Checkpoint.names, []
+    monkeypatch.setattr(Checkpoint, "names", lambda checkpoint: calls.append(1) or sorted_names(checkpoint))
+    assert find_format("gptq")().validate(tmp_path / "m") == []
+    assert 0 < len(calls) < len(made)
+
+
 def test_a_description_that_contradicts_the_tensors(tmp_path: Path) -> None:
     write_qweight(tmp_path / "m", section={"sym": True})
     with pytest.raises(CheckpointError, match="other zero points than 8, but config"):

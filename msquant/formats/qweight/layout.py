@@ -61,8 +61,8 @@ def check_layout(checkpoint: Checkpoint, module: str, layer: Layer) -> list[Find
     known = {f"{module}.{part}" for part in (*PARTS, ORDER, "bias")}
     found += [
         Finding(name, "is no tensor of this layout: what it changes is not known")
-        for name in checkpoint.names()
-        if name.rpartition(".")[0] == module and name not in known
+        for name in checkpoint.by_module.get(module, ())
+        if name not in known
     ]
     if found:
         return found
