@@ -190,6 +190,11 @@ def test_what_config_json_says_and_is_not_computed_is_named(
         ("gptq", {"scales": np.full((2, 96), np.inf, np.float16)}, "holds a scale that is 0 or not finite"),
         ("gptq", {"scales": np.ones((3, 96), np.float16)}, r"has shape \[3, 96\], \[2, 96\] is expected"),
         ("gptq", {"g_idx": np.full(64, 2, np.int32)}, "names groups from 2 to 2, there are 2"),
+        (
+            "gptq",
+            {"g_idx": np.array([0] * 63 + [2**32 + 1])},
+            "names groups from 0 to 4294967297, there are 2",
+        ),
         ("gptq", {"g_idx": np.zeros(63, np.int32)}, r"has shape \[63\], \[64\] is expected"),
         ("gptq", {"lora_A": np.zeros((4, 4), np.float16)}, "is no tensor of this layout"),
         ("awq", {"qweight": np.zeros((64, 13), np.int32)}, r"shape \[104, 64\], config.json says \[96, 64\]"),
