@@ -215,6 +215,17 @@ def test_tensors_that_do_not_fit_are_named(
     assert UP in f"{raised.value.where} {raised.value.what}"
 
 
+def test_a_layer_without_numbers_is_named(tmp_path: Path) -> None:
+    write_qweight(tmp_path / "m", group_size=-1)
+    empty = {"qweight": np.zeros((0, 96), np.int32), "g_idx": np.zeros(0, np.int32)}
+    empty |= {"qzeros": np.zeros((0, 12), np.int32), "scales": np.zeros((0, 96), np.float16)}
+    change_tensors(tmp_path / "m", {f"{UP}.{part}": value for part, value in empty.items()}, described=False)
+    (tmp_path / "m" / "msquant.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no numbers"):
+        find_format("gptq")().open(tmp_path / "m").linear(UP)
+    assert f"{UP}.qweight: holds no numbers" in map(str, summarize(tmp_path / "m").findings)
+
+
 def test_the_names_of_a_folder_are_not_sorted_for_each_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,10 +70,12 @@ def check_layout(checkpoint: Checkpoint, module: str, layer: Layer) -> list[Find
         rows, columns = stored_shape(checkpoint, module, layer)
     except CheckpointError as error:
         return [Finding(f"{module}.{WEIGHT}", error.what)]
+    if not rows or not columns:
+        return [Finding(f"{module}.{WEIGHT}", "holds no numbers")]
     if columns % (layer.group_size or 1):
         problem = f"has {columns} inputs, which groups of {layer.group_size} do not divide"
         return [Finding(f"{module}.{WEIGHT}", problem)]
-    groups, held = columns // (layer.group_size or columns or 1), WORD_BITS // layer.bits
+    groups, held = columns // (layer.group_size or columns), WORD_BITS // layer.bits
     expected: Parts = {
         WEIGHT: (_INT32, (checkpoint.shape(f"{module}.{WEIGHT}"),)),
         ZEROS: (_INT32, ((groups, -(-rows // held)),)),
