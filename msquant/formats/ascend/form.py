@@ -282,5 +282,6 @@ class AscendFormat(Format):
             findings += check_fused_schemes({module: str(scheme) for module, scheme in known.items()})
             findings += check_one_size(known)
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
+            findings += kv_cache.check_schemes(kv_cache.with_caches(checkpoint, known), config or {})
             findings += kv_cache.check_folder(checkpoint, description, config or {})
         return findings
