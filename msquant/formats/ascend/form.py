@@ -121,7 +121,7 @@ class AscendFormat(Format):
             elif shape is not None and (problem := self.shape_problem(module, shape, scheme)):
                 yield Finding(module, f"is {scheme}: {problem}")
 
-    def cache_specs(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+    def cache_specs(self, module: str, shape: tuple[int, ...]) -> list[TensorSpec]:
         """As `encode_cache` makes them."""
         return kv_cache.specs(module, shape[0])
 

@@ -212,6 +212,6 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
     family = find_family(config.get("model_type"))
     if family is not None:
         ends = tuple(f".{linear}.weight" for linear in family.cached)
-        return [name.removesuffix(".weight") for name in checkpoint.names() if ends and name.endswith(ends)]
+        return [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(ends)]
     stored = (name.rpartition(".") for name in checkpoint.names())
     return list(dict.fromkeys(module for module, _, part in stored if part == SCALE))
