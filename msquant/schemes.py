@@ -229,10 +229,19 @@ def parse_scheme(word: str) -> Scheme:
     Raises:
         RecipeError: it stands for none.
     """
+    scheme = _uncached(word.removesuffix(_CACHED))
+    if scheme is None:
+        raise RecipeError(
+            f"{word!r} is not a scheme",
+            remedy=f"{choices(word, tuple(PRESETS))}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC_G64",
+        )
+    return replace(scheme, cache=C8) if word.endswith(_CACHED) else scheme
+
+
+def _uncached(word: str) -> Scheme | None:
+    """The scheme that a word without a cache stands for; None if it stands for none."""
     if word in PRESETS:
         return PRESETS[word]
-    if word.endswith(_CACHED):
-        return replace(parse_scheme(word.removesuffix(_CACHED)), cache=C8)
     if match := _WORD.fullmatch(word):
         weight_bits, input_bits, dynamic, size, channel, asymmetric = match.groups()
         base = word[: match.end(3) if dynamic else match.end(2)]
@@ -244,7 +253,4 @@ def parse_scheme(word: str) -> Scheme:
                 weights = _int(int(weight_bits), int(size) if size else None)
             assert weights is not None
             return replace(scheme, weights=replace(weights, symmetric=not asymmetric))
-    raise RecipeError(
-        f"{word!r} is not a scheme",
-        remedy=f"{choices(word, tuple(PRESETS))}, or bits and groups as in W4A16_G64 or W4A8_DYNAMIC_G64",
-    )
+    return None

@@ -61,6 +61,14 @@ def test_a_word_says_the_cache(word: str) -> None:
     assert scheme.without_cache == parse_scheme(word.removesuffix("_C8"))
 
 
+@pytest.mark.parametrize(
+    "word", ["W8A8_C8_C8", pytest.param("W8A8" + "_C8" * 3000, id="long"), "_C8", "W8A16_DYNAMIC_C8"]
+)
+def test_a_word_says_one_cache_of_a_scheme(word: str) -> None:
+    with pytest.raises(RecipeError, match="is not a scheme"):
+        parse_scheme(word)
+
+
 def test_another_size_of_groups() -> None:
     assert parse_scheme("W6A16_ASYM").in_groups(32) == parse_scheme("W6A16_G32_ASYM")
 

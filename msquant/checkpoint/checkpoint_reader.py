@@ -79,6 +79,14 @@ class Checkpoint:
         """Names of all tensors as they are stored, sorted."""
         return sorted(self.weight_map)
 
+    @cached_property
+    def by_module(self) -> dict[str, list[str]]:
+        """The same by what stands before the last dot of each; none stands before it in a name without."""
+        found: dict[str, list[str]] = {}
+        for name in self.names():
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
+
     def parameters(self) -> list[str]:
         """Names of all tensors but the scales of others, sorted."""
         return [name for name in self.names() if not self.is_scale(name)]

@@ -212,7 +212,7 @@ class Format(ABC):
             parts["bias"] = "F32" if self.bias_in_float32 else DTYPE_CODES[dtype], shape[:1]
         return [TensorSpec(f"{module}.{part}", *spec) for part, spec in parts.items()]
 
-    def cache_specs(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+    def cache_specs(self, module: str, shape: tuple[int, ...]) -> list[TensorSpec]:
         """The tensors that `encode_cache` makes of a layer, quantized or not; arguments as `linear_specs`."""
         return []
 

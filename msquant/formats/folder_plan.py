@@ -123,7 +123,6 @@ def plan_folder(
         max_shard_bytes: of the tensors of a shard; a larger tensor has a shard of its own.
         format_name: of the format to write.
         carried: tensors that are not quantized and keep the safetensors dtype that they have, by name.
-
         scale_dtype: as `Format.keeping` takes it.
 
     Raises:
@@ -159,7 +158,7 @@ def plan_folder(
             elif part != "bias":
                 raise CheckpointError(f"a linear layer has no part {part!r}", where=name)
             if part == "weight" and scheme.cache is not None:
-                specs[-1] += form.cache_specs(module, tuple(shape), scheme)
+                specs[-1] += form.cache_specs(module, tuple(shape))
     if missing:
         raise CheckpointError(
             f"{next(iter(missing))} is to be quantized, but the source has no such weight"

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.errors import CheckpointError
+
 WORD_BITS = 32
 
 
@@ -33,3 +35,24 @@ def unpack(packed: NDArray[np.int32], bits: int, columns: int) -> NDArray[np.int
         part = (words >> np.uint32(bits * place)) & mask
         values[:, place::held] = part.astype(np.int16) - (1 << (bits - 1))
     return np.ascontiguousarray(values[:, :columns])
+
+
+def column_groups(name: str, order: NDArray[Any] | None, groups: int) -> NDArray[np.int32] | None:
+    """The group of each column, where groups are no runs of neighbours; None where they are.
+
+    Args:
+        name: of the tensor that says it.
+        order: what that holds, `[K]`; None where there is none.
+        groups: how many there are, which divides the columns.
+
+    Raises:
+        CheckpointError: it names a group that is not there.
+    """
+    if order is None:
+        return None
+    if (order < 0).any() or (order >= groups).any():
+        raise CheckpointError(
+            f"names groups from {order.min()} to {order.max()}, there are {groups}", where=name
+        )
+    runs = np.arange(len(order)) // (len(order) // groups)
+    return None if np.array_equal(order, runs) else order.astype(np.int32)

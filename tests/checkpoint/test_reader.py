@@ -63,6 +63,13 @@ def test_tensors_come_back_as_they_were_written(folder: Path) -> None:
     assert "missing" not in checkpoint
 
 
+def test_names_by_module(tmp_path: Path) -> None:
+    names = ["a.weight", "a.b.weight", "a.bias", "table"]
+    write_folder(tmp_path / "m", {"model.safetensors": {name: np.ones(1, np.float32) for name in names}})
+    found = Checkpoint.open(tmp_path / "m").by_module
+    assert found == {"": ["table"], "a": ["a.bias", "a.weight"], "a.b": ["a.b.weight"]}
+
+
 def test_a_linear_layer_has_its_bias(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.linear("a").bias is not None

@@ -190,6 +190,11 @@ def test_what_config_json_says_and_is_not_computed_is_named(
         ("gptq", {"scales": np.full((2, 96), np.inf, np.float16)}, "holds a scale that is 0 or not finite"),
         ("gptq", {"scales": np.ones((3, 96), np.float16)}, r"has shape \[3, 96\], \[2, 96\] is expected"),
         ("gptq", {"g_idx": np.full(64, 2, np.int32)}, "names groups from 2 to 2, there are 2"),
+        (
+            "gptq",
+            {"g_idx": np.array([0] * 63 + [2**32 + 1])},
+            "names groups from 0 to 4294967297, there are 2",
+        ),
         ("gptq", {"g_idx": np.zeros(63, np.int32)}, r"has shape \[63\], \[64\] is expected"),
         ("gptq", {"lora_A": np.zeros((4, 4), np.float16)}, "is no tensor of this layout"),
         ("awq", {"qweight": np.zeros((64, 13), np.int32)}, r"shape \[104, 64\], config.json says \[96, 64\]"),
@@ -208,6 +213,26 @@ def test_tensors_that_do_not_fit_are_named(
     with pytest.raises(CheckpointError, match=problem) as raised:
         open_quantized(tmp_path / "m").weights.linear(UP)
     assert UP in f"{raised.value.where} {raised.value.what}"
+
+
+def test_a_layer_without_numbers_is_named(tmp_path: Path) -> None:
+    write_qweight(tmp_path / "m", group_size=-1)
+    empty = {"qweight": np.zeros((0, 96), np.int32), "g_idx": np.zeros(0, np.int32)}
+    empty |= {"qzeros": np.zeros((0, 12), np.int32), "scales": np.zeros((0, 96), np.float16)}
+    change_tensors(tmp_path / "m", {f"{UP}.{part}": value for part, value in empty.items()}, described=False)
+    (tmp_path / "m" / "msquant.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no numbers"):
+        find_format("gptq")().open(tmp_path / "m").linear(UP)
+    assert f"{UP}.qweight: holds no numbers" in map(str, summarize(tmp_path / "m").findings)
+
+
+def test_the_names_of_a_folder_are_not_sorted_for_each_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sorted_names, calls = write_qweight(tmp_path / "m"), Checkpoint.names, []
+    monkeypatch.setattr(Checkpoint, "names", lambda checkpoint: calls.append(1) or sorted_names(checkpoint))
+    assert find_format("gptq")().validate(tmp_path / "m") == []
+    assert 0 < len(calls) < len(made)
 
 
 def test_a_description_that_contradicts_the_tensors(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class AscendFormat(Format):
             elif shape is not None and (problem := self.shape_problem(module, shape, scheme)):
                 yield Finding(module, f"is {scheme}: {problem}")
 
-    def cache_specs(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> list[TensorSpec]:
+    def cache_specs(self, module: str, shape: tuple[int, ...]) -> list[TensorSpec]:
         """As `encode_cache` makes them."""
         return kv_cache.specs(module, shape[0])
 
@@ -282,5 +282,6 @@ class AscendFormat(Format):
             findings += check_fused_schemes({module: str(scheme) for module, scheme in known.items()})
             findings += check_one_size(known)
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
+            findings += kv_cache.check_schemes(kv_cache.with_caches(checkpoint, known), config or {})
             findings += kv_cache.check_folder(checkpoint, description, config or {})
         return findings

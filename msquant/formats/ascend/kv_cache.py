@@ -180,6 +180,9 @@ def check_tensors(checkpoint: Checkpoint, module: str, dtype: str | None) -> lis
     """
     parts = [part for part in PARTS if f"{module}.{part}" in checkpoint]
     rows = checkpoint.shape(f"{module}.weight")[:1] if f"{module}.weight" in checkpoint else None
+    if rows and f"{module}.scale_bias" in checkpoint:
+        # One byte of the weight is two rows.
+        rows = (2 * rows[0],)
     shapes = (rows,) if rows else (checkpoint.shape(f"{module}.{SCALE}"),)
     expected: Parts = {SCALE: (FLOAT_CODES, shapes)}
     if OFFSET in parts:
@@ -209,6 +212,6 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
     family = find_family(config.get("model_type"))
     if family is not None:
         ends = tuple(f".{linear}.weight" for linear in family.cached)
-        return [name.removesuffix(".weight") for name in checkpoint.names() if ends and name.endswith(ends)]
+        return [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith(ends)]
     stored = (name.rpartition(".") for name in checkpoint.names())
     return list(dict.fromkeys(module for module, _, part in stored if part == SCALE))

@@ -36,7 +36,7 @@ from msquant.formats.ascend import four_bits, kv_cache
 from msquant.formats.description import GROUP_SIZE, Description
 from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
-from msquant.schemes import W8A8, W8A8_DYNAMIC, Scheme
+from msquant.schemes import W8A8, W8A8_DYNAMIC, Quant, Scheme
 
 QUANT_METHOD: Final = "ascend"
 """What vllm-ascend's `quantization=` takes for this format."""
@@ -198,9 +198,9 @@ def decode_linear(
     weight, stored_bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
     bias = None if stored_bias is None else stored_bias.astype(np.float32)
     if f"{module}.deq_scale" not in tensors:
-        if scheme.is_int4:
+        if scheme.weights is not None and scheme.is_int4:
             packed = f"{module}.scale_bias" in tensors
-            weight = unpack_rows(weight) if packed else _one_a_byte(module, weight)
+            weight = unpack_rows(weight) if packed else _one_a_byte(module, weight, scheme.weights)
             scale = four_bits.scales(tensors, module, scheme)
         else:
             scale = tensors[f"{module}.weight_scale"].astype(np.float32).reshape(-1)
@@ -235,10 +235,10 @@ def decode_linear(
     )
 
 
-def _one_a_byte(module: str, weight: NDArray[np.int8]) -> NDArray[np.int8]:
-    if weight.min(initial=0) < -8 or weight.max(initial=0) > 7:
+def _one_a_byte(module: str, weight: NDArray[np.int8], quant: Quant) -> NDArray[np.int8]:
+    if weight.min(initial=0) < quant.low or weight.max(initial=0) > quant.high:
         raise CheckpointError(
-            f"holds {weight.min()} to {weight.max()}, which are no integers of 4 bits",
+            f"holds {weight.min()} to {weight.max()}, which are no integers of {quant.bits} bits",
             where=f"{module}.weight",
             remedy=f"set version to {four_bits.VERSION!r} in {DESCRIPTION_NAME} if two are in a byte",
         )

@@ -17,6 +17,7 @@ from msquant.formats.ascend import four_bits, kv_cache
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     OFFSETS,
+    PREFILL_PARTS,
     SERVED_DTYPES,
     WORDS,
     deq_scale_code,
@@ -154,7 +155,7 @@ def check_layout(
         expected["input_scale"] = (FLOAT_CODES, _NUMBER)
         expected["input_offset"] = (FLOAT_CODES | _INT8, _NUMBER)
         if scheme.prefill is not None:
-            expected |= dict.fromkeys(("weight_scale", "weight_offset"), (FLOAT_CODES, ((*rows, 1),)))
+            expected |= dict.fromkeys(PREFILL_PARTS, (FLOAT_CODES, ((*rows, 1),)))
     if f"{module}.bias" in checkpoint:
         expected["bias"] = (FLOAT_CODES, (rows,))
     return check_parts(checkpoint, module, expected)

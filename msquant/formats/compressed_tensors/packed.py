@@ -17,7 +17,7 @@ from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.dtypes import DTYPE_CODES, cast
 from msquant.formats.folder_rules import FLOAT_CODES, Finding, Parts, check_parts
-from msquant.formats.packed_words import WORD_BITS, pack, unpack
+from msquant.formats.packed_words import WORD_BITS, column_groups, pack, unpack
 from msquant.formats.scales import all_signed
 from msquant.schemes import Quant, Scheme
 
@@ -122,6 +122,7 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
     rows, columns = map(int, tensors[f"{module}.weight_shape"])
     scale = tensors[f"{module}.weight_scale"].astype(np.float32)
     _check_scales(module, scale)
+    groups = scale.shape[1]
     if quant.group_size is None:
         scale = scale.reshape(rows)
     offset = None
@@ -135,24 +136,8 @@ def decode_linear(module: str, tensors: Mapping[str, NDArray[Any]], scheme: Sche
         scheme=scheme,
         bias=None if bias is None else bias.astype(np.float32),
         weight_offset=offset,
-        column_groups=_groups(module, tensors, scale),
+        column_groups=column_groups(f"{module}.{ORDER}", tensors.get(f"{module}.{ORDER}"), groups),
     )
-
-
-def _groups(
-    module: str, tensors: Mapping[str, NDArray[Any]], scale: NDArray[np.float32]
-) -> NDArray[np.int32] | None:
-    """The group of each column, where a tensor says it."""
-    order = tensors.get(f"{module}.{ORDER}")
-    if order is None:
-        return None
-    if (order < 0).any() or (order >= scale.shape[1]).any():
-        raise CheckpointError(
-            f"names groups from {order.min()} to {order.max()}, there are {scale.shape[1]}",
-            where=f"{module}.{ORDER}",
-        )
-    runs = np.arange(len(order)) // (len(order) // scale.shape[1])
-    return None if np.array_equal(order, runs) else order.astype(np.int32)
 
 
 def stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from msquant.errors import CheckpointError
 from msquant.families import fused_linears
 from msquant.formats.compressed_tensors import packed
 from msquant.formats.fused_layers import experts_parent, fused_layers
-from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Quant, Scheme
+from msquant.schemes import FLOAT, MOST_COLUMNS, W8A8, W8A8_DYNAMIC, Quant, Scheme
 
 QUANT_METHOD: Final = "compressed-tensors"
 """What `quant_method` is in `config.json`."""
@@ -243,7 +243,7 @@ def _int_weights(name: str, weights: Mapping[str, Any], *, dynamic: bool) -> Qua
 
 def _grouped(name: str, weights: Mapping[str, Any], bits: int, symmetric: bool = True) -> Quant:
     size = weights.get("group_size")
-    if type(size) is not int or size < 1:
+    if type(size) is not int or not 0 < size <= MOST_COLUMNS:
         raise _refused(f"group_size of the weights of {name} is {size!r}, a number of columns is expected")
     return Quant(bits, "group", size, symmetric)
 

@@ -25,7 +25,7 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.formats.folder_rules import FLOAT_CODES, Finding, Parts, check_parts
-from msquant.formats.packed_words import WORD_BITS, unpack
+from msquant.formats.packed_words import WORD_BITS, column_groups, unpack
 from msquant.formats.qweight.section import Layer, Packing
 from msquant.formats.scales import all_signed
 
@@ -61,8 +61,8 @@ def check_layout(checkpoint: Checkpoint, module: str, layer: Layer) -> list[Find
     known = {f"{module}.{part}" for part in (*PARTS, ORDER, "bias")}
     found += [
         Finding(name, "is no tensor of this layout: what it changes is not known")
-        for name in checkpoint.names()
-        if name.rpartition(".")[0] == module and name not in known
+        for name in checkpoint.by_module.get(module, ())
+        if name not in known
     ]
     if found:
         return found
@@ -70,10 +70,12 @@ def check_layout(checkpoint: Checkpoint, module: str, layer: Layer) -> list[Find
         rows, columns = stored_shape(checkpoint, module, layer)
     except CheckpointError as error:
         return [Finding(f"{module}.{WEIGHT}", error.what)]
+    if not rows or not columns:
+        return [Finding(f"{module}.{WEIGHT}", "holds no numbers")]
     if columns % (layer.group_size or 1):
         problem = f"has {columns} inputs, which groups of {layer.group_size} do not divide"
         return [Finding(f"{module}.{WEIGHT}", problem)]
-    groups, held = columns // (layer.group_size or columns or 1), WORD_BITS // layer.bits
+    groups, held = columns // (layer.group_size or columns), WORD_BITS // layer.bits
     expected: Parts = {
         WEIGHT: (_INT32, (checkpoint.shape(f"{module}.{WEIGHT}"),)),
         ZEROS: (_INT32, ((groups, -(-rows // held)),)),
@@ -127,7 +129,7 @@ def decode_linear(module: str, tensors: dict[str, NDArray[Any]], layer: Layer) -
         scheme=layer.scheme,
         bias=None if bias is None else bias.astype(np.float32),
         weight_offset=None if layer.symmetric else np.ascontiguousarray(offset.T).reshape(shape),
-        column_groups=_order(module, tensors, layer, weight.shape[1], groups),
+        column_groups=column_groups(f"{module}.{ORDER}", tensors.get(f"{module}.{ORDER}"), groups),
     )
 
 
@@ -146,19 +148,3 @@ def _ordered(values: NDArray[np.int8], packing: Packing) -> NDArray[np.int8]:
         return values
     places = np.argsort(packing.order)
     return values.reshape(len(values), -1, len(places))[..., places].reshape(values.shape)
-
-
-def _order(
-    module: str, tensors: dict[str, NDArray[Any]], layer: Layer, columns: int, groups: int
-) -> NDArray[np.int32] | None:
-    """The group of each column, where groups are no runs of neighbours."""
-    stored = tensors.get(f"{module}.{ORDER}")
-    if stored is None:
-        return None
-    order = stored.astype(np.int32)
-    if (order < 0).any() or (order >= groups).any():
-        raise CheckpointError(
-            f"names groups from {order.min()} to {order.max()}, there are {groups}", where=f"{module}.{ORDER}"
-        )
-    runs = np.arange(columns) // (layer.group_size or columns)
-    return None if np.array_equal(order, runs) else order

@@ -8,7 +8,7 @@ export_to_awq; inference/backend.py: `GPTQ_FORMAT`, `GPTQ_FORMAT_NO_ZP`, `AWQ_FO
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from msquant.errors import CheckpointError
@@ -80,7 +80,7 @@ class Section:
     """
 
     layer: Layer
-    own: tuple[tuple[str, Layer | None], ...] = ()
+    own: tuple[tuple[re.Pattern[str], Layer | None], ...] = ()
     skipped: tuple[str, ...] = ()
 
     def of(self, module: str) -> Layer | None:
@@ -88,7 +88,7 @@ class Section:
         if any(part in module for part in self.skipped):
             return None
         for pattern, layer in self.own:
-            if re.match(pattern, module):
+            if pattern.match(module):
                 return layer
         return self.layer
 
@@ -142,7 +142,7 @@ def read_auto_round(section: Mapping[str, Any]) -> Section:
     for name, changes in _mapping(section, "extra_config").items():
         bits = changes.get("bits") if isinstance(changes, dict) else None
         mine = None if bits in (16, 32) else _changed(f"extra_config[{name!r}]", layer, changes)
-        own.append((_pattern("extra_config", name) + "$", mine))
+        own.append((_pattern("extra_config", name, "$"), mine))
     return Section(layer, tuple(own))
 
 
@@ -177,7 +177,7 @@ def _changed(where: str, layer: Layer, changes: Any) -> Layer:
         if changes.get(key) is not None and changes[key] not in allowed:
             raise _refused(f"{key} of {where} is {changes[key]!r}, {allowed[0]!r} is read")
     said = {"bits": layer.bits, "group_size": layer.group_size or -1, "sym": layer.symmetric}
-    return replace(read_layer({**said, **changes}, layer.packing, where))
+    return read_layer({**said, **changes}, layer.packing, where)
 
 
 def _one_of(section: Mapping[str, Any], key: str, known: Mapping[str, Packing], default: str) -> Packing:
@@ -195,12 +195,13 @@ def _mapping(section: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _pattern(key: str, text: str) -> str:
+def _pattern(key: str, text: str, end: str = "") -> re.Pattern[str]:
+    """A regular expression, and what is put behind it."""
     try:
         re.compile(text)
+        return re.compile(text + end)
     except re.error as error:
         raise _refused(f"{key} has {text!r}, which is not a regular expression: {error}") from error
-    return text
 
 
 def _expect(section: Mapping[str, Any], **allowed: tuple[Any, ...]) -> None:

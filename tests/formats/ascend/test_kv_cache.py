@@ -20,6 +20,7 @@ from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.summary import summarize
 from msquant.schemes import C8, FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from tests.formats.ascend.test_published import write_dense
 from tests.formats.expert_folders import DEEPSEEK, groups_of, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_entries, change_tensors
 
@@ -95,6 +96,24 @@ def test_inspect_says_it(folder: Path) -> None:
     low, high = modules[K].cache_scale or (0, 0)
     assert 1e-3 <= low < high <= 1.01
     assert any(verdict.served for verdict in summary.served if verdict.server.name == "vllm-ascend")
+
+
+def test_scales_beside_int4_weights_with_two_rows_in_a_byte(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "m", 16, 16)
+    change_entries(folder / "config.json", {"num_attention_heads": 2, "num_key_value_heads": 1})
+    ends = ("k_proj.weight", "v_proj.weight")
+    modules = [n.removesuffix(".weight") for n in Checkpoint.open(folder).names() if n.endswith(ends)]
+    scales = {f"{module}.kv_cache_scale": np.full(32, 0.5, np.float32) for module in modules}
+    change_tensors(folder, scales, described=False)
+    (folder / "msquant.json").unlink()
+    entries = dict.fromkeys([*scales, "kv_cache_type", "kv_quant_type"], "C8")
+    change_entries(folder / DESCRIPTION_NAME, entries)
+    assert summarize(folder).findings == []
+    found = open_weights(folder).linear(K).cache
+    assert found is not None
+    np.testing.assert_array_equal(found.scale, scales[f"{K}.kv_cache_scale"])
+    change_tensors(folder, {f"{K}.kv_cache_scale": np.ones(16, np.float32)}, described=False)
+    assert f"{K}.kv_cache_scale: has shape [16], [32] is expected" in problems(folder)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +215,17 @@ def test_heads_that_the_engine_cannot_lay_out_are_refused() -> None:
     config = HEADS_OF_32 | {"head_dim": 16}
     with pytest.raises(RecipeError, match="in blocks of 32 channels of a head, and heads have 16"):
         plan_folder(groups_of(config), cached(config), config, "bfloat16", format_name="ascend")
+
+
+def test_a_folder_with_heads_that_the_engine_cannot_lay_out_is_found(folder: Path) -> None:
+    """As many rows, of smaller heads."""
+    halved = {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
+    change_entries(folder / "config.json", halved)
+    (folder / "msquant.json").unlink()
+    assert problems(folder) == [
+        "model.layers.0.self_attn.k_proj: is W8A8_DYNAMIC_C8: vllm-ascend lays int8 caches out in blocks of "
+        "32 channels of a head, and heads have 16"
+    ]
 
 
 def test_a_scale_that_the_dtype_does_not_hold_is_refused() -> None:

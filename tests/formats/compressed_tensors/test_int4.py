@@ -160,6 +160,7 @@ def group_of(config: dict[str, Any]) -> dict[str, Any]:
     [
         ({"group_size": None}, "group_size of the weights of group_0 is None"),
         ({"group_size": 0}, "group_size of the weights of group_0 is 0"),
+        ({"group_size": 200_000}, "group_size of the weights of group_0 is 200000"),
         ({"symmetric": False}, "symmetric of the weights of group_0 is False"),
         ({"strategy": "tensor"}, "strategy of the weights of group_0 is 'tensor'"),
         ({"actorder": "group"}, "actorder of the weights of group_0 is 'group'"),

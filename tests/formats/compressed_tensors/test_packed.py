@@ -181,6 +181,7 @@ def test_groups_of_two_layouts_name_their_own() -> None:
         ("actorder", "dynamic", "actorder of the weights"),
         ("strategy", "block", "strategy of the weights"),
         ("group_size", None, "group_size of the weights of group_0 is None"),
+        ("group_size", 100_000, "group_size of the weights of group_0 is 100000"),
         ("dynamic", True, "dynamic of the weights"),
     ],
 )
