@@ -1,4 +1,4 @@
-"""Trained tiny models of each family with experts, 16 x 128 builtin tokens: KL to the float model by scheme.
+"""A trained tiny Qwen3-Next, 16 x 128 builtin tokens: KL to the float model by scheme.
 
 `W8A8` is one scale per token for every linear that is quantized. `W4A8` has routed experts in int4 with one
 scale a row, and all other linears as in `W8A8`: what vllm-ascend serves. Beside rounding to nearest stands

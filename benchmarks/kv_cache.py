@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import msquant
 from benchmarks.rows import row
-from benchmarks.smollm2 import SAMPLES, SEQUENCE_LENGTH, float_folder
+from benchmarks.smollm2 import float_folder, quantized
 from benchmarks.texts import domains
-from msquant.checkpoint.cache import cache_folder
 from msquant.checkpoint.weights import WeightSource, with_cache
+from msquant.inference.logprobs import log_softmax
 
 WINDOWS, LENGTH, CHUNK = 2, 2048, 256
 PLACES = (0, 512, 1024, 2048)
 """Where what is added is told apart."""
 LIMITS = {"same": 0.002, "bible": 0.004}
-"""Of what is added at the first places."""
+"""Of what is added at the first places, of each text that is measured."""
 
 
 class WithoutCache:
@@ -43,24 +42,13 @@ class WithoutCache:
 
 def measure() -> list[dict[str, Any]]:
     """Quantize, and compare the predictions of both with the float model's."""
-    float_folder()
-    folder = cache_folder() / "benchmarks" / "smollm2-135m-c8"
-    msquant(
-        *("quantize", "smollm2-135m", "--algo", "osl", "--scheme", "W8A8_DYNAMIC", "--cache", "int8"),
-        *("--format", "ascend", "--samples", SAMPLES, "--sequence-length", SEQUENCE_LENGTH),
-        *("--output", folder, "--overwrite", "--no-evaluate"),
-    )
+    options = ("--scheme", "W8A8_DYNAMIC", "--cache", "int8", "--format", "ascend", "--no-evaluate")
+    folder = Path(quantized("osl", options, "c8")["folder"])
     return list(rows(folder))
 
 
-def rows(folder: Path, windows: int = WINDOWS, texts: tuple[str, ...] = ("same", "bible")) -> Iterator[Any]:
-    """A line for each text and part of the context; the first part has a limit.
-
-    Args:
-        folder: quantized, with an int8 cache.
-        windows: of each text.
-        texts: names of `domains`.
-    """
+def rows(folder: Path) -> Iterator[Any]:
+    """A line for each text and part of the context of a folder with an int8 cache; the first has a limit."""
     from msquant.checkpoint.tokenizer import load_tokenizer
     from msquant.flows.engines import open_weights
     from msquant.inference.cpu.cpu_model import CpuModel
@@ -72,13 +60,13 @@ def rows(folder: Path, windows: int = WINDOWS, texts: tuple[str, ...] = ("same",
         "plain": CpuModel(config, WithoutCache(source)),
         "cached": CpuModel(config, source),
     }
-    for name, tokens in domains(load_tokenizer(folder), windows, LENGTH).items():
-        if name not in texts:
+    for name, tokens in domains(load_tokenizer(folder), WINDOWS, LENGTH).items():
+        if name not in LIMITS:
             continue
         divergence = np.mean([_divergences(models, window) for window in tokens], axis=0)
         for start, stop in pairwise(PLACES):
             plain, cached = divergence[:, start:stop].mean(axis=1)
-            limit = LIMITS.get(name) if not start else None
+            limit = LIMITS[name] if not start else None
             met = None if limit is None else bool(cached - plain <= limit)
             target = "" if limit is None else f"added <= {limit}"
             measured = f"KL {plain:.5f}, with the cache {cached:.5f}: {cached - plain:+.5f} added"
@@ -96,10 +84,8 @@ def _divergences(models: Mapping[str, Any], tokens: Any) -> Any:
 
 
 def _log_probabilities(model: Any, tokens: Any) -> Iterator[Any]:
-    """Of the token after each, some at a time, float32 `[CHUNK, V]`."""
+    """Of the token after each, some at a time, float64 `[CHUNK, V]`."""
     cache = model.new_cache()
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK].tolist()
-        logits = model.logits(cache, part, len(part))
-        logits -= logits.max(axis=1, keepdims=True)
-        yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        yield log_softmax(model.logits(cache, part, len(part)))

@@ -295,34 +295,9 @@ def test_a_known_family_is_compared_with_its_config_and_with_the_float_model(tmp
         quantize(source, tmp_path / "out2")
 
 
-def test_an_interrupted_run_continues_with_equal_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
-    quantize(source, tmp_path / "whole")
-    write, done = model_free._write_piece, []
-
-    def stop(*arguments: Any) -> None:
-        done.append(arguments)
-        if len(done) > 20:
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    monkeypatch.setattr(model_free, "_write_piece", stop)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        quantize(source, tmp_path / "out")
-    assert "parts are finished" in caught.value.__notes__[0]
-    monkeypatch.setattr(model_free, "_write_piece", write)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    assert len(journal.read_text().splitlines()) > 1
-    with pytest.raises(OutputError, match="started otherwise"):
-        quantize(source, tmp_path / "out", scheme="W4A8_DYNAMIC")
-    quantize(source, tmp_path / "out")
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == wanted
-
-
-def interrupted(monkeypatch: pytest.MonkeyPatch, where: str, after: int, *arguments: Any) -> None:
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, where: str, after: int, *arguments: Any
+) -> KeyboardInterrupt:
     """Quantize, and be interrupted at the call of a function of the flow that comes after so many."""
     function, calls = getattr(model_free, where), []
 
@@ -334,8 +309,25 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, where: str, after: int, *argume
 
     with monkeypatch.context() as patched:
         patched.setattr(model_free, where, stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             quantize(*arguments)
+    return caught.value
+
+
+def test_an_interrupted_run_continues_with_equal_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
+    quantize(source, tmp_path / "whole")
+    stopped = interrupted(monkeypatch, "_write_piece", 20, source, tmp_path / "out")
+    assert "parts are finished" in stopped.__notes__[0]
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) > 1
+    with pytest.raises(OutputError, match="started otherwise"):
+        quantize(source, tmp_path / "out", scheme="W4A8_DYNAMIC")
+    quantize(source, tmp_path / "out")
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == wanted
 
 
 def test_what_is_finished_stays_where_the_comparison_is_interrupted(

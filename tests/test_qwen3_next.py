@@ -19,6 +19,7 @@ from msquant.planning.quantization_plan import make_plan
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe, validate_recipe
 from msquant.schemes import FLOAT, W4A8_DYNAMIC, W8A8, W8A8_DYNAMIC
+from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_families import write_tiny
 
 FORMATS = ["ascend", "compressed-tensors"]
@@ -51,10 +52,6 @@ def recipe_of(model: Path, **quantization: Any) -> Recipe:
     )
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".json"}
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense layer and one with experts of the delta rule, and one with experts of full attention."""
@@ -83,7 +80,7 @@ def test_both_formats_are_correct_near_the_float_model_and_the_same_after_an_int
     stored = Checkpoint.open(source)
     for name in FORMATS:
         folder = result.folders[name]
-        assert contents(folder) == contents(again.folders[name])
+        assert digests(folder) == digests(again.folders[name])
         form = folder_format(folder)
         assert form is not None
         assert form.name == name

@@ -1,5 +1,6 @@
 """Layers that worker processes share: the same bytes, whoever dies; nothing is left running."""
 
+import contextlib
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, st
 from tests.fixtures.tiny_families import write_tiny
 
 LAYERS = 4
+KILLS = 6
 RECIPE = f"{quantize_process.RECIPE}evaluation:\n  sequences: 0\n"
 
 ended = partial(quantize_process.ended, seconds=900)
@@ -154,28 +156,27 @@ def test_workers_end_with_the_process_that_started_them() -> None:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_random_kills_change_nothing(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    output, choose, left = tmp_path / "out", random.Random(7), 6
-    while True:
-        process = start(recipe, output, "--workers", str(choose.choice([2, 3])))
-        children: list[psutil.Process] = []
-        while process.poll() is None and left:
-            time.sleep(choose.uniform(2, 12))
-            children = family(process) or children
-            victims = [process.pid, *(worker.pid for worker in workers_of(process))]
-            try:
-                os.kill(choose.choice(victims), signal.SIGKILL)
-            except ProcessLookupError:
-                break
-            left -= 1
-        _, errors = process.communicate(timeout=900)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-        deadline = time.monotonic() + 10
-        while living(children):
-            assert time.monotonic() < deadline, living(children)
-            time.sleep(0.1)
-    assert digests(output) == expected
+    choose, kills, runs = random.Random(7), 0, 0
+    while kills < KILLS:
+        output, runs = tmp_path / f"out{runs}", runs + 1
+        while not output.exists():
+            process = start(recipe, output, "--workers", str(choose.choice([2, 3])))
+            children: list[psutil.Process] = []
+            while process.poll() is None and kills < KILLS:
+                time.sleep(choose.uniform(2, 12))
+                children = family(process) or children
+                victims = [process.pid, *(worker.pid for worker in workers_of(process))]
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(choose.choice(victims), signal.SIGKILL)
+                        kills += 1
+            _, errors = process.communicate(timeout=900)
+            assert process.returncode in (0, -signal.SIGKILL), errors
+            deadline = time.monotonic() + 10
+            while living(children):
+                assert time.monotonic() < deadline, living(children)
+                time.sleep(0.1)
+        assert digests(output) == expected
 
 
 @pytest.mark.e2e

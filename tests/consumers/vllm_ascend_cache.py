@@ -22,6 +22,11 @@ NAMES = {
 }
 
 
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative RMS."""
+    return float(((found.double() - expected) ** 2).mean().sqrt() / (expected**2).mean().sqrt())
+
+
 def cache_difference(folder: Any, layer: int) -> float:
     """The greatest relative RMS difference of attention to the folder's definition.
 
@@ -68,9 +73,7 @@ def cache_difference(folder: Any, layer: int) -> float:
         )
     # A chunk of a prompt with nothing before it attends to its own keys and values unrounded.
     first = _attention(queries[chunks[0]], keys[chunks[0]], values[chunks[0]], groups)
-    return max(
-        _difference(found[chunks[0]], first), _difference(found[PROMPT // 2 :], expected[PROMPT // 2 :])
-    )
+    return max(difference(found[chunks[0]], first), difference(found[PROMPT // 2 :], expected[PROMPT // 2 :]))
 
 
 def _loaded(folder: Any, scheme: Any, block: str, impl: Any) -> Any:
@@ -134,7 +137,3 @@ def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     scores = torch.einsum("qhd,khd->hqk", queries.double(), every_key) * size**-0.5
     hidden = torch.ones(tokens, tokens).triu(1).bool()
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), every_value)
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((found.double() - expected) ** 2).mean().sqrt() / (expected**2).mean().sqrt())

@@ -22,7 +22,7 @@ from vllm_ascend.quantization.methods.registry import get_scheme_class
 from msquant.checkpoint.weights import QuantizedLinear, WeightSource
 from msquant.flows.engines import open_prefill, open_weights
 from msquant.formats.fused_layers import experts_parent
-from tests.consumers.vllm_ascend_cache import cache_difference
+from tests.consumers.vllm_ascend_cache import cache_difference, difference
 
 assert w4a8, (w8a8_dynamic, w8a8_pdmix, w8a8_static)
 TOKENS = 16
@@ -83,11 +83,6 @@ class Folder:
         """What vllm-ascend takes the routed experts of a layer for."""
         description = self.quantization.quant_description
         return modelslim_config.get_quant_type_for_layer(description, parent, "moe", self.fused)
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS."""
-    return float(((found.double() - expected) ** 2).mean().sqrt() / (expected**2).mean().sqrt())
 
 
 def by_definition(linear: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:

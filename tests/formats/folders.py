@@ -12,6 +12,7 @@ from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.checkpoint.writer import file_sha256, shard_name, write_index, write_json, write_shard
 from msquant.families import expected_shapes
+from msquant.formats.base import Format
 from msquant.formats.dtypes import cast
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME
@@ -136,7 +137,10 @@ def change_entries(path: Path, changes: dict[str, Any]) -> None:
 
 
 def change_tensors(folder: Path, changes: dict[str, Any], *, described: bool = True) -> None:
-    """Replace, add or (with None) remove tensors, in their shards, in the index and in the description."""
+    """Replace, add or (with None) remove tensors, in their shards, in the index and in the description.
+
+    Of a folder that has a manifest, it is written anew.
+    """
     checkpoint = Checkpoint.open(folder)
     first = sorted(checkpoint.shards)[0]
     for file_name, shard in checkpoint.shards.items():
@@ -155,4 +159,27 @@ def change_tensors(folder: Path, changes: dict[str, Any], *, described: bool = T
         quantized = [name.removesuffix(".deq_scale") for name in old if name.endswith(".deq_scale")]
         _describe(folder, weight_map, quantized)
     assert (folder / INDEX_NAME).is_file()
-    write_manifest(folder)
+    if (folder / "msquant.json").exists():
+        write_manifest(folder)
+
+
+def stored(
+    name: str, change: Callable[[np.ndarray], np.ndarray | None], *, described: bool = False
+) -> Callable[[Path], None]:
+    """What changes a stored tensor of a folder, or takes it out; in the description, too, if that is said."""
+
+    def apply(folder: Path) -> None:
+        change_tensors(folder, {name: change(Checkpoint.open(folder).raw(name))}, described=described)
+
+    return apply
+
+
+def problems(form: Format, folder: Path) -> list[str]:
+    """What a format finds wrong with a folder, in the words that a user reads."""
+    return [str(finding) for finding in form.validate(folder)]
+
+
+def assert_finds(form: Format, folder: Path, where: str, problem: str) -> None:
+    """A format finds a problem there, whatever else it finds."""
+    found = problems(form, folder)
+    assert any(one.startswith(where) and problem in one for one in found), found

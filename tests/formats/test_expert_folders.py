@@ -28,7 +28,7 @@ from tests.formats.expert_folders import (
     schemes_of,
     write_experts,
 )
-from tests.formats.folders import change_json, change_tensors
+from tests.formats.folders import change_json, change_tensors, stored
 
 FORM = GoldenStickFormat()
 
@@ -124,13 +124,6 @@ def test_what_other_tools_write_has_no_findings(folder: Path) -> None:
     linear = GoldenStickCheckpoint.open(folder).linear(UP)
     assert isinstance(linear, QuantizedLinear)
     np.testing.assert_allclose(linear.weight_scale, scale, rtol=2**-8)
-
-
-def stored(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        change_tensors(folder, {name: change(Checkpoint.open(folder).raw(name))}, described=False)
-
-    return apply
 
 
 def described(changes: dict[str, str | None]) -> Callable[[Path], None]:
@@ -251,7 +244,6 @@ def test_a_prediction_layer_is_there_as_a_whole_or_not_at_all(folder: Path) -> N
     names = [name for name in Checkpoint.open(folder).names() if name.startswith("model.layers.2.")]
     change_tensors(folder, dict.fromkeys(names), described=False)
     change_json(folder / DESCRIPTION_NAME, lambda d: [d.pop(name) for name in names])
-    (folder / "msquant.json").unlink()
     (folder / "model-00003-of-00004.safetensors").unlink()
     assert FORM.validate(folder) == []
 

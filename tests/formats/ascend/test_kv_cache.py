@@ -1,6 +1,7 @@
 """Folders with an int8 key-value cache for vllm-ascend: written, read back, and each broken one found."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.summary import summarize
 from msquant.schemes import C8, FLOAT, W8A8, W8A8_DYNAMIC, Scheme
+from tests.formats import folders
 from tests.formats.ascend.test_published import write_dense
 from tests.formats.expert_folders import DEEPSEEK, groups_of, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_entries, change_tensors
@@ -33,6 +35,8 @@ HEADS_OF_32: dict[str, Any] = {
 }
 K, V = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"
 ROWS = 64
+
+problems = partial(folders.problems, AscendFormat())
 
 
 def cached(config: dict[str, Any], scheme: Scheme = W8A8_DYNAMIC) -> dict[str, Scheme]:
@@ -48,10 +52,6 @@ def cached(config: dict[str, Any], scheme: Scheme = W8A8_DYNAMIC) -> dict[str, S
 def folder(tmp_path: Path) -> Path:
     write_experts(tmp_path / "m", HEADS_OF_32, schemes=cached(HEADS_OF_32), format_name="ascend")
     return tmp_path / "m"
-
-
-def problems(folder: Path) -> list[str]:
-    return [str(finding) for finding in AscendFormat().validate(folder)]
 
 
 @pytest.mark.parametrize("scheme", [W8A8_DYNAMIC, W8A8, FLOAT], ids=str)

@@ -1,6 +1,7 @@
 """Folders for vllm-ascend: those of msquant and msModelSlim keep every rule, and each broken one is found."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from msquant.formats.ascend.layout import DESCRIPTION_NAME
 from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.registry import folder_format, model_format
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
+from tests.formats import folders
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_entries, change_json, change_tensors
 
 FORM = AscendFormat()
+problems = partial(folders.problems, FORM)
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -42,10 +45,6 @@ def mixed(config: dict[str, Any]) -> dict[str, Scheme]:
 def folder(tmp_path: Path) -> Path:
     write_experts(tmp_path / "m", BIASED, schemes=mixed(BIASED), format_name="ascend")
     return tmp_path / "m"
-
-
-def problems(folder: Path) -> list[str]:
-    return [str(finding) for finding in FORM.validate(folder)]
 
 
 def describe(names: list[str], linears: dict[str, Scheme]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Folders for vLLM: those of msquant and llm-compressor keep every rule, and each broken one is found."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from msquant.formats.compressed_tensors.reader import CompressedTensorsCheckpoin
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.registry import folder_format, model_format
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, parse_scheme
+from tests.formats import folders
 from tests.formats.expert_folders import (
     DEEPSEEK,
     QWEN,
@@ -26,6 +28,7 @@ from tests.formats.expert_folders import (
 from tests.formats.folders import CONFIG, change_json, change_tensors, write_manifest
 
 FORM = CompressedTensorsFormat()
+problems = partial(folders.problems, FORM)
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"
@@ -49,10 +52,6 @@ def folder(tmp_path: Path) -> Path:
         format_name="compressed-tensors",
     )
     return tmp_path / "m"
-
-
-def problems(folder: Path) -> list[str]:
-    return [str(finding) for finding in FORM.validate(folder)]
 
 
 CASES = [

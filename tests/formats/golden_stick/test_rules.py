@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +13,7 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.writer import write_json, write_shard
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME
+from tests.formats import folders
 from tests.formats.folders import change_json, change_tensors, write_folder, write_manifest
 
 FORM = GoldenStickFormat()
@@ -21,6 +23,8 @@ K = "model.layers.0.self_attn.k_proj"
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 BF16 = ml_dtypes.bfloat16
+
+stored = partial(folders.stored, described=True)
 
 
 @pytest.fixture
@@ -40,13 +44,6 @@ def configured(**values: object) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         change_json(folder / "config.json", lambda config: config.update(values))
         write_manifest(folder)
-
-    return apply
-
-
-def stored(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        change_tensors(folder, {name: change(Checkpoint.open(folder).raw(name))})
 
     return apply
 
