@@ -89,7 +89,6 @@ def test_groups_in_an_order_of_their_own_of_compressed_tensors(tmp_path: Path) -
     made = write_qweight(tmp_path / "m")
     (result,) = export(tmp_path / "m", ["compressed-tensors"])
     folder = result.folder
-    (folder / "msquant.json").unlink()
     weights = {"actorder": "group"}
     change_json(
         folder / "config.json",
@@ -217,7 +216,6 @@ def test_a_layer_without_numbers_is_named(tmp_path: Path) -> None:
     empty = {"qweight": np.zeros((0, 96), np.int32), "g_idx": np.zeros(0, np.int32)}
     empty |= {"qzeros": np.zeros((0, 12), np.int32), "scales": np.zeros((0, 96), np.float16)}
     change_tensors(tmp_path / "m", {f"{UP}.{part}": value for part, value in empty.items()}, described=False)
-    (tmp_path / "m" / "msquant.json").unlink()
     with pytest.raises(CheckpointError, match="holds no numbers"):
         find_format("gptq")().open(tmp_path / "m").linear(UP)
     assert f"{UP}.qweight: holds no numbers" in map(str, summarize(tmp_path / "m").findings)

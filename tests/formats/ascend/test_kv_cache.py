@@ -105,7 +105,6 @@ def test_scales_beside_int4_weights_with_two_rows_in_a_byte(tmp_path: Path) -> N
     modules = [n.removesuffix(".weight") for n in Checkpoint.open(folder).names() if n.endswith(ends)]
     scales = {f"{module}.kv_cache_scale": np.full(32, 0.5, np.float32) for module in modules}
     change_tensors(folder, scales, described=False)
-    (folder / "msquant.json").unlink()
     entries = dict.fromkeys([*scales, "kv_cache_type", "kv_quant_type"], "C8")
     change_entries(folder / DESCRIPTION_NAME, entries)
     assert summarize(folder).findings == []
@@ -221,7 +220,6 @@ def test_a_folder_with_heads_that_the_engine_cannot_lay_out_is_found(folder: Pat
     """As many rows, of smaller heads."""
     halved = {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
     change_entries(folder / "config.json", halved)
-    (folder / "msquant.json").unlink()
     assert problems(folder) == [
         "model.layers.0.self_attn.k_proj: is W8A8_DYNAMIC_C8: vllm-ascend lays int8 caches out in blocks of "
         "32 channels of a head, and heads have 16"
