@@ -220,6 +220,7 @@ def test_a_folder_with_heads_that_the_engine_cannot_lay_out_is_found(folder: Pat
     """As many rows, of smaller heads."""
     halved = {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
     change_entries(folder / "config.json", halved)
+    (folder / "msquant.json").unlink()
     assert problems(folder) == [
         "model.layers.0.self_attn.k_proj: is W8A8_DYNAMIC_C8: vllm-ascend lays int8 caches out in blocks of "
         "32 channels of a head, and heads have 16"
