@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant.errors import EngineError
+from msquant.flows.ray_workers import RayCrew, divided
 from msquant.flows.workers import Workers, require_workers
 from tests.fixtures import quantize_process
 from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, start
@@ -238,21 +240,37 @@ def test_too_many_workers_for_the_memory_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "count", "threads"),
-    [([64, 64, 64], 3, 64), ([64, 64], 3, 32), ([4, 64], 5, 12), ([1, 1], 2, 1)],
+    ("cores", "count", "shares"),
+    [
+        ([64, 64, 64], 3, [[64], [64], [64]]),
+        ([64, 64], 3, [[32, 32], [64]]),
+        ([4, 64], 5, [[], [12] * 5]),
+        ([4, 64], 20, [[4], [3] * 19]),
+        ([1, 1], 2, [[1], [1]]),
+    ],
 )
-def test_workers_divide_the_cores_of_the_nodes(cores: list[int], count: int, threads: int) -> None:
-    from msquant.flows.ray_workers import threads_each
-
-    assert threads_each(cores, count) == threads
+def test_workers_divide_the_cores_of_the_nodes(cores: list[int], count: int, shares: list[list[int]]) -> None:
+    assert divided(cores, count) == shares
 
 
-def test_more_workers_than_cores_of_a_cluster_are_refused() -> None:
-    from msquant.flows.ray_workers import threads_each
+@pytest.mark.parametrize(
+    ("cores", "count", "said"), [([1, 1], 3, "more than the 2 cores"), ([], 0, "no node")]
+)
+def test_more_workers_than_cores_of_a_cluster_are_refused(cores: list[int], count: int, said: str) -> None:
+    with pytest.raises(EngineError, match=said) as caught:
+        divided(cores, count)
+    assert f"at most {sum(cores)}" in str(caught.value.remedy)
 
-    with pytest.raises(EngineError, match="3 workers are more than the 2 cores") as caught:
-        threads_each([1, 1], 3)
-    assert "at most 2" in str(caught.value.remedy)
+
+def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:
+    began = time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(EngineError, match="is not reached") as caught:
+            RayCrew(Workers(address=address))
+    assert "ray start" in str(caught.value.remedy)
+    assert time.monotonic() - began < 20
 
 
 def test_nodes_that_differ_are_named() -> None:

@@ -76,12 +76,11 @@ class LocalCrew:
 
     Attributes:
         count: workers to hire.
-        threads: cores of each.
     """
 
     def __init__(self, workers: Workers) -> None:
         self.count = workers.count or 1
-        self.threads = max(1, len(os.sched_getaffinity(0)) // self.count)
+        self._threads = max(1, len(os.sched_getaffinity(0)) // self.count)
         self._hands: list[LocalHand] = []
         available = available_memory()
         if available is not None and self.count * workers.memory > available:
@@ -92,9 +91,13 @@ class LocalCrew:
                 remedy=f"use --workers {max(1, available // workers.memory)}",
             )
 
-    def hire(self) -> LocalHand:
+    def threads(self, number: int) -> int:
+        """As `Crew.threads`."""
+        return self._threads
+
+    def hire(self, number: int) -> LocalHand:
         """As `Crew.hire`."""
-        self._hands.append(LocalHand(self.threads))
+        self._hands.append(LocalHand(self._threads))
         return self._hands[-1]
 
     def wait(self, hands: Sequence[LocalHand], seconds: float) -> list[LocalHand]:

@@ -35,6 +35,10 @@ class WorkerDied(Exception):  # noqa: N818 - it is told to the pool alone
     """A worker's process has ended, or the way to it is broken."""
 
 
+class PlaceLost(WorkerDied):
+    """So has its node, and none can be started there."""
+
+
 class Hand(Protocol):
     """One worker; it answers one call before it gets the next."""
 
@@ -55,10 +59,13 @@ class Crew(Protocol):
     """Where workers come from; closed when all are done with."""
 
     count: int
-    threads: int
 
-    def hire(self) -> Hand:
-        """Start a worker."""
+    def threads(self, number: int) -> int:
+        """Cores of the worker with that number."""
+        ...
+
+    def hire(self, number: int) -> Hand:
+        """Start the worker with that number, from 0, or another in its place. Raises PlaceLost."""
         ...
 
     def wait(self, hands: Sequence[Any], seconds: float) -> Sequence[Any]:
@@ -115,7 +122,7 @@ class WorkerPool:
             self._progress.stage(f"joining the Ray cluster at {self._asked.address}")
             self._crew = RayCrew(self._asked)
         try:
-            self._workers = [_Worker(self._crew.hire(), number) for number in range(self._crew.count)]
+            self._workers = [_Worker(self._crew.hire(n), n) for n in range(self._crew.count)]
             slots = Counter[str]()
             for worker, node in zip(self._workers, self._ask("node", lambda worker: ()), strict=True):
                 worker.slot = slots[node]
@@ -150,7 +157,9 @@ class WorkerPool:
             probe = output / f".probe.{os.getpid()}.tmp"
             probe.write_text(word)
         try:
-            reports = self._ask("look", lambda w: (w.slot, threads, device, source, probe, w.number))
+            reports = self._ask(
+                "look", lambda w: (w.slot, threads(w.number), device, source, probe, w.number)
+            )
             for worker, report in zip(self._workers, reports, strict=True):
                 worker.host = report.host
                 if probe is None:
@@ -215,7 +224,11 @@ class WorkerPool:
                     again = "another begins" if task is None else "its task is done anew"
                     self._progress.stage(f"a worker on {worker.host} died; {again}")
                     worker.hand.kill()
-                    worker.hand = self._crew.hire()
+                    try:
+                        worker.hand = self._crew.hire(worker.number)
+                    except PlaceLost as lost:
+                        self._go_on_without(worker, lost)
+                        continue
                     doing[worker] = None
                     worker.hand.call("begin", *self._beginning(worker))
                     continue
@@ -225,6 +238,16 @@ class WorkerPool:
                 if task is not None:
                     schedule.done(task)
                     done(task, result)
+
+    def _go_on_without(self, worker: _Worker, lost: PlaceLost) -> None:
+        self._workers.remove(worker)
+        if not self._workers:
+            raise EngineError(
+                f"the last worker is gone: {lost}",
+                where=worker.host,
+                remedy="start nodes, and the same command again: it continues with the layers that are left",
+            ) from lost
+        self._progress.stage(f"node {worker.host} is lost; {self.count} workers go on")
 
     def _answered(self, workers: Sequence[_Worker]) -> list[_Worker]:
         """Those that have answered or died; waits a tick for them, and looks at Ctrl-C."""
@@ -244,19 +267,23 @@ class WorkerPool:
         answers: dict[int, Any] = {}
         deaths = Counter[int]()
         while len(answers) < self.count:
+            self._progress.step(f"{len(answers)} of {self.count} workers have answered")
             for worker in self._answered([w for w in self._workers if w.number not in answers]):
                 try:
                     answer = worker.hand.answer()
                 except WorkerDied as death:
                     deaths[worker.number] += 1
-                    if deaths[worker.number] >= MOST_DEATHS:
+                    worker.hand.kill()
+                    try:
+                        if deaths[worker.number] >= MOST_DEATHS:
+                            raise death
+                        worker.hand = self._crew.hire(worker.number)
+                    except WorkerDied as last:
                         raise EngineError(
-                            f"{MOST_DEATHS} workers died before they began: {death}",
+                            f"{deaths[worker.number]} workers died before they began: {last}",
                             where=self._where,
                             remedy="run msquant doctor there: every node needs the same msquant, and memory",
-                        ) from death
-                    worker.hand.kill()
-                    worker.hand = self._crew.hire()
+                        ) from last
                     worker.hand.call(method, *arguments(worker))
                     continue
                 if isinstance(answer, Failure):
@@ -267,7 +294,7 @@ class WorkerPool:
     def _beginning(self, worker: _Worker) -> tuple[Any, ...]:
         assert self._job is not None
         assert self._crew is not None
-        return (worker.slot, self._crew.threads, *self._job, worker.number)
+        return (worker.slot, self._crew.threads(worker.number), *self._job, worker.number)
 
     def _say(self, doing: dict[_Worker, Task | None]) -> None:
         names = sorted(str(task) for task in doing.values() if task is not None)
