@@ -19,6 +19,7 @@ from msquant.errors import MsquantError
 from msquant.flows.pipeline import quantize
 from msquant.flows.source import shapes_plans
 from msquant.formats.folder_plan import FolderPlan
+from msquant.inference.serving_settings import ServingSettings
 from msquant.models.config import ModelConfig
 from msquant.planning.blocks import LayerBlocks
 from msquant.planning.sample import layer_kinds, sample_config, write_sample
@@ -243,7 +244,8 @@ def _samples(recipe: Recipe, config: ModelConfig) -> list[Sample]:
 def _sample(config: ModelConfig, recipe: Recipe, samples: int, length: int, part: int) -> Sample:
     """A sample with so many calibration tokens, and one part of `part` of the evaluation's."""
     settings = CalibrationSettings(samples=samples, sequence_length=length)
-    recipe = recipe.model_copy(update={"calibration": settings})
+    # The NPUs that are to share the model's heads cannot share the sample's, which are fewer.
+    recipe = recipe.model_copy(update={"calibration": settings, "serving": ServingSettings()})
     tokens = max(2, recipe.evaluation.sequence_length // part)
     return Sample(config, recipe.replace("evaluation", sequence_length=tokens))
 

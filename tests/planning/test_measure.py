@@ -11,7 +11,7 @@ from msquant.algorithms import make_algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import OutputError
 from msquant.flows.pipeline import quantize
-from msquant.flows.source import open_source
+from msquant.flows.source import open_source, shapes_plans
 from msquant.hub.published import HUB_IDS, published_config
 from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
@@ -22,7 +22,7 @@ from msquant.planning.quantization_plan import make_plan
 from msquant.planning.sample import sample_config, write_sample
 from msquant.planning.work import Work
 from msquant.progress import Part, Phase, Progress
-from msquant.recipe.recipe import Recipe, find_recipe
+from msquant.recipe.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 from tests.fixtures.fp8 import to_fp8
 from tests.fixtures.tiny_families import write_tiny
 
@@ -129,6 +129,20 @@ def test_a_sample_has_every_kind_of_layer_and_is_bounded(name: str) -> None:
         assert attention < 4 * sample.MOST_WEIGHTS
         assert weights_of(blocks.streamed) <= 2 * sample.MOST_EXPERT_WEIGHTS
         assert weights_of([*least.searched, *least.streamed]) < 3_000_000
+
+
+def test_the_samples_of_models_that_many_npus_serve_can_be_planned() -> None:
+    """These share the model's heads, of which a sample has fewer."""
+    seen = 0
+    for path in shipped_recipes().values():
+        recipe = load_recipe(path)
+        raw = published_config(recipe.model)
+        if raw is None or recipe.serving.tensor_parallel_size < 8:
+            continue
+        for each in measure._samples(recipe, parse_config(raw)):
+            assert shapes_plans(each.recipe, each.config, ())
+            seen += 1
+    assert seen >= 6
 
 
 @pytest.mark.parametrize("name", ["deepseek-r1", "qwen2.5-7b-instruct"])
