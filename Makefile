@@ -5,6 +5,8 @@ PROMPT ?= I am
 QUESTION ?= What is the capital of France?
 # uv does not read pip's own setting for extra wheel folders.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Where Python may not keep what it has compiled, each process compiles torch and MindSpore anew: 20 s of CPU.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python

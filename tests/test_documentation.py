@@ -109,8 +109,9 @@ def _supported(recipe: str) -> list[str]:
     model = load_recipe(shipped_recipes()[recipe]).model
     raw = published_config(model)
     assert raw is not None
-    # The first layers are of every kind that the others are of.
+    # The first layers are of every kind that the others are of, and so are the first experts.
     raw["num_hidden_layers"] = min(raw["num_hidden_layers"], 5)
+    raw |= {key: min(raw[key], 16) for key in ("num_experts", "n_routed_experts") if raw.get(key)}
     config, base = parse_config(raw, model), default_recipe(model, raw)
     kept = [("lm_head", FLOAT), ("kv_b_proj", FLOAT)] if config.latent else [("lm_head", FLOAT)]
     mixed = len({scheme for _, scheme in base.quantization.schemes} - {FLOAT}) > 1
