@@ -281,7 +281,10 @@ def test_nodes_that_differ_are_named() -> None:
     here = NodeReport("one", 2, 10**9, own_versions(), "a", "s", None)
     require_alike([here, here], Path("/model"), "s", different_arithmetic=False)
     cases = [
-        (replace(here, host="two", versions=own_versions() | {"numpy": "9"}), "numpy is 9 on node two"),
+        (
+            replace(here, host="two", versions=own_versions() | {"numpy": "9"}),
+            "node two has numpy 9, .* here",
+        ),
         (replace(here, host="two", source="t"), "node two sees other weights"),
         (replace(here, host="two", arithmetic="b"), "two and one round differently"),
     ]

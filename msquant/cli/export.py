@@ -71,7 +71,7 @@ def export(
             progress=ExportProgress(
                 stage=display.stage,
                 parts=display.start,
-                part=lambda done: display.advance(done - 1, ""),
+                part=lambda done: display.advance(""),
             ),
         )
     if as_json:

@@ -57,15 +57,20 @@ class LayerProgress:
         finally:
             self._lines.start()
 
-    def flow(self, note: Callable[[dict[str, Any]], str]) -> Progress:
-        """Callbacks of a flow over decoder layers that show here; `note` makes a line of a record."""
-        self._numbered = True
+    def flow(self, note: Callable[[dict[str, Any]], str], *, in_order: bool = True) -> Progress:
+        """Callbacks of a flow over decoder layers that show here.
+
+        Args:
+            note: makes a line of a record.
+            in_order: one layer after the other, so that the next one is known.
+        """
+        self._numbered = in_order
         return Progress(
             stage=self.stage,
             phases=self.phases,
             phase=self.phase,
             layers=self.start,
-            layer=lambda record: self.advance(record["index"], f"layer {record['index']}: {note(record)}"),
+            layer=lambda record: self.advance(f"layer {record['index']}: {note(record)}"),
             step=self.step,
             left=self.left,
         )
@@ -99,8 +104,8 @@ class LayerProgress:
         """Say what goes on within a layer, on a terminal alone."""
         self._step = text
 
-    def advance(self, index: int, note: str) -> None:
-        """Layer `index` is done; `note` says what came out."""
+    def advance(self, note: str) -> None:
+        """A layer is done; `note` says what came out."""
         self._done, self._step, self._note = self._done + 1, "", note
         every = -(-self._count // self._most_lines) if self._most_lines else 1
         if not console.stderr.is_terminal and (self._done % every == 0 or self._done == self._count):

@@ -138,8 +138,10 @@ def quantize(
         return
 
     from msquant.cli.layer_progress import LayerProgress
+    from msquant.flows.workers import Workers
 
     without_text = recipe.calibration.is_none
+    alone = Workers(workers, ray_address).in_process
     with LayerProgress(unit="part" if without_text else "decoder layer") as display:
         result = api.quantize(
             recipe,
@@ -154,7 +156,7 @@ def quantize(
             workers=workers,
             ray_address=ray_address,
             allow_different_arithmetic=allow_different_arithmetic,
-            progress=_parts(display) if without_text else display.flow(_alphas),
+            progress=_parts(display) if without_text else display.flow(_alphas, in_order=alone),
             transfer=lambda: _transfer(display),
         )
     if as_json:
@@ -180,7 +182,7 @@ def _parts(display: "LayerProgress") -> "Progress":
     return Progress(
         stage=display.stage,
         layers=display.start,
-        layer=lambda record: display.advance(record["index"], record.get("shards", "")),
+        layer=lambda record: display.advance(record.get("shards", "")),
         step=display.step,
     )
 

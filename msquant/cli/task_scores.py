@@ -36,7 +36,7 @@ def run(model: str, tasks: list[str], *, verbose: bool, **settings: Any) -> "Tas
         progress = Progress(
             stage=display.stage,
             layers=display.start,
-            layer=lambda record: display.advance(record["index"], ""),
+            layer=lambda record: display.advance(""),
         )
         return evaluate_tasks(model, tasks, progress=progress, **settings)
 

@@ -13,6 +13,8 @@ from msquant.deploy.ascend_checks import Check
 from msquant.errors import EngineError
 from msquant.flows.manifest import RECORDED
 
+_SAME = "install the same msquant with its dependencies on all nodes"
+
 
 @dataclass(frozen=True)
 class NodeReport:
@@ -36,6 +38,19 @@ class NodeReport:
     source: str | None
     probe: str | None
 
+    @property
+    def other_versions(self) -> list[str]:
+        """The packages that it has in another version than this process, with both."""
+        return [
+            f"{package} {self.versions.get(package)}, {expected} here"
+            for package, expected in own_versions().items()
+            if self.versions.get(package) != expected
+        ]
+
+    def computes_as(self, other: "NodeReport") -> bool:
+        """Whether its processor gives the same digits as another node's."""
+        return self.arithmetic == other.arithmetic
+
 
 def look_around(device: str, source: Path | None, probe: Path | None, number: int) -> NodeReport:
     """Make the report of this process.
@@ -43,7 +58,7 @@ def look_around(device: str, source: Path | None, probe: Path | None, number: in
     Args:
         device: `cpu` or `ascend`.
         source: folder of the weights; its headers are read.
-        probe: a file to read, and to copy to `.probe-NUMBER` beside it.
+        probe: a file to read, and to copy to `answer_of(probe, number)`.
         number: of this worker.
 
     Raises:
@@ -54,7 +69,7 @@ def look_around(device: str, source: Path | None, probe: Path | None, number: in
     found = None
     if probe is not None and probe.is_file():
         found = probe.read_text()
-        probe.with_name(probe.name.replace(".probe.", f".probe-{number}.")).write_text(found)
+        answer_of(probe, number).write_text(found)
     return NodeReport(
         host=socket.gethostname(),
         cores=len(os.sched_getaffinity(0)),
@@ -64,6 +79,11 @@ def look_around(device: str, source: Path | None, probe: Path | None, number: in
         source=None if source is None else Checkpoint.open(source).fingerprint()["sha256"],
         probe=found,
     )
+
+
+def answer_of(probe: Path, number: int) -> Path:
+    """Where the worker with that number leaves what it has read of the probe."""
+    return probe.with_suffix(f".{number}.tmp")
 
 
 def reference_checksum(device: str) -> str:
@@ -114,22 +134,17 @@ def require_alike(
     Raises:
         EngineError: one differs; names its node and what differs.
     """
-    first, here = reports[0], own_versions()
+    first = reports[0]
     for report in reports:
-        for package, expected in here.items():
-            if report.versions.get(package) != expected:
-                raise EngineError(
-                    f"{package} is {report.versions.get(package)} on node {report.host}, {expected} here",
-                    where="--ray-address",
-                    remedy="install the same msquant with its dependencies on all nodes",
-                )
+        if other := report.other_versions:
+            raise EngineError(f"node {report.host} has {other[0]}", where="--ray-address", remedy=_SAME)
         if report.source not in (None, sha256):
             raise EngineError(
                 f"node {report.host} sees other weights than this machine",
                 where=source,
                 remedy="put the source on a disk that all nodes mount at the same path",
             )
-        if report.arithmetic != first.arithmetic and not different_arithmetic:
+        if not report.computes_as(first) and not different_arithmetic:
             raise EngineError(
                 f"the processors of {report.host} and {first.host} round differently: bytes of the result "
                 "would depend on which of them computes a layer",
@@ -144,24 +159,19 @@ def alike_checks(reports: Sequence[NodeReport]) -> list[Check]:
     Args:
         reports: one of each node.
     """
-    checks, here = [], own_versions()
+    checks = []
     for report in reports:
-        found = {name: report.versions.get(name) for name in here}
-        other = [
-            f"{package} {found[package]}, {here[package]} here"
-            for package in here
-            if found[package] != here[package]
-        ]
+        other = report.other_versions
         checks.append(
             Check(
                 report.host,
                 "versions",
                 "error" if other else "ok",
                 "; ".join(other) or f"msquant {report.versions['msquant']} with the packages of this machine",
-                "install the same msquant with its dependencies on all nodes" if other else None,
+                _SAME if other else None,
             )
         )
-        same = report.arithmetic == reports[0].arithmetic
+        same = report.computes_as(reports[0])
         checks.append(
             Check(
                 report.host,

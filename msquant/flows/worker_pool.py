@@ -18,7 +18,7 @@ from msquant.deploy.ascend_checks import Check
 from msquant.errors import EngineError, MsquantError
 from msquant.flows.layer_graph import Done, Schedule, Task
 from msquant.flows.layer_work import SCRATCH, LayerJob
-from msquant.flows.node_checks import NodeReport, alike_checks, require_alike
+from msquant.flows.node_checks import NodeReport, alike_checks, answer_of, require_alike
 from msquant.flows.worker_process import Failure
 from msquant.flows.workers import Workers, require_workers
 from msquant.interrupts import check_interrupt
@@ -164,7 +164,7 @@ class WorkerPool:
                 worker.host = report.host
                 if probe is None:
                     continue
-                answer = probe.with_name(f".probe-{worker.number}.{os.getpid()}.tmp")
+                answer = answer_of(probe, worker.number)
                 left = answer.read_text() if answer.exists() else None
                 answer.unlink(missing_ok=True)
                 if report.probe != word or left != word:

@@ -166,7 +166,7 @@ def test_every_way_of_printing(terminal: str, capsys: pytest.CaptureFixture[str]
         progress.stage(HOSTILE)
         progress.start(1)
         progress.step(HOSTILE)
-        progress.advance(0, HOSTILE)
+        progress.advance(HOSTILE)
     output = capsys.readouterr()
     check(output.out)
     check(output.err.replace("ValueError: ", "").replace("\nValid: forged", ""))

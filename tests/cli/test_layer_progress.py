@@ -66,8 +66,8 @@ def test_a_continued_run_counts_what_is_done_and_goes_by_its_own_pace(
 def test_few_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     display = layer_progress.LayerProgress("answer", 3)
     display.start(10)
-    for index in range(10):
-        display.advance(index, "")
+    for _ in range(10):
+        display.advance("")
     counts = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
     assert counts == ["4 of 10 answers", "8 of 10 answers", "10 of 10 answers"]
 
