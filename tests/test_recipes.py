@@ -156,8 +156,8 @@ def test_the_builtin_text_is_enough_for_every_shipped_recipe() -> None:
         ),
         (
             "model: a\nquantization: {algorithm: rtn, range_floor: [0.5]}\n",
-            "unknown key quantization.range_floor (known: algorithm, schemes, rotation, cache, "
-            "min_expert_tokens)",
+            "unknown key quantization.range_floor (known: algorithm, schemes, rotation, rotation_matrix, "
+            "cache, min_expert_tokens)",
         ),
         ("model: a\nquantization: [osl]\n", "quantization"),
         ("model: a\nquantization: {smooth_alpha: [0.5, 1.5]}\n", "quantization.smooth_alpha.1"),

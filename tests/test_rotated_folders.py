@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.writer import write_shard
+from msquant.checkpoint.writer import file_sha256
 from msquant.errors import OutputError, RecipeError
 from msquant.flows.comparison import compare
 from msquant.flows.conversion import export
 from msquant.flows.pipeline import Progress, quantize
 from msquant.flows.short_evaluation import short_texts
+from msquant.formats.summary import summarize
 from msquant.models.config_json import read_config
-from msquant.models.rotation import Hadamard
 from msquant.planning.quantization_plan import make_plan
 from msquant.recipe.recipe import Recipe, validate_recipe
 from tests.fixtures import torch_simulation
 from tests.fixtures.quantize_process import digests
 from tests.fixtures.tiny_families import write_tiny
-from tests.formats.folders import change_json
 
 
 def recipe_of(model: Path, rotation: str = "hadamard", **quantization: Any) -> Recipe:
@@ -69,17 +69,36 @@ def test_a_folder_is_compared_with_the_unrotated_float_model(model_type: str, tm
     if model_type != "llama":
         return
     # As msModelSlim's QuaRot leaves a folder: the matrix beside it, in the terms of embeddings times Q.
-    folder = tmp_path / "ascend"
+    with_matrix = recipe_of(source, rotation_matrix=True).model_copy(update={"format": "ascend"})
+    folder = quantize(with_matrix, tmp_path / "matrix").folder
+    assert summarize(folder).findings == []
+    record = json.loads((folder / "msquant.json").read_text())["files"]["optional/quarot.safetensors"]
+    assert record["sha256"] == file_sha256(folder / "optional/quarot.safetensors")
     (folder / "msquant.json").unlink()
-    matrix = Hadamard(64).rotate(np.eye(64, dtype=np.float32))
+    assert summarize(folder).findings == []
+    matrix = load_file(folder / "optional/quarot.safetensors")["global_rotation"]
     np.testing.assert_allclose(expected.tensor(name) @ matrix, ours.tensor(name), atol=0.02)
-    (folder / "optional").mkdir()
-    write_shard(folder / "optional/quarot.safetensors", {"global_rotation": matrix})
-    described = {"quarot": {"rotation_map": {"global_rotation": "optional/quarot.safetensors"}}}
-    change_json(folder / "quant_model_description.json", lambda d: d.update(optional=described))
     found = compare([str(folder)], baseline=str(source), sequences=1, sequence_length=64)
     again = [layer.own_snr for layer in found.score.layers]
     assert again == pytest.approx(measured, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("policy", "form", "problem"),
+    [
+        ({"rotation": "none"}, "ascend", "nothing is rotated"),
+        ({}, "compressed-tensors", "compressed-tensors has no place for it"),
+    ],
+)
+def test_a_matrix_that_cannot_be_written_is_refused(
+    policy: dict[str, Any], form: str, problem: str, tmp_path: Path
+) -> None:
+    source = write_tiny(tmp_path / "source", "llama")
+    recipe = recipe_of(source, rotation_matrix=True, **policy).model_copy(update={"format": form})
+    with pytest.raises(RecipeError, match=problem) as caught:
+        quantize(recipe, tmp_path / "out")
+    assert caught.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_tied_head_is_untied_and_the_cost_is_said(tmp_path: Path) -> None:

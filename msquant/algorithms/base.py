@@ -106,6 +106,11 @@ class Algorithm(BaseModel):
         description="hadamard: the residual stream and the values within a head are rotated before anything "
         "else, folded into the weights; unties the output head from the embeddings.",
     )
+    rotation_matrix: bool = Field(
+        False,
+        description="Write the matrix by which the residual stream is rotated beside the weights, for the "
+        "ascend format: vllm-ascend turns an EAGLE-3 draft of the plain model with it.",
+    )
     cache: Literal["none", "int8"] = Field(
         "none",
         description="int8: the server keeps keys and values in int8, with a scale for every channel of each "

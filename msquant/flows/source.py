@@ -4,6 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError, ModelError, RecipeError
@@ -232,9 +235,31 @@ def shapes_plans(
     # One form for all: a format that takes the model's dtype is not given another one than its neighbour.
     common = all(config.dtype in form.dtypes for form in formats)
     dtype = config.dtype if common else FALLBACK_DTYPE
-    plans = [plan_folder(groups, schemes, config.raw, dtype, format_name=name) for name in recipe.formats]
+    rotation = _written_rotation(recipe, formats, config.hidden_size)
+    plans = [
+        plan_folder(groups, schemes, config.raw, dtype, format_name=name, rotation=rotation)
+        for name in recipe.formats
+    ]
     require_target(recipe, plans)
     return plans
+
+
+def _written_rotation(
+    recipe: Recipe, formats: Sequence[Format], size: int
+) -> Callable[[], NDArray[np.float32]] | None:
+    """What makes the matrix that is written. Raises RecipeError where there is none, or no place for it."""
+    policy = recipe.quantization
+    if not policy.rotation_matrix:
+        return None
+    rotation = ROTATIONS[policy.rotation]
+    if rotation is None or not any(form.holds_rotation for form in formats):
+        without = "nothing is rotated" if rotation is None else f"{recipe.formats[0]} has no place for it"
+        raise RecipeError(
+            f"is true, and {without}",
+            where="quantization.rotation_matrix",
+            remedy="write rotation: hadamard and format: ascend, or leave it out",
+        )
+    return rotation(size).matrix
 
 
 def _require_all_seen(recipe: Recipe, config: ModelConfig) -> None:

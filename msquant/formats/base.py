@@ -1,7 +1,7 @@
 """What a checkpoint format is, with what is true of most; everything else is written by the same code."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,6 +66,7 @@ class Format(ABC):
     caches: ClassVar[frozenset[Quant]] = frozenset()
     no_cache: ClassVar[str] = "it keeps keys and values in floating point"
     predictions_in_float: ClassVar[bool] = False
+    holds_rotation: ClassVar[bool] = False
 
     variant: str = ""
 
@@ -145,6 +146,18 @@ class Format(ABC):
             scale_dtype: what a source's scales need; None where the model's dtype holds them.
         """
         return self
+
+    def rotated_by(self, rotation: Callable[[], NDArray[np.float32]] | None) -> "Format":
+        """The format with the matrix that the residual stream is multiplied by, where it `holds_rotation`.
+
+        Args:
+            rotation: makes the matrix, `[H, H]`; None for none.
+        """
+        return self
+
+    def extra_shards(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Tensors beside the model's own, by name, of each further safetensors file by its path."""
+        return {}
 
     def scale_dtype(self, checkpoint: Checkpoint) -> str | None:
         """What the scales of a folder's weights need, where that is not the model's dtype; else None."""

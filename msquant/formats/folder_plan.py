@@ -1,10 +1,13 @@
 """What a folder will hold, to the byte, from the shapes of the source model alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msquant.checkpoint.shard_plan import MAX_SHARD_BYTES, PlannedShard, plan_shards, weight_map
 from msquant.checkpoint.shard_stream import shard_bytes
@@ -111,6 +114,7 @@ def plan_folder(
     format_name: FormatName = DEFAULT_FORMAT,
     carried: Mapping[str, str] | None = None,
     scale_dtype: str | None = None,
+    rotation: Callable[[], NDArray[np.float32]] | None = None,
 ) -> FolderPlan:
     """Plan a folder.
 
@@ -124,6 +128,7 @@ def plan_folder(
         format_name: of the format to write.
         carried: tensors that are not quantized and keep the safetensors dtype that they have, by name.
         scale_dtype: as `Format.keeping` takes it.
+        rotation: as `Format.rotated_by` takes it.
 
     Raises:
         CheckpointError: a linear layer has no matrix in the source, or its bias does not fit.
@@ -132,7 +137,7 @@ def plan_folder(
         OutputError: a tensor is in two groups.
     """
     plain = {module: scheme.without_cache for module, scheme in linears.items()}
-    form = model_format(format_name, config).made_for(plain).keeping(scale_dtype)
+    form = model_format(format_name, config).made_for(plain).keeping(scale_dtype).rotated_by(rotation)
     stored = dtype if dtype in form.dtypes else FALLBACK_DTYPE
     _check_runs(form, linears, config)
     _check_groups(groups, linears)

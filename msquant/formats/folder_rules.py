@@ -9,7 +9,7 @@ import numpy as np
 
 from msquant.checkpoint.checkpoint_reader import INDEX_NAME, Checkpoint
 from msquant.checkpoint.disk import shown_sizes
-from msquant.checkpoint.file_names import is_file_name
+from msquant.checkpoint.file_names import path_problem
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.writer import file_sha256
@@ -157,7 +157,7 @@ def check_manifest(folder: Path, verify_hashes: bool, suffix: str = "") -> Itera
         path = folder / name
         if not name.endswith(suffix):
             continue
-        if not is_file_name(name):
+        if path_problem(name) is not None:
             yield Finding(MANIFEST_NAME, f"lists {name!r}, which is not the name of a file in this folder")
         elif not path.is_file():
             yield Finding(name, f"missing: {MANIFEST_NAME} lists it")

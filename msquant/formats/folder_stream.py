@@ -16,7 +16,7 @@ from msquant.checkpoint.shard_plan import PlannedShard
 from msquant.checkpoint.shard_stream import ShardStream
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import Linear
-from msquant.checkpoint.writer import file_sha256, write_index, write_json
+from msquant.checkpoint.writer import file_sha256, write_index, write_json, write_shard
 from msquant.errors import OutputError
 from msquant.families.row_orders import RowOrder
 from msquant.formats.dtypes import cast, stored_dtype
@@ -281,6 +281,11 @@ class FolderStream:
                 with writing(self.folder / companion):
                     shutil.copyfile(source / companion, self.folder / companion)
                 files[companion] = self._entry(companion, file_sha256(self.folder / companion))
+        for name, tensors in self.plan.format.extra_shards().items():
+            path = self.folder / name
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            files[name] = self._entry(name, write_shard(path, tensors))
         for name, document in self.plan.documents.items():
             files[name] = self._entry(name, write_json(self.folder / name, document))
         files[INDEX_NAME] = self._entry(

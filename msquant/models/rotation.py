@@ -77,6 +77,10 @@ class Hadamard:
         bits = np.random.PCG64(_SEED).random_raw(self.size) >> np.uint64(63)
         self._signs = 1.0 - 2.0 * bits.astype(np.float64)
 
+    def matrix(self) -> Floats:
+        """The matrix itself, `[size, size]`."""
+        return self.rotate(np.eye(self.size, dtype=np.float32))
+
     def rotate(self, vectors: Floats) -> Floats:
         """Multiply row vectors by the matrix, `[..., size]` to the same; computed in float64."""
         return self._mix(vectors * self._signs).astype(np.float32)

@@ -177,7 +177,7 @@ class Recipe(BaseModel):
             )
         if policy.cache_quant is not None:
             raise ValueError(f"cache: {policy.cache} needs calibration text, and its source is none")
-        if policy.rotation != "none":
+        if policy.rotation != "none" or policy.rotation_matrix:
             raise ValueError("rotation needs a model that msquant knows, and calibration has source: none")
         for pattern, scheme in policy.schemes:
             if scheme.is_static:

@@ -5,8 +5,8 @@ methods/registry.py, w4a8.py; attention/mla_v1.py: `process_weights_after_loadin
 (ascendv1.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import CacheScale, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
-from msquant.formats.ascend import four_bits, kv_cache
+from msquant.formats.ascend import four_bits, kv_cache, quarot
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
@@ -31,7 +31,6 @@ from msquant.formats.ascend.layout import (
     folded_bias,
     read_description,
 )
-from msquant.formats.ascend.quarot import global_rotation
 from msquant.formats.ascend.reader import AscendCheckpoint
 from msquant.formats.ascend.rules import (
     check_config,
@@ -76,8 +75,10 @@ class AscendFormat(Format):
     expert_schemes = "per-token activations (W8A8_DYNAMIC, W4A8_DYNAMIC)"
     in_groups = frozenset({W4A8_DYNAMIC})
     caches = frozenset({C8})
+    holds_rotation = True
 
     variant: str = "ascendV1"
+    rotation: Callable[[], NDArray[np.float32]] | None = None
 
     @classmethod
     def is_in(cls, folder: Path, config: Mapping[str, Any]) -> bool:
@@ -90,6 +91,14 @@ class AscendFormat(Format):
         except CheckpointError:
             return False
         return "version" in described or "model_quant_type" in described
+
+    def rotated_by(self, rotation: Callable[[], NDArray[np.float32]] | None) -> "AscendFormat":
+        """As msModelSlim's QuaRot says it."""
+        return replace(self, rotation=rotation)
+
+    def extra_shards(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """The matrix of a rotation."""
+        return {} if self.rotation is None else quarot.shards(self.rotation())
 
     def fitting(self, module: str, scheme: Scheme) -> Scheme:
         """Int4 weights are for routed experts alone, and static inputs for everything else."""
@@ -217,6 +226,8 @@ class AscendFormat(Format):
         entries = {"model_quant_type": model_type, "metadata": {}, **four_bits.entries(small)}
         if cached:
             entries |= dict.fromkeys(kv_cache.ENTRIES, kv_cache.WORD)
+        if self.rotation is not None:
+            entries |= quarot.ENTRIES
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
 
     def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
@@ -252,8 +263,8 @@ class AscendFormat(Format):
         return AscendCheckpoint.open(folder, prefill=True) if WORDS[W8A8_MIX] in described else None
 
     def residual_rotation(self, folder: Path, hidden_size: int) -> NDArray[np.float32] | None:
-        """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `global_rotation`."""
-        return global_rotation(folder, read_description(folder).entries, hidden_size)
+        """What msModelSlim's QuaRot has folded in. Raises CheckpointError as `quarot.global_rotation`."""
+        return quarot.global_rotation(folder, read_description(folder).entries, hidden_size)
 
     def own_findings(
         self, folder: Path, config: Mapping[str, Any] | None, checkpoint: Checkpoint | None
@@ -272,7 +283,7 @@ class AscendFormat(Format):
             findings += check_head(description)
             # A draft model would be turned with it.
             hidden = (config or {}).get("hidden_size")
-            attempt(findings, lambda: global_rotation(folder, description.entries, hidden))
+            attempt(findings, lambda: quarot.global_rotation(folder, description.entries, hidden))
             findings += check_four_bits(description)
             # One that is unknown was reported with its tensor.
             known = {module: scheme for module, scheme in schemes.items() if scheme is not None}

@@ -22,10 +22,18 @@ from msquant.errors import CheckpointError
 ENTRY = "optional"
 """The entry of a description."""
 
-_TENSOR = "global_rotation"
+_TENSOR, _PATH = "global_rotation", "optional/quarot.safetensors"
+
+ENTRIES: Mapping[str, Any] = {ENTRY: {"quarot": {"rotation_map": {_TENSOR: _PATH}}}}
+"""What the description says of a folder that has the matrix."""
 
 # How far from 0 and 1 the products of its columns may be: another tool stores it in bfloat16.
 _TOLERANCE = 2e-2
+
+
+def shards(matrix: NDArray[np.float32]) -> dict[str, dict[str, NDArray[Any]]]:
+    """The file with the matrix, `[H, H]`, by its path in the folder."""
+    return {_PATH: {_TENSOR: matrix}}
 
 
 def global_rotation(folder: Path, entries: Mapping[str, Any], hidden_size: Any) -> NDArray[np.float32] | None:
