@@ -71,7 +71,7 @@ def plan(
     from msquant.recipe.recipe import default_folder, find_recipe
 
     silence_libraries()
-    recipe = find_recipe(model).adjusted(
+    recipe = find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
