@@ -265,8 +265,10 @@ def plan(
     recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation, cache=cache)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
+        from msquant.flows.workers import require_workers
         from msquant.planning.model_free_plan import make_model_free_plan
 
+        require_workers(workers, None, "cpu", without_text=True)
         return make_model_free_plan(
             recipe,
             target if output is None else Path(output),

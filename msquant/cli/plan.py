@@ -109,6 +109,9 @@ def show_plan(
         workers: processes that share the work on decoder layers.
     """
     if recipe.calibration.is_none:
+        from msquant.flows.workers import require_workers
+
+        require_workers(workers, None, "cpu", without_text=True)
         _show_model_free(recipe, output, source, as_json=as_json)
         return
     from msquant.planning.quantization_plan import make_plan
