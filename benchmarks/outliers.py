@@ -1,4 +1,4 @@
-"""Outlier channels for a trained DeepSeek-V3 or Qwen3 of any kind on torch, without changing its function.
+"""Outlier channels for a trained DeepSeek-V3, GLM-4.5 or Qwen3 of any kind on torch; its function stays.
 
 Where a tensor's channel reaches others through nothing but their own columns for it, the channel is scaled up
 and these columns are scaled down by the same factor:
@@ -8,8 +8,8 @@ and these columns are scaled down by the same factor:
 - `feed_forward`: `post_attention_layernorm` and the gate and up projections of the dense layer, or of all
   experts, the router and the gate of a shared expert.
 - `inner`: `q_a_layernorm` and `q_b_proj`; `kv_a_layernorm` and `kv_b_proj`; the value rows of `kv_b_proj`
-  or the rows of `v_proj`, and `o_proj`; the norm behind the delta rule and `out_proj`; the rows of every
-  `up_proj` and its `down_proj`.
+  or the rows and bias of `v_proj`, and `o_proj`; the norm behind the delta rule and `out_proj`; the rows of
+  every `up_proj` and its `down_proj`.
 
 These are where large models have them.
 """
@@ -47,26 +47,29 @@ def add_outliers(model: Any, outliers: Outliers) -> None:
     generator = torch.Generator().manual_seed(outliers.seed)
     with torch.no_grad():
         for layer in model.model.layers:
-            for rows, readers, largest in _places(layer, model.config, outliers):
-                count = max(1, round(outliers.share * len(rows)))
-                chosen = torch.randperm(len(rows), generator=generator)[:count]
+            for scaled, readers, largest in _places(layer, model.config, outliers):
+                channels = len(scaled[0])
+                count = max(1, round(outliers.share * channels))
+                chosen = torch.randperm(channels, generator=generator)[:count]
                 spread = torch.rand(count, generator=generator)
-                factors = torch.ones(len(rows))
+                factors = torch.ones(channels)
                 factors[chosen] = outliers.least * (largest / outliers.least) ** spread
                 # Qwen3-Next's norms multiply by 1 plus their weight, but for the one within a block.
-                centred = (
-                    rows is layer.input_layernorm.weight or rows is layer.post_attention_layernorm.weight
-                )
+                norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+                centred = any(scaled[0] is norm for norm in norms)
                 offset = 1.0 if centred and model.config.model_type == "qwen3_next" else 0.0
-                rows += offset
-                rows *= factors if rows.ndim == 1 else factors[:, None]
-                rows -= offset
+                for rows in scaled:
+                    rows += offset
+                    rows *= factors if rows.ndim == 1 else factors[:, None]
+                    rows -= offset
                 for weight in readers:
                     weight /= factors
 
 
-def _places(layer: Any, config: Any, outliers: Outliers) -> Iterator[tuple[Any, Sequence[Any], float]]:
-    """What is scaled up (a view of a norm `[C]` or of rows `[C, K]`), who reads it `[N, C]`, by how much."""
+def _places(
+    layer: Any, config: Any, outliers: Outliers
+) -> Iterator[tuple[Sequence[Any], Sequence[Any], float]]:
+    """What is scaled up (views of norms, biases `[C]`, of rows `[C, K]`), who reads it `[N, C]`, how much."""
     attention, mlp = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn, layer.mlp
     experts = [*mlp.experts] if hasattr(mlp, "experts") else [mlp]
     experts += [getattr(mlp, name) for name in ("shared_experts", "shared_expert") if hasattr(mlp, name)]
@@ -74,11 +77,11 @@ def _places(layer: Any, config: Any, outliers: Outliers) -> Iterator[tuple[Any, 
     inputs += [getattr(mlp, name).weight for name in ("gate", "shared_expert_gate") if hasattr(mlp, name)]
     names = next(names for names in _READERS if hasattr(attention, names[0]))
     readers = [attention.get_submodule(name).weight for name in names]
-    yield layer.input_layernorm.weight, readers, outliers.attention
-    yield layer.post_attention_layernorm.weight, inputs, outliers.feed_forward
-    yield from ((rows, columns, outliers.inner) for rows, columns in _attention_places(attention, config))
+    yield [layer.input_layernorm.weight], readers, outliers.attention
+    yield [layer.post_attention_layernorm.weight], inputs, outliers.feed_forward
+    yield from ((scaled, columns, outliers.inner) for scaled, columns in _attention_places(attention, config))
     for expert in experts:
-        yield expert.up_proj.weight, [expert.down_proj.weight], outliers.inner
+        yield [expert.up_proj.weight], [expert.down_proj.weight], outliers.inner
 
 
 # Of the layer's input, in latent attention, with the gated delta rule, and in other attention.
@@ -89,10 +92,10 @@ _READERS = (
 )
 
 
-def _attention_places(attention: Any, config: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _attention_places(attention: Any, config: Any) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
     """Within attention: for latent attention its norms, and the values' rows with o_proj's columns."""
     if hasattr(attention, "out_proj"):
-        yield attention.norm.weight, attention.out_proj.weight.split(len(attention.norm.weight), dim=1)
+        yield [attention.norm.weight], attention.out_proj.weight.split(len(attention.norm.weight), dim=1)
         return
     heads, output = config.num_attention_heads, attention.o_proj.weight
     if not hasattr(attention, "q_a_proj"):
@@ -100,11 +103,13 @@ def _attention_places(attention: Any, config: Any) -> Iterator[tuple[Any, Sequen
         for head in range(config.num_key_value_heads):
             readers = range(head * shared, (head + 1) * shared)
             columns = [output[:, reader * size : (reader + 1) * size] for reader in readers]
-            yield attention.v_proj.weight[head * size : (head + 1) * size], columns
+            rows = slice(head * size, (head + 1) * size)
+            values = [attention.v_proj.weight, attention.v_proj.bias]
+            yield [part[rows] for part in values if part is not None], columns
         return
-    yield attention.q_a_layernorm.weight, [attention.q_b_proj.weight]
-    yield attention.kv_a_layernorm.weight, [attention.kv_b_proj.weight]
+    yield [attention.q_a_layernorm.weight], [attention.q_b_proj.weight]
+    yield [attention.kv_a_layernorm.weight], [attention.kv_b_proj.weight]
     nope, value = config.qk_nope_head_dim, config.v_head_dim
     per_head = attention.kv_b_proj.weight.view(heads, nope + value, -1)
     for head in range(heads):
-        yield per_head[head, nope:], [output[:, head * value : (head + 1) * value]]
+        yield [per_head[head, nope:]], [output[:, head * value : (head + 1) * value]]

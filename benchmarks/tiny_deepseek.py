@@ -16,7 +16,7 @@ Measured: perplexity 62.0 on 8 x 512 held-out tokens, of a vocabulary of 1,024; 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tiny_training import trained_folder
+from benchmarks.tiny_training import Training, trained_folder
 
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -59,6 +59,22 @@ ARCHITECTURE: dict[str, Any] = {
     "scoring_func": "sigmoid",
 }
 """`config.json` of the model."""
+
+KIMI_K2: dict[str, Any] = ARCHITECTURE | {
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "rope_theta": 50000.0,
+}
+"""Of a Kimi-K2 by its shape: more and smaller experts in one group. It is called `deepseek_v3`, which it is:
+transformers 4.57.1 knows no `kimi_k2`."""
+
+
+def trained_kimi_k2() -> Path:
+    """As `trained_folder`."""
+    return trained_folder("tiny-kimi-k2", KIMI_K2, training=Training(steps=300, batch=8))
 
 
 def trained_model(folder: Path | None = None) -> Path:

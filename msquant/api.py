@@ -58,26 +58,28 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'msquant.api' has no attribute {name!r}")
 
 
-def find_recipe(model: "str | Path | Recipe") -> "Recipe":
+def find_recipe(model: "str | Path | Recipe", formats: str | Sequence[str] | None = None) -> "Recipe":
     """The recipe of a model.
 
     Args:
         model: a recipe's name (`deepseek-r1`) or file (`.yaml`), the hub id of a model that has one, or a
             model's folder, for which a default recipe is made; or a recipe, which is returned.
+        formats: in place of its formats. A recipe that comes with msquant, or that is made for a folder, is
+            then for them: all activations per token where the servers of all of them run that.
 
     Raises:
         RecipeError: there is none of that name, or it is not valid.
 
     Examples:
         >>> import msquant
-        >>> recipe = msquant.find_recipe("deepseek-r1").adjusted(samples=32, formats="ascend")
+        >>> recipe = msquant.find_recipe("deepseek-r1", formats="ascend").adjusted(samples=32)
         >>> recipe.calibration.samples
         32
     """
     from msquant.recipe.recipe import Recipe
     from msquant.recipe.recipe import find_recipe as find
 
-    return model if isinstance(model, Recipe) else find(str(model))
+    return model.adjusted(formats=formats) if isinstance(model, Recipe) else find(str(model), formats)
 
 
 def quantize(
@@ -155,7 +157,7 @@ def quantize(
     from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import default_folder
 
-    recipe = find_recipe(model).adjusted(
+    recipe = find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
@@ -263,8 +265,10 @@ def plan(
     recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation, cache=cache)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
+        from msquant.flows.workers import require_workers
         from msquant.planning.model_free_plan import make_model_free_plan
 
+        require_workers(workers, None, "cpu", without_text=True)
         return make_model_free_plan(
             recipe,
             target if output is None else Path(output),

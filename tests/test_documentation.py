@@ -114,13 +114,13 @@ def _supported(recipe: str) -> list[str]:
     raw |= {key: min(raw[key], 16) for key in ("num_experts", "n_routed_experts") if raw.get(key)}
     config, base = parse_config(raw, model), default_recipe(model, raw)
     kept = [("lm_head", FLOAT), ("kv_b_proj", FLOAT)] if config.latent else [("lm_head", FLOAT)]
-    mixed = len({scheme for _, scheme in base.quantization.schemes} - {FLOAT}) > 1
-    ways = {"mixed": base.quantization} if mixed else {}
+    mixed = make_algorithm(schemes=config.family.default_recipe(raw).schemes)
+    ways = {"mixed": mixed} if config.experts else {}
     # With experts in int4 the largest model needs half as many NPUs.
     base = base.replace("serving", tensor_parallel_size=min(base.serving.tensor_parallel_size, 8))
     if config.experts:
-        rules = ((".experts.", W4A8_DYNAMIC), *base.quantization.schemes)
-        ways["experts in W4A8_DYNAMIC"] = base.quantization.model_copy(update={"schemes": rules})
+        rules = ((".experts.", W4A8_DYNAMIC), *mixed.schemes)
+        ways["experts in W4A8_DYNAMIC"] = make_algorithm(schemes=rules)
     for word in ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16_G128"):
         rules = (*kept, ("*", parse_scheme(word)))
         ways[word] = make_algorithm(algorithm="rtn", schemes=rules)

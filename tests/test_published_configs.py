@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from msquant.families import expected_shapes, extra_shapes, find_family
+from msquant.formats.registry import find_format
 from msquant.hub.published import (
     HUB_IDS,
     configs_folder,
@@ -257,20 +258,19 @@ def test_the_size_of_the_weights_is_about_right(name: str, gigabytes: float) -> 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_recipe_gives_every_matrix_the_scheme_it_says(name: str) -> None:
-    policy = find_recipe(name).quantization
+    recipe = find_recipe(name)
+    policy, everywhere = recipe.quantization, all(find_format(form).per_token for form in recipe.formats)
     config = config_of(name)
     matrices = [
         tensor.removesuffix(".weight") for tensor, shape in shapes_of(config).items() if len(shape) == 2
     ]
-    family = find_family(config["model_type"])
-    assert family is not None
     linears = [m for m in matrices if not m.endswith(("embed_tokens", "mlp.gate")) and ".indexer." not in m]
     experts = "num_experts" in config or "n_routed_experts" in config
     for linear in linears:
         if linear == "lm_head" or linear.endswith("kv_b_proj"):
             expected = FLOAT
         else:
-            per_token = family.per_token or (experts and ".mlp." in linear)
+            per_token = everywhere or (experts and ".mlp." in linear)
             expected = W8A8_DYNAMIC if per_token else W8A8
         assert policy.scheme(linear) == expected, linear
     for part, _ in policy.schemes[:-1]:

@@ -23,6 +23,9 @@ from msquant.recipe.recipe import (
 from msquant.schemes import FLOAT, W4A16, Scheme, parse_scheme
 from tests.fixtures.policies import rules
 
+PER_TOKEN = [{"lm_head": "FLOAT"}, {"*": "W8A8_DYNAMIC"}]
+LATENT_PER_TOKEN = [{"lm_head": "FLOAT"}, {"kv_b_proj": "FLOAT"}, {"*": "W8A8_DYNAMIC"}]
+
 
 def test_every_shipped_recipe_is_valid() -> None:
     recipes = {name: load_recipe(path) for name, path in shipped_recipes().items()}
@@ -239,8 +242,11 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(overwrite: bool, tmp_path: Pa
     ("model_type", "schemes"),
     [
         ("llama", rules()),
-        ("qwen3_moe", rules(dynamic=["mlp."])),
+        ("mistral", PER_TOKEN),
+        ("qwen3_moe", PER_TOKEN),
+        ("deepseek_v2", LATENT_PER_TOKEN),
         ("deepseek_v3", rules(skip=["lm_head", "kv_b_proj"], dynamic=["mlp."])),
+        ("glm4", PER_TOKEN),
         (None, rules()),
     ],
 )
@@ -252,6 +258,55 @@ def test_a_folder_gets_what_the_engine_serves(
     recipe = find_recipe(str(tmp_path))
     assert recipe.model == str(tmp_path)
     assert recipe.model_dump()["quantization"]["schemes"] == schemes
+    assert "golden-stick" in recipe.formats or schemes in (PER_TOKEN, LATENT_PER_TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "schemes"),
+    [
+        ("qwen3-8b", "ascend", PER_TOKEN),
+        ("qwen3-8b", ["compressed-tensors", "ascend"], PER_TOKEN),
+        ("qwen3-8b", "ascend,golden-stick", rules()),
+        ("qwen3-8b-w4a16", "golden-stick", [{"lm_head": "FLOAT"}, {"*": "W4A16"}]),
+        ("deepseek-r1", "ascend", LATENT_PER_TOKEN),
+        (
+            "deepseek-r1-w4a8",
+            "golden-stick",
+            [
+                {"lm_head": "FLOAT"},
+                {"kv_b_proj": "FLOAT"},
+                {"mlp.experts.": "W4A8_DYNAMIC"},
+                {"mlp.": "W8A8_DYNAMIC"},
+                {"*": "W8A8"},
+            ],
+        ),
+    ],
+)
+def test_a_shipped_recipe_is_for_the_formats_that_are_asked_for(
+    name: str, formats: str | list[str], schemes: list[dict[str, str]], tmp_path: Path
+) -> None:
+    recipe = find_recipe(name, formats)
+    assert recipe.formats == tuple(formats.split(",") if isinstance(formats, str) else formats)
+    assert recipe.model_dump()["quantization"]["schemes"] == schemes
+    # A file of one's own says what it says.
+    file = tmp_path / "mine.yaml"
+    copy_recipe(name, file)
+    assert find_recipe(str(file), formats).quantization == load_recipe(file).quantization
+    file.write_text("model: here\nformat: ascend\nquantization: {algorithm: rtn}\n")
+    assert find_recipe(str(file)).model_dump()["quantization"]["schemes"] == PER_TOKEN
+    assert find_recipe(str(file), "golden-stick").model_dump()["quantization"]["schemes"] == rules()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    assert (
+        find_recipe(str(folder), "golden-stick,ascend").quantization == find_recipe(str(folder)).quantization
+    )
+    assert find_recipe(str(folder), "ascend").model_dump()["quantization"]["schemes"] == PER_TOKEN
+
+
+def test_every_shipped_recipe_is_per_token_where_all_its_servers_are() -> None:
+    for name, path in shipped_recipes().items():
+        assert find_recipe(name) == load_recipe(path), name
 
 
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path) -> None:

@@ -129,12 +129,11 @@ def _recipe(source: str, scheme: str, words: list[str]) -> tuple[str, Recipe]:
     in_eights = (weights.bits, inputs and inputs.bits) == (8, 8)
     own = f"{source}-{plain}"
     name = own if own in shipped_recipes() else source
-    recipe = find_recipe(name)
+    recipe = find_recipe(name, "ascend")
     if name == source and not in_eights:
         asked = "W4A8_DYNAMIC" if (weights.bits, inputs and inputs.bits) == (4, 8) else wanted
         recipe = recipe.adjusted(scheme=asked)
     recipe = recipe.adjusted(
-        formats="ascend",
         rotation="hadamard" if "quarot" in words else None,
         cache="int8" if cached else None,
     )

@@ -59,6 +59,8 @@ FOUR_BITS = (
     Peer("AutoRound", None, "run_auto_round_four_bits.py", "AutoRound"),
     Peer("msModelSlim", None, "run_msmodelslim_four_bits.py", "msModelSlim"),
 )
+INT4_EXPERTS = "W4A8 experts"
+"""Routed experts in W4A8_DYNAMIC and all else in W8A8_DYNAMIC: llm-compressor's alone, see `families`."""
 FOUR_BIT_SCHEMES = ("W4A16_G64_ASYM", "W4A16_G128", "W4A16_CHANNEL", "W4A8_DYNAMIC")
 """By their words, of all linears but the head."""
 # Experts cannot be served with static activations: vLLM and MindFormers both take them per token alone.
@@ -75,20 +77,22 @@ DYNAMIC = {"static": [], "dynamic": ["proj"], "mixed": ["mlp."]}
 
 def peers_of(scheme: str) -> dict[str, Peer]:
     """Who is run in a scheme, by name, in the order of the table."""
-    return {peer.name: peer for peer in (FOUR_BITS if scheme in FOUR_BIT_SCHEMES else EIGHT_BITS)}
+    in_four = scheme in (*FOUR_BIT_SCHEMES, INT4_EXPERTS)
+    return {peer.name: peer for peer in (FOUR_BITS if in_four else EIGHT_BITS)}
 
 
 def numbers_of(scheme: str) -> dict[str, Any]:
     """What the scripts of other peers are told about a scheme in four bits, as JSON."""
     from msquant.schemes import parse_scheme
 
-    parsed = parse_scheme(scheme)
+    parsed = parse_scheme("W4A8_DYNAMIC" if scheme == INT4_EXPERTS else scheme)
     assert parsed.weights is not None
     return {
         "weight_bits": parsed.weights.bits,
         "group_size": parsed.weights.group_size,
         "symmetric": parsed.weights.symmetric,
         "input_bits": parsed.inputs.bits if parsed.inputs else None,
+        "experts_alone": scheme == INT4_EXPERTS,
     }
 
 
@@ -103,7 +107,7 @@ class Job:
     Attributes:
         model: one of the models' names.
         scheme: `static`, `dynamic`, or `mixed`: static attention, feed-forward blocks per token; or one of
-            `FOUR_BIT_SCHEMES`.
+            `FOUR_BIT_SCHEMES`, or `INT4_EXPERTS`.
         peer: the name of one of `peers_of(scheme)`.
     """
 
@@ -176,9 +180,8 @@ def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
     """
     from benchmarks.accuracy import simulated
 
-    output, log = parent / "out", parent / "log.txt"
-    command = _ours(job, folder, output, parent) if job.is_ours else _peers(job, folder, output, parent)
-    measured = run_measured(command, log, {"HF_HUB_OFFLINE": "1"})
+    output = parent / "out"
+    measured = run_peer(job, folder, output, parent)
     today = datetime.date.today().isoformat()
     if measured.error:
         return Result(job, measured, {}, {}, {}, 0, measured.error, today)
@@ -188,6 +191,12 @@ def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
     except (SystemExit, AttributeError, KeyError, RuntimeError) as error:
         return Result(job, measured, {}, {}, {}, nbytes, f"its folder cannot be read: {error}", today)
     return Result(job, measured, kl, perplexity, _compared(folder, output, reference), nbytes, None, today)
+
+
+def run_peer(job: Job, folder: Path, output: Path, parent: Path) -> Measured:
+    """Quantize with one peer into a folder; arguments as for `run_job`."""
+    command = _ours(job, folder, output, parent) if job.is_ours else _peers(job, folder, output, parent)
+    return run_measured(command, parent / "log.txt", {"HF_HUB_OFFLINE": "1"})
 
 
 def _compared(folder: Path, output: Path, reference: Any) -> dict[str, float]:
@@ -229,7 +238,8 @@ def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Pat
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)
     np.save(parent / "tokens.npy", calibration_of(recipe.calibration, folder).samples.tokens)
     peer = peers_of(job.scheme)[job.peer]
-    scheme = json.dumps(numbers_of(job.scheme)) if job.scheme in FOUR_BIT_SCHEMES else job.scheme
+    in_numbers = job.scheme in (*FOUR_BIT_SCHEMES, INT4_EXPERTS)
+    scheme = json.dumps(numbers_of(job.scheme)) if in_numbers else job.scheme
     model = _float_copy(folder, parent / "model")
     files = [str(model), str(parent / "tokens.npy"), str(output)]
     script = Path(__file__).parent / peer.script

@@ -99,7 +99,8 @@ class Algorithm(BaseModel):
         (("lm_head", FLOAT), ("*", W8A8)),
         description="How each linear is computed, as an ordered list of PATTERN: SCHEME; the first pattern "
         "that matches decides. A pattern with *, ? or [ must match the full name, any other a part of it. "
-        f"Schemes: {', '.join(PRESETS)}; the last pattern is '*'.",
+        f"Schemes: {', '.join(PRESETS)}; the last pattern is '*'. Left out of a file, all is W8A8_DYNAMIC "
+        "but the head where the servers of all its formats run that.",
     )
     rotation: Literal["none", "hadamard"] = Field(
         "none",

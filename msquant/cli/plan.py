@@ -71,7 +71,7 @@ def plan(
     from msquant.recipe.recipe import default_folder, find_recipe
 
     silence_libraries()
-    recipe = find_recipe(model).adjusted(
+    recipe = find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
@@ -109,6 +109,9 @@ def show_plan(
         workers: processes that share the work on decoder layers.
     """
     if recipe.calibration.is_none:
+        from msquant.flows.workers import require_workers
+
+        require_workers(workers, None, "cpu", without_text=True)
         _show_model_free(recipe, output, source, as_json=as_json)
         return
     from msquant.planning.quantization_plan import make_plan

@@ -112,7 +112,7 @@ def quantize(
     from msquant import api
     from msquant.recipe.recipe import default_folder, find_recipe
 
-    recipe = find_recipe(model).adjusted(
+    recipe = find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,

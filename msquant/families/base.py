@@ -237,7 +237,8 @@ class DefaultRecipe:
     Attributes:
         formats: the formats that some server serves such a model in, the default one first; each format is
             written for one server.
-        schemes: patterns of linears' names with the scheme of each, which all these servers run.
+        schemes: patterns of linears' names with the scheme of each, static where a server wants that; what a
+            format's server runs per token as well becomes that, see `Format.per_token`.
         options: further options of the algorithm.
     """
 
@@ -280,8 +281,6 @@ class Family:
             others see `prediction_block`.
         shares_prediction_ends: whether those may be without an embedding and a head of their own, which are
             then the model's.
-        per_token: whether the servers of all its formats take a scale per token for every linear, which is
-            then the default.
         formats: see `DefaultRecipe`.
         mindspore_backend: the backend of vLLM-MindSpore that has the family's model code.
     """
@@ -306,7 +305,6 @@ class Family:
     interleaved_pairs: bool = False
     predicts: bool = False
     shares_prediction_ends: bool = False
-    per_token: bool = False
     formats: tuple[str, ...] = ("golden-stick", "ascend", "compressed-tensors")
     mindspore_backend: Literal["native", "mindformers"] = "native"
 
@@ -635,13 +633,12 @@ class Family:
         return self.formats
 
     def default_recipe(self, config: Config) -> DefaultRecipe:
-        """All static where engines serve that, which run mixtures of experts with a scale per token alone."""
+        """All static where an engine serves that, which run experts with a scale per token alone."""
         floats = tuple((name, FLOAT) for name in (self.names.head, *self.folded))
         experts = ((f"{self.names.feed_forward}.", W8A8_DYNAMIC),) if self.router else ()
-        others = (("*", W8A8_DYNAMIC),) if self.per_token else (*experts, ("*", W8A8))
         return DefaultRecipe(
             formats=self.served_formats(config),
-            schemes=(*floats, *others),
+            schemes=(*floats, *experts, ("*", W8A8)),
             options={"feed_forward_alpha": 0.5} if self.router else {},
         )
 

@@ -160,5 +160,4 @@ KIMI_K2 = replace(
     read_as="deepseek_v3",
     # MindFormers 2.1.0 does not know the name.
     formats=("ascend", "compressed-tensors"),
-    per_token=True,
 )

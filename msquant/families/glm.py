@@ -13,7 +13,6 @@ GLM4 = Family(
     ),
     attention_biases=(None, False),
     interleaved_pairs=True,
-    per_token=True,
     defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
     options={"partial_rotary_factor": None},
     # vllm-ascend does not find the description of gate and up in one tensor (vllm 0.11.0, models/glm4.py,
@@ -39,7 +38,6 @@ GLM4_MOE = GlmMoe(
     predicts=True,
     # GLM-4.5 has them in the layer, 4.6 and 4.7 do not.
     shares_prediction_ends=True,
-    per_token=True,
     defaults={"num_key_value_heads": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
     options={
         "partial_rotary_factor": None,

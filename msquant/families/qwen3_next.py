@@ -157,7 +157,6 @@ QWEN3_NEXT = Qwen3Next(
     shared_gate=True,
     output_gate=True,
     prediction_block="mtp",
-    per_token=True,
     defaults={
         "intermediate_size": 5632,
         "num_key_value_heads": 2,

@@ -88,7 +88,6 @@ DEEPSEEK_V32 = SparseAttention(
     router="sigmoid",
     correction_bias=True,
     predicts=True,
-    per_token=True,
     defaults={
         "q_lora_rank": 1536,
         "first_k_dense_replace": 3,

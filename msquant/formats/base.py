@@ -47,6 +47,8 @@ class Format(ABC):
         written: whether msquant writes it; False for those of other tools that it reads alone.
         caches: how the keys and values of a layer can be kept, beside floating point.
         no_cache: why not in another way.
+        per_token: whether the consumer computes every linear with a scale per token, however it splits a
+            model; else some have to be static.
         predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
@@ -65,6 +67,7 @@ class Format(ABC):
     written: ClassVar[bool] = True
     caches: ClassVar[frozenset[Quant]] = frozenset()
     no_cache: ClassVar[str] = "it keeps keys and values in floating point"
+    per_token: ClassVar[bool] = True
     predictions_in_float: ClassVar[bool] = False
     holds_rotation: ClassVar[bool] = False
 

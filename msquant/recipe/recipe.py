@@ -41,11 +41,11 @@ from msquant.formats.registry import (
     names_of,
     parse_formats,
 )
-from msquant.hub.published import configs_folder, published_name
+from msquant.hub.published import configs_folder, published_config, published_name
 from msquant.inference.serving_settings import ServingSettings
 from msquant.recipe.model_free import ModelFreeSettings
 from msquant.recipe.recipe_yaml import read_yaml
-from msquant.schemes import Scheme, parse_scheme
+from msquant.schemes import W8A8_DYNAMIC, Scheme, parse_scheme
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -206,12 +206,36 @@ class Recipe(BaseModel):
         """A copy that can do without calibration text: what needs it is replaced by what is nearest to it."""
         policy = self.quantization
         name = policy.algorithm if policy.looks_at_weights_alone else _WITHOUT_TEXT
-        schemes = tuple((pattern, scheme.per_token) for pattern, scheme in policy.schemes)
         kept = tuple(form for form in self.formats if find_format(form).takes_any_model)
-        changed = self.replace("quantization", algorithm=name, schemes=schemes, rotation="none", cache="none")
+        changed = self._per_token().replace("quantization", algorithm=name, rotation="none", cache="none")
         return changed.model_copy(
             update={"format": kept[0] if len(kept) == 1 else kept or any_model_formats()[0]}
         )
+
+    def _per_token(self) -> "Recipe":
+        """A copy whose static schemes are those per token, without rules that are then the last one's."""
+        rules = [(pattern, scheme.per_token) for pattern, scheme in self.quantization.schemes]
+        while len(rules) > 1 and rules[-2][1] == rules[-1][1]:
+            del rules[-2]
+        return self.replace("quantization", schemes=tuple(rules))
+
+    def _static(self) -> "Recipe":
+        """A copy in which all that is W8A8_DYNAMIC by its last rule alone is what the model's family has."""
+        config, rules = published_config(self.model) or {}, self.quantization.schemes
+        family = find_family(config.get("model_type"))
+        if family is None or rules[-1][1] != W8A8_DYNAMIC:
+            return self
+        own = dict(rules[:-1])
+        usual = family.default_recipe(config).schemes
+        others = [(pattern, scheme) for pattern, scheme in usual if pattern not in own]
+        return self.replace("quantization", schemes=(*own.items(), *others))
+
+    def _for(self, formats: str | Sequence[str] | None) -> "Recipe":
+        """A copy that writes other formats, None for its own, in the schemes that all their servers run."""
+        changed = self.adjusted(formats=formats)
+        if all(find_format(name).per_token for name in changed.formats):
+            return changed._per_token()
+        return changed._static() if all(find_format(name).per_token for name in self.formats) else changed
 
     def adjusted(
         self,
@@ -335,22 +359,28 @@ def _scheme_of(scheme: str | Scheme, group_size: int | None) -> Scheme:
     return found.in_groups(group_size)
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, formats: str | Sequence[str] | None = None) -> Recipe:
     """Load a recipe by its path or its name, or make the default one for a model's folder.
+
+    A file that names schemes is taken as it is. Any other recipe is for its formats: static schemes are those
+    per token where the servers of all of them run these for every linear.
 
     Args:
         name: a recipe file (`.yaml`), a model's folder, or whatever `find_shipped_recipe` takes. The exact
             name of a recipe that comes with msquant wins over a folder that is called the same.
+        formats: to write in place of its own; a name, names with commas between them, or several.
 
     Raises:
         RecipeError: there is none of that name, or it is not valid.
     """
     path = Path(os.path.expanduser(name))
     if path.suffix in SUFFIXES:
-        return load_recipe(path)
+        own = load_recipe(path)
+        named = "schemes" in own.quantization.model_fields_set
+        return own.adjusted(formats=formats) if named else own._for(formats)
     if name and name not in shipped_recipes() and os.path.isdir(path):
-        return default_recipe(str(path), _config(path))
-    return load_recipe(find_shipped_recipe(name))
+        return default_recipe(str(path), _config(path), formats)
+    return load_recipe(find_shipped_recipe(name))._for(formats)
 
 
 def default_folder(model: str, recipe: Recipe) -> Path:
@@ -360,19 +390,23 @@ def default_folder(model: str, recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.quantization.algorithm}")
 
 
-def default_recipe(model: str, config: Mapping[str, Any]) -> Recipe:
+def default_recipe(
+    model: str, config: Mapping[str, Any], formats: str | Sequence[str] | None = None
+) -> Recipe:
     """What is done to a model without a recipe: as its family has it, and else that of `Recipe`.
 
     Args:
         model: its folder.
         config: the content of its `config.json`.
+        formats: as for `find_recipe`; None for the first that a server of the family reads.
     """
     family = find_family(config.get("model_type"))
     if family is None:
-        return Recipe(model=model)
+        return Recipe(model=model)._for(formats)
     default = family.default_recipe(config)
     policy = make_algorithm(schemes=default.schemes, **default.options)
-    return Recipe.model_validate({"model": model, "quantization": policy, "format": default.formats[0]})
+    recipe = Recipe.model_validate({"model": model, "quantization": policy, "format": default.formats[0]})
+    return recipe._for(formats)
 
 
 def _config(folder: Path) -> dict[str, Any]:

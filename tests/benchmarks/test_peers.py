@@ -19,6 +19,7 @@ from benchmarks.peers.jobs import (
     EIGHT_BITS,
     FOUR_BIT_SCHEMES,
     FOUR_BITS,
+    INT4_EXPERTS,
     Job,
     Result,
     _float_copy,
@@ -210,7 +211,9 @@ def test_other_peers_are_told_a_scheme_in_numbers(scheme: str) -> None:
         "group_size": groups.get(scheme),
         "symmetric": "ASYM" not in scheme,
         "input_bits": 8 if "A8" in scheme else None,
+        "experts_alone": False,
     }
+    assert numbers_of(INT4_EXPERTS) == numbers_of("W4A8_DYNAMIC") | {"experts_alone": True}
 
 
 def test_every_peer_has_a_script_and_an_environment() -> None:

@@ -75,6 +75,8 @@ class GoldenStickFormat(Format):
     marker = DESCRIPTION_NAME
     dtypes = SERVED_DTYPES
     folded = "{}, which it folds into the attention"
+    # The native backend has no such linears, and MindFormers none of attention below TP16.
+    per_token = False
     predictions_in_float = True
 
     in_groups = frozenset({schemes.W4A8_DYNAMIC})
