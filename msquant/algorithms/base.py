@@ -115,7 +115,7 @@ class Algorithm(BaseModel):
     cache: Literal["none", "int8"] = Field(
         "none",
         description="int8: the server keeps keys and values in int8, with a scale for every channel of each "
-        "head; for the ascend format and grouped-query attention.",
+        "head, or the latent state of latent attention with one scale; for the ascend format.",
     )
     min_expert_tokens: int = Field(
         32,

@@ -15,20 +15,25 @@ INT8_MIN, INT8_MAX = -128, 127
 class CacheScale:
     """How the keys or values that a linear layer makes are kept in int8, keys behind the rotary embedding.
 
-    `x_q = clamp(round(x * reciprocal))` and `x = x_q * scale`, channel by channel.
+    `x_q = clamp(round(x * reciprocal))` and `x = x_q * scale`, channel by channel. Of latent attention the
+    compressed keys and values are kept, behind their norm, with one scale for all channels.
 
     Attributes:
-        scale: float32 `[N]`, one a channel of each key-value head.
-        reciprocal: float32 `[N]`: that of the scale, as the engine has rounded it.
+        scale: float32 `[N]`, one a channel of each key-value head; of latent attention `[1]`.
+        reciprocal: as `scale`: that of the scale, as the engine has rounded it.
+        queries: of latent attention, float32 `[heads]`: scales that hold what each head's queries reached in
+            calibration, once they are turned into the latent's channels. They are carried along: engines
+            here, as vllm-ascend, scale every query by itself. None for other attention.
     """
 
     scale: NDArray[np.float32]
     reciprocal: NDArray[np.float32]
+    queries: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, scale: NDArray[np.float32]) -> "CacheScale":
+    def of(cls, scale: NDArray[np.float32], queries: NDArray[np.float32] | None = None) -> "CacheScale":
         """With exact reciprocals."""
-        return cls(scale, 1 / scale)
+        return cls(scale, 1 / scale, queries)
 
     def rounded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """What is read back of the cache, in the shape of the keys or values `[..., N]`."""
@@ -38,7 +43,9 @@ class CacheScale:
         return kept
 
     def take(self, rows: NDArray[np.integer]) -> "CacheScale":
-        """The same of channels in another order."""
+        """The same of channels in another order; one scale for all of them has none."""
+        if self.queries is not None:
+            return self
         return CacheScale(self.scale[rows], self.reciprocal[rows])
 
 
@@ -161,6 +168,11 @@ def with_cache(linear: Linear, cache: CacheScale | None) -> Linear:
         return replace(linear, cache=cache)
     scheme = replace(linear.scheme, cache=None if cache is None else C8)
     return replace(linear, scheme=scheme, cache=cache)
+
+
+def float_weight(linear: Linear) -> NDArray[np.float32]:
+    """What a layer's weights stand for, float32 `[N, K]`."""
+    return linear.weight if isinstance(linear, FloatLinear) else linear.float_weight
 
 
 def as_computed(linear: Linear) -> Linear:

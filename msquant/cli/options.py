@@ -137,8 +137,8 @@ Rotation = Annotated[
 Cache = Annotated[
     str | None,
     typer.Option(
-        help="none or int8: how the server keeps keys and values; int8 is for the ascend format and "
-        "grouped-query attention.",
+        help="none or int8: how the server keeps keys and values, or the latent state that both are made of; "
+        "int8 is for the ascend format.",
         show_default="as the recipe says",
     ),
 ]

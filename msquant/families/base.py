@@ -405,12 +405,13 @@ class Family:
 
     @property
     def cached(self) -> tuple[str, ...]:
-        """The linears within a layer that make keys and values, each in channels of its own; none if latent.
+        """The linears within a layer that make what is cached: keys and values, each in channels of its own.
 
-        Latent attention caches what both are made of.
+        Latent attention caches what both are made of, which one linear makes.
         """
         names = self.names
-        return () if self.attention == "latent" else names.within_attention(names.keys, names.values)
+        made = (names.latent_down,) if self.attention == "latent" else (names.keys, names.values)
+        return names.within_attention(*made)
 
     @property
     def value_columns(self) -> str:

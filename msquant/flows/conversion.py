@@ -92,7 +92,7 @@ def open_quantized(folder: Path) -> QuantizedFolder:
     layers = range(config.num_hidden_layers + len(extras))
     linears = form.stored_schemes(checkpoint, [m for index in layers for m in layer_linears(config, index)])
     known = {*config.shapes, *(name for shapes in extras for name in shapes)}
-    known |= {name for name in checkpoint.names() if name.rpartition(".")[0] in linears}
+    known |= {name for name in checkpoint.names() if form.owner(name) in linears}
     refuse_unknown_tensors(checkpoint, known)
     return QuantizedFolder(folder, form, config, checkpoint, form.open(folder), linears, extras)
 
@@ -151,8 +151,8 @@ def require_exact(source: QuantizedFolder) -> None:
     dtype, checkpoint = source.config.dtype, source.checkpoint
     for name in checkpoint.parameters():
         module, _, part = name.rpartition(".")
-        if part.startswith("kv_cache_"):
-            # Only one format has them: they are never converted, but left out at most.
+        if part.startswith("kv_cache_") or source.format.owner(name) != module:
+            # Scales of caches. Only one format has them: they are never converted, but left out at most.
             continue
         if source.linears.get(module, FLOAT).is_float:
             wanted = DTYPE_CODES[stored_dtype(name, dtype)]
@@ -411,7 +411,7 @@ def _pieces(plan: FolderPlan, index: int) -> Iterator[tuple[str, tuple[int, ...]
     seen = set()
     for shard in plan.groups[index]:
         for spec in shard.specs:
-            module = spec.name.rpartition(".")[0]
+            module = plan.format.owner(spec.name)
             if module not in plan.linears:
                 yield spec.name, spec.shape
             elif module not in seen:

@@ -86,6 +86,7 @@ def layer_record(index: int, report: LayerReport, policy: Algorithm) -> dict[str
                 "range_floor": cache.range_floor,
                 "factor": cache.factor,
                 "loss": measured(cache.loss),
+                **({} if cache.alpha is None else {"alpha": cache.alpha}),
             }
             for cache in report.cache
         ]

@@ -228,9 +228,19 @@ class Format(ABC):
             parts["bias"] = "F32" if self.bias_in_float32 else DTYPE_CODES[dtype], shape[:1]
         return [TensorSpec(f"{module}.{part}", *spec) for part, spec in parts.items()]
 
-    def cache_specs(self, module: str, shape: tuple[int, ...]) -> list[TensorSpec]:
-        """The tensors that `encode_cache` makes of a layer, quantized or not; arguments as `linear_specs`."""
+    def cache_specs(self, module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[TensorSpec]:
+        """The tensors that `encode_cache` makes of a layer, quantized or not.
+
+        Args:
+            module: its name.
+            shape: `(N, K)`.
+            config: the content of the model's `config.json`.
+        """
         return []
+
+    def owner(self, name: str) -> str:
+        """The layer that a tensor is stored for: the one that it is named after, if nothing else is said."""
+        return name.rpartition(".")[0]
 
     @abstractmethod
     def part_specs(
@@ -269,15 +279,18 @@ class Format(ABC):
             bias = bias.astype(np.float32) if bias is not None and self.bias_in_float32 else bias
         if bias is not None:
             parts["bias"] = bias
+        stored = {f"{module}.{part}": values for part, values in parts.items()}
         if linear.cache is not None:
-            parts |= self.encode_cache(module, linear.cache, dtype)
-        return {f"{module}.{part}": values for part, values in parts.items()}
+            stored |= self.encode_cache(module, linear.cache, dtype)
+        return stored
 
     def encode_cache(self, module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
         """What the scales of the keys or values that a layer makes are stored as, in a format of `caches`.
 
+        Arrays by full tensor name.
+
         Args:
-            module: its name, for errors.
+            module: its name.
             cache: the scales.
             dtype: the model's.
 

@@ -163,7 +163,7 @@ def plan_folder(
             elif part != "bias":
                 raise CheckpointError(f"a linear layer has no part {part!r}", where=name)
             if part == "weight" and scheme.cache is not None:
-                specs[-1] += form.cache_specs(module, tuple(shape))
+                specs[-1] += form.cache_specs(module, tuple(shape), config)
     if missing:
         raise CheckpointError(
             f"{next(iter(missing))} is to be quantized, but the source has no such weight"

@@ -43,7 +43,12 @@ def stored_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
 
 def stored_scales(checkpoint: Checkpoint, module: str, scheme: Scheme) -> StoredScales:
     """The scales of a layer in a scheme, damaged or not; its weight is not read."""
-    cache = None if scheme.cache is None else _numbers(checkpoint, f"{module}.kv_cache_scale")
+    cache = None
+    if scheme.cache is not None:
+        # Of channels, and of a latent state.
+        cache = _numbers(checkpoint, f"{module}.kv_cache_scale")
+        if cache is None:
+            cache = _numbers(checkpoint, f"{module.rpartition('.')[0]}.fa_k.scale")
     if scheme.is_float:
         return StoredScales(cache=cache)
     weight = _numbers(checkpoint, f"{module}.weight_scale")

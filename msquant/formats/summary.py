@@ -247,7 +247,8 @@ def _layers(manifest: dict[str, Any]) -> Iterator[LayerSummary]:
 def _modules(checkpoint: Checkpoint, form: Format | None) -> Iterator[ModuleSummary]:
     names: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names():
-        names[name.rpartition(".")[0] or name].append(name)
+        owner = form.owner(name) if form else name.rpartition(".")[0]
+        names[owner or name].append(name)
     schemes = form.stored_schemes(checkpoint, names) if form else dict.fromkeys(names, FLOAT)
     for module in sorted(names, key=_natural_order):
         found = _stored(checkpoint, form, f"{module}.weight")

@@ -59,30 +59,29 @@ def serving_need(config: ModelConfig, weight_bytes: int, cache: Quant | None = N
         weight_bytes: of all its tensors as they are served.
         cache: how keys and values are kept; None in 16 bits.
     """
-    bits = _BITS_OF_A_NUMBER if cache is None else cache.bits
     usable, npus = int(USED * NPU_BYTES) - RESERVED_BYTES, 1
     while npus <= _MOST_NPUS and config.num_attention_heads % npus == 0:
         each = ceil(weight_bytes / npus)
-        numbers = _token_numbers(config, npus)
-        if not numbers:
+        token, whole = _token_bytes(config, npus, cache), _token_bytes(config, npus)
+        if not whole:
             return None
-        token = numbers * bits // 8
         tokens = (usable - each) // token
         if tokens >= LEAST_TOKENS:
-            whole = numbers * _BITS_OF_A_NUMBER // 8
             return ServingNeed(npus, NPU_BYTES, each, usable - each, tokens, token, whole)
         npus *= 2
     return None
 
 
-def _token_numbers(config: ModelConfig, npus: int) -> int:
-    """Numbers that a token takes in each NPU's cache: all of latent attention's, a share of the heads'.
+def _token_bytes(config: ModelConfig, npus: int, cache: Quant | None = None) -> int:
+    """Bytes that a token takes in each NPU's cache: all of latent attention's, a share of the heads'.
 
-    Layers that mix tokens by the delta rule keep a state that does not grow.
+    Of latent attention the rotated channels stay in 16 bits. Layers that mix tokens by the delta rule keep a
+    state that does not grow.
     """
+    bits = _BITS_OF_A_NUMBER if cache is None else cache.bits
     if config.latent is not None:
-        numbers = config.latent.kv_lora_rank + config.latent.qk_rope_head_dim
+        total = config.latent.kv_lora_rank * bits + config.latent.qk_rope_head_dim * _BITS_OF_A_NUMBER
     else:
-        numbers = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim
+        total = 2 * ceil(config.num_key_value_heads / npus) * config.head_dim * bits
     layers = sum(config.delta_rule(index) is None for index in range(config.num_hidden_layers))
-    return layers * numbers
+    return layers * total // 8

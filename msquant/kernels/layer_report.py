@@ -50,16 +50,18 @@ class CacheReport:
     """What was chosen for the scales of a layer's cached keys or values.
 
     Attributes:
-        name: `keys` or `values`.
+        name: `keys` or `values`; `latent` for what both are made of.
         range_floor: quantile of the floor under the channels' ranges; 0 is no floor.
         factor: what all ranges are multiplied by.
         loss: mean squared error of what attention adds, relative to the residual stream, on held-out samples.
+        alpha: of what makes the latent's channels alike; None where each has a scale of its own.
     """
 
     name: str
     range_floor: float
     factor: float
     loss: float
+    alpha: float | None = None
 
 
 @dataclass

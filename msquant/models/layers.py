@@ -7,11 +7,12 @@ channels.
 from collections.abc import Callable
 from typing import Any, Literal
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from msquant.checkpoint.weights import WeightSource
+from msquant.checkpoint.weights import INT8_MAX, CacheScale, Linear, WeightSource, float_weight
 from msquant.families.base import LatentSizes
-from msquant.models.attention import Attention, KeyValueCache, ScaledDotProduct
+from msquant.models.attention import Attention, CacheRounding, KeyValueCache, ScaledDotProduct
 from msquant.models.cells import RMSNorm, add_linears, norm_cell
 from msquant.models.config import INNER_NORM_EPS, ModelConfig
 from msquant.models.delta_net import DeltaCache, GatedDeltaNet
@@ -21,11 +22,52 @@ from msquant.models.positions import Positions, positions
 from msquant.models.rope import softmax_scale
 
 
+class Absorbed:
+    """Queries in the channels of the latent state, and what attention mixes of it, as `[heads, D, rank]`.
+
+    With an int8 cache attention looks at the latent state as it is kept, so queries are turned into its
+    channels (`q W_UK`, arXiv 2405.04434) and rounded there, each by its own range, as the servers' operators
+    do (aclnnMlaPrologV2: `dequantScaleQNope`).
+
+    Args:
+        up: what makes keys and values of the latent state.
+        cache: of the latent state.
+        heads: of attention.
+        nope: channels of a head's keys without a position.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, up: Linear, cache: CacheScale, heads: int, nope: int, dtype: Any) -> None:
+        weight = float_weight(up).reshape(heads, -1, up.weight.shape[1])
+        self._keys, self._values = (
+            Tensor(part.copy(), dtype) for part in (weight[:, :nope], weight[:, nope:])
+        )
+        self._into, self._out_of = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+        self.kept = CacheRounding(cache, 1)
+
+    def queries(self, queries: Tensor) -> Tensor:
+        """Rounded, `[B, heads, T, nope]` to `[B, heads, T, rank]`."""
+        batch, heads, length, channels = queries.shape
+        stacked = queries.transpose(1, 0, 2, 3).reshape(heads, batch * length, channels)
+        turned = self._into(stacked, self._keys).astype(ms.float32)
+        scale = ops.abs(turned).max(axis=-1, keepdims=True) / INT8_MAX
+        scale = ops.select(scale > 0, scale, ops.ones_like(scale))
+        rounded = (ops.round(turned / scale) * scale).astype(queries.dtype)
+        return rounded.reshape(heads, batch, length, -1).transpose(1, 0, 2, 3)
+
+    def values(self, mixed: Tensor) -> Tensor:
+        """Of what was mixed of the latent state: `[B*T, heads * rank]` to `[B*T, heads * v_head_dim]`."""
+        heads, _, rank = self._values.shape
+        expanded = self._out_of(mixed.reshape(-1, heads, rank).transpose(1, 0, 2), self._values)
+        return expanded.transpose(1, 0, 2).reshape(mixed.shape[0], -1)
+
+
 class LatentAttention(nn.Cell):
     """Causal self-attention whose keys and values are made of a compressed state.
 
     A head's keys are its own rows, without a position, of what the compressed state is expanded to, followed
-    by rotated channels that all heads share.
+    by rotated channels that all heads share. Where the linear that makes the compressed state says so, that
+    of every token is read as an int8 cache gives it back, as in `Attention`.
     """
 
     def __init__(
@@ -39,7 +81,11 @@ class LatentAttention(nn.Cell):
         if self.compresses_queries:
             linears, norms = [names.queries_down, names.queries_up], [names.queries_down_norm, *norms]
         linears += [names.latent_down, names.latent_up, names.output]
-        add_linears(self, config, source, name, dtype, *linears)
+        made = add_linears(self, config, source, name, dtype, *linears)
+        cache, nope = made[names.latent_down].cache, sizes.qk_nope_head_dim
+        self.absorbed = None
+        if cache is not None:
+            self.absorbed = Absorbed(made[names.latent_up], cache, self.heads, nope, dtype)
         for norm in norms:
             setattr(self, norm, norm_cell(config, source, f"{name}.{norm}", dtype, INNER_NORM_EPS))
         self.attend = ScaledDotProduct(softmax_scale(config, sizes))
@@ -84,14 +130,36 @@ class LatentAttention(nn.Cell):
             cache: of the tokens before these; extended in place.
         """
         nope, value = self.sizes.qk_nope_head_dim, self.sizes.v_head_dim
-        queries = places.rotate(self._split(queries, batch, self.heads))
+        queries, latent, rotated = self.project(queries, compressed, shared, batch, places)
+        if self.absorbed is not None:
+            kept = self.absorbed.kept(latent)
+            own, positions = ops.split(queries, (nope, self.sizes.qk_rope_head_dim), axis=3)
+            queries = ops.cat((self.absorbed.queries(own), positions), axis=3)
+            keys, values = ops.cat((kept, rotated), axis=3), kept
+            if cache is not None:
+                keys, values = cache.extend(keys, values)
+            return self.absorbed.values(self.attend(queries, keys, values, places))
         expanded = self._split(getattr(self, self.names.latent_up)(compressed), batch, self.heads)
         own, values = ops.split(expanded, (nope, value), axis=3)
-        rotated = ops.tile(places.rotate(self._split(shared, batch, 1)), (1, self.heads, 1, 1))
-        keys = ops.cat((own, rotated), axis=3)
+        keys = ops.cat((own, ops.tile(rotated, (1, self.heads, 1, 1))), axis=3)
         if cache is not None:
             keys, values = cache.extend(keys, values)
         return self.attend(queries, keys, values, places)
+
+    def project(
+        self, queries: Tensor, compressed: Tensor, shared: Tensor, batch: int, places: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, the latent state and its shared channels by head; arguments as `context`.
+
+        Returns:
+            `[B, heads, T, qk_head_dim]`, rotated; `[B, 1, T, kv_lora_rank]`; `[B, 1, T, qk_rope_head_dim]`,
+            rotated.
+        """
+        return (
+            places.rotate(self._split(queries, batch, self.heads)),
+            self._split(compressed, batch, 1),
+            places.rotate(self._split(shared, batch, 1)),
+        )
 
     @staticmethod
     def _split(x: Tensor, batch: int, heads: int) -> Tensor:

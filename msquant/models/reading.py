@@ -45,9 +45,10 @@ def read_linear(config: ModelConfig, source: WeightSource, name: str) -> Linear:
     """
     linear = source.linear(name)
     check_shape(config, f"{name}.weight", linear.weight.shape)
-    if linear.cache is not None and linear.cache.scale.shape != linear.weight.shape[:1]:
+    channels = (1,) if config.latent is not None else linear.weight.shape[:1]
+    if linear.cache is not None and linear.cache.scale.shape != channels:
         raise CheckpointError(
-            f"{name} has {linear.cache.scale.size} scales of a cache for {len(linear.weight)} channels",
+            f"{name} has {linear.cache.scale.size} scales of a cache, and {channels[0]} are expected",
             remedy="use the config.json that belongs to these weights",
         )
     if (linear.bias is not None) != (config.shape(f"{name}.bias") is not None):

@@ -24,9 +24,9 @@ from msquant.algorithms.held_out import floored, inverse_squares, typical_magnit
 from msquant.checkpoint.weights import (
     INT8_MAX,
     CacheScale,
-    FloatLinear,
     Linear,
     WeightSource,
+    float_weight,
     with_cache,
 )
 from msquant.errors import CalibrationError
@@ -84,8 +84,8 @@ class AttentionSample:
 
     def mixed(self, weights: Floats, values: Floats) -> Floats:
         """The input of the output projection, `[n, heads * D]`."""
-        heads, count, channels = self.queries.shape
-        return (weights @ values).reshape(heads, count, channels).swapaxes(0, 1).reshape(count, -1)
+        heads, count, _ = self.queries.shape
+        return (weights @ values).reshape(heads, count, -1).swapaxes(0, 1).reshape(count, -1)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class CacheSearch:
     def loss(self, kind: _Kind, floor: float, factor: float) -> float:
         """Mean over tokens of the relative squared error, with the ranges of the other parts."""
         total, tokens = 0.0, 0
-        for measured, held_out in _folds(len(self._samples)):
+        for measured, held_out in folds(len(self._samples)):
             cache = CacheScale.of(kind.scale(measured, floor, factor))
             for number in held_out:
                 sample, weights = self._samples[number], self._weights[number]
@@ -213,16 +213,21 @@ def with_cache_scales(
     """
     names, name = config.family.names, config.family.layer_name(index)
     attention = f"{name}.{names.attention}"
-    weight = _float_weight(source.linear(f"{attention}.{names.output}"))
+    weight = float_weight(source.linear(f"{attention}.{names.output}"))
     linears = [f"{name}.{linear}" for linear in config.family.cached]
     made = [source.linear(linear) for linear in linears]
-    typical = [typical_magnitudes(_float_weight(linear)) for linear in made]
+    typical = [typical_magnitudes(float_weight(linear)) for linear in made]
     if config.query_key_norms:
         # What the weights make is normalized for every head, and then multiplied by this.
         norm = np.abs(read_norm(config, source, f"{attention}.{names.key_norm}"))
         typical[0] = typical_magnitudes(np.tile(norm, config.num_key_value_heads))
+
+    def project(state: tuple[Tensor, ...], count: int) -> Sequence[Tensor]:
+        projected: Sequence[Tensor] = layer.mixer_block.project(state[1], count, places)[:3]
+        return projected
+
     search = CacheSearch(
-        _samples(layer, hidden, places),
+        attention_samples(layer, hidden, places, layer.step_of["qkv"], project),
         weight,
         config.head_dim**-0.5,
         (typical[0], typical[1]),
@@ -238,7 +243,22 @@ def with_cache_scales(
     return found, reports
 
 
-def _samples(layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions) -> list[AttentionSample]:
+def attention_samples(
+    layer: DecoderLayer,
+    hidden: Sequence[Tensor],
+    places: Positions,
+    stop: int,
+    project: Callable[[tuple[Tensor, ...], int], Sequence[Tensor]],
+) -> list[AttentionSample]:
+    """What attention reads in every sample, with some of the queries.
+
+    Args:
+        layer: of the model.
+        hidden: its inputs, batches of samples `[B, T, H]`.
+        places: the tokens' positions.
+        stop: the step that attention begins with.
+        project: from the state before that and B to queries, keys and values, `[B, heads, T, channels]` each.
+    """
     tokens = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
     shortest = min(batch.shape[1] for batch in hidden)
     step = max(1, min(tokens // SEARCH_QUERIES, shortest))
@@ -246,10 +266,9 @@ def _samples(layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions) -
     for batch in hidden:
         check_interrupt()
         count, length, size = batch.shape
-        before = (batch.reshape(count * length, size),)
-        stream, x = layer.run(before, count, places, stop=layer.step_of["qkv"])
-        queries, keys, values = map(_floats, layer.mixer_block.project(x, count, places)[:3])
-        residual = _floats(stream).reshape(count, length, size)
+        state = layer.run((batch.reshape(count * length, size),), count, places, stop=stop)
+        queries, keys, values = map(_floats, project(state, count))
+        residual = _floats(state[0]).reshape(count, length, size)
         for number in range(count):
             # Every `step`th token of all.
             chosen = np.arange(-start % step, length, step)
@@ -265,10 +284,6 @@ def _samples(layer: DecoderLayer, hidden: Sequence[Tensor], places: Positions) -
 def _floats(tensor: Tensor) -> Floats:
     values: Floats = tensor.astype(ms.float32).asnumpy()
     return values
-
-
-def _float_weight(linear: Linear) -> Floats:
-    return linear.weight if isinstance(linear, FloatLinear) else linear.float_weight
 
 
 def _ranges(sample: AttentionSample) -> Floats:
@@ -333,7 +348,7 @@ def _cached(values: Floats, cache: CacheScale) -> Floats:
     return CacheScale(cache.scale.reshape(shape), cache.reciprocal.reshape(shape)).rounded(values)
 
 
-def _folds(count: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+def folds(count: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Samples whose ranges are measured, and those that are quantized with them, once for each part."""
     samples = np.arange(count)
     if count == 1:

@@ -25,6 +25,7 @@ from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Part, Positions, positions
 from msquant.quantization.cache_scales import with_cache_scales
 from msquant.quantization.feed_forward_pass import FeedForwardPass
+from msquant.quantization.latent_cache import with_latent_scale
 from msquant.quantization.layer_pass import LayerResult, quantize_layer
 from msquant.quantization.layer_schemes import in_two_blocks
 
@@ -242,10 +243,18 @@ class DecoderPass:
         if self._policy.cache_quant is not None:
             self._step("scales of the cache")
             attention = self._layer(result, index, "attention")
-            linears, result.report.cache = with_cache_scales(
-                self._config, index, result, attention, inputs, self._places
+            tensors: dict[str, Floats] = {}
+            if (sizes := self._config.latent) is None:
+                linears, result.report.cache = with_cache_scales(
+                    self._config, index, result, attention, inputs, self._places
+                )
+            else:
+                linears, tensors, result.report.cache = with_latent_scale(
+                    self._config, sizes, index, result, attention, inputs, self._places
+                )
+            result = replace(
+                result, linears={**result.linears, **linears}, tensors={**result.tensors, **tensors}
             )
-            result = replace(result, linears={**result.linears, **linears})
         for name, values in result.tensors.items():
             sink.tensor(name, values)
         for module, linear in result.linears.items():

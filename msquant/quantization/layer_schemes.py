@@ -27,14 +27,6 @@ def layer_schemes(config: ModelConfig, policy: Algorithm, index: int) -> dict[st
     """
     schemes = {module: policy.scheme(module) for module in layer_linears(config, index)}
     if (cache := policy.cache_quant) is not None:
-        if not config.family.cached:
-            raise RecipeError(
-                f"cache: {policy.cache} is for grouped-query attention, and {config.family.model_type} has "
-                "latent attention, whose cache vllm-ascend keeps in another way (FAKQuant) that msquant does "
-                "not write",
-                where="quantization.cache",
-                remedy="write cache: none",
-            )
         if config.delta is not None:
             raise RecipeError(
                 f"cache: {policy.cache} is for attention in every layer, and {config.family.model_type} has "

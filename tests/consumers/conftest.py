@@ -20,7 +20,7 @@ from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import find_recipe
-from msquant.schemes import W4A8_DYNAMIC, W8A8_MIX
+from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -50,6 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek": _DEEPSEEK,
     "deepseek-published": _DEEPSEEK,
     "deepseek-mtp": {**_DEEPSEEK, "prediction_layers": 1},
+    "deepseek-c8": _DEEPSEEK,
+    "deepseek-float16-c8": {**_DEEPSEEK, "dtype": "float16"},
     "qwen3-moe-w4a8": {"model_type": "qwen3_moe"},
     "qwen3-moe-w4a8-g16": {"model_type": "qwen3_moe"},
     "deepseek-w4a8": _DEEPSEEK,
@@ -153,6 +155,10 @@ def _quantize(root: Path, name: str) -> None:
     cached = name.endswith("-c8")
     if cached:
         policy = policy.model_copy(update={"cache": "int8"})
+        if family.startswith("deepseek"):
+            # The operator that fills a latent cache takes nothing else.
+            first = [(part, W8A8_DYNAMIC) for part in ("q_a_proj", "q_b_proj", "kv_a_proj")]
+            policy = policy.model_copy(update={"schemes": (*first, *policy.schemes)})
     changes = {
         "quantization": policy,
         "calibration": recipe.calibration.model_copy(update={"samples": 4, "sequence_length": 32}),

@@ -21,6 +21,8 @@ MODELS = (
     "qwen3-float16-c8",
     "deepseek",
     "deepseek-mtp",
+    "deepseek-c8",
+    "deepseek-float16-c8",
     "qwen3-moe-w4a8",
     "qwen3-moe-w4a8-g16",
     "deepseek-w4a8",
@@ -67,7 +69,8 @@ def test_every_layer_computes_what_the_folder_says(
 
 def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None:
     _, models = examined
-    assert [len(models[model]["caches"]) for model in ("qwen3", "qwen3-c8", "qwen3-float16-c8")] == [0, 2, 2]
+    cached = ("qwen3", "qwen3-c8", "qwen3-float16-c8", "deepseek", "deepseek-c8", "deepseek-float16-c8")
+    assert [len(models[model]["caches"]) for model in cached] == [0, 2, 2, 0, 2, 2]
     assert set(models["llama-tied"]["words"].values()) == {"W8A8"}
     deepseek = models["deepseek"]
     assert {word for layer, word in deepseek["words"].items() if "kv_b_proj" in layer} == {"FLOAT"}

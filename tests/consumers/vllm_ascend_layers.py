@@ -23,6 +23,7 @@ from msquant.checkpoint.weights import QuantizedLinear, WeightSource
 from msquant.flows.engines import open_prefill, open_weights
 from msquant.formats.fused_layers import experts_parent
 from tests.consumers.vllm_ascend_cache import cache_difference, difference
+from tests.consumers.vllm_ascend_latent import latent_difference
 
 assert w4a8, (w8a8_dynamic, w8a8_pdmix, w8a8_static)
 TOKENS = 16
@@ -231,6 +232,10 @@ def examine(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"words": {}, "differences": {}, "experts": {}, "expert_words": {}}
     layers = range(folder.config["num_hidden_layers"]) if folder.quantization.enable_c8_quant else ()
     found["caches"] = [cache_difference(folder, layer) for layer in layers]
+    # Those of prediction layers are attended to like the others.
+    found["caches"] += [
+        latent_difference(folder, layer) for layer in folder.quantization.kvcache_quant_layers
+    ]
     # vLLM calls the head of a multi-token-prediction layer by the layer's own name.
     predicted = [name.removesuffix(".shared_head.head.weight") for name in folder.tensors]
     predicted = [f"{layer}.head" for layer in predicted if layer not in folder.tensors]

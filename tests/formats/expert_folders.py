@@ -100,9 +100,11 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
     """A layer, the same for the same name; layers that read one input have one input scale."""
     rng = np.random.default_rng(sum(map(ord, module)))
     if scheme.cache is not None:
-        scales = rng.uniform(1e-3, 1, shape[0]).astype(np.float32)
+        latent = module.endswith("kv_a_proj_with_mqa")
+        scales = rng.uniform(1e-3, 1, 1 if latent else shape[0]).astype(np.float32)
+        queries = rng.uniform(1e-3, 1, DEEPSEEK["num_attention_heads"]).astype(np.float32) if latent else None
         return with_cache(
-            random_linear(module, shape, scheme.without_cache, bias=bias), CacheScale.of(scales)
+            random_linear(module, shape, scheme.without_cache, bias=bias), CacheScale.of(scales, queries)
         )
     stored_bias = rng.normal(size=shape[0]).astype(np.float32) if bias else None
     if scheme == FLOAT:

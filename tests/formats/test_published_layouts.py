@@ -109,7 +109,7 @@ REFUSED = {
     "mxfp": ("W8A8_MXFP8", "described as 'W8A8_MXFP8'"),
     "w8a8sc": ("W8A8SC", "described as 'W8A8SC'"),
     "w4a4": ("W4A4_FLATQUANT_DYNAMIC", "described as 'W4A4_FLATQUANT_DYNAMIC'"),
-    "latent-c8": ({"fa_quant_type": "FAKQuant"}, "fa_quant_type is 'FAKQuant'"),
+    "sparse-c8": ({"indexer_quant_type": "INT8_DYNAMIC"}, "indexer_quant_type is 'INT8_DYNAMIC'"),
 }
 
 

@@ -57,6 +57,13 @@ def test_an_int8_cache_holds_twice_the_tokens() -> None:
     assert "instead" not in as_serving(whole)
 
 
+def test_an_int8_latent_cache_keeps_rotated_channels_in_16_bits() -> None:
+    """512 numbers of one byte and 64 of two, in each of 61 layers."""
+    need = serving_need(config_of("deepseek-r1"), 365_440_000_000, C8)
+    assert need is not None
+    assert (need.token_bytes, need.float_token_bytes) == (61 * (512 + 2 * 64), 61 * 2 * 576)
+
+
 def test_there_is_room_for_the_cache() -> None:
     """A byte more than leaves room for 32,768 tokens takes twice as many."""
     config = config_of("qwen3-8b")

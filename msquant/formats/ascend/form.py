@@ -19,7 +19,8 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import CacheScale, QuantizedLinear
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
-from msquant.formats.ascend import four_bits, kv_cache, quarot
+from msquant.families.base import positive
+from msquant.formats.ascend import fa_quant, four_bits, kv_cache, quarot
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     FLOAT,
@@ -115,6 +116,7 @@ class AscendFormat(Format):
         yield from super().check(linears, config)
         yield from check_one_size(linears)
         yield from kv_cache.check_schemes(linears, config)
+        yield from fa_quant.check_schemes(linears, config)
         small = {module: scheme for module, scheme in linears.items() if scheme.is_int4}
         shapes = (expected_shapes(dict(config)) or {}) | extra_shapes(config) if small else {}
         for module, scheme in small.items():
@@ -130,13 +132,20 @@ class AscendFormat(Format):
             elif shape is not None and (problem := self.shape_problem(module, shape, scheme)):
                 yield Finding(module, f"is {scheme}: {problem}")
 
-    def cache_specs(self, module: str, shape: tuple[int, ...]) -> list[TensorSpec]:
+    def cache_specs(self, module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[TensorSpec]:
         """As `encode_cache` makes them."""
+        if fa_quant.makes_latent(module):
+            return fa_quant.specs(module, positive(dict(config), "num_attention_heads"))
         return kv_cache.specs(module, shape[0])
 
+    def owner(self, name: str) -> str:
+        """Also of scales that are named after the attention block."""
+        return fa_quant.owner(name) if fa_quant.is_part(name) else super().owner(name)
+
     def encode_cache(self, module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
-        """See `kv_cache.encode`."""
-        return kv_cache.encode(module, cache, dtype)
+        """See `kv_cache.encode`, and `fa_quant.encode` of latent attention."""
+        encode = kv_cache.encode if cache.queries is None else fa_quant.encode
+        return encode(module, cache, dtype)
 
     def part_specs(
         self, module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str
@@ -217,8 +226,8 @@ class AscendFormat(Format):
             module, _, part = name.rpartition(".")
             description[name] = FLOAT if part == "bias" else described.get(module, FLOAT)
         words = set(description.values())
-        cached = kv_cache.described(description)
-        description |= cached
+        cached, latent = kv_cache.described(description), fa_quant.described(description)
+        description |= cached | latent
         # The order of msModelSlim's QUANT_TYPE_PRIORITY, which does not have W4A8_DYNAMIC.
         order = ("W8A8", "W8A8_MIX", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", FLOAT)
         model_type = next(word for word in order if word in words)
@@ -228,6 +237,8 @@ class AscendFormat(Format):
             entries |= dict.fromkeys(kv_cache.ENTRIES, kv_cache.WORD)
         if self.rotation is not None:
             entries |= quarot.ENTRIES
+        if latent:
+            entries[fa_quant.ENTRY] = fa_quant.KIND
         return {DESCRIPTION_NAME: {**dict(sorted(description.items())), **entries}}
 
     def stored(self, checkpoint: Checkpoint, name: str) -> StoredTensor | None:
@@ -293,6 +304,9 @@ class AscendFormat(Format):
             findings += check_fused_schemes({module: str(scheme) for module, scheme in known.items()})
             findings += check_one_size(known)
             findings += check_tensors(checkpoint, description, model_dtype(config or {}))
-            findings += kv_cache.check_schemes(kv_cache.with_caches(checkpoint, known), config or {})
+            cached = kv_cache.with_caches(checkpoint, known)
+            findings += kv_cache.check_schemes(cached, config or {})
+            findings += fa_quant.check_schemes(cached, config or {})
             findings += kv_cache.check_folder(checkpoint, description, config or {})
+            findings += fa_quant.check_folder(checkpoint, description)
         return findings

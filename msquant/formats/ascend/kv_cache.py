@@ -28,6 +28,7 @@ from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.weights import CacheScale
 from msquant.errors import CheckpointError
 from msquant.families import find_family
+from msquant.formats.ascend import fa_quant
 from msquant.formats.description import Description
 from msquant.formats.dtypes import MODEL_DTYPES, model_dtype
 from msquant.formats.folder_rules import FLOAT_CODES, Finding, Parts, check_parts
@@ -55,7 +56,7 @@ def specs(module: str, rows: int) -> list[TensorSpec]:
 
 
 def encode(module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
-    """The scales as the engine holds them in the model's dtype, and zeros.
+    """The scales as the engine holds them in the model's dtype, and zeros, by full tensor name.
 
     A scale that the dtype does not hold becomes the neighbour whose reciprocal survives the rounding best, as
     for the input scales of static layers.
@@ -72,7 +73,7 @@ def encode(module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]
             where=module,
             remedy="quantize the model in bfloat16, or with --cache none",
         )
-    return {SCALE: scale, OFFSET: np.zeros_like(scale)}
+    return {f"{module}.{SCALE}": scale, f"{module}.{OFFSET}": np.zeros_like(scale)}
 
 
 def decode(checkpoint: Checkpoint, module: str, dtype: str | None) -> CacheScale | None:
@@ -106,9 +107,11 @@ def is_cached(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def with_caches(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes of modules with the cache of those that have scales of one."""
+    """The schemes of modules with the cache of those that have scales of one, latent or not."""
     return {
-        module: replace(scheme, cache=C8) if is_cached(checkpoint, module) else scheme
+        module: replace(scheme, cache=C8)
+        if is_cached(checkpoint, module) or fa_quant.is_cached(checkpoint, module)
+        else scheme
         for module, scheme in schemes.items()
     }
 
@@ -120,7 +123,7 @@ def described(names: Iterable[str]) -> dict[str, str]:
 
 def check_schemes(linears: Mapping[str, Scheme], config: Mapping[str, Any]) -> Iterator[Finding]:
     """Check that vllm-ascend can lay out the caches of a model."""
-    cached = [module for module, scheme in linears.items() if scheme.cache is not None]
+    cached = [m for m, scheme in linears.items() if scheme.cache and not fa_quant.makes_latent(m)]
     if not cached:
         return
     heads, size = config.get("num_attention_heads"), config.get("head_dim")

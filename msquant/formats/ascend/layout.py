@@ -32,7 +32,7 @@ from msquant import schemes
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import CheckpointError
-from msquant.formats.ascend import four_bits, kv_cache
+from msquant.formats.ascend import fa_quant, four_bits, kv_cache
 from msquant.formats.description import GROUP_SIZE, Description
 from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.scales import all_positive, held_scales, rounded_reciprocal, row_scales
@@ -55,8 +55,9 @@ WORDS: Mapping[Scheme, str] = {
 }
 """The word the description has for each scheme that vllm-ascend runs and msquant reads."""
 
-# A description of attention that is quantized too, and of a cache in another way than int8.
-_ATTENTION_ENTRIES = ("fa_quant_type", "indexer_quant_type")
+# A description of caches in int8, and of attention that is quantized in a way that is not computed.
+_CACHES = {**dict.fromkeys(kv_cache.ENTRIES, kv_cache.WORD), fa_quant.ENTRY: fa_quant.KIND}
+_ATTENTION_ENTRIES = ("indexer_quant_type",)
 
 # What changes nothing that is computed on one NPU.
 _KNOWN_ENTRIES = ("version", "model_quant_type", "metadata", "optional", "reduce_quant_type", GROUP_SIZE)
@@ -85,26 +86,29 @@ def read_description(folder: Path) -> Description:
 
     Raises:
         CheckpointError: it is missing or damaged; or it describes quantized attention, a cache in other
-            words than C8, or an online rotation, which msquant does not compute, or has an entry that it
-            does not know.
+            words than C8 or FAKQuant, or an online rotation, which msquant does not compute, or has an entry
+            that it does not know.
     """
     path = folder / DESCRIPTION_NAME
     content = read_json(path)
     tensors, entries = {}, {}
     for name, value in content.items():
-        if "." not in name or not isinstance(value, str):
+        if name.endswith(f".{fa_quant.LAYER_ENTRY}"):
+            if value != fa_quant.LAYER_KIND:
+                raise _refused(path, f"{name} is {value!r}: a quantized cache or attention")
+        elif "." not in name or not isinstance(value, str):
             entries[name] = value
         else:
             tensors[name] = value
-    for key in (*_ATTENTION_ENTRIES, *kv_cache.ENTRIES):
-        if entries.get(key) and (key in _ATTENTION_ENTRIES or entries[key] != kv_cache.WORD):
+    for key in (*_ATTENTION_ENTRIES, *_CACHES):
+        if entries.get(key) and entries[key] != _CACHES.get(key):
             raise _refused(path, f"{key} is {entries[key]!r}: a quantized cache or attention")
     # What `optional` has is folded into the weights, see `quarot`.
     metadata = entries.get("metadata")
     if isinstance(metadata, dict) and "quarot" in metadata:
         raise _refused(path, "it describes activations that are rotated while the model runs")
     for key, value in entries.items():
-        if value and key not in (*_KNOWN_ENTRIES, *kv_cache.ENTRIES):
+        if value and key not in (*_KNOWN_ENTRIES, *_CACHES):
             raise _refused(path, f"{key} is {value!r}: what it changes is not known to msquant")
     if WORDS[schemes.W4A8_DYNAMIC] in tensors.values():
         entries.setdefault(GROUP_SIZE, four_bits.DEFAULT_GROUP_SIZE)
@@ -115,7 +119,8 @@ def _refused(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         what,
         where=path,
-        remedy="msquant reads layers in int8 or int4, with keys and values in floating point or int8 (C8)",
+        remedy="msquant reads layers in int8 or int4, with keys and values in floating point or int8 (C8, "
+        "FAKQuant)",
     )
 
 

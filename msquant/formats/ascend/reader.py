@@ -7,7 +7,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.weights import Linear, with_cache
 from msquant.errors import CheckpointError
 from msquant.families import expected_shapes, extra_shapes
-from msquant.formats.ascend import kv_cache
+from msquant.formats.ascend import fa_quant, kv_cache
 from msquant.formats.ascend.four_bits import is_packed
 from msquant.formats.ascend.layout import (
     WORDS,
@@ -78,9 +78,10 @@ class AscendCheckpoint(FolderSource):
 
         Raises:
             CheckpointError: its scheme is unknown; a part is missing, or its dtype or shape does not fit; or
-                as `kv_cache.decode`.
+                as `kv_cache.decode` or `fa_quant.decode`.
         """
-        return with_cache(self._linear(module), kv_cache.decode(self.checkpoint, module, self.dtype))
+        decode = fa_quant.decode if fa_quant.is_cached(self.checkpoint, module) else kv_cache.decode
+        return with_cache(self._linear(module), decode(self.checkpoint, module, self.dtype))
 
     def _linear(self, module: str) -> Linear:
         """The layer itself. Raises as `linear`."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import CheckpointError
-from msquant.formats.ascend import four_bits, kv_cache
+from msquant.formats.ascend import fa_quant, four_bits, kv_cache
 from msquant.formats.ascend.layout import (
     DESCRIPTION_NAME,
     OFFSETS,
@@ -85,11 +85,10 @@ def check_words(description: Description, stored: Mapping[str, str]) -> Iterator
         # msModelSlim describes an output head that shares the embedding's weight too.
         if name not in stored and name != "lm_head.weight":
             yield Finding(name, "described, but not stored")
-        if part in kv_cache.PARTS:
-            if word != kv_cache.WORD:
-                yield Finding(
-                    name, f"described as {word!r}: a scale of a cache is described as {kv_cache.WORD!r}"
-                )
+        if part in kv_cache.PARTS or fa_quant.is_part(name):
+            wanted = kv_cache.WORD if part in kv_cache.PARTS else fa_quant.WORD
+            if word != wanted:
+                yield Finding(name, f"described as {word!r}: a scale of a cache is described as {wanted!r}")
         elif word not in WORDS.values():
             *most, last = WORDS.values()
             yield Finding(name, f"described as {word!r}: only {', '.join(most)} and {last} are known")
@@ -177,8 +176,8 @@ def check_tensors(checkpoint: Checkpoint, description: Description, dtype: str |
             quantized[module] = scheme
     for name in checkpoint.names():
         module = name.rpartition(".")[0]
-        if name.endswith(kv_cache.PARTS):
-            # See `kv_cache.check_folder`.
+        if name.endswith(kv_cache.PARTS) or fa_quant.is_part(name):
+            # See `check_folder` of these.
             continue
         if module not in quantized and description.scheme(module) == FLOAT:
             yield from check_float(checkpoint, name)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.checkpoint.weights import WeightSource
+from msquant.checkpoint.weights import WeightSource, float_weight, token_scales
 from msquant.families.base import LatentSizes
 from msquant.inference.cpu.cpu_linear import Array, linear_layer
 from msquant.inference.cpu.norm import CpuRMSNorm
@@ -185,7 +185,11 @@ class CpuLatentAttention:
             self._q_norm = CpuRMSNorm.read(config, source, norm, INNER_NORM_EPS)
             self._q_b = linear_layer(read_linear(config, source, f"{name}.{names.queries_up}"))
         self._kv_norm = CpuRMSNorm.read(config, source, f"{name}.{names.latent_norm}", INNER_NORM_EPS)
-        self._kv_b = linear_layer(read_linear(config, source, f"{name}.{names.latent_up}"))
+        up = read_linear(config, source, f"{name}.{names.latent_up}")
+        self._kv_b = linear_layer(up)
+        self._cache = linears[1].cache
+        if self._cache is not None:
+            self._up = float_weight(up).reshape(self._heads, -1, sizes.kv_lora_rank)
         self._o = linear_layer(read_linear(config, source, f"{name}.{names.output}"))
 
     def __call__(self, x: Array, places: Places, caches: Sequence[LayerCache]) -> Array:
@@ -196,9 +200,20 @@ class CpuLatentAttention:
         if self._q_norm is not None and self._q_b is not None:
             queries = self._q_b(self._q_norm(queries))
         queries = queries.reshape(tokens, self._heads, -1)
-        queries = np.concatenate([queries[:, :, :nope], places.rotate(queries[:, :, nope:])], axis=2)
-        expanded = self._kv_b(self._kv_norm(latent[:, :rank])).reshape(tokens, self._heads, -1)
-        shared = places.rotate(latent[:, None, rank:])
+        rotated, shared = places.rotate(queries[:, :, nope:]), places.rotate(latent[:, None, rank:])
+        compressed = self._kv_norm(latent[:, :rank])
+        if self._cache is not None:
+            # In the channels of what is kept, see `msquant.models.layers.Absorbed`.
+            turned = np.matmul(queries[:, :, :nope].swapaxes(0, 1), self._up[:, :nope])
+            scale = token_scales(turned.reshape(-1, rank)).reshape(self._heads, tokens, 1)
+            turned = (np.rint(turned / scale) * scale).swapaxes(0, 1)
+            kept = self._cache.rounded(compressed)[:, None]
+            queries, keys = (np.concatenate(parts, axis=2) for parts in ((turned, rotated), (kept, shared)))
+            mixed = places.attend(queries, keys, kept, caches, self._scale).reshape(tokens, -1, rank)
+            values = np.matmul(mixed.swapaxes(0, 1), self._up[:, nope:].swapaxes(1, 2))
+            return self._o(values.swapaxes(0, 1).reshape(tokens, -1))
+        queries = np.concatenate([queries[:, :, :nope], rotated], axis=2)
+        expanded = self._kv_b(compressed).reshape(tokens, self._heads, -1)
         shared = np.broadcast_to(shared, (tokens, self._heads, shared.shape[2]))
         keys = np.concatenate([expanded[:, :, :nope], shared], axis=2)
         return self._o(places.attend(queries, keys, expanded[:, :, nope:], caches, self._scale))

@@ -254,6 +254,122 @@ def npu_fused_infer_attention_score(
     return torch.cat(made).float(), None
 
 
+def npu_mla_prolog_v2(
+    token_x: torch.Tensor,
+    weight_dq: torch.Tensor,
+    weight_uq_qr: torch.Tensor,
+    weight_uk: torch.Tensor,
+    weight_dkv_kr: torch.Tensor,
+    rmsnorm_gamma_cq: torch.Tensor,
+    rmsnorm_gamma_ckv: torch.Tensor,
+    rope_sin: torch.Tensor,
+    rope_cos: torch.Tensor,
+    cache_index: torch.Tensor,
+    kv_cache: torch.Tensor,
+    kr_cache: torch.Tensor,
+    *,
+    dequant_scale_x: torch.Tensor,
+    dequant_scale_w_dq: torch.Tensor,
+    dequant_scale_w_uq_qr: torch.Tensor,
+    dequant_scale_w_dkv_kr: torch.Tensor,
+    quant_scale_ckv: torch.Tensor,
+    cache_mode: str,
+) -> tuple[torch.Tensor, ...]:
+    """What comes before latent attention, with an int8 cache that is laid out in blocks of channels.
+
+    Of int8 inputs with a scale per token: queries in the latent's channels, rounded by their own range of
+    each head (`dequantScaleQNope = rowmax / 127`), and the rotated ones in units of the product of both
+    scales, as the operator's `MulQr` leaves them; and both parts of the cache with the tokens in it.
+    """
+    assert cache_mode == "PA_NZ"
+    assert {part.dtype for part in (token_x, weight_dq, weight_uq_qr, weight_dkv_kr, kv_cache)} == {
+        torch.int8
+    }
+    factor = dequant_scale_x.double()
+    down = token_x.double() @ weight_dq.double() * factor * dequant_scale_w_dq.double()
+    inner, inner_scale = npu_dynamic_quant(_rms_norm(down, rmsnorm_gamma_cq))
+    queries = inner.double() @ weight_uq_qr.double() * inner_scale.double()[:, None] * dequant_scale_w_uq_qr
+    heads, nope, _ = weight_uk.shape
+    own, rotated = queries.reshape(len(inner), heads, -1).tensor_split([nope], -1)
+    turned, turned_scale = npu_dynamic_quant(torch.einsum("tnp,npr->tnr", own, weight_uk.double()))
+    latent = token_x.double() @ weight_dkv_kr.double() * factor * dequant_scale_w_dkv_kr.double()
+    rank = kv_cache.shape[-1]
+    kept = torch.round(_rms_norm(latent[:, :rank], rmsnorm_gamma_ckv).float() * quant_scale_ckv)
+    for rows, cache, inner_width in (
+        (torch.clamp(kept, -128, 127).to(torch.int8), kv_cache, 32),
+        (_rotated(latent[:, None, rank:], rope_cos, rope_sin)[:, 0].float(), kr_cache, 16),
+    ):
+        blocks, block, _, width = cache.shape
+        layout = cache.view(blocks, width // inner_width, block, inner_width)
+        for row, slot in zip(rows, cache_index.tolist(), strict=True):
+            layout[slot // block, :, slot % block] = row.reshape(-1, inner_width)
+    units = turned_scale.double()[..., None] / quant_scale_ckv.double()[0, 0]
+    positions = _rotated(rotated, rope_cos, rope_sin) / units
+    return turned, positions.float(), kv_cache, kr_cache, turned_scale
+
+
+def npu_fused_infer_attention_score_v2(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_rope: torch.Tensor,
+    key_rope: torch.Tensor,
+    num_query_heads: int,
+    num_key_value_heads: int,
+    input_layout: str,
+    atten_mask: Any,
+    sparse_mode: int,
+    softmax_scale: float,
+    block_table: torch.Tensor,
+    block_size: int,
+    actual_seq_qlen: Any,
+    actual_seq_kvlen: list[int],
+    query_quant_mode: int,
+    key_quant_mode: int,
+    value_quant_mode: int,
+    dequant_scale_query: torch.Tensor,
+    dequant_scale_key: torch.Tensor,
+    dequant_scale_value: torch.Tensor,
+    return_softmax_lse: bool = False,
+) -> tuple[torch.Tensor, None]:
+    """One token of each sequence `[B, 1, heads, D]` over a paged int8 latent cache, to `[heads, B, 1, D]`.
+
+    Probabilities stay in floating point.
+    """
+    assert (input_layout, sparse_mode, atten_mask, num_key_value_heads) == ("BSND_NBSD", 0, None, 1)
+    assert (query_quant_mode, key_quant_mode, value_quant_mode) == (3, 0, 0)
+    assert query.dtype == key.dtype == value.dtype == torch.int8
+    assert not return_softmax_lse
+    rows = []
+    for place, length in enumerate(actual_seq_kvlen):
+        latent, rotated, values = (
+            _from_blocks(cache[block_table[place]])[:length, 0].double() for cache in (key, key_rope, value)
+        )
+        sums = query[place, 0].double() @ latent.T + query_rope[place, 0].double() @ rotated.T
+        scores = sums * dequant_scale_query[place, 0].double()[:, None] * dequant_scale_key.double()
+        rows.append((scores * softmax_scale).softmax(-1) @ (values * dequant_scale_value.double()))
+    return torch.stack(rows, 1)[:num_query_heads, :, None].float(), None
+
+
+def npu_transpose_batchmatmul(x: torch.Tensor, weight: torch.Tensor, perm_y: Any) -> torch.Tensor:
+    """`[N, B, L]` by `[N, L, V]`, to `[B, N, V]`."""
+    assert tuple(perm_y) == (1, 0, 2)
+    return torch.bmm(x, weight).permute(*perm_y)
+
+
+def _rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gamma.double()
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Pairs of neighbours `[T, heads, R]`, of which the first come out before the second."""
+    first, second = x[..., ::2].double(), x[..., 1::2].double()
+    turns = (part[:, None, : x.shape[-1] // 2].double() for part in (cos, sin))
+    cosine, sine = turns
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
 def _from_blocks(cache: torch.Tensor) -> torch.Tensor:
     """Blocks `[n, groups, D / 32, block, 32]` as tokens, `[n * block, groups, D]`."""
     blocks, groups, parts, block, inner = cache.shape
@@ -285,7 +401,7 @@ class _Event:
 
 torch.Tensor.npu = lambda self: self  # type: ignore[attr-defined]
 torch.npu = SimpleNamespace(current_stream=_Event, Event=_Event, empty_cache=lambda: None)
-torch.ops.vllm = SimpleNamespace(quantize=quantize)
+torch.ops.vllm = SimpleNamespace(quantize=quantize, maybe_all_gather_and_maybe_unpad=lambda x, need_gather: x)
 torch.ops._C_ascend = SimpleNamespace(
     npu_moe_init_routing_custom=npu_moe_init_routing,
     grouped_matmul_swiglu_quant_weight_nz=grouped_matmul_swiglu_quant_weight_nz,

@@ -16,7 +16,9 @@ REAL = (
     "vllm_ascend.quantization.modelslim_config",
     "vllm_ascend.quantization.quant_type",
     "vllm_ascend.quantization.tp_weight_switch",
+    "vllm_ascend.quantization.utils",
     "vllm_ascend.attention.attention_v1",
+    "vllm_ascend.attention.mla_v1",
     "vllm_ascend.quantization.methods.base",
     "vllm_ascend.quantization.methods.kv_c8",
     "vllm_ascend.quantization.methods.registry",
@@ -78,11 +80,15 @@ class QuantizationConfig:
 class WeightsMapper:
     """Of vLLM: how a checkpoint's names become a model's."""
 
-    def __init__(self, orig_to_new_suffix: Any = None, **_: Any) -> None:
+    def __init__(self, orig_to_new_suffix: Any = None, orig_to_new_regex: Any = None, **_: Any) -> None:
         self.orig_to_new_suffix = orig_to_new_suffix or {}
+        self.orig_to_new_regex = orig_to_new_regex or {}
 
     def __or__(self, other: "WeightsMapper") -> "WeightsMapper":
-        return WeightsMapper(self.orig_to_new_suffix | other.orig_to_new_suffix)
+        return WeightsMapper(
+            self.orig_to_new_suffix | other.orig_to_new_suffix,
+            self.orig_to_new_regex | other.orig_to_new_regex,
+        )
 
 
 class AttentionMetadataBuilder:
@@ -112,13 +118,20 @@ CONFIG = SimpleNamespace(
 """vLLM's config; who makes a scheme sets the dtype, what is said of the folder's quantization, whether the
 engine takes another one's cache, and the cache's blocks."""
 CONTEXT = SimpleNamespace(
-    moe_comm_type=MoECommType.ALLGATHER, moe_comm_method=None, use_mega_moe=False, capturing=False
+    moe_comm_type=MoECommType.ALLGATHER,
+    moe_comm_method=None,
+    use_mega_moe=False,
+    capturing=False,
+    is_draft_model=False,
+    num_tokens=0,
 )
 ASCEND_CONFIG = SimpleNamespace(
     multistream_overlap_gate=False,
     eplb_config=SimpleNamespace(dynamic_eplb=False),
     enable_fused_mc2=0,
     ascend_fusion_config=SimpleNamespace(fusion_ops_gmmswigluquant=True),
+    enable_kv_nz=False,
+    layer_sharding=None,
 )
 ANSWERS: dict[str, dict[str, Any]] = {
     "vllm.config": {
@@ -130,6 +143,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "get_tensor_model_parallel_rank": lambda: 0,
     },
     "vllm.logger": {"logger": _Anything(), "init_logger": lambda *_: _Anything()},
+    "vllm.model_executor.layers.attention.mla_attention": {
+        "MLACommonMetadataBuilder": AttentionMetadataBuilder
+    },
     "vllm.model_executor.layers.fused_moe.activation": {
         "MoEActivation": MoEActivation,
     },
@@ -142,10 +158,13 @@ ANSWERS: dict[str, dict[str, Any]] = {
     },
     "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": SimpleNamespace(CUSTOM=None)},
     "vllm_ascend.attention.utils": {
+        "enabling_mlapo": lambda config: False,
+        "maybe_save_kv_layer_to_connector": lambda *_: None,
         "needs_layer_aware_fia_graph_replay": lambda: False,
         "notify_kv_cache_written": lambda *_: None,
     },
     "vllm_ascend.attention.kvcomp_attn.attention_utils": {"is_enable_hamming_sparse": lambda: False},
+    "vllm_ascend.envs": {"VLLM_ASCEND_MLA_FIA_SPLIT": False},
     "vllm_ascend.ascend_config": {"get_ascend_config": lambda: ASCEND_CONFIG},
     "vllm_ascend.ascend_forward_context": {
         "_EXTRA_CTX": CONTEXT,

@@ -23,7 +23,7 @@ from msquant.formats.summary import summarize
 from msquant.schemes import C8, FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 from tests.formats import folders
 from tests.formats.ascend.test_published import write_dense
-from tests.formats.expert_folders import DEEPSEEK, groups_of, random_linear, schemes_of, write_experts
+from tests.formats.expert_folders import groups_of, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG, change_entries, change_tensors
 
 HEADS_OF_32: dict[str, Any] = {
@@ -236,18 +236,6 @@ def test_a_scale_that_the_dtype_does_not_hold_is_refused() -> None:
         AscendFormat().encode_linear(K, small, "float16")
     assert "--cache none" in str(caught.value)
     AscendFormat().encode_linear(K, small, "bfloat16")
-
-
-def test_latent_attention_is_refused() -> None:
-    from msquant.models.config_json import parse_config
-    from msquant.quantization.layer_schemes import layer_schemes
-    from msquant.recipe.recipe import Recipe
-
-    raw = DEEPSEEK | {"max_position_embeddings": 64, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    policy = Recipe(model="x").replace("quantization", cache="int8").quantization
-    with pytest.raises(RecipeError, match="deepseek_v3 has latent attention") as caught:
-        layer_schemes(parse_config(raw, "config.json"), policy, 0)
-    assert "cache: none" in str(caught.value)
 
 
 def test_scales_are_rounded_channel_by_channel() -> None:

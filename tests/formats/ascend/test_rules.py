@@ -212,7 +212,16 @@ def test_a_float16_model_needs_the_bits_of_deq_scale_as_int64(tmp_path: Path) ->
         ({f"{Q}.smooth": "W8A8"}, f"{Q}.smooth: described, but not stored"),
         ({f"{Q}.deq_scale": None}, f"{Q}.deq_scale: stored, but not described"),
         ({"lm_head.weight": None}, "does not describe lm_head.weight"),
-        ({"fa_quant_type": "FAKQuant"}, "fa_quant_type is 'FAKQuant': a quantized cache or attention"),
+        ({"fa_quant_type": "FAQuant"}, "fa_quant_type is 'FAQuant': a quantized cache or attention"),
+        (
+            {"fa_quant_type": "FAKQuant"},
+            "fa_quant_type: is 'FAKQuant' in the description, but no layer has a fa_k.scale",
+        ),
+        ({"indexer_quant_type": "INT8_DYNAMIC"}, "indexer_quant_type is 'INT8_DYNAMIC': a quantized cache"),
+        (
+            {"model.layers.0.self_attn.quant_type": "Q_FP8_DYNAMIC_KV_FP8"},
+            "model.layers.0.self_attn.quant_type is 'Q_FP8_DYNAMIC_KV_FP8': a quantized cache or attention",
+        ),
         ({"kv_cache_type": "C4"}, "kv_cache_type is 'C4': a quantized cache"),
         (
             {"kv_cache_type": "C8"},
