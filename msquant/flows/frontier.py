@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from msquant.algorithms import DEFAULT, find_algorithm
 from msquant.calibration.evaluation import evaluation_domains
 from msquant.calibration.tokens import Samples, spread_windows
 from msquant.checkpoint.hidden_states import HiddenStateStore
@@ -43,7 +44,7 @@ CHOICE_TOKENS = 96
 """Of each choice text, from its beginning."""
 
 FOUR_BITS_ALGORITHM = "gptq"
-"""Of a recipe that has int4 weights to choose from, unless its own rounds by what linears read."""
+"""In place of the default algorithm where there are int4 weights to choose from."""
 
 FEED_FORWARD = "feed_forward"
 """Name of the unit that all experts of a layer are, with those beside them."""
@@ -465,8 +466,8 @@ def open_subject(
 ) -> Subject:
     """Open a model and work out its units; no weight is read.
 
-    Where int4 weights are to choose from and the recipe's algorithm does not round by what linears read, its
-    algorithm is replaced by `gptq`, without which int4 weights lose several times as much.
+    Where int4 weights are to choose from and the recipe's algorithm is the default, which leaves them rounded
+    to nearest, it is replaced by `gptq`, without which they lose several times as much.
 
     Args:
         recipe: in one format; its calibration text is read.
@@ -498,7 +499,7 @@ def open_subject(
     model = rotated(stored, recipe.quantization)
     units = model_units(recipe, model, schemes)
     four_bits = any(option.scheme.is_int4 for unit in units for option in unit.options)
-    if four_bits and not recipe.quantization.rounds_by_inputs:
+    if four_bits and type(recipe.quantization) is find_algorithm(DEFAULT):
         recipe = recipe.adjusted(algo=FOUR_BITS_ALGORITHM)
     smallest = _smallest(units)
     other = folder_plan(assigned(recipe, units, smallest), model).file_bytes - smallest.nbytes

@@ -32,7 +32,7 @@ from msquant.schemes import Scheme
 Floats = NDArray[np.float32]
 
 # Rounds of least squares in which the scales of rows and columns settle.
-_ROUNDS = 3
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
