@@ -28,6 +28,7 @@ NAMES = (
     "scaling",
     "r1",
     "model_free",
+    "promise",
     "download",
 )
 ON_REQUEST = ("peers",)

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         evaluate,
         export,
         find_recipe,
+        frontier,
         inspect,
         load,
         parse_scheme,
         plan,
+        promise,
         quantize,
     )
 
@@ -44,10 +46,12 @@ __all__ = [
     "evaluate",
     "export",
     "find_recipe",
+    "frontier",
     "inspect",
     "load",
     "parse_scheme",
     "plan",
+    "promise",
     "quantize",
 ]
 

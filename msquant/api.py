@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from msquant.flows.analysis import Analysis
     from msquant.flows.comparison import Comparison
     from msquant.flows.conversion import ExportProgress, ExportResult
+    from msquant.flows.frontier import Frontier
     from msquant.flows.generation import LoadedModel
     from msquant.flows.pipeline import QuantizeResult
+    from msquant.flows.promise import PromiseResult
     from msquant.formats.summary import Summary
     from msquant.hub.folder_download import DownloadResult
     from msquant.planning.model_free_plan import ModelFreePlan
@@ -41,10 +43,12 @@ __all__ = [
     "evaluate",
     "export",
     "find_recipe",
+    "frontier",
     "inspect",
     "load",
     "parse_scheme",
     "plan",
+    "promise",
     "quantize",
 ]
 
@@ -220,6 +224,98 @@ def quantize(
     )
 
 
+def promise(
+    model: "str | Path | Recipe",
+    output: str | Path | None = None,
+    *,
+    max_kl: float | None = None,
+    max_size: int | None = None,
+    server: str | None = None,
+    schemes: Sequence[str | Scheme] = (),
+    verdict_texts: Sequence[str] = (),
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    verbose: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+    transfer: Callable[[], AbstractContextManager[HubProgress]] | None = None,
+) -> "PromiseResult":
+    """Quantize a model into the smallest folder that keeps a promise, as `msquant quantize --max-kl` does.
+
+    The schemes of all linears are chosen. What an interrupted call has finished is kept beside the output,
+    and the same call continues with it.
+
+    Args:
+        model: as `find_recipe` takes it; a recipe's calibration, algorithm and format stay.
+        output: the folder to make; it appears when the promise is kept. MODEL-ALGO in the current folder if
+            None.
+        max_kl: KL from the float model in nats, on the verdict text on which it is greatest.
+        max_size: bytes of the folder's safetensors files; one of the two at least.
+        server: `vllm-mindspore`, `vllm-ascend` or `vllm`, whose format takes the place of the recipe's.
+        schemes: to choose from beside floating point; if empty the most accurate of 8 and of 4 bits that the
+            server takes.
+        verdict_texts: files or folders in place of the builtin verdict texts.
+        source: folder of the weights, in place of the recipe's model.
+        overwrite: replace an earlier result.
+        restart: forget what an interrupted call has finished.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        verbose: show golden-stick's own log.
+        offline: ask no hub.
+        progress: callbacks.
+        transfer: as for `quantize`.
+
+    Returns:
+        What was measured, also where the promise cannot be kept: then `kept` is false, `reason` says why, and
+        there is no output.
+
+    Raises:
+        MsquantError: the input is bad, or the output cannot be written.
+
+    Examples:
+        >>> import msquant
+        >>> msquant.promise("smollm2-135m", "small", max_kl=0.02, server="vllm").kept  # doctest: +SKIP
+        True
+    """
+    from msquant.flows.frontier import recipe_for_server
+    from msquant.flows.promise import Bounds, keep_promise
+    from msquant.hub.choose import is_offline
+    from msquant.recipe.recipe import default_folder
+
+    recipe = find_recipe(model)
+    if server is not None:
+        recipe = recipe_for_server(recipe, server)
+    if output is None:
+        output = default_folder(recipe.model if model is recipe else str(model), recipe)
+
+    def fetch(hub_id: str) -> Path:
+        from msquant.hub.fetch import fetch_model
+
+        with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
+            return fetch_model(hub_id, callbacks)
+
+    alone = offline or is_offline()
+    return keep_promise(
+        recipe,
+        Path(output),
+        Bounds(max_kl, max_size),
+        schemes=[parse_scheme(each) if isinstance(each, str) else each for each in schemes],
+        verdict_texts=verdict_texts,
+        source=None if source is None else str(source),
+        overwrite=overwrite,
+        restart=restart,
+        device=device,
+        memory_budget=memory_budget,
+        verbose=verbose,
+        fetch=None if alone else fetch,
+        offline=alone,
+        progress=progress,
+    )
+
+
 def plan(
     model: "str | Path | Recipe",
     output: str | Path | None = None,
@@ -334,6 +430,62 @@ def analyze(
     return run(
         find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation),
         budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
+        source=None if source is None else str(source),
+        device=device,
+        memory_budget=memory_budget,
+        verbose=verbose,
+        offline=is_offline(),
+        progress=progress,
+    )
+
+
+def frontier(
+    model: "str | Path | Recipe",
+    *,
+    server: str | None = None,
+    point: float | None = None,
+    points: int = 12,
+    schemes: Sequence[str | Scheme] = (),
+    source: str | Path | None = None,
+    device: str = "cpu",
+    memory_budget: int = MEMORY_BUDGET,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> "Frontier":
+    """Size against predicted KL of the best assignments of schemes, from the smallest to the float model.
+
+    Args:
+        model: as `find_recipe` takes it.
+        server: as for `promise`.
+        point: a predicted KL in nats; `chosen` of the result is the smallest assignment within it.
+        points: how many assignments.
+        schemes: as for `promise`.
+        source: folder of the weights, in place of the recipe's model.
+        device: `cpu` or `ascend`.
+        memory_budget: bytes of hidden states held in memory.
+        verbose: show golden-stick's own log.
+        progress: callbacks.
+
+    Returns:
+        The points, each with its recipe, which `quantize` takes.
+
+    Raises:
+        MsquantError: the input is bad.
+
+    Examples:
+        >>> import msquant
+        >>> found = msquant.frontier("smollm2-135m", server="vllm", point=0.02)  # doctest: +SKIP
+        >>> msquant.quantize(found.chosen.recipe, "smollm2-small")  # doctest: +SKIP
+    """
+    from msquant.flows.frontier import find_frontier, recipe_for_server
+    from msquant.hub.choose import is_offline
+
+    recipe = find_recipe(model)
+    return find_frontier(
+        recipe if server is None else recipe_for_server(recipe, server),
+        point=point,
+        points=points,
+        schemes=[parse_scheme(each) if isinstance(each, str) else each for each in schemes],
         source=None if source is None else str(source),
         device=device,
         memory_budget=memory_budget,

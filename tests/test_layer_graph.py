@@ -58,6 +58,14 @@ def test_outputs_that_a_killed_run_did_not_come_to_are_computed(ahead: int | Non
     assert tasks[1].after == (("compute", 1),)
 
 
+@pytest.mark.parametrize("ahead", [None, 3])
+def test_layers_that_were_taken_from_elsewhere_are_computed_for_those_behind_them(ahead: int | None) -> None:
+    tasks = shown(layer_tasks(4, {0, 1, 3}, (), ahead, recompute=True))
+    last = ("pass", 2) if ahead is None else ("quantize", 2)
+    assert tasks == [("embed", 0), ("compute", 0), ("compute", 1), last]
+    assert shown(layer_tasks(4, {0, 1, 3}, {1}, ahead, recompute=True)) == [("compute", 1), last]
+
+
 def test_nothing_is_left_when_all_layers_are_finished() -> None:
     assert layer_tasks(2, {0, 1}, ()) == []
 

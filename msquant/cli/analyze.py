@@ -12,6 +12,7 @@ from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
     from msquant.flows.analysis import Analysis
+    from msquant.flows.frontier import Frontier, FrontierPoint
     from msquant.quantization.selection import RankedGroup
 
 SHOWN = 20
@@ -53,6 +54,24 @@ def analyze(
             "for example 200MB."
         ),
     ] = None,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Size against predicted KL, from the fewest bits to floating point, for one server.",
+        ),
+    ] = False,
+    point: Annotated[
+        float | None,
+        typer.Option(
+            help="With --frontier: the recipe of the smallest folder whose predicted KL is at most this.",
+            show_default=False,
+        ),
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, max=200, help="With --frontier: how many points.")] = 12,
+    server: options.ServerFor = None,
+    formats: options.Formats = None,
+    schemes: options.SchemeWords = None,
     output: Annotated[
         Path | None, typer.Option(help="File for the recipe, .yaml.  [default: printed]")
     ] = None,
@@ -67,16 +86,39 @@ def analyze(
 
     Example: msquant analyze smollm2-135m
 
+    With --frontier schemes are chosen for every group, and KL is predicted for the whole model.
+
+    Example: msquant analyze smollm2-135m --frontier --for vllm --point 0.02 --output small.yaml
+
     Example: msquant analyze smollm2-135m --keep-float 6 --output mixed.yaml && msquant quantize mixed.yaml
     """
     from msquant.quantization.selection import budget_of
 
     size = None if max_size is None else console.parse_bytes(max_size, "--max-size")
     budget = budget_of(keep_float, keep_dynamic, max_error, size)
+    if frontier:
+        _refuse_with_frontier(
+            budget.option if budget else None,
+            "--scheme" if scheme else None,
+            "--group-size" if group_size else None,
+        )
+    else:
+        for option, given in (
+            ("--point", point),
+            ("--for", server),
+            ("--format", formats),
+            ("--schemes", schemes),
+        ):
+            if given is not None:
+                raise RecipeError("is for --frontier", where=option, remedy="give --frontier, too")
     if output is not None:
         from msquant.recipe.recipe import check_target
 
-        if budget is None:
+        if frontier and point is None:
+            raise RecipeError(
+                "there is no recipe to write", where="--output", remedy="choose a point: --point 0.02"
+            )
+        if not frontier and budget is None:
             raise RecipeError(
                 "there is no recipe to write",
                 where="--output",
@@ -90,7 +132,7 @@ def analyze(
     from msquant import api
     from msquant.recipe.recipe import write_recipe
 
-    recipe = api.find_recipe(model).adjusted(
+    recipe = options.for_server(api.find_recipe(model), server, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
@@ -102,8 +144,32 @@ def analyze(
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
+        formats=formats,
     )
     from msquant.cli.layer_progress import LayerProgress
+
+    if frontier:
+        from msquant.cli.promise import parse_schemes
+
+        with LayerProgress() as display:
+            found = api.frontier(
+                recipe,
+                point=point,
+                points=points,
+                schemes=parse_schemes(schemes),
+                source=source,
+                device=device,
+                memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
+                verbose=verbose,
+                progress=display.flow(lambda record: _note(record["noise"])),
+            )
+        if output is not None and found.chosen is not None and found.chosen.recipe is not None:
+            write_recipe(found.chosen.recipe, output, overwrite=overwrite)
+        if as_json:
+            console.print_json(_frontier_as_json(found, output))
+        else:
+            _print_frontier(found, output)
+        return
 
     with LayerProgress() as display:
         analysis = api.analyze(
@@ -124,6 +190,67 @@ def analyze(
         console.print_json(_as_json(analysis, output))
     else:
         _print(analysis, output, source)
+
+
+def _refuse_with_frontier(*given: str | None) -> None:
+    for option in given:
+        if option is not None:
+            raise RecipeError(
+                "does not go with --frontier, which chooses every scheme",
+                where=option,
+                remedy="leave one of them out",
+            )
+
+
+def _frontier_as_json(found: "Frontier", output: Path | None) -> dict[str, Any]:
+    losses = found.losses
+    return {
+        "texts": list(losses.texts),
+        "points": [_point(point) for point in found.points],
+        "chosen": None if found.chosen is None else _point(found.chosen),
+        "interaction": {str(scheme): list(losses.interaction(scheme)) for scheme in losses.schemes},
+        "units": losses.as_dict()["units"],
+        "file": None if output is None else str(output),
+        "seconds": round(found.seconds, 3),
+    }
+
+
+def _point(point: "FrontierPoint") -> dict[str, Any]:
+    return {
+        "bytes": point.nbytes,
+        "kl": point.loss,
+        "kl_by_text": list(point.losses),
+        "linears": point.counts,
+        "recipe": None if point.recipe is None else point.recipe.model_dump(mode="json"),
+    }
+
+
+def _print_frontier(found: "Frontier", output: Path | None) -> None:
+    rows = [
+        [
+            console.as_bytes(point.nbytes),
+            f"{point.loss:.4f}",
+            ", ".join(f"{count} {word}" for word, count in point.counts.items()),
+        ]
+        for point in found.points
+    ]
+    console.print_table(
+        "Size against predicted KL to the float model",
+        ["size", "KL", "linears"],
+        rows,
+        caption="KL: of the choice text on which it is greatest, in nats.",
+    )
+    if found.chosen is None:
+        return
+    point = found.chosen
+    console.print_line(f"Chosen: {console.as_bytes(point.nbytes)}, predicted KL {point.loss:.4f}")
+    if output is not None:
+        console.print_line(f"Wrote {output}.")
+        console.print_next(f"msquant quantize {shlex.quote(str(output))}")
+    elif point.recipe is not None:
+        from msquant.recipe.recipe import recipe_text
+
+        console.print_document(recipe_text(point.recipe).rstrip("\n"))
 
 
 def _note(errors: dict[str, float]) -> str:

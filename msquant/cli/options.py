@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msquant.algorithms import algorithm_names, find_algorithm
 from msquant.errors import RecipeError
 from msquant.schemes import FLOAT, PRESETS
+
+if TYPE_CHECKING:
+    from msquant.recipe.recipe import Recipe
 
 
 def _known_algorithm(name: str | None) -> str | None:
@@ -84,6 +87,21 @@ def complete_stored(incomplete: str) -> list[str]:
     from msquant.flows.storage import stored_items
 
     return _complete([item.name for item in stored_items()], incomplete)
+
+
+def for_server(recipe: "Recipe", server: str | None, formats: str | None) -> "Recipe":
+    """A recipe in the format of the server that `--for` names. Raises RecipeError, with `--format` too."""
+    if server is None:
+        return recipe
+    if formats is not None:
+        raise RecipeError(
+            f"is {server}, and --format is {formats}",
+            where="--for",
+            remedy="give one of them: each server reads one format",
+        )
+    from msquant.flows.frontier import recipe_for_server
+
+    return recipe_for_server(recipe, server)
 
 
 def complete_folders(incomplete: str) -> list[str]:
@@ -184,6 +202,25 @@ Formats = Annotated[
         "--format",
         help="golden-stick, compressed-tensors, ascend, or several with commas between them.",
         autocompletion=complete_formats,
+    ),
+]
+ServerFor = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="SERVER",
+        help="vllm-mindspore, vllm-ascend or vllm: the format that it reads, in place of --format.",
+        autocompletion=complete_servers,
+        show_default=False,
+    ),
+]
+SchemeWords = Annotated[
+    str | None,
+    typer.Option(
+        "--schemes",
+        help="Schemes to choose from beside floating point, with commas between them: W8A8_DYNAMIC,W4A16.  "
+        "[default: the most accurate of 8 and of 4 bits that the server takes]",
+        show_default=False,
     ),
 ]
 Device = Annotated[

@@ -41,6 +41,32 @@ def quantize(
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
     formats: options.Formats = None,
+    server: options.ServerFor = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose schemes: the smallest folder whose KL to the float model, in nats, is at most this "
+            "on every text of a set that nothing else has seen. Exit code 3 if it cannot be.",
+            show_default=False,
+        ),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose schemes: the most accurate folder of at most this size, for example 340GB; with "
+            "--max-kl both hold.",
+            show_default=False,
+        ),
+    ] = None,
+    schemes: options.SchemeWords = None,
+    verdict_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text that --max-kl is measured on, in place of the builtin texts: a file or folder. "
+            "Repeat it for more.",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = "cpu",
     source: options.Source = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
@@ -101,6 +127,8 @@ def quantize(
 
     Example: msquant quantize ./GLM-4.6 --calibration none --format ascend
 
+    Example: msquant quantize smollm2-135m --max-kl 0.02 --for vllm
+
     Example: msquant quantize qwen3-8b --workers 4
 
     Example: msquant quantize qwen3-8b --calibration builtin --calibration gsm8k=25% --calibration self=4
@@ -110,9 +138,18 @@ def quantize(
     if not verbose:
         silence_libraries()
     from msquant import api
+    from msquant.cli import promise
     from msquant.recipe.recipe import default_folder, find_recipe
 
-    recipe = find_recipe(model, formats).adjusted(
+    wanted = promise.parse_schemes(schemes)
+    promised = max_kl is not None or max_size is not None
+    if promised:
+        promise.refuse_with_bounds(
+            scheme=scheme, group_size=group_size, dry_run=dry_run, workers=workers, ray_address=ray_address
+        )
+    else:
+        promise.refuse_without_bounds(schemes=schemes, verdict_text=verdict_text)
+    recipe = options.for_server(find_recipe(model, formats), server, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,
@@ -139,6 +176,33 @@ def quantize(
 
     from msquant.cli.layer_progress import LayerProgress
     from msquant.flows.workers import Workers
+
+    if promised:
+        with LayerProgress() as display:
+            kept = api.promise(
+                recipe,
+                target,
+                max_kl=max_kl,
+                max_size=None if max_size is None else console.parse_bytes(max_size, "--max-size"),
+                schemes=wanted,
+                verdict_texts=verdict_text or (),
+                source=source,
+                overwrite=overwrite,
+                restart=restart,
+                device=device,
+                memory_budget=budget,
+                verbose=verbose,
+                offline=offline,
+                progress=display.flow(_promised),
+                transfer=lambda: _transfer(display),
+            )
+        if as_json:
+            console.print_json(promise.promise_as_json(kept))
+        else:
+            promise.print_promise(kept, max_kl)
+        if not kept.kept:
+            raise typer.Exit(promise.EXIT_NOT_KEPT)
+        return
 
     without_text = recipe.calibration.is_none
     alone = Workers(workers, ray_address).in_process
@@ -185,6 +249,13 @@ def _parts(display: "LayerProgress") -> "Progress":
         layer=lambda record: display.advance(record.get("shards", "")),
         step=display.step,
     )
+
+
+def _promised(record: dict[str, Any]) -> str:
+    """Of a layer that is measured the noise of its units, of one that is quantized what was chosen."""
+    if "noise" in record:
+        return " ".join(f"{name} {noise:.1e}" for name, noise in record["noise"].items())
+    return _alphas(record)
 
 
 def _alphas(record: dict[str, Any]) -> str:

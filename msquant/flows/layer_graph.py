@@ -107,7 +107,12 @@ class InProcess:
 
 
 def layer_tasks(
-    count: int, finished: Collection[int], made: Collection[int], ahead: int | None = None
+    count: int,
+    finished: Collection[int],
+    made: Collection[int],
+    ahead: int | None = None,
+    *,
+    recompute: bool = False,
 ) -> list[Task]:
     """The tasks that are left, each behind those that it waits for.
 
@@ -117,6 +122,8 @@ def layer_tasks(
         made: the boundaries whose hidden states are there: 3 between layers 2 and 3.
         ahead: how many layers the floating-point pass may be ahead of the quantization, which bounds the
             hidden states on disk; None for one process, which does both at once.
+        recompute: compute the outputs of finished layers whose hidden states are not there; an earlier run
+            has left them, unless its layers were taken from another result.
     """
     unfinished = [index for index in range(count) if index not in finished]
     if not unfinished:
@@ -124,6 +131,8 @@ def layer_tasks(
     first, last = unfinished[0], unfinished[-1]
     if first not in made and first - 1 in made:
         # The layer before was quantized, and the run ended before its outputs were computed.
+        first -= 1
+    while recompute and first > 0 and first not in made:
         first -= 1
     tasks: list[Task] = []
     makers: dict[int, Key] = {}

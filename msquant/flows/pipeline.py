@@ -5,20 +5,22 @@ golden-stick; they are kept on disk beside a journal of the finished layers, so 
 continues with the layer it was in and ends with the same bytes.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msquant.checkpoint.disk import require_free_space
+from msquant.checkpoint.disk import require_free_space, writing
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
+from msquant.checkpoint.shard_stream import shard_bytes
 from msquant.checkpoint.writer import is_temporary
 from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
@@ -43,15 +45,21 @@ from msquant.flows.workers import Workers, layers_ahead
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
+from msquant.formats.verdicts import served_model
 from msquant.inference.serving_need import ServingNeed, serving_need
 from msquant.interrupts import deferred_interrupts
 from msquant.models.config import ModelConfig
 from msquant.models.device import require_device
 from msquant.progress import Phase, Progress
 from msquant.recipe.recipe import Recipe
+from msquant.schemes import FLOAT
 
 if TYPE_CHECKING:
     from msquant.flows.worker_pool import WorkerPool
+
+
+_TAKEN = "taken"
+"""Of a record of the journal: whether the layer was taken from another result."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class QuantizeResult:
         notes: what the user should know of the result.
         seconds: wall time of this run.
         peak_memory: greatest resident set of this process so far, in bytes.
+        records: the journal's, of every group of tensors; what `Reuse` takes.
+        reused: layers that were taken from an earlier result.
     """
 
     folder: Path
@@ -84,6 +94,21 @@ class QuantizeResult:
     notes: tuple[str, ...]
     seconds: float
     peak_memory: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+    reused: int = 0
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """An earlier result by the same recipe but for the schemes, whose layers are taken where those are equal.
+
+    Attributes:
+        folder: of the result.
+        records: its `QuantizeResult.records`.
+    """
+
+    folder: Path
+    records: Sequence[dict[str, Any]]
 
 
 def quantize(
@@ -101,6 +126,7 @@ def quantize(
     progress: Progress | None = None,
     remember: bool = True,
     workers: Workers | None = None,
+    reuse: Sequence[Reuse] = (),
 ) -> QuantizeResult:
     """Quantize a model by a recipe into a new folder, or continue what an interrupted call has begun there.
 
@@ -119,6 +145,8 @@ def quantize(
         progress: callbacks.
         workers: who does the work on decoder layers; this process alone if None. The bytes are the same.
         remember: note the folder as the newest result, which `msquant run` takes, and `msquant list` shows.
+        reuse: results of the same model, text, algorithm and options, of which layers with the same schemes
+            are taken. A layer depends on no other layer's schemes, so the bytes are the same without it.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -158,6 +186,7 @@ def quantize(
             deferred_interrupts(),
             RunFiles(journal, model.checkpoint) as files,
         ):
+            reused = _take_layers(reuse, plan, model.config, predicted, journal)
             needed = _bytes_to_come(plan, journal) + sum(other.file_bytes for other, _ in others)
             writer = FolderStream(target.path, plan)
             for record in journal.records:
@@ -223,7 +252,37 @@ def quantize(
         notes=tuple(note for note in said if note),
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
+        records=journal.records,
+        reused=reused,
     )
+
+
+def _take_layers(
+    reuse: Sequence[Reuse], plan: FolderPlan, config: ModelConfig, predicted: int, journal: Journal
+) -> int:
+    """Copy layers of earlier results that the plan has in the same files and schemes; returns how many."""
+    finished = {record["group"] for record in journal.records}
+    taken, folder = 0, journal.path.parent
+    for earlier in reuse:
+        schemes = served_model(earlier.folder)
+        for record in earlier.records:
+            group = record["group"]
+            if group in finished or schemes is None or group >= config.num_hidden_layers + predicted:
+                continue
+            prefix = f"{config.family.layer_name(group)}."
+            wanted = {name: scheme for name, scheme in plan.linears.items() if name.startswith(prefix)}
+            there = {name: schemes.linears.get(name, FLOAT).without_cache for name in wanted}
+            same = there == {name: scheme.without_cache for name, scheme in wanted.items()}
+            sizes = {shard.file_name: shard_bytes(shard.specs) for shard in plan.groups[group]}
+            if not same or sizes != {name: entry["size"] for name, entry in record["files"].items()}:
+                continue
+            for name in record["files"]:
+                with writing(folder / name):
+                    shutil.copyfile(earlier.folder / name, folder / name)
+            journal.append({**record, _TAKEN: True})
+            finished.add(group)
+            taken += 1
+    return taken
 
 
 @contextmanager
@@ -294,7 +353,8 @@ def _write_layers(
         executor, ahead = InProcess(work.run), None
     else:
         executor, ahead = pool, layers_ahead(pool.count)
-    tasks = layer_tasks(count, finished, made, ahead)
+    taken = any(record.get(_TAKEN) for record in journal.records)
+    tasks = layer_tasks(count, finished, made, ahead, recompute=taken)
     left = {task.key for task in tasks}
     seconds: list[float] = []
     if finished:

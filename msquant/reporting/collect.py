@@ -271,6 +271,14 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "source shards": len(manifest.source.shards) or None,
         SOURCE_HASH: manifest.source.sha256,
     }
+    if (promise := manifest.promise) is not None:
+        bounds = [] if promise.max_kl is None else [f"KL <= {promise.max_kl:g}"]
+        bounds += [] if promise.max_bytes is None else [f"{promise.max_bytes:.0f} bytes"]
+        facts |= {
+            "promise": f"{', '.join(bounds)}: {'kept' if promise.kept else 'not kept'}",
+            "KL on the verdict texts": promise.of("verdict"),
+            "KL on the texts that schemes were chosen by": promise.of("choice"),
+        }
     return {name: printable(str(value)) for name, value in facts.items() if value is not None}
 
 

@@ -185,6 +185,31 @@ class Evaluation(_Record):
         return {layer.index: layer.own_snr for layer in self.layers}
 
 
+class RecordedRound(_Record):
+    """A round of a promise; see `flows.promise.Round`."""
+
+    number: Count = 0
+    choice: dict[Name, Number] = Field(default_factory=dict)
+    verdict: dict[Name, Number] = Field(default_factory=dict)
+
+
+class RecordedPromise(_Record):
+    """What was promised of a folder and measured; see `flows.promise`."""
+
+    max_kl: Number = None
+    max_bytes: Number = None
+    kept: bool = False
+    round: Count = 0
+    rounds: list[RecordedRound] = Field(default_factory=list)
+
+    def of(self, texts: str) -> str | None:
+        """KL by text of the round that the folder is of: of its `choice` or its `verdict` texts."""
+        mine = next((each for each in self.rounds if each.number == self.round), RecordedRound())
+        found: dict[str, float | None] = getattr(mine, texts)
+        listed = sorted(((kl, name) for name, kl in found.items() if kl is not None), reverse=True)
+        return ", ".join(f"{name} {kl:.4f}" for kl, name in listed) or None
+
+
 class Manifest(_Record):
     """`msquant.json`, as far as a report shows it; all of it is empty where there is none."""
 
@@ -196,6 +221,7 @@ class Manifest(_Record):
     layers: list[Layer] = Field(default_factory=list)
     files: dict[Name, File] = Field(default_factory=dict)
     evaluation: Evaluation | None = None
+    promise: RecordedPromise | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:

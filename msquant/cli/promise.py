@@ -1,0 +1,114 @@
+"""`msquant quantize --max-kl` and `--max-size`: what was promised and measured, for people and as JSON."""
+
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from msquant.cli import console
+from msquant.errors import RecipeError
+from msquant.schemes import Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from msquant.flows.promise import PromiseResult
+
+EXIT_NOT_KEPT = 3
+"""Exit code of a promise that cannot be kept."""
+
+
+def parse_schemes(text: str | None) -> tuple[Scheme, ...]:
+    """The schemes that `--schemes` names, with commas between them. Raises RecipeError."""
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise RecipeError("names no scheme", where="--schemes", remedy="write W8A8_DYNAMIC,W4A16")
+    try:
+        return tuple(dict.fromkeys(map(parse_scheme, words)))
+    except RecipeError as error:
+        raise RecipeError(error.what, where="--schemes", remedy=error.remedy) from error
+
+
+def refuse_without_bounds(**given: object) -> None:
+    """Raise RecipeError for an option that says how a promise is kept where there is none."""
+    for name, value in given.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                "is for a promise, and none is made",
+                where=option,
+                remedy="give --max-kl or --max-size, or leave it out",
+            )
+
+
+def refuse_with_bounds(**given: object) -> None:
+    """Raise RecipeError for an option that contradicts a promise."""
+    reasons = {
+        "scheme": "gives all linears one scheme, and --max-kl and --max-size choose them",
+        "group_size": "is of one scheme, and --max-kl and --max-size choose schemes",
+        "dry_run": "says what a recipe makes, and the schemes are still to be chosen",
+        "workers": "shares one quantization, and a promise takes several: it is kept in one process",
+        "ray_address": "shares one quantization, and a promise takes several: it is kept in one process",
+    }
+    for name, value in given.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                reasons[name], where=option, remedy=f"leave out {option}, or --max-kl and --max-size"
+            )
+
+
+def promise_as_json(result: "PromiseResult") -> dict[str, Any]:
+    """What `--json` prints."""
+    losses = result.losses
+    return {
+        "kept": result.kept,
+        "folder": None if result.folder is None else str(result.folder),
+        "reason": result.reason,
+        "round": result.best,
+        "rounds": [asdict(each) for each in result.rounds],
+        "texts": list(losses.texts),
+        "interaction": {str(scheme): list(losses.interaction(scheme)) for scheme in losses.schemes},
+        "seconds": round(result.seconds, 3),
+        "cpu_seconds": round(result.cpu_seconds, 3),
+        "peak_memory_bytes": result.peak_memory,
+    }
+
+
+def print_promise(result: "PromiseResult", max_kl: float | None) -> None:
+    """Show the rounds, the texts of the best one, and whether the promise is kept."""
+    rows = [
+        [
+            each.number,
+            "" if each.target is None else f"{each.target:.4f}",
+            f"{max(each.predicted.values()):.4f}",
+            f"{max(each.choice.values()):.4f}",
+            f"{each.worst:.4f}",
+            console.as_bytes(each.nbytes),
+            ", ".join(f"{count} {word}" for word, count in each.schemes.items()),
+            "yes" if each.kept else "no",
+        ]
+        for each in result.rounds
+    ]
+    if rows:
+        console.print_table(
+            "Rounds: greatest KL to the float model over the texts, in nats",
+            ["round", "aimed at", "predicted", "choice", "verdict", "size", "linears", "kept"],
+            rows,
+            caption="choice: texts that the schemes were chosen by. verdict: texts that nothing has seen.",
+        )
+    best = next((each for each in result.rounds if each.number == result.best), None)
+    if best is not None:
+        verdict = sorted(best.verdict.items(), key=lambda item: -item[1])
+        console.print_table(
+            f"KL on the verdict texts, round {best.number}",
+            ["text", "KL"],
+            [[name, f"{kl:.4f}"] for name, kl in verdict],
+        )
+    console.print_line(f"time: {result.seconds:.0f} s, {result.cpu_seconds:.0f} s of the processor")
+    if result.kept:
+        bound = "" if max_kl is None else f" within {max_kl:g}"
+        console.print_line(f"Kept{bound}: {result.folder}")
+        console.print_next(f"msquant inspect {shlex.quote(str(result.folder))}")
+        return
+    where = "" if result.folder is None else f" The best that was found is in {result.folder}."
+    console.print_warning(f"the promise cannot be kept: {result.reason}.{where}", severe=True)
