@@ -80,7 +80,10 @@ class GoldenStickFormat(Format):
     predictions_in_float = True
 
     in_groups = frozenset({schemes.W4A8_DYNAMIC})
-    no_cache = "no loader of it selects an int8 cache; vllm-ascend takes one, in the ascend format"
+    no_cache = (
+        "no loader of it selects an int8 cache of keys and values, and the arithmetic of its int8 latent "
+        "cache (FAQuant) is not published; vllm-ascend takes one, in the ascend format"
+    )
 
     variant: Variant = "native"
     row_groups: int = 0

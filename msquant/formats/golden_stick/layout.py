@@ -98,6 +98,9 @@ def folder_variant(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Va
     )
 
 
+_LATENT_CACHE = "fa_quant_type"
+
+
 def description_files(folder: Path) -> list[Path]:
     """The files vLLM takes for descriptions: any whose name *ends* with one of the two known names."""
     return sorted(path for path in folder.glob("*.json") if path.name.endswith(DESCRIPTION_NAMES))
@@ -107,7 +110,8 @@ def read_description(folder: Path) -> Description:
     """What is said of the tensors of a folder.
 
     Raises:
-        CheckpointError: there is not exactly one description, or it does not map names to strings.
+        CheckpointError: there is not exactly one description, it does not map names to strings, or it
+            describes an int8 latent cache.
     """
     files = description_files(folder)
     if len(files) != 1:
@@ -124,6 +128,13 @@ def read_description(folder: Path) -> Description:
         if not isinstance(value, str):
             raise CheckpointError(f"{name} is {value!r}, {W8A8} or {FLOAT} is expected", where=files[0])
     entries = {name: value for name, value in content.items() if "." not in name}
+    if cache := entries.get(_LATENT_CACHE):
+        raise CheckpointError(
+            f"{_LATENT_CACHE} is {cache!r}: MindFormers' int8 latent cache, whose arithmetic is not "
+            "published",
+            where=files[0],
+            remedy="msquant reads folders of this format with a cache in floating point",
+        )
     return Description(tensors, entries, WORDS["mindformers"])
 
 

@@ -187,6 +187,14 @@ def test_the_other_name_of_the_description_is_accepted(folder: Path) -> None:
     assert FORM.validate(folder) == []
 
 
+@pytest.mark.parametrize("kind", ["FAQuant", "FAKQuant"])
+def test_an_int8_latent_cache_is_refused_by_name(folder: Path, kind: str) -> None:
+    """As MindFormers reads it (golden_stick/config.py, `fa3_quant`)."""
+    change_json(folder / DESCRIPTION_NAME, lambda d: d.update(fa_quant_type=kind))
+    (problem,) = (found for found in map(str, FORM.validate(folder)) if "fa_quant_type" in found)
+    assert f"fa_quant_type is '{kind}': MindFormers' int8 latent cache" in problem
+
+
 def test_undotted_entries_of_a_description_are_not_taken_for_tensors(folder: Path) -> None:
     change_json(folder / DESCRIPTION_NAME, lambda d: d.update({"version": "1.0.0"}))
     write_manifest(folder)
