@@ -20,7 +20,15 @@ from tests.fixtures.tiny_model import write_tiny_llama
 
 COMMANDS = ("quantize", "plan", "analyze", "evaluate", "compare", "inspect", "export", "download")
 # What a command has for a terminal, or a recipe holds, and what stands for it in the function.
-RENAMED = {"algo": "algo", "text": "texts", "no_builtin": "builtin", "no_evaluate": "evaluate"}
+RENAMED = {
+    "algo": "algo",
+    "text": "texts",
+    "no_builtin": "builtin",
+    "no_evaluate": "evaluate",
+    "verdict_text": "verdict_texts",
+}
+# What a command calls where it is asked to choose schemes.
+CHOOSING = {"quantize": "promise", "analyze": "frontier"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def test_everything_that_is_offered_is_there_typed_and_explained() -> None:
     for name in api.__all__:
         assert getattr(msquant, name) is getattr(api, name)
         assert inspect.getdoc(getattr(msquant, name))
-    for name in (*COMMANDS, "load", "find_recipe"):
+    for name in (*COMMANDS, *CHOOSING.values(), "load", "find_recipe"):
         function = getattr(msquant, name)
         assert "Examples:" in function.__doc__
         assert "Raises:" in function.__doc__
@@ -88,15 +96,17 @@ def test_a_function_takes_what_its_command_takes(name: str) -> None:
     command = typer.main.get_command(app)
     assert isinstance(command, click.Group) or hasattr(command, "commands")
     options = {parameter.name for parameter in command.commands[name].params}
-    function = inspect.signature(getattr(msquant, name)).parameters
+    function = set(inspect.signature(getattr(msquant, name)).parameters)
+    if name in CHOOSING:
+        function |= set(inspect.signature(getattr(msquant, CHOOSING[name])).parameters)
     recipe = inspect.signature(msquant.Recipe.adjusted).parameters
     shown = {"as_json", "dry_run", "markdown", "verbose", "server", "tensor_parallel", "probe"}
     if name == "analyze":
-        # Of the file for its recipe.
-        shown |= {"output", "overwrite"}
+        # Of the file for its recipe, and which of its two functions it calls.
+        shown |= {"output", "overwrite", "frontier"}
     # Tasks of lm_eval are asked by another function of the command, of `msquant.tasks`.
     tasks = {"tasks", "task_data", "limit", "num_fewshot", "endpoint"} if name == "evaluate" else set()
-    taken = set(function) | (set(recipe) if name in ("quantize", "plan", "analyze") else set())
+    taken = function | (set(recipe) if name in ("quantize", "plan", "analyze") else set())
     assert {RENAMED.get(str(option), option) for option in options - shown - tasks} <= taken | {"model"}
 
 
