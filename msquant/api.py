@@ -280,14 +280,12 @@ def promise(
         >>> msquant.promise("smollm2-135m", "small", max_kl=0.02, server="vllm").kept  # doctest: +SKIP
         True
     """
-    from msquant.flows.frontier import recipe_for_server
+    from msquant.flows.frontier import format_for
     from msquant.flows.promise import Bounds, keep_promise
     from msquant.hub.choose import is_offline
     from msquant.recipe.recipe import default_folder
 
-    recipe = find_recipe(model)
-    if server is not None:
-        recipe = recipe_for_server(recipe, server)
+    recipe = find_recipe(model, None if server is None else format_for(server))
     if output is None:
         output = default_folder(recipe.model if model is recipe else str(model), recipe)
 
@@ -477,12 +475,11 @@ def frontier(
         >>> found = msquant.frontier("smollm2-135m", server="vllm", point=0.02)  # doctest: +SKIP
         >>> msquant.quantize(found.chosen.recipe, "smollm2-small")  # doctest: +SKIP
     """
-    from msquant.flows.frontier import find_frontier, recipe_for_server
+    from msquant.flows.frontier import find_frontier, format_for
     from msquant.hub.choose import is_offline
 
-    recipe = find_recipe(model)
     return find_frontier(
-        recipe if server is None else recipe_for_server(recipe, server),
+        find_recipe(model, None if server is None else format_for(server)),
         point=point,
         points=points,
         schemes=[parse_scheme(each) if isinstance(each, str) else each for each in schemes],

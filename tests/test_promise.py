@@ -20,9 +20,9 @@ from msquant.flows.frontier import (
     UnitLosses,
     assigned,
     find_frontier,
+    format_for,
     model_units,
     open_subject,
-    recipe_for_server,
 )
 from msquant.flows.pipeline import quantize
 from msquant.flows.promise import Bounds, PromiseResult, keep_promise
@@ -40,8 +40,7 @@ BOUND = 0.003
 
 
 def short(model: Path, server: str) -> Recipe:
-    recipe = find_recipe(str(model)).adjusted(samples=4, sequence_length=32)
-    return recipe_for_server(recipe, server)
+    return find_recipe(str(model), format_for(server)).adjusted(samples=4, sequence_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +217,7 @@ def test_bad_input_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="measurement that a promise is made of"):
         keep_promise(recipe.adjusted(evaluate=False), output, Bounds(0.1))
     with pytest.raises(RecipeError, match="did you mean vllm-ascend"):
-        recipe_for_server(recipe, "vllm-asend")
+        format_for("vllm-asend")
     (tmp_path / "out.promise").mkdir()
     (tmp_path / "out.promise" / "mine").write_text("")
     with pytest.raises(OutputError, match="was not made by msquant"):

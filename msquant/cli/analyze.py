@@ -132,7 +132,8 @@ def analyze(
     from msquant import api
     from msquant.recipe.recipe import write_recipe
 
-    recipe = options.for_server(api.find_recipe(model), server, formats).adjusted(
+    formats = options.formats_of(server, formats)
+    recipe = api.find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,

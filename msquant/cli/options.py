@@ -11,7 +11,7 @@ from msquant.errors import RecipeError
 from msquant.schemes import FLOAT, PRESETS
 
 if TYPE_CHECKING:
-    from msquant.recipe.recipe import Recipe
+    pass
 
 
 def _known_algorithm(name: str | None) -> str | None:
@@ -89,19 +89,19 @@ def complete_stored(incomplete: str) -> list[str]:
     return _complete([item.name for item in stored_items()], incomplete)
 
 
-def for_server(recipe: "Recipe", server: str | None, formats: str | None) -> "Recipe":
-    """A recipe in the format of the server that `--for` names. Raises RecipeError, with `--format` too."""
+def formats_of(server: str | None, formats: str | None) -> str | None:
+    """The formats that `--for` or `--format` names; None if neither does. Raises RecipeError if both do."""
     if server is None:
-        return recipe
+        return formats
     if formats is not None:
         raise RecipeError(
             f"is {server}, and --format is {formats}",
             where="--for",
             remedy="give one of them: each server reads one format",
         )
-    from msquant.flows.frontier import recipe_for_server
+    from msquant.flows.frontier import format_for
 
-    return recipe_for_server(recipe, server)
+    return format_for(server)
 
 
 def complete_folders(incomplete: str) -> list[str]:

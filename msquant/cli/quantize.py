@@ -149,7 +149,8 @@ def quantize(
         )
     else:
         promise.refuse_without_bounds(schemes=schemes, verdict_text=verdict_text)
-    recipe = options.for_server(find_recipe(model, formats), server, formats).adjusted(
+    formats = options.formats_of(server, formats)
+    recipe = find_recipe(model, formats).adjusted(
         algo=algo,
         scheme=scheme,
         group_size=group_size,

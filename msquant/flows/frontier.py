@@ -29,7 +29,7 @@ from msquant.flows.layer_work import embed
 from msquant.flows.source import Source, batch_tokens, folder_plan, open_source, require_target, rotated
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
 from msquant.formats.folder_plan import FolderPlan, plan_folder
-from msquant.formats.registry import find_format, format_names
+from msquant.formats.registry import FormatName, find_format, format_names
 from msquant.formats.servers import SERVER_NAMES
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.models.config import ModelConfig
@@ -511,11 +511,10 @@ def _smallest(units: Sequence[Unit]) -> Assignment:
     return Assignment(tuple(min(unit.options, key=lambda option: option.nbytes) for unit in units))
 
 
-def recipe_for_server(recipe: Recipe, server: str) -> Recipe:
-    """A recipe in the format of a server.
+def format_for(server: str) -> FormatName:
+    """The format that a server reads.
 
     Args:
-        recipe: whose format is replaced; one that only servers of another name take, too.
         server: one of `SERVER_NAMES`.
 
     Raises:
@@ -523,8 +522,7 @@ def recipe_for_server(recipe: Recipe, server: str) -> Recipe:
     """
     if server not in SERVER_NAMES:
         raise RecipeError(f"{server!r} is not a server", where="--for", remedy=choices(server, SERVER_NAMES))
-    name = next(name for name in format_names() if find_format(name).server == server)
-    return recipe.adjusted(formats=name)
+    return next(name for name in format_names() if find_format(name).server == server)
 
 
 @dataclass(frozen=True)
