@@ -2,16 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from msquant.algorithms import algorithm_names, find_algorithm
 from msquant.errors import RecipeError
 from msquant.schemes import FLOAT, PRESETS
-
-if TYPE_CHECKING:
-    pass
 
 
 def _known_algorithm(name: str | None) -> str | None:
