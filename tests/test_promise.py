@@ -170,6 +170,27 @@ def test_a_run_that_was_interrupted_measures_nothing_twice(
     assert found.folder == output
 
 
+def test_a_kill_while_the_folder_moves_leaves_nothing_that_passes_for_whole(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, output = short(tiny_llama, "vllm-mindspore"), tmp_path / "out"
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.suffix == ".safetensors" and "round-" in str(self.parent):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        keep_promise(recipe, output, Bounds(BOUND), remember=False)
+    assert not output.exists()
+    monkeypatch.undo()
+    found = keep_promise(recipe, output, Bounds(BOUND), remember=False)
+    assert found.kept
+    assert find_format("golden-stick")().validate(output, verify_hashes=True) == []
+
+
 def test_the_most_accurate_folder_of_a_size_is_of_that_size(tiny_llama: Path, tmp_path: Path) -> None:
     subject = open_subject(short(tiny_llama, "vllm-mindspore"))
     limit = subject.least_bytes + 20_000

@@ -9,6 +9,7 @@ Everything is kept in `<output>.promise` until the promise is kept: the losses, 
 was measured of it. A run that was interrupted continues with the round that it was in.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -247,7 +248,8 @@ def keep_promise(
             best, reason = taken.number, ""
             _record(taken, rounds, bounds, losses, verdict)
             with writing(target.path):
-                for path in sorted(Path(taken.folder).iterdir()):
+                # The manifest first: a round without one is not taken for a finished one.
+                for path in sorted(Path(taken.folder).iterdir(), key=lambda each: each.name != MANIFEST_NAME):
                     path.rename(target.path / path.name)
             folder = target.finish()
             work.clear()
@@ -345,7 +347,8 @@ class _Work:
         if found.get("settings") != settings:
             return []
         made = [(Round(**each["round"]), each["records"]) for each in found["rounds"]]
-        return [each for each in made if Path(each[0].folder).is_dir()]
+        whole = [(Path(each.folder) / MANIFEST_NAME).is_file() for each, _ in made]
+        return made[: whole.index(False)] if False in whole else made
 
     def keep_rounds(
         self, settings: dict[str, Any], rounds: Sequence[tuple[Round, list[dict[str, Any]]]]
@@ -381,9 +384,9 @@ class _Run:
         )
         self._verbose, self._offline, self._progress = verbose, offline, progress
         shapes = {text.name: list(text.tokens.shape) for text in verdict}
-        sums = {text.name: int(text.tokens.sum(dtype="int64")) for text in verdict}
+        sums = {text.name: hashlib.sha256(text.tokens.tobytes()).hexdigest() for text in verdict}
         self.settings: dict[str, Any] = json.loads(
-            json.dumps({"bounds": asdict(bounds), "verdict": shapes, "tokens": sums})
+            json.dumps({"bounds": asdict(bounds), "verdict": shapes, "sha256": sums})
         )
 
     def rounds(self) -> tuple[list[Round], str]:
@@ -486,11 +489,15 @@ class _Run:
         progress.stage(f"round {number}: {listed}, predicted KL {assignment.loss:.4f}")
         recipe = assigned(subject.recipe, self._losses.units, assignment)
         reuse = [Reuse(Path(each.folder), records) for each, records in reversed(done)]
+        folder = self._work.folder / f"round-{number}"
+        if folder.exists():
+            # Made, but not measured; or what is left of one that was on its way to the output.
+            with writing(folder):
+                shutil.rmtree(folder)
         result = quantize(
             recipe,
-            self._work.folder / f"round-{number}",
+            folder,
             source=self._source,
-            overwrite=True,
             device=self._device,
             memory_budget=self._memory_budget,
             verbose=self._verbose,
