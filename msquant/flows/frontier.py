@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from msquant.algorithms import DEFAULT, find_algorithm
+from msquant.algorithms.base import Algorithm
 from msquant.calibration.evaluation import evaluation_domains
 from msquant.calibration.tokens import Samples, spread_windows
 from msquant.checkpoint.hidden_states import HiddenStateStore
@@ -40,11 +41,14 @@ from msquant.quantization.layer_schemes import layer_linears
 from msquant.recipe.recipe import Recipe
 from msquant.schemes import FLOAT, W4A8_DYNAMIC, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme, parse_scheme
 
-CHOICE_TOKENS = 96
+CHOICE_TOKENS = 256
 """Of each choice text, from its beginning."""
 
 FOUR_BITS_ALGORITHM = "gptq"
 """In place of the default algorithm where there are int4 weights to choose from."""
+
+NEAREST_ALGORITHM = "rtn"
+"""By which weights of 8 bits beside floating-point inputs are measured: a search changes next to nothing."""
 
 FEED_FORWARD = "feed_forward"
 """Name of the unit that all experts of a layer are, with those beside them."""
@@ -341,7 +345,7 @@ def measure_losses(
     config, schemes = source.config, measured_schemes(units)
     texts = choice_texts(source.folder, config)
     tokens = np.concatenate([text.tokens for text in texts])
-    policies = {scheme: _uniform(recipe, units, scheme).quantization for scheme in schemes}
+    policies = {scheme: _measured_by(_uniform(recipe, units, scheme), scheme) for scheme in schemes}
     noises: dict[tuple[int, str, Scheme], Any] = {}
     coarse = []
     with (
@@ -415,6 +419,14 @@ def _uniform(recipe: Recipe, units: Sequence[Unit], scheme: Scheme) -> Recipe:
         able = [option for option in unit.options if option.scheme == scheme]
         chosen.append(able[0] if able else Option(FLOAT, 0, ()))
     return assigned(recipe.replace("quantization", cache="none"), units, Assignment(tuple(chosen)))
+
+
+def _measured_by(recipe: Recipe, scheme: Scheme) -> Algorithm:
+    """What measures the units of a recipe that has them in a scheme."""
+    assert scheme.weights is not None
+    if scheme.is_weight_only and not scheme.is_int4:
+        recipe = recipe.adjusted(algo=NEAREST_ALGORITHM)
+    return recipe.quantization
 
 
 def losses_identity(

@@ -50,6 +50,7 @@ class Format(ABC):
         per_token: whether the consumer computes every linear with a scale per token, however it splits a
             model; else some have to be static.
         predictions_in_float: whether the consumer builds multi-token-prediction layers without quantization.
+        holds_rotation: whether the matrix of a rotation has a place in a folder, see `rotated_by`.
         variant: what the manifest says it is made for, for example a serving engine's backend.
     """
 
