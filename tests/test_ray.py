@@ -3,10 +3,12 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,11 @@ class Cluster:
             self.port = free.getsockname()[1]
         host = ray.util.get_node_ip_address()
         self.address = f"{host}:{self.port}"
-        self.head = self._start("--head", f"--node-ip-address={host}", f"--port={self.port}")
+        # By the usual folder other programs of this machine would find a cluster that is gone. Sockets are in
+        # it, whose paths are short.
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        where = f"--node-ip-address={host}", f"--port={self.port}", f"--temp-dir={self.folder}"
+        self.head = self._start("--head", *where)
         self.other = self.join()
 
     def _start(self, *options: str) -> subprocess.Popen[str]:
@@ -74,6 +80,7 @@ class Cluster:
     def end(self) -> None:
         _kill(self.other)
         _kill(self.head)
+        shutil.rmtree(self.folder)
 
 
 def _kill(node: subprocess.Popen[str]) -> None:
