@@ -58,6 +58,13 @@ def test_many_machines(model: Path) -> None:
     assert said[-1] == f"written to {output}"
 
 
+def test_state_the_accuracy(model: Path) -> None:
+    output = model.with_name("promised")
+    said = run("promise.py", model, output, "--max-kl", 0.05, "--server", "vllm-ascend").splitlines()
+    assert said[0].startswith("round 1: 0.0")
+    assert said[-1] == f"kept by {output}"
+
+
 def test_deepseek_r1_end_to_end(model: Path) -> None:
     planned = run("deepseek_r1.py", "--plan-only")
     assert "DeepSeek-R1: 684.5 B parameters" in planned

@@ -135,7 +135,7 @@ def test_the_search_finds(open_page: Show, address: str, start: str, query: str,
     page.locator("input.md-search__input").click()
     page.keyboard.type(query)
     results = page.locator("a.md-search-result__link")
-    results.first.wait_for(timeout=60_000)
+    results.first.wait_for(timeout=240_000)
     links = results.evaluate_all("links => links.map(link => link.href)")
     inside = start.removesuffix("index.html")
     assert all(link.startswith(address + inside) for link in links)
