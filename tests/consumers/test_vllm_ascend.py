@@ -81,7 +81,8 @@ def test_layers_are_what_was_meant(examined: tuple[str, dict[str, Any]]) -> None
         assert set(models[model]["expert_words"].values()) == {
             "W4A8_DYNAMIC" if "-w4a8" in model else "W8A8_DYNAMIC"
         }
-    assert set(models["qwen3-moe-w4a8"]["words"].values()) == {"W8A8", "W8A8_DYNAMIC"}
+    assert set(models["qwen3-moe-w4a8"]["words"].values()) == {"W8A8_DYNAMIC"}
+    assert set(models["deepseek-w4a8"]["words"].values()) == {"FLOAT", "W8A8", "W8A8_DYNAMIC"}
     mix = models["qwen2-mix"]
     assert set(mix["words"].values()) == {"W8A8_MIX"}
     assert set(mix["differences"]) == {*mix["words"], *(f"{layer} of prompts" for layer in mix["words"])}
