@@ -15,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from tests.fixtures.quantize_process import FEED_FORWARD, RECIPE, digests, ended, journaled, start
 from tests.fixtures.tiny_families import write_tiny
@@ -31,6 +30,9 @@ class Cluster:
     """Two nodes of one core each on this machine."""
 
     def __init__(self) -> None:
+        # Where tests of MindSpore are collected, nothing may load a newer protobuf before it.
+        import ray
+
         with socket.socket() as free:
             free.bind(("", 0))
             self.port = free.getsockname()[1]
