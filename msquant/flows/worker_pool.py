@@ -244,10 +244,10 @@ class WorkerPool:
         if not self._workers:
             raise EngineError(
                 f"the last worker is gone: {lost}",
-                where=worker.host,
+                where=worker.host or self._where,
                 remedy="start nodes, and the same command again: it continues with the layers that are left",
             ) from lost
-        self._progress.stage(f"node {worker.host} is lost; {self.count} workers go on")
+        self._progress.stage(f"node {worker.host or 'of a worker'} is lost; {self.count} go on")
 
     def _answered(self, workers: Sequence[_Worker]) -> list[_Worker]:
         """Those that have answered or died; waits a tick for them, and looks at Ctrl-C."""
@@ -259,6 +259,7 @@ class WorkerPool:
     def _ask(self, method: str, arguments: Callable[[_Worker], tuple[Any, ...]]) -> list[Any]:
         """The answers of all workers to one call, in order; of one that dies, its successor's.
 
+        One whose node is lost is gone on without.
         What is asked needs nothing that a worker was told before.
         """
         assert self._crew is not None
@@ -278,6 +279,9 @@ class WorkerPool:
                         if deaths[worker.number] >= MOST_DEATHS:
                             raise death
                         worker.hand = self._crew.hire(worker.number)
+                    except PlaceLost as lost:
+                        self._go_on_without(worker, lost)
+                        continue
                     except WorkerDied as last:
                         raise EngineError(
                             f"{deaths[worker.number]} workers died before they began: {last}",
