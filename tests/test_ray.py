@@ -180,5 +180,6 @@ def test_random_kills_change_nothing(
                         with contextlib.suppress(psutil.NoSuchProcess):
                             victim.kill()
             _, errors = process.communicate(timeout=900)
-            assert process.returncode in (0, -signal.SIGKILL), errors
+            # Three deaths of one task end a run, which then continues by the same command.
+            assert process.returncode in (0, -signal.SIGKILL) or "3 workers died" in errors, errors
         assert digests(output) == expected
