@@ -178,14 +178,12 @@ def quantize(
     target, weights = Path(output), None if source is None else str(source)
 
     def fetch(hub_id: str) -> Path:
-        from msquant.hub.fetch import fetch_model
         from msquant.planning.model_free_plan import make_model_free_plan
         from msquant.planning.quantization_plan import make_plan, require_room
 
         planner = make_model_free_plan if recipe.calibration.is_none else make_plan
         require_room(recipe, target, weights, cache_folder(), planner)
-        with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
-            return fetch_model(hub_id, callbacks)
+        return _fetched(hub_id, transfer)
 
     alone = offline or is_offline()
     require_workers(workers, ray_address, device, without_text=recipe.calibration.is_none)
@@ -289,18 +287,12 @@ def promise(
     if output is None:
         output = default_folder(recipe.model if model is recipe else str(model), recipe)
 
-    def fetch(hub_id: str) -> Path:
-        from msquant.hub.fetch import fetch_model
-
-        with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
-            return fetch_model(hub_id, callbacks)
-
     alone = offline or is_offline()
     return keep_promise(
         recipe,
         Path(output),
         Bounds(max_kl, max_size),
-        schemes=[parse_scheme(each) if isinstance(each, str) else each for each in schemes],
+        schemes=_parsed(schemes),
         verdict_texts=verdict_texts,
         source=None if source is None else str(source),
         overwrite=overwrite,
@@ -308,10 +300,22 @@ def promise(
         device=device,
         memory_budget=memory_budget,
         verbose=verbose,
-        fetch=None if alone else fetch,
+        fetch=None if alone else lambda hub_id: _fetched(hub_id, transfer),
         offline=alone,
         progress=progress,
     )
+
+
+def _parsed(schemes: Sequence[str | Scheme]) -> list[Scheme]:
+    return [parse_scheme(each) if isinstance(each, str) else each for each in schemes]
+
+
+def _fetched(hub_id: str, transfer: Callable[[], AbstractContextManager[HubProgress]] | None) -> Path:
+    """The folder of a model that is downloaded now, with the callbacks of `quantize`'s `transfer`."""
+    from msquant.hub.fetch import fetch_model
+
+    with nullcontext(HubProgress()) if transfer is None else transfer() as callbacks:
+        return fetch_model(hub_id, callbacks)
 
 
 def plan(
@@ -482,7 +486,7 @@ def frontier(
         find_recipe(model, None if server is None else format_for(server)),
         point=point,
         points=points,
-        schemes=[parse_scheme(each) if isinstance(each, str) else each for each in schemes],
+        schemes=_parsed(schemes),
         source=None if source is None else str(source),
         device=device,
         memory_budget=memory_budget,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,26 @@ def test_a_kill_while_the_folder_moves_leaves_nothing_that_passes_for_whole(
     found = keep_promise(recipe, output, Bounds(BOUND), remember=False)
     assert found.kept
     assert find_format("golden-stick")().validate(output, verify_hashes=True) == []
+
+
+def test_what_a_run_has_left_is_read_with_care(tmp_path: Path) -> None:
+    """A folder that the file names is not taken, and a damaged file is named with what to do."""
+    work, settings = promise._Work(tmp_path), {"bounds": 1}
+    made = promise.Round(1, 0.02, {}, {}, {"code": 0.01}, 10, {}, 0, True, str(tmp_path / "round-1"), 0.0)
+    (tmp_path / "round-1").mkdir()
+    (tmp_path / "round-1" / "msquant.json").write_text("{}")
+    work.keep_rounds(settings, [(replace(made, folder="/elsewhere"), [])])
+    ((found, _),) = work.rounds(settings)
+    assert found == made
+    path = tmp_path / "rounds.json"
+    for wrong in ([{"round": {}, "records": []}], [{}], [7], 7):
+        path.write_text(json.dumps({"settings": settings, "rounds": wrong}))
+        with pytest.raises(OutputError, match=r"rounds\.json: is damaged") as caught:
+            work.rounds(settings)
+        assert "--restart" in str(caught.value.remedy)
+    (tmp_path / "losses.json").write_text(json.dumps({"identity": settings, "losses": {"texts": []}}))
+    with pytest.raises(OutputError, match=r"losses\.json: is damaged"):
+        work.losses(settings)
 
 
 def test_the_most_accurate_folder_of_a_size_is_of_that_size(tiny_llama: Path, tmp_path: Path) -> None:

@@ -137,3 +137,8 @@ def _explain(error: OSError | SafetensorError, path: Path, needed_bytes: int | N
     return OutputError(
         f"cannot be written{needed}: {text}", where=path, remedy="choose another place with --output"
     )
+
+
+def shard_file_bytes(folder: Path) -> int:
+    """Of a folder's safetensors files as they are on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -97,20 +97,18 @@ def analyze(
     size = None if max_size is None else console.parse_bytes(max_size, "--max-size")
     budget = budget_of(keep_float, keep_dynamic, max_error, size)
     if frontier:
-        _refuse_with_frontier(
-            budget.option if budget else None,
-            "--scheme" if scheme else None,
-            "--group-size" if group_size else None,
+        asked = {} if budget is None else {budget.option: True}
+        options.refuse(
+            {**asked, "--scheme": scheme, "--group-size": group_size},
+            "does not go with --frontier, which chooses every scheme",
+            "leave one of them out",
         )
     else:
-        for option, given in (
-            ("--point", point),
-            ("--for", server),
-            ("--format", formats),
-            ("--schemes", schemes),
-        ):
-            if given is not None:
-                raise RecipeError("is for --frontier", where=option, remedy="give --frontier, too")
+        options.refuse(
+            {"--point": point, "--for": server, "--format": formats, "--schemes": schemes},
+            "is for --frontier",
+            "give --frontier, too",
+        )
     if output is not None:
         from msquant.recipe.recipe import check_target
 
@@ -191,16 +189,6 @@ def analyze(
         console.print_json(_as_json(analysis, output))
     else:
         _print(analysis, output, source)
-
-
-def _refuse_with_frontier(*given: str | None) -> None:
-    for option in given:
-        if option is not None:
-            raise RecipeError(
-                "does not go with --frontier, which chooses every scheme",
-                where=option,
-                remedy="leave one of them out",
-            )
 
 
 def _frontier_as_json(found: "Frontier", output: Path | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The options that several commands share, and what they stand for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +84,20 @@ def complete_stored(incomplete: str) -> list[str]:
     from msquant.flows.storage import stored_items
 
     return _complete([item.name for item in stored_items()], incomplete)
+
+
+def refuse(given: Mapping[str, object], what: str | Mapping[str, str], remedy: str) -> None:
+    """Raise RecipeError for the first option that is given.
+
+    Args:
+        given: what options have been given, by their names; None, False and an empty list are nothing.
+        what: the problem, or that of each option.
+        remedy: what to do, with the option as `{}`.
+    """
+    for option, value in given.items():
+        if value is not None and value is not False and value != []:
+            problem = what if isinstance(what, str) else what[option]
+            raise RecipeError(problem, where=option, remedy=remedy.format(option))
 
 
 def formats_of(server: str | None, formats: str | None) -> str | None:

@@ -1,10 +1,11 @@
 """`msquant quantize --max-kl` and `--max-size`: what was promised and measured, for people and as JSON."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from msquant.cli import console
+from msquant.cli import console, options
 from msquant.errors import RecipeError
 from msquant.schemes import Scheme, parse_scheme
 
@@ -28,33 +29,23 @@ def parse_schemes(text: str | None) -> tuple[Scheme, ...]:
         raise RecipeError(error.what, where="--schemes", remedy=error.remedy) from error
 
 
-def refuse_without_bounds(**given: object) -> None:
+def refuse_without_bounds(given: Mapping[str, object]) -> None:
     """Raise RecipeError for an option that says how a promise is kept where there is none."""
-    for name, value in given.items():
-        if value:
-            option = f"--{name.replace('_', '-')}"
-            raise RecipeError(
-                "is for a promise, and none is made",
-                where=option,
-                remedy="give --max-kl or --max-size, or leave it out",
-            )
+    remedy = "give --max-kl or --max-size, or leave it out"
+    options.refuse(given, "is for a promise, and none is made", remedy)
 
 
-def refuse_with_bounds(**given: object) -> None:
+def refuse_with_bounds(given: Mapping[str, object]) -> None:
     """Raise RecipeError for an option that contradicts a promise."""
+    shared = "shares one quantization, and a promise takes several: it is kept in one process"
     reasons = {
-        "scheme": "gives all linears one scheme, and --max-kl and --max-size choose them",
-        "group_size": "is of one scheme, and --max-kl and --max-size choose schemes",
-        "dry_run": "says what a recipe makes, and the schemes are still to be chosen",
-        "workers": "shares one quantization, and a promise takes several: it is kept in one process",
-        "ray_address": "shares one quantization, and a promise takes several: it is kept in one process",
+        "--scheme": "gives all linears one scheme, and --max-kl and --max-size choose them",
+        "--group-size": "is of one scheme, and --max-kl and --max-size choose schemes",
+        "--dry-run": "says what a recipe makes, and the schemes are still to be chosen",
+        "--workers": shared,
+        "--ray-address": shared,
     }
-    for name, value in given.items():
-        if value:
-            option = f"--{name.replace('_', '-')}"
-            raise RecipeError(
-                reasons[name], where=option, remedy=f"leave out {option}, or --max-kl and --max-size"
-            )
+    options.refuse(given, reasons, "leave out {}, or --max-kl and --max-size")
 
 
 def promise_as_json(result: "PromiseResult") -> dict[str, Any]:

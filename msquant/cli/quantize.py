@@ -145,10 +145,16 @@ def quantize(
     promised = max_kl is not None or max_size is not None
     if promised:
         promise.refuse_with_bounds(
-            scheme=scheme, group_size=group_size, dry_run=dry_run, workers=workers, ray_address=ray_address
+            {
+                "--scheme": scheme,
+                "--group-size": group_size,
+                "--dry-run": dry_run,
+                "--workers": workers,
+                "--ray-address": ray_address,
+            }
         )
     else:
-        promise.refuse_without_bounds(schemes=schemes, verdict_text=verdict_text)
+        promise.refuse_without_bounds({"--schemes": schemes, "--verdict-text": verdict_text})
     formats = options.formats_of(server, formats)
     recipe = find_recipe(model, formats).adjusted(
         algo=algo,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource
 from msquant.evaluation.distributions import Distributions, Divergence
-from msquant.evaluation.lockstep import HEAD_BYTES, LOGIT_BYTES, LOGIT_ROWS
+from msquant.evaluation.lockstep import LOGIT_ROWS, vocabulary_blocks
 from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.network import Head
@@ -35,9 +35,8 @@ def branch_divergences(
     unknown = np.full(count, -1)
     found = [Distributions(unknown) for _ in states]
     apart = [Divergence(found[0], other) for other in found[1:]]
-    width = max(1, min(LOGIT_BYTES // (8 * LOGIT_ROWS), HEAD_BYTES // (4 * config.hidden_size)))
-    for first in range(0, config.vocab_size, width):
-        head = Head(config, source, dtype, range(first, min(first + width, config.vocab_size)))
+    for block in vocabulary_blocks(config):
+        head = Head(config, source, dtype, block)
         for start in range(0, count, LOGIT_ROWS):
             check_interrupt()
             rows = slice(start, min(start + LOGIT_ROWS, count))
@@ -45,7 +44,7 @@ def branch_divergences(
                 head(Tensor(state.reshape(count, -1)[rows], dtype)).asnumpy().astype(np.float32, copy=False)
                 for state in states
             )
-            expected = found[0].add(rows, first, next(logits))
+            expected = found[0].add(rows, block.start, next(logits))
             for other, divergence, values in zip(found[1:], apart, logits, strict=True):
-                divergence.add(rows, expected, other.add(rows, first, values))
+                divergence.add(rows, expected, other.add(rows, block.start, values))
     return np.array([each.kl.reshape(texts, tokens).mean(axis=1) for each in apart])

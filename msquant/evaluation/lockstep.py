@@ -19,6 +19,7 @@ from msquant.evaluation.distributions import Distributions, Divergence
 from msquant.evaluation.domain_scores import LayerScore, ModelScore, Noise, text_score
 from msquant.evaluation.inputs import Model, Text, check_alike, check_tokens
 from msquant.interrupts import check_interrupt
+from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions, State, positions
 from msquant.models.network import Embedding, Head
 
@@ -190,18 +191,16 @@ class _Lockstep:
         targets = np.concatenate([_next_tokens(tokens) for tokens in self._batches])
         found = [Distributions(targets) for _ in self._models]
         apart = [Divergence(found[0], other) for other in found[1:]]
-        width = max(1, min(LOGIT_BYTES // (8 * LOGIT_ROWS), HEAD_BYTES // (4 * config.hidden_size)))
-        for first in range(0, config.vocab_size, width):
-            block = range(first, min(first + width, config.vocab_size))
+        for block in vocabulary_blocks(config):
             heads = [Head(model.config, model.source, self._dtype, block) for model in self._models]
             for rows, states in self._head_rows(hidden):
                 check_interrupt()
                 logits = [
                     _floats(head(Tensor(x, self._dtype))) for head, x in zip(heads, states, strict=True)
                 ]
-                expected = found[0].add(rows, first, logits[0])
+                expected = found[0].add(rows, block.start, logits[0])
                 for other, divergence, values in zip(found[1:], apart, logits[1:], strict=True):
-                    divergence.add(rows, expected, other.add(rows, first, values))
+                    divergence.add(rows, expected, other.add(rows, block.start, values))
         return [
             self._score(number, found, None if not number else apart[number - 1], layers[number])
             for number in range(count)
@@ -236,6 +235,13 @@ class _Lockstep:
         best = found[number].best[:, 0]
         next_tokens = (best[span].reshape(t.tokens.shape) for t, span in zip(self._texts, spans, strict=True))
         return ModelScore(tuple(scores), overall, tuple(layers), tuple(next_tokens))
+
+
+def vocabulary_blocks(config: ModelConfig) -> Iterator[range]:
+    """The tokens whose rows of the head, and logits of `LOGIT_ROWS` tokens, are in memory together."""
+    width = max(1, min(LOGIT_BYTES // (8 * LOGIT_ROWS), HEAD_BYTES // (4 * config.hidden_size)))
+    for first in range(0, config.vocab_size, width):
+        yield range(first, min(first + width, config.vocab_size))
 
 
 def _rounds(batches: Iterable[Floats], budget: int) -> Iterator[list[Floats]]:

@@ -24,7 +24,7 @@ from msquant.flows.source import (
     batch_tokens,
     folder_plan,
     folder_plans,
-    open_source,
+    open_model,
     require_target,
     rotated,
 )
@@ -98,9 +98,7 @@ def analyze(
     progress = progress or Progress()
     require_device(device)
     require_sources(recipe.calibration)
-    progress.stage(f"reading {source or recipe.model}")
-    stored = open_source(source or recipe.model, note=progress.stage, predictions=recipe.keeps_predictions)
-    model = rotated(stored, recipe.quantization)
+    model = rotated(open_model(recipe, source, note=progress.stage), recipe.quantization)
     plans = folder_plans(recipe, model)
     plan = plans[0]
     if budget is not None:

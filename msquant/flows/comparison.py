@@ -19,6 +19,7 @@ from msquant.calibration.rows import Template
 from msquant.calibration.sources import Reading, load_texts
 from msquant.calibration.tokens import spread_windows
 from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.disk import shard_file_bytes
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
@@ -153,7 +154,7 @@ def compare(
         named = [folder for folder, _ in phases]
         scores = score_folders(named, tokens, device, memory_budget, progress, prefill)
     compared = [
-        ComparedModel(folder, _file_bytes(folder), score, phase)
+        ComparedModel(folder, shard_file_bytes(folder), score, phase)
         for (folder, phase), score in zip(phases, scores, strict=True)
     ]
     return Comparison(
@@ -217,10 +218,11 @@ def builtin_texts(folder: Path, sequences: int, sequence_length: int) -> list[Te
     """Windows of the beginnings of the builtin texts, by a model's own tokenizer. Raises CalibrationError."""
     characters = MOST_CHARACTERS_A_TOKEN * sequences * sequence_length
     domains = [_shortened(domain, characters) for domain in evaluation_domains()]
-    return _windows(domains, load_tokenizer(folder), sequences, sequence_length)
+    return text_windows(domains, load_tokenizer(folder), sequences, sequence_length)
 
 
-def _windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: int) -> list[Text]:
+def text_windows(domains: Sequence[Domain], tokenizer: Any, sequences: int, length: int) -> list[Text]:
+    """Windows of so many tokens, evenly spread over each text; fewer of one that is short."""
     return [
         Text(
             domain.name,
@@ -300,13 +302,13 @@ def _tokens(
     folders: Sequence[Path], domains: Sequence[Domain], sequences: int, length: int, notes: list[str]
 ) -> list[Text]:
     """The texts by the first folder's tokenizer, which those of the others have to agree with."""
-    texts = _windows(domains, load_tokenizer(folders[0]), sequences, length)
+    texts = text_windows(domains, load_tokenizer(folders[0]), sequences, length)
     for folder in folders[1:]:
         if not has_tokenizer(folder):
             notes.append(f"{folder} has no tokenizer: the float model's was taken")
             continue
         for text, own in zip(
-            texts, _windows(domains, load_tokenizer(folder), sequences, length), strict=True
+            texts, text_windows(domains, load_tokenizer(folder), sequences, length), strict=True
         ):
             if not np.array_equal(text.tokens, own.tokens):
                 raise ModelError(
@@ -316,7 +318,3 @@ def _tokens(
                     "model's tokenizer.json and tokenizer_config.json into the folder",
                 )
     return texts
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))

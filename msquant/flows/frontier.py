@@ -27,7 +27,7 @@ from msquant.errors import RecipeError, choices
 from msquant.evaluation.inputs import Text
 from msquant.flows.calibration import calibration_of, require_sources
 from msquant.flows.layer_work import embed
-from msquant.flows.source import Source, batch_tokens, folder_plan, open_source, require_target, rotated
+from msquant.flows.source import Source, batch_tokens, folder_plan, open_model, require_target, rotated
 from msquant.formats.dtypes import DTYPE_CODES, stored_dtype
 from msquant.formats.folder_plan import FolderPlan, plan_folder
 from msquant.formats.registry import FormatName, find_format, format_names
@@ -38,7 +38,7 @@ from msquant.models.device import require_device, use_device
 from msquant.progress import Progress
 from msquant.quantization.assignment import Assignment, Option, Unit, frontier, smallest
 from msquant.quantization.layer_schemes import layer_linears
-from msquant.recipe.recipe import Recipe
+from msquant.recipe.recipe import WITHOUT_TEXT, Recipe
 from msquant.schemes import FLOAT, W4A8_DYNAMIC, W4A16, W8A8, W8A8_DYNAMIC, W8A16, Scheme, parse_scheme
 
 CHOICE_TOKENS = 256
@@ -46,9 +46,6 @@ CHOICE_TOKENS = 256
 
 FOUR_BITS_ALGORITHM = "gptq"
 """In place of the default algorithm where there are int4 weights to choose from."""
-
-NEAREST_ALGORITHM = "rtn"
-"""By which weights of 8 bits beside floating-point inputs are measured: a search changes next to nothing."""
 
 FEED_FORWARD = "feed_forward"
 """Name of the unit that all experts of a layer are, with those beside them."""
@@ -307,10 +304,7 @@ def _names(unit: Unit) -> tuple[str, ...]:
 
 
 def measure_losses(
-    recipe: Recipe,
-    source: Source,
-    units: Sequence[Unit],
-    samples: Samples,
+    subject: "Subject",
     *,
     device: str = "cpu",
     memory_budget: int,
@@ -320,10 +314,7 @@ def measure_losses(
     """Measure every unit in every scheme that it can have.
 
     Args:
-        recipe: its algorithm quantizes; its schemes are replaced.
-        source: the model.
-        units: from `model_units`.
-        samples: of the calibration text.
+        subject: the model with its units; the recipe's algorithm quantizes, its schemes are replaced.
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
@@ -334,6 +325,7 @@ def measure_losses(
         MsquantError: a tensor or a text is missing or damaged, or the disk is full.
     """
     progress = progress or Progress()
+    recipe, source, units, samples = subject.recipe, subject.source, subject.units, subject.samples
     progress.stage("loading MindSpore and golden-stick")
     from msquant.evaluation.branches import branch_divergences
     from msquant.kernels import golden_stick
@@ -425,19 +417,19 @@ def _measured_by(recipe: Recipe, scheme: Scheme) -> Algorithm:
     """What measures the units of a recipe that has them in a scheme."""
     assert scheme.weights is not None
     if scheme.is_weight_only and not scheme.is_int4:
-        recipe = recipe.adjusted(algo=NEAREST_ALGORITHM)
+        # A search would change next to nothing.
+        recipe = recipe.adjusted(algo=WITHOUT_TEXT)
     return recipe.quantization
 
 
-def losses_identity(
-    recipe: Recipe, source: Source, samples: Samples, units: Sequence[Unit]
-) -> dict[str, Any]:
+def losses_identity(subject: "Subject", device: str) -> dict[str, Any]:
     """What two passes must have in common to have measured the same, as JSON gives it back."""
     wanted = {
-        "recipe": recipe.model_dump(mode="json", exclude={"evaluation", "serving", "description"}),
-        "source": source.checkpoint.fingerprint(),
-        "calibration": samples.sha256,
-        "units": {unit.key: [str(option.scheme) for option in unit.options] for unit in units},
+        "recipe": subject.recipe.model_dump(mode="json", exclude={"evaluation", "serving", "description"}),
+        "source": subject.source.checkpoint.fingerprint(),
+        "calibration": subject.samples.sha256,
+        "units": {unit.key: [str(option.scheme) for option in unit.options] for unit in subject.units},
+        "device": device,
     }
     kept: dict[str, Any] = json.loads(json.dumps(wanted))
     return kept
@@ -506,9 +498,7 @@ def open_subject(
             remedy="leave it out, or name a text",
         )
     require_sources(recipe.calibration)
-    progress.stage(f"reading {source or recipe.model}")
-    stored = open_source(source or recipe.model, fetch, progress.stage, predictions=recipe.keeps_predictions)
-    model = rotated(stored, recipe.quantization)
+    model = rotated(open_model(recipe, source, fetch, progress.stage), recipe.quantization)
     units = model_units(recipe, model, schemes)
     four_bits = any(option.scheme.is_int4 for unit in units for option in unit.options)
     if four_bits and type(recipe.quantization) is find_algorithm(DEFAULT):
@@ -609,14 +599,7 @@ def find_frontier(
     require_device(device)
     subject = open_subject(recipe, schemes=schemes, source=source, offline=offline, progress=progress)
     losses = measure_losses(
-        subject.recipe,
-        subject.source,
-        subject.units,
-        subject.samples,
-        device=device,
-        memory_budget=memory_budget,
-        verbose=verbose,
-        progress=progress,
+        subject, device=device, memory_budget=memory_budget, verbose=verbose, progress=progress
     )
     chosen = None
     if point is not None:

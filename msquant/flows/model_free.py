@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.disk import require_free_space
+from msquant.checkpoint.disk import require_free_space, shard_file_bytes
 from msquant.checkpoint.float_rows import FLOAT_DTYPES, require_finite
 from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
@@ -158,7 +158,7 @@ def _evaluation(recipe: Recipe, model: ModelFreeSource) -> tuple[list[Text], lis
 
 def _written(target: OutputFolder) -> int:
     """Bytes of the shards that an earlier run has left."""
-    return sum(path.stat().st_size for path in target.path.glob("*.safetensors"))
+    return shard_file_bytes(target.path)
 
 
 def _write_folder(

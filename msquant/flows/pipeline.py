@@ -35,7 +35,7 @@ from msquant.flows.source import (
     Source,
     folder_plans,
     hidden_bytes,
-    open_source,
+    open_model,
     prediction_note,
     quantized_predictions,
     rotated,
@@ -158,10 +158,7 @@ def quantize(
     _announce(recipe, progress)
     with OutputFolder(output, overwrite=overwrite) as target:
         require_sources(recipe.calibration)
-        progress.stage(f"reading {source or recipe.model}")
-        stored = open_source(
-            source or recipe.model, fetch, progress.stage, predictions=recipe.keeps_predictions
-        )
+        stored = open_model(recipe, source, fetch, progress.stage)
         model = rotated(stored, recipe.quantization)
         plans = folder_plans(recipe, model)
         plan = plans[0]

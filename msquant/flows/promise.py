@@ -14,14 +14,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from msquant.calibration.tokens import spread_windows
 from msquant.calibration.verdict import require_texts, verdict_domains
-from msquant.checkpoint.disk import shown_sizes, writing
+from msquant.checkpoint.disk import shard_file_bytes, shown_sizes, writing
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
@@ -30,7 +30,7 @@ from msquant.checkpoint.tokenizer import load_tokenizer
 from msquant.checkpoint.writer import write_json
 from msquant.errors import CalibrationError, OutputError, RecipeError
 from msquant.evaluation.inputs import Text
-from msquant.flows.comparison import score_folders
+from msquant.flows.comparison import score_folders, text_windows
 from msquant.flows.frontier import (
     Subject,
     UnitLosses,
@@ -221,20 +221,13 @@ def keep_promise(
         )
         _require_possible(bounds, subject)
         verdict = _verdict_texts(subject, verdict_texts)
-        identity = losses_identity(subject.recipe, subject.source, subject.samples, subject.units)
-        losses = work.losses(identity | {"device": device})
+        identity = losses_identity(subject, device)
+        losses = work.losses(identity)
         if losses is None:
             losses = measure_losses(
-                subject.recipe,
-                subject.source,
-                subject.units,
-                subject.samples,
-                device=device,
-                memory_budget=memory_budget,
-                verbose=verbose,
-                progress=progress,
+                subject, device=device, memory_budget=memory_budget, verbose=verbose, progress=progress
             )
-            work.keep_losses(identity | {"device": device}, losses)
+            work.keep_losses(identity, losses)
         run = _Run(
             subject, losses, bounds, work, verdict, source, device, memory_budget, verbose, offline, progress
         )
@@ -284,12 +277,8 @@ def _verdict_texts(subject: Subject, words: Sequence[str]) -> list[Text]:
     domains = verdict_domains(words)
     if not domains:
         raise CalibrationError("there is no text to judge by", where="--verdict-text")
-    tokenizer = load_tokenizer(subject.source.folder)
     length = min(SEQUENCE_LENGTH, subject.source.config.longest)
-    texts = [
-        Text(d.name, spread_windows(d, tokenizer, sequences=SEQUENCES, sequence_length=length, fewer=True))
-        for d in domains
-    ]
+    texts = text_windows(domains, load_tokenizer(subject.source.folder), SEQUENCES, length)
     if len({text.name for text in texts}) < len(texts):
         raise CalibrationError(
             "two texts have one name", where="--verdict-text", remedy="give each file a name of its own"
@@ -332,7 +321,8 @@ class _Work:
                 where=self.folder,
                 remedy="start over with --restart, or name another folder with --output",
             )
-        return UnitLosses.from_dict(found["losses"])
+        with self._readable(_LOSSES):
+            return UnitLosses.from_dict(found["losses"])
 
     def keep_losses(self, identity: dict[str, Any], losses: UnitLosses) -> None:
         """Keep them for a later run."""
@@ -340,13 +330,32 @@ class _Work:
             self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / _LOSSES, {"identity": identity, "losses": losses.as_dict()})
 
+    def round_folder(self, number: int) -> Path:
+        """Where a round's folder is."""
+        return self.folder / f"round-{number}"
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        """Raise OutputError for a file that does not hold what a run has left."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError, RecipeError) as error:
+            raise OutputError(
+                f"is damaged: {error!r}", where=self.folder / name, remedy="start over with --restart"
+            ) from error
+
     def rounds(self, settings: dict[str, Any]) -> list[tuple[Round, list[dict[str, Any]]]]:
         """The rounds that are finished under the same bounds and texts, with their journals' records."""
         path = self.folder / _ROUNDS
         found = read_json(path) if path.is_file() else {}
         if found.get("settings") != settings:
             return []
-        made = [(Round(**each["round"]), each["records"]) for each in found["rounds"]]
+        with self._readable(_ROUNDS):
+            # A folder that the file names is not taken: its files would be moved.
+            made = [
+                (Round(**{**each["round"], "folder": str(self.round_folder(number))}), list(each["records"]))
+                for number, each in enumerate(found["rounds"], 1)
+            ]
         whole = [(Path(each.folder) / MANIFEST_NAME).is_file() for each, _ in made]
         return made[: whole.index(False)] if False in whole else made
 
@@ -489,7 +498,7 @@ class _Run:
         progress.stage(f"round {number}: {listed}, predicted KL {assignment.loss:.4f}")
         recipe = assigned(subject.recipe, self._losses.units, assignment)
         reuse = [Reuse(Path(each.folder), records) for each, records in reversed(done)]
-        folder = self._work.folder / f"round-{number}"
+        folder = self._work.round_folder(number)
         if folder.exists():
             # Made, but not measured; or what is left of one that was on its way to the output.
             with writing(folder):
@@ -517,7 +526,7 @@ class _Run:
         verdict = {text.text: float(text.kl or 0.0) for text in score.texts}
         assert result.evaluation is not None
         choice = {text["text"]: float(text["kl"]) for text in result.evaluation["texts"]}
-        nbytes = sum(path.stat().st_size for path in result.folder.glob("*.safetensors"))
+        nbytes = shard_file_bytes(result.folder)
         kept = (self._bounds.max_kl is None or max(verdict.values()) <= self._bounds.max_kl) and (
             self._bounds.max_bytes is None or nbytes <= self._bounds.max_bytes
         )

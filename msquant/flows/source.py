@@ -99,6 +99,18 @@ def _refuse_quantized(config: ModelConfig, where: str) -> None:
         )
 
 
+def open_model(
+    recipe: Recipe,
+    source: str | None,
+    fetch: Callable[[str], Path] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Source:
+    """The model that a recipe, or in its place `source`, names; says so first. Arguments as `open_source`."""
+    name = source or recipe.model
+    note(f"reading {name}")
+    return open_source(name, fetch, note, predictions=recipe.keeps_predictions)
+
+
 def rotated(source: Source, policy: Algorithm) -> Source:
     """A model in the basis that a policy wants it in, with an output head of its own if it is rotated."""
     rotation = ROTATIONS[policy.rotation]

@@ -14,6 +14,8 @@ is the error of what attention adds to the residual stream, relative to the stre
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -99,9 +101,7 @@ class _Kind:
     def scale(self, samples: NDArray[np.intp], floor: float, factor: float) -> Floats:
         """By the ranges of some samples; 1 for a channel of zeros."""
         maxima = floored(self.ranges[samples].max(axis=0), self.typical, floor)
-        scale = np.float32(factor) * maxima / np.float32(INT8_MAX)
-        # What is too small for a reciprocal is nothing beside the other channels.
-        return np.where(scale < np.finfo(np.float32).tiny * 16, np.float32(1), scale)
+        return scales_of(np.float32(factor) * maxima)
 
 
 class CacheSearch:
@@ -150,15 +150,7 @@ class CacheSearch:
         Raises:
             CalibrationError: no candidate gives a finite error.
         """
-        losses: dict[tuple[float, float], float] = {}
-
-        def loss(floor: float, factor: float) -> float:
-            if (floor, factor) not in losses:
-                self._check()
-                value = self.loss(kind, floor, factor)
-                losses[floor, factor] = value if np.isfinite(value) else np.inf
-            return losses[floor, factor]
-
+        loss = remembered(partial(self.loss, kind), self._check)
         floor = min(FLOORS, key=lambda value: loss(value, 1.0))
         factor = min(FACTORS, key=lambda value: loss(floor, value))
         if not np.isfinite(loss(floor, factor)):
@@ -167,24 +159,65 @@ class CacheSearch:
                 remedy="check that config.json belongs to these weights, or write cache: none",
             )
         scale = kind.scale(np.arange(len(self._samples)), floor, factor)
-        return scale, CacheReport(kind.name, floor, factor, losses[floor, factor])
+        return scale, CacheReport(kind.name, floor, factor, loss(floor, factor))
 
     def loss(self, kind: _Kind, floor: float, factor: float) -> float:
         """Mean over tokens of the relative squared error, with the ranges of the other parts."""
-        total, tokens = 0.0, 0
-        for measured, held_out in folds(len(self._samples)):
-            cache = CacheScale.of(kind.scale(measured, floor, factor))
-            for number in held_out:
-                sample, weights = self._samples[number], self._weights[number]
-                keys, values = sample.keys, sample.values
-                if kind is self.keys:
-                    weights = sample.weights(_cached(keys, cache), self._softmax_scale)
-                else:
-                    values = _cached(values, cache)
-                error = (sample.mixed(weights, values) - self._mixed[number]) @ self._output.T
-                total += float(np.square(error).sum(axis=1) @ self._factors[number])
-                tokens += len(error)
-        return total / tokens
+
+        def error(number: int, cache: CacheScale) -> Floats:
+            sample, weights = self._samples[number], self._weights[number]
+            keys, values = sample.keys, sample.values
+            if kind is self.keys:
+                weights = sample.weights(_cached(keys, cache), self._softmax_scale)
+            else:
+                values = _cached(values, cache)
+            return (sample.mixed(weights, values) - self._mixed[number]) @ self._output.T
+
+        def scale(measured: NDArray[np.intp]) -> CacheScale:
+            return CacheScale.of(kind.scale(measured, floor, factor))
+
+        return held_out_loss(self._factors, scale, error)
+
+
+def scales_of(maxima: Floats) -> Floats:
+    """The int8 scales that hold magnitudes; 1 for zeros.
+
+    What is too small for a reciprocal is nothing beside the other channels.
+    """
+    scale = maxima / np.float32(INT8_MAX)
+    return np.where(scale < np.finfo(np.float32).tiny * 16, np.float32(1), scale)
+
+
+def remembered(loss: Callable[..., float], check: Callable[[], None]) -> Callable[..., float]:
+    """A loss, computed once for each candidate behind a call of `check`; infinite where it is not finite."""
+
+    @cache
+    def found(*candidate: float) -> float:
+        check()
+        value = loss(*candidate)
+        return value if np.isfinite(value) else np.inf
+
+    return found
+
+
+def held_out_loss(
+    factors: Sequence[Floats], scale: Callable[[NDArray[np.intp]], Any], error: Callable[[int, Any], Floats]
+) -> float:
+    """Mean over tokens of the relative squared error of every sample, with the scale of the other parts.
+
+    Args:
+        factors: what the squared error of each token of each sample is multiplied by, `[n]`.
+        scale: what is measured on some samples.
+        error: of a sample by its number with that, `[n, H]`.
+    """
+    total, tokens = 0.0, 0
+    for measured, held_out in folds(len(factors)):
+        found = scale(measured)
+        for number in held_out:
+            wrong = error(number, found)
+            total += float(np.square(wrong).sum(axis=1) @ factors[number])
+            tokens += len(wrong)
+    return total / tokens
 
 
 def with_cache_scales(

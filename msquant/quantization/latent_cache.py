@@ -37,7 +37,14 @@ from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.models.reading import read_norm, stored_norm
 from msquant.models.rope import softmax_scale
-from msquant.quantization.cache_scales import FLOORS, AttentionSample, attention_samples, folds
+from msquant.quantization.cache_scales import (
+    FLOORS,
+    AttentionSample,
+    attention_samples,
+    held_out_loss,
+    remembered,
+    scales_of,
+)
 
 Floats = NDArray[np.float32]
 
@@ -99,15 +106,7 @@ class LatentCacheSearch:
         Raises:
             CalibrationError: no candidate gives a finite error.
         """
-        losses: dict[tuple[float, float, float], float] = {}
-
-        def loss(alpha: float, floor: float, factor: float) -> float:
-            if (alpha, floor, factor) not in losses:
-                self._check()
-                value = self.loss(alpha, floor, factor)
-                losses[alpha, floor, factor] = value if np.isfinite(value) else np.inf
-            return losses[alpha, floor, factor]
-
+        loss = remembered(self.loss, self._check)
         alpha = min(ALPHAS, key=lambda value: loss(value, 0.5, 1.0))
         floor = min(FLOORS, key=lambda value: loss(alpha, value, 1.0))
         factor = min(FACTORS, key=lambda value: loss(alpha, floor, value))
@@ -117,7 +116,7 @@ class LatentCacheSearch:
                 remedy="check that config.json belongs to these weights, or write cache: none",
             )
         found = self.scale(np.arange(len(self._samples)), alpha, floor, factor)
-        return found, CacheReport("latent", floor, factor, losses[alpha, floor, factor], alpha)
+        return found, CacheReport("latent", floor, factor, loss(alpha, floor, factor), alpha)
 
     def scale(self, samples: NDArray[np.intp], alpha: float, floor: float, factor: float) -> LatentScale:
         """By the ranges of some samples; a scale of 1 for zeros."""
@@ -132,14 +131,11 @@ class LatentCacheSearch:
 
     def loss(self, alpha: float, floor: float, factor: float) -> float:
         """Mean over tokens of the relative squared error, with the ranges of the other parts."""
-        total, tokens = 0.0, 0
-        for measured, held_out in folds(len(self._samples)):
-            found = self.scale(measured, alpha, floor, factor)
-            for number in held_out:
-                error = self.attention(self._samples[number], found) - self._exact[number]
-                total += float(np.square(error).sum(axis=1) @ self._factors[number])
-                tokens += len(error)
-        return total / tokens
+        return held_out_loss(
+            self._factors,
+            lambda measured: self.scale(measured, alpha, floor, factor),
+            lambda number, found: self.attention(self._samples[number], found) - self._exact[number],
+        )
 
     def attention(self, sample: AttentionSample, found: LatentScale) -> Floats:
         """What attention adds with the latent state and the queries rounded, `[n, H]`."""
@@ -157,8 +153,7 @@ class LatentCacheSearch:
         """What holds the queries of every head, `[heads]`; 1 for a head of zeros."""
         rank = len(powers)
         reached = [np.abs(sample.queries[:, :, :rank] * powers).max(axis=(1, 2)) for sample in self._samples]
-        scale = np.max(reached, axis=0).astype(np.float32) / np.float32(INT8_MAX)
-        return np.where(scale < np.finfo(np.float32).tiny * 16, np.float32(1), scale)
+        return scales_of(np.max(reached, axis=0).astype(np.float32))
 
     def _added(self, sample: AttentionSample, weights: Floats, latent: Floats) -> Floats:
         heads, _, rank = self._up.shape

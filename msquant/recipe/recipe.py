@@ -49,7 +49,7 @@ from msquant.schemes import W8A8_DYNAMIC, Scheme, parse_scheme
 
 SUFFIXES = (".yaml", ".yml")
 
-_WITHOUT_TEXT = "rtn"
+WITHOUT_TEXT = "rtn"
 
 _WILDCARDS = set("*?[")
 # Of what is wrong with a recipe, so much at a time.
@@ -173,7 +173,7 @@ class Recipe(BaseModel):
         if not policy.looks_at_weights_alone:
             raise ValueError(
                 f"{policy.algorithm} needs calibration text, and its source is none; write algorithm: "
-                f"{_WITHOUT_TEXT}"
+                f"{WITHOUT_TEXT}"
             )
         if policy.cache_quant is not None:
             raise ValueError(f"cache: {policy.cache} needs calibration text, and its source is none")
@@ -205,7 +205,7 @@ class Recipe(BaseModel):
     def _without_text(self) -> "Recipe":
         """A copy that can do without calibration text: what needs it is replaced by what is nearest to it."""
         policy = self.quantization
-        name = policy.algorithm if policy.looks_at_weights_alone else _WITHOUT_TEXT
+        name = policy.algorithm if policy.looks_at_weights_alone else WITHOUT_TEXT
         kept = tuple(form for form in self.formats if find_format(form).takes_any_model)
         changed = self._per_token().replace("quantization", algorithm=name, rotation="none", cache="none")
         return changed.model_copy(
