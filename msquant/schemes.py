@@ -25,6 +25,7 @@ class Quant:
         group_size: columns in a group; None for every other granularity.
         symmetric: whether the zero point is 0.
         dynamic: whether the scale is found while the model runs, and not at calibration.
+        shifted: whether each column of an input has a zero point of its own beside the one scale.
     """
 
     bits: int
@@ -32,6 +33,7 @@ class Quant:
     group_size: int | None = None
     symmetric: bool = True
     dynamic: bool = False
+    shifted: bool = False
 
     @property
     def low(self) -> int:
@@ -91,6 +93,8 @@ class Scheme:
         if self.inputs is None:
             return f"int{self.weights.bits} weights alone ({word}){cached}"
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
+        if self.inputs.shifted:
+            inputs += " with a zero point a column"
         if self.prefill is not None:
             inputs += ", per token in prefill"
         return f"{word.replace('_DYNAMIC', '')}, {inputs}{cached}"
@@ -180,6 +184,10 @@ FLOAT = Scheme()
 W8A8 = Scheme(_int(8), _static(8))
 """Int8 weights; int8 inputs with one scale and zero point, fixed at calibration."""
 
+W8A8_SHIFTED = Scheme(_int(8), replace(_static(8), shifted=True))
+"""Int8 weights; int8 inputs with one scale, and a zero point for every column (the shift of Outlier
+Suppression+, arXiv 2304.09145), fixed at calibration."""
+
 W8A8_DYNAMIC = Scheme(_int(8), _per_token(8))
 """Int8 weights; int8 inputs with a scale for every token."""
 
@@ -202,6 +210,7 @@ C8 = Quant(8, "channel")
 PRESETS: dict[str, Scheme] = {
     "FLOAT": FLOAT,
     "W8A8": W8A8,
+    "W8A8_SHIFTED": W8A8_SHIFTED,
     "W8A8_DYNAMIC": W8A8_DYNAMIC,
     "W8A8_MIX": W8A8_MIX,
     "W8A16": W8A16,

@@ -9,6 +9,7 @@ import pytest
 
 from msquant.checkpoint.disk import shown_sizes
 from msquant.checkpoint.results import newest_result
+from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import MsquantError
 from msquant.flows.conversion import export, open_quantized
 from msquant.flows.engines import load_embedded
@@ -18,9 +19,9 @@ from msquant.formats.registry import folder_format, format_names
 from msquant.formats.summary import summarize
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import Recipe, validate_recipe
-from msquant.schemes import W8A16
+from msquant.schemes import W8A8_SHIFTED, W8A16
 from tests.fixtures.policies import rules
-from tests.fixtures.torch_simulation import greedy
+from tests.fixtures.torch_simulation import greedy, load_simulation
 
 
 def recipe_of(model: Path, *formats: str, **quantization: Any) -> Recipe:
@@ -158,6 +159,36 @@ def test_int8_weights_alone_compute_what_they_say(name: str, tiny_llama: Path, t
     sampling = Sampling(max_tokens=8, ignore_eos=True)
     done = generate(folder, ["import"], sampling, engine="embedded")
     assert list(done.completions[0].token_ids) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "osl"])
+def test_zero_points_of_columns(algorithm: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The greedy tokens of torch by the contract's arithmetic, and in no other format."""
+    from transformers import AutoTokenizer
+
+    recipe = recipe_of(tiny_llama, "golden-stick", algorithm=algorithm, schemes=[{"*": "W8A8_SHIFTED"}])
+    folder = quantize(recipe, tmp_path / "out").folder
+    form = folder_format(folder)
+    assert form is not None
+    assert form.validate(folder, verify_hashes=True) == []
+    quantized = open_quantized(folder)
+    assert set(quantized.linears.values()) == {W8A8_SHIFTED}
+    assert set(summarize(folder).schemes()) == {"W8A8_SHIFTED", "FLOAT"}
+    down = quantized.weights.linear("model.layers.0.mlp.down_proj")
+    assert isinstance(down, QuantizedLinear)
+    assert down.input_offset is not None
+    assert len(set(down.input_offset.tolist())) > 1
+
+    expected = greedy(load_simulation(folder), AutoTokenizer.from_pretrained(tiny_llama), "import", 8)
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    done = generate(folder, ["import"], sampling, engine="embedded")
+    assert list(done.completions[0].token_ids) == expected
+
+    (tmp_path / "none").mkdir()
+    for name in ("ascend", "compressed-tensors"):
+        with pytest.raises(MsquantError, match="is W8A8_SHIFTED: in this format msquant writes "):
+            export(folder, [name], output=tmp_path / name)
+        refused(recipe_of(tiny_llama, name, schemes=[{"*": "W8A8_SHIFTED"}]), tmp_path / "none", "SHIFTED")
 
 
 def test_a_folder_that_is_taken_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:

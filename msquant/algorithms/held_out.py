@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from msquant.algorithms.smoothers import Batch, FastOSLSmoother, GroupCells, nothing_finite
 from msquant.checkpoint.weights import token_scales
 from msquant.interrupts import check_interrupt
-from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize, shifted_parameters
 from msquant.kernels.layer_report import GroupReport
 from msquant.kernels.smoothing import smooth_scale
 from msquant.kernels.weight_rounding import INT8, smoothed_and_rounded
@@ -95,6 +95,7 @@ class HeldOutSearch:
         inputs: of the group.
         weights: of its linears, float32 `[N, K]` each.
         per_token: activations get a scale per token, not a static one.
+        shifted: static ones have a zero point a column.
         quant: the integers of the weights.
         check: called before every candidate; may raise to interrupt the search.
     """
@@ -105,11 +106,12 @@ class HeldOutSearch:
         weights: Sequence[Floats],
         *,
         per_token: bool = False,
+        shifted: bool = False,
         quant: Quant = INT8,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._inputs, self._weights, self._per_token, self._check = inputs, weights, per_token, check
-        self._quant = quant
+        self._quant, self._shifted = quant, shifted
         columns = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
         self._columns = inputs.shared(columns)
         self._outputs = [inputs.x @ weight.T for weight in weights]
@@ -153,7 +155,7 @@ class HeldOutSearch:
             if self._per_token:
                 x = fake_quantize(x, token_scales(x), out=x)
             else:
-                step, offset = activation_parameters((low / scale).min(), (high / scale).max())
+                step, offset = self._static(low / scale, high / scale)
                 x = fake_quantize(x, step, offset, out=x)
             for weight, output, factors in zip(self._weights, self._outputs, self._factors, strict=True):
                 error = x @ smoothed_and_rounded(weight, scale, quant=self._quant).T
@@ -166,8 +168,15 @@ class HeldOutSearch:
         low, high = self._inputs.low.min(axis=0), self._inputs.high.max(axis=0)
         return self._scale(low, high, choice.alpha, choice.range_floor)
 
+    def _static(self, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+        return (
+            shifted_parameters(low, high) if self._shifted else activation_parameters(low.min(), high.max())
+        )
+
     def _scale(self, low: Floats, high: Floats, alpha: float, floor: float) -> Floats:
-        maxima = floored(np.maximum(np.abs(low), np.abs(high)), self._inputs.typical, floor)
+        # With zero points of columns it is half of a range that counts, wherever it lies.
+        reach = (high - low) / 2 if self._shifted else np.maximum(np.abs(low), np.abs(high))
+        maxima = floored(reach, self._inputs.typical, floor)
         return smooth_scale(self._inputs.shared(maxima), self._columns, alpha)
 
 
@@ -231,11 +240,13 @@ class HeldOutSmoother(FastOSLSmoother):
         self, name: str, layer: DecoderLayer, group: GroupCells, search_inputs: Any, *heads: int
     ) -> tuple[Tensor, float]:
         policy = self.get_layer_policy(group.curr_layer[0].layer_name)
+        scheme = parse_scheme(policy.algo_args["scheme"])
         search = HeldOutSearch(
             self._inputs(layer, group, self.batches_of(layer, search_inputs), heads),
             [cell.layer.weight.asnumpy() for cell in group.curr_layer],
             per_token=policy.act_quant_granularity is QuantGranularity.PER_TOKEN,
-            quant=parse_scheme(policy.algo_args["scheme"]).weights or INT8,
+            shifted=scheme.inputs is not None and scheme.inputs.shifted,
+            quant=scheme.weights or INT8,
             check=check_interrupt,
         )
         choice = search.best(policy.algo_args["smooth_alpha"], policy.algo_args["range_floor"])

@@ -92,7 +92,8 @@ class QuantizedLinear:
         scheme: how it is computed.
         bias: float32 `[N]`, or None.
         input_scale: float32 `[1]` where the scheme's inputs are static; else None.
-        input_offset: int32 `[1]`, the zero point in [-128, 127]; None exactly when `input_scale` is.
+        input_offset: int32, zero points in [-128, 127]: `[1]`, or `[K]` where the scheme's inputs are
+            shifted; None exactly when `input_scale` is.
         weight_offset: int32 in the shape of `weight_scale`, the zero points; None for symmetric weights.
         input_reciprocal: float32 `[1]`, where the engine multiplies by a reciprocal that it has rounded
             instead of dividing: `x_q = clamp(round(x * input_reciprocal + input_offset))`; None where it

@@ -34,8 +34,8 @@ def weight_scales(module: str, linear: QuantizedLinear) -> NDArray[np.float32]:
     return scales
 
 
-def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[np.float32, int]:
-    """The input scale of a static layer in the model's dtype, and its zero point.
+def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[np.float32, NDArray[np.int8]]:
+    """The input scale of a static layer in the model's dtype, and its zero points, `[1]` or `[K]`.
 
     Engines hold the scale in the model's dtype, and all formats store the same number, so that a model can be
     converted between them without a loss. vllm-ascend multiplies by a reciprocal that it rounds to that
@@ -56,16 +56,16 @@ def input_parameters(module: str, linear: QuantizedLinear, dtype: str) -> tuple[
     nearest = np.float32(cast(f"{module}.input_scale", linear.input_scale.reshape(1), dtype)[0])
     exact = np.float32(linear.input_scale.reshape(1)[0])
     scale = nearest if nearest in (0, exact) else _reciprocable(exact, nearest, dtype)
-    zero_point = int(linear.input_offset.reshape(1)[0])
+    zero_points = linear.input_offset
     if not scale > 0:
         raise CheckpointError(
             f"its input scale {linear.input_scale.item():.4g} is not positive and finite in {dtype}",
             where=module,
             remedy="calibrate with more and other text, or keep this layer in floating point",
         )
-    if not INT8_MIN <= zero_point <= INT8_MAX:
-        raise CheckpointError(f"its zero point {zero_point} is outside of [-128, 127]", where=module)
-    return scale, zero_point
+    if (outside := zero_points[(zero_points < INT8_MIN) | (zero_points > INT8_MAX)]).size:
+        raise CheckpointError(f"its zero point {outside[0]} is outside of [-128, 127]", where=module)
+    return scale, zero_points.astype(np.int8)
 
 
 def reciprocable_scales(scales: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -32,6 +32,26 @@ def activation_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
     return scale.astype(np.float32), offset.astype(np.float32)
 
 
+def shifted_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """One scale for all columns, and a zero point for each that puts its range in the middle of int8.
+
+    The widest range, 0 included, takes all 256 integers. What Outlier Suppression+ (arXiv 2304.09145) does by
+    shifting activations and adding to biases is here in zero points, so that no other weight changes.
+
+    Args:
+        low: float32 `[K]`, the least value of each column.
+        high: `[K]`, the greatest.
+
+    Returns:
+        The scale, float32 `[1]`, 1 where every column is 0; zero points in [-128, 127], float32 `[K]`.
+    """
+    wide_low, wide_high = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
+    scale = (wide_high - wide_low).max(initial=0) / STEPS or 1.0
+    middle = np.rint((INT8_MIN + INT8_MAX) / 2 - (low.astype(np.float64) + high) / 2 / scale)
+    offset = np.clip(middle, INT8_MIN, INT8_MAX)
+    return np.array([scale], np.float32), offset.astype(np.float32)
+
+
 def in_int8(scale: Floats, offset: NDArray[np.int32]) -> tuple[Floats, NDArray[np.int32]]:
     """Widen a range that leaves out 0 until its zero point is an int8, as every serving engine asks.
 

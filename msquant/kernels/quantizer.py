@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, dtype
 from mindspore_gs.ptq.algo_modules import Quantizer
 from mindspore_gs.ptq.quant_cells.mindone import AllQuantLinearCell, DynamicQuantLinearCell
 from mindspore_gs.ptq.quant_cells.mindone.linear_weight_quant_wrappers import WeightQuantLinearCell
 from numpy.typing import NDArray
 
+from msquant.kernels.fake_quant import shifted_parameters
 from msquant.kernels.weight_rounding import RoundedWeight, Rounder, quantize_weight
 from msquant.schemes import Quant, parse_scheme
 
@@ -23,8 +24,8 @@ class FastWeightCell(WeightQuantLinearCell):
         # golden-stick's own words know int8 and int4 alone.
         quant = parse_scheme(self.cfg.algo_args["scheme"]).weights
         assert quant is not None
-        dtype = self.cfg.algo_args["weight_scale_dtype"]
-        weight, scale, offset = self.rounded(self.layer.weight.asnumpy(), dtype, quant)
+        scale_dtype = self.cfg.algo_args["weight_scale_dtype"]
+        weight, scale, offset = self.rounded(self.layer.weight.asnumpy(), scale_dtype, quant)
         self.layer.weight = None
         self.weight = Parameter(Tensor.from_numpy(weight))
         self.weight_scale = Parameter(Tensor(scale, dtype=self.compute_type))
@@ -41,6 +42,16 @@ class FastWeightCell(WeightQuantLinearCell):
 
 class FastStaticCell(AllQuantLinearCell, FastWeightCell):
     """golden-stick's static linear, by whose `super().quant()` the weight comes to `FastWeightCell`."""
+
+    def quant(self) -> None:
+        """Find zero points of columns, too, where the scheme has them: golden-stick knows one a tensor."""
+        super().quant()
+        inputs = parse_scheme(self.cfg.algo_args["scheme"]).inputs
+        if inputs is not None and inputs.shifted:
+            x = self.cat_samples.asnumpy()
+            scale, offset = shifted_parameters(x.min(axis=0), x.max(axis=0))
+            self.input_scale = Parameter(Tensor(scale, self.compute_type))
+            self.input_offset = Parameter(Tensor(offset, dtype=dtype.int32))
 
 
 class _WithoutInputs:

@@ -64,18 +64,18 @@ class Int8Linear(nn.Cell):
         super().__init__()
         self.dtype = dtype
         self.input_scale = self.input_reciprocal = None
-        offset = 0
+        offset = np.zeros(1, np.float32)
         if linear.input_scale is not None and linear.input_offset is not None:
             self.input_scale = float(linear.input_scale[0])
-            offset = int(linear.input_offset[0])
+            offset = linear.input_offset.astype(np.float32)
             if linear.input_reciprocal is not None:
                 self.input_reciprocal = float(linear.input_reciprocal[0])
-        self.offset = float(offset)
         # The offset is taken off before the product: x_q - z lies between these.
-        self.lowest, self.highest = float(INT8_MIN - offset), float(INT8_MAX - offset)
+        lowest, highest = INT8_MIN - offset, INT8_MAX - offset
+        self.offset, self.lowest, self.highest = map(_number_or_row, (offset, lowest, highest))
         weight, output_scale = linear.factors
         if weight.dtype == np.int8:
-            bounds = exact_parts(linear.weight, max(-self.lowest, self.highest))
+            bounds = exact_parts(linear.weight, float(max(-lowest.min(), highest.max())))
         else:
             bounds = [0, weight.shape[1]]
         self.parts = list(pairwise(bounds))
@@ -119,6 +119,11 @@ class Int8Linear(nn.Cell):
         for (start, stop), weight in zip(self.parts, self.weights, strict=True):
             total = total + self.matmul(quantized[:, start:stop], weight).astype(ms.int32)
         return total.astype(ms.float32)
+
+
+def _number_or_row(values: NDArray[np.float32]) -> float | Tensor:
+    """One number for all columns, or one for each."""
+    return float(values[0]) if len(values) == 1 else Tensor(values)
 
 
 class RMSNorm(nn.Cell):

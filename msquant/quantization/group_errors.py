@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import Linear, token_scales
 from msquant.families.base import SmoothGroup
 from msquant.interrupts import check_interrupt
-from msquant.kernels.fake_quant import activation_parameters, fake_quantize
+from msquant.kernels.fake_quant import activation_parameters, fake_quantize, shifted_parameters
 from msquant.kernels.layer_report import GroupError
 from msquant.kernels.weight_rounding import smoothed_and_rounded
 from msquant.models.layers import DecoderLayer, Part
@@ -152,30 +152,42 @@ def token_errors(output: Floats, quantized: Floats) -> Floats:
     return np.divide(wrong, squares, out=np.zeros_like(squares), where=squares > 0)
 
 
-def held_out_parameters(low: Floats, high: Floats) -> tuple[Floats, Floats]:
-    """The static scale and zero point that each sample is quantized with.
+def held_out_parameters(low: Floats, high: Floats, shifted: bool = False) -> tuple[Floats, Floats]:
+    """The static scale and the zero points that each sample is quantized with.
 
     Args:
-        low: least value of each sample, `[S]`.
-        high: greatest value, `[S]`.
+        low: least value of each column in each sample, `[S, K]`.
+        high: greatest value, `[S, K]`.
+        shifted: each column has a zero point of its own.
 
     Returns:
-        float32 `[S]` both: for samples of an even number by the range of those of an odd one, and the other
-        way round; a single sample has its own. Ranges include 0, as serving engines ask.
+        float32 `[S, 1]`, and `[S, 1]` or, shifted, `[S, K]`: for samples of an even number by the ranges of
+        those of an odd one, and the other way round; a single sample has its own. Ranges include 0, as
+        serving engines ask.
     """
-    odd = np.arange(len(low)) % 2 == 1
-    if len(low) > 1:
-        low = np.where(odd, low[~odd].min(), low[odd].min())
-        high = np.where(odd, high[~odd].max(), high[odd].max())
-    return activation_parameters(np.minimum(low, 0), np.maximum(high, 0))
+    parts = [slice(0, None, 2), slice(1, None, 2)] if len(low) > 1 else [slice(None)]
+    found = []
+    for others in reversed(parts):
+        least, most = low[others].min(axis=0), high[others].max(axis=0)
+        if shifted:
+            found.append(shifted_parameters(least, most))
+        else:
+            found.append(activation_parameters(np.minimum(least.min(), 0), np.maximum(most.max(), 0)))
+    numbers = np.arange(len(low)) % len(parts)
+    scales, offsets = (
+        np.stack([np.reshape(values, -1) for values in both]) for both in zip(*found, strict=True)
+    )
+    return scales[numbers], offsets[numbers]
 
 
 def _quantized(inputs: Sequence[Floats], smooth_scale: Floats, scheme: Scheme) -> Iterator[Floats]:
     """Batches `[B, T, K]`, smoothed, and then quantized and dequantized as the scheme has it."""
     if scheme.is_static:
-        low = np.concatenate([(x.min(axis=1) / smooth_scale).min(axis=1) for x in inputs])
-        high = np.concatenate([(x.max(axis=1) / smooth_scale).max(axis=1) for x in inputs])
-        scale, offset = (values[:, None, None] for values in held_out_parameters(low, high))
+        assert scheme.inputs is not None
+        low = np.concatenate([x.min(axis=1) / smooth_scale for x in inputs])
+        high = np.concatenate([x.max(axis=1) / smooth_scale for x in inputs])
+        parameters = held_out_parameters(low, high, scheme.inputs.shifted)
+        scale, offset = (values[:, None] for values in parameters)
     start = 0
     for x in inputs:
         smoothed = x / smooth_scale

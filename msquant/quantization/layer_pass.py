@@ -23,7 +23,7 @@ from msquant.kernels.layer_report import LayerReport
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions
 from msquant.models.reading import stored_norm
-from msquant.schemes import Scheme
+from msquant.schemes import W8A8, Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def quantize_layer(
     policies = OrderedDict(
         (f"{re.escape(f'network.layer.{linear}')}$", policy.ptq_config(scheme, dtype=config.dtype))
         for linear, scheme in schemes.items()
-        if not (scheme.is_float or scheme.is_static)
+        if not scheme.is_float and scheme.inputs != W8A8.inputs
     )
     skip = [f"network.layer.{linear}" for linear, scheme in schemes.items() if scheme.is_float]
     modules = [partial(module, report=report) for module in policy.modules()]
@@ -292,7 +292,10 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
     if not scheme.is_static:
         offset = None if scheme.weights.symmetric else cell.weight_offset.asnumpy()
         return QuantizedLinear(weight, weight_scale, scheme, bias, weight_offset=offset)
-    input_scale, input_offset = in_int8(cell.input_scale.asnumpy(), cell.input_offset.asnumpy())
+    input_scale, input_offset = cell.input_scale.asnumpy(), cell.input_offset.asnumpy()
+    assert scheme.inputs is not None
+    if not scheme.inputs.shifted:
+        input_scale, input_offset = in_int8(input_scale, input_offset)
     return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)
 
 

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
 from msquant.models.cells import dense, linear_cell
 from msquant.schemes import W8A8, W8A16
-from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
+from tests.fixtures.linears import (
+    N,
+    T,
+    random_input,
+    random_linear,
+    random_shifted,
+    reference,
+    with_reciprocal,
+)
 
 SIZES = [64, 1024, 1500, 3000]
 
@@ -27,6 +35,14 @@ def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool, dty
     linear, x = random_linear(k, static=static, bias=bias), random_input(k)
     expected = reference(linear, x)
     # One step of the int8 input moves the output by far more than this.
+    atol = 2e-7 * np.abs(expected).max()
+    np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_each_column_has_its_zero_point(k: int, dtype: Any) -> None:
+    linear, x = random_shifted(k), random_input(k)
+    expected = reference(linear, x)
     atol = 2e-7 * np.abs(expected).max()
     np.testing.assert_allclose(run(linear, x, dtype), expected, rtol=5e-7, atol=atol)
 

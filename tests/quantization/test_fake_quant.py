@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from mindspore import ops
 
-from msquant.kernels.fake_quant import activation_parameters, fake_quantize, in_int8, weight_scale
+from msquant.kernels.fake_quant import (
+    activation_parameters,
+    fake_quantize,
+    in_int8,
+    shifted_parameters,
+    weight_scale,
+)
 from msquant.models.device import use_device
 
 
@@ -41,6 +47,38 @@ def test_activations_are_quantized_as_golden_stick_does(shift):
     np.testing.assert_array_equal(ours[0].reshape(-1), scale.asnumpy())
     np.testing.assert_array_equal(ours[1].reshape(-1), offset.asnumpy())
     np.testing.assert_array_equal(fake_quantize(x, *ours), expected.asnumpy())
+
+
+def test_zero_points_of_columns_put_every_range_in_the_middle():
+    x = np.random.default_rng(2).normal(size=(64, 30)) * np.geomspace(0.01, 4, 30)
+    x += np.linspace(-40, 40, 30)
+    x[:, 3], x[:, 4], x[:, 5] = 0, np.abs(x[:, 4]), -7
+    x = x.astype(np.float32)
+    low, high = x.min(axis=0), x.max(axis=0)
+
+    scale, offset = shifted_parameters(low, high)
+
+    # The widest range, with 0 in it, takes the 256 integers.
+    width = (np.maximum(high, 0).astype(np.float64) - np.minimum(low, 0)).max()
+    assert scale[0] == pytest.approx(width / 255, rel=1e-6)
+    assert offset[3] == 0
+    integers = np.rint(x / scale) + offset
+    assert integers.min() >= -129
+    assert integers.max() <= 128
+    # Nothing is cut but by half a step where a zero point is rounded, so nothing moves by more than one step.
+    assert np.abs(fake_quantize(x.copy(), scale, offset) - x).max() <= 1.5 * scale[0]
+    middle = (low + high) / 2 / scale + offset
+    free = np.abs((low + high) / 2 / scale) < 127
+    assert np.abs(middle[free] + 0.5).max() <= 0.51
+    # A mean far from 0 takes none of the range: with one zero point the step is that of the whole tensor.
+    y = (x - x.mean(axis=0) + 3).astype(np.float32)
+    assert shifted_parameters(y.min(axis=0), y.max(axis=0))[0][0] < 0.9 * width / 255
+
+
+def test_zeros_alone_have_scale_one():
+    scale, offset = shifted_parameters(np.zeros(3, np.float32), np.zeros(3, np.float32))
+    assert scale[0] == 1
+    np.testing.assert_array_equal(offset, 0)
 
 
 def test_weights_are_quantized_as_golden_stick_does():

@@ -25,7 +25,7 @@ def group(seed=0, residual=False, **values):
     return GroupInputs(**(given | values)), weights
 
 
-def torch_loss(inputs, weights, alpha, floor, per_token):
+def torch_loss(inputs, weights, alpha, floor, per_token, shifted=False):
     """The definition in held_out.py, written down once more in float64."""
     x, low, high = (torch.tensor(v, dtype=torch.float64) for v in (inputs.x, inputs.low, inputs.high))
     typical, sample = torch.tensor(inputs.typical, dtype=torch.float64), torch.tensor(inputs.sample)
@@ -35,7 +35,7 @@ def torch_loss(inputs, weights, alpha, floor, per_token):
     for part in range(parts):
         others, rows = torch.arange(S) % parts != part, sample % parts == part
         least, most = low[others].amin(0), high[others].amax(0)
-        maxima = torch.maximum(least.abs(), most.abs())
+        maxima = (most - least) / 2 if shifted else torch.maximum(least.abs(), most.abs())
         if floor:
             maxima = torch.maximum(maxima, torch.quantile(maxima / typical, floor) * typical)
         columns = torch.cat(weights).abs().amax(0)
@@ -44,6 +44,10 @@ def torch_loss(inputs, weights, alpha, floor, per_token):
         if per_token:
             given = given.float()
             step, offset = given.abs().amax(1, keepdim=True) / 127, 0.0
+        elif shifted:
+            first, last = least / scale, most / scale
+            step = (last.clamp(min=0) - first.clamp(max=0)).max() / 255
+            offset = torch.clamp(torch.round(-0.5 - (first + last) / 2 / step), -128, 127)
         else:
             first, last = (least / scale).min(), (most / scale).max()
             step = (last - first) / 255
@@ -59,14 +63,16 @@ def torch_loss(inputs, weights, alpha, floor, per_token):
     return float(total) / (len(x) * len(weights))
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("inputs_are", ["static", "per_token", "shifted"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("alpha", "floor"), [(0.5, 0.0), (0.85, 0.75)])
-def test_the_loss_is_what_torch_computes(alpha, floor, residual, per_token):
+def test_the_loss_is_what_torch_computes(alpha, floor, residual, inputs_are):
     inputs, weights = group(residual=residual)
-    loss = HeldOutSearch(inputs, weights, per_token=per_token).loss(alpha, floor)
+    given = {} if inputs_are == "static" else {inputs_are: True}
+    loss = HeldOutSearch(inputs, weights, **given).loss(alpha, floor)
     # A value on a tie may round the other way in float32.
-    assert loss == pytest.approx(torch_loss(inputs, weights, alpha, floor, per_token), rel=2e-2)
+    expected = torch_loss(inputs, weights, alpha, floor, inputs_are == "per_token", inputs_are == "shifted")
+    assert loss == pytest.approx(expected, rel=2e-2)
 
 
 def test_the_best_candidate_is_the_best_of_its_row_and_column():

@@ -233,11 +233,19 @@ def test_experts_are_one_group_with_the_error_of_the_layer_when_only_they_are_qu
 
 def test_ranges_are_those_of_the_other_half() -> None:
     low, high = np.float32([-1, -2, -3, 1]), np.float32([1, 2, 3, 4])
-    scale, offset = held_out_parameters(low, high)
+    scale, offset = (values[:, 0] for values in held_out_parameters(low[:, None], high[:, None]))
     np.testing.assert_allclose(scale, [6 / 255, 6 / 255, 6 / 255, 6 / 255], rtol=1e-6)
     np.testing.assert_array_equal(offset, np.rint(-128 - np.float64([-2, -3, -2, -3]) / (6 / 255)))
-    scale, _ = held_out_parameters(np.float32([1]), np.float32([5.1]))
-    assert scale[0] == pytest.approx(0.02)
+    scale, _ = held_out_parameters(np.float32([[1]]), np.float32([[5.1]]))
+    assert scale[0, 0] == pytest.approx(0.02)
+
+
+def test_zero_points_of_columns_come_from_the_other_samples() -> None:
+    low, high = np.float32([[0, -3], [-1, 1]]), np.float32([[5.1, -1], [1, 3]])
+    scale, offset = held_out_parameters(low, high, shifted=True)
+    np.testing.assert_allclose(scale, [[3 / 255], [5.1 / 255]], rtol=1e-6)
+    # Of the first sample by the second one, whose columns are at -1 to 1 and 1 to 3, and the other way round.
+    np.testing.assert_array_equal(offset, [[0, -128], [-128, 100]])
 
 
 def test_a_token_counts_by_its_own_size() -> None:

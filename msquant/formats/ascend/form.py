@@ -190,7 +190,7 @@ class AscendFormat(Format):
         if not linear.is_static:
             scale = weight_scales(module, linear).reshape(-1, 1)
             return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
-        input_scale, zero_point = input_parameters(module, linear, dtype)
+        input_scale, zero_points = input_parameters(module, linear, dtype)
         if not all_positive(rounded_reciprocal(np.array([input_scale]), dtype)):
             raise CheckpointError(
                 f"the reciprocal of its input scale {input_scale:.4g} is infinite or 0 in {dtype}, in which "
@@ -204,9 +204,9 @@ class AscendFormat(Format):
         mixed = () if linear.scheme.prefill is None else (scale, np.zeros_like(scale))
         return {
             "weight": linear.weight,
-            "quant_bias": folded_bias(module, linear.weight, zero_point, deq_scale, bias),
+            "quant_bias": folded_bias(module, linear.weight, int(zero_points[0]), deq_scale, bias),
             "input_scale": np.array([input_scale], np.float32),
-            "input_offset": np.array([zero_point], np.float32),
+            "input_offset": zero_points.astype(np.float32),
             "deq_scale": bits if deq_scale_code(dtype) == "I64" else deq_scale,
             **dict(zip(PREFILL_PARTS, mixed, strict=False)),
         }

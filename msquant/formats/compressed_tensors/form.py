@@ -142,9 +142,9 @@ class CompressedTensorsFormat(Format):
             "weight_scale": weight_scales(module, linear).reshape(len(linear.weight), -1),
         }
         if linear.is_static:
-            scale, zero_point = input_parameters(module, linear, dtype)
+            scale, zero_points = input_parameters(module, linear, dtype)
             parts["input_scale"] = np.array([exact_scale(scale)], np.float32)
-            parts["input_zero_point"] = np.array([zero_point], np.int8)
+            parts["input_zero_point"] = zero_points
         return parts
 
     def config_entries(

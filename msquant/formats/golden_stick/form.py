@@ -42,6 +42,7 @@ from msquant.formats.golden_stick.layout import (
     quantized_bias,
     read_description,
     read_variant,
+    static_scheme,
     variant_of,
 )
 from msquant.formats.golden_stick.mindformers_config import MODEL_TYPES, published_form
@@ -144,7 +145,7 @@ class GoldenStickFormat(Format):
         """
         for module, word in described.items():
             if word not in self.words.values():
-                *most, last = self.words.values()
+                *most, last = dict.fromkeys(self.words.values())
                 known = f"{', '.join(most)} and {last}"
                 yield Finding(module, f"described as {word!r}: the {self.variant} backend knows only {known}")
             elif word == W4A8_DYNAMIC and not experts_parent(module):
@@ -190,7 +191,8 @@ class GoldenStickFormat(Format):
         Returns:
             W8A8, with s_x the rounded input scale, s_w the weight scales and zp the input's zero point:
             `weight` int8 [N, K]; `deq_scale` = s_x s_w float32 [N]; `quant_bias` = -sum_k zp W int32 [N];
-            `input_scale` = s_x in `dtype` [K]; `input_offset` = zp int8 [K]. W8A8_DYNAMIC: `weight` int8 [N,
+            `input_scale` = s_x in `dtype` [K]; `input_offset` = zp int8 [K]; W8A8_SHIFTED: the same, with
+            different zp. W8A8_DYNAMIC: `weight` int8 [N,
             K]; `weight_scale` = s_w and `weight_offset` = 0, float32 [N]. W4A8_DYNAMIC: what
             `int4_experts.encode` returns.
 
@@ -202,7 +204,7 @@ class GoldenStickFormat(Format):
             if W8A8_DYNAMIC not in self.words.values():
                 raise CheckpointError(
                     f"its activations are quantized per token, which {self.consumer} cannot run: it accepts "
-                    + " and ".join(self.words.values()),
+                    + " and ".join(dict.fromkeys(self.words.values())),
                     where=module,
                     remedy="quantize it with static activations, or keep it in floating point",
                 )
@@ -213,8 +215,8 @@ class GoldenStickFormat(Format):
                 return int4_experts.encode(linear.weight, scale, linear.scheme.group_size or self.row_groups)
             return {"weight": linear.weight, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
         columns = linear.weight.shape[1]
-        input_scale, zero_point = input_parameters(module, linear, dtype)
-        offsets = np.full(columns, zero_point, np.int8)
+        input_scale, zero_points = input_parameters(module, linear, dtype)
+        offsets = np.ascontiguousarray(np.broadcast_to(zero_points, columns))
         return {
             "weight": linear.weight,
             "deq_scale": deq_scales(module, linear, input_scale),
@@ -252,8 +254,10 @@ class GoldenStickFormat(Format):
             # The rules report it.
             described = Description({}, {}, self.words)
         schemes_of = super().stored_schemes(checkpoint, modules)
-        for module in schemes_of:
+        for module, scheme in schemes_of.items():
             scales = f"{module}.weight_scale"
+            if scheme.is_static and f"{module}.input_offset" in checkpoint:
+                schemes_of[module] = static_scheme(checkpoint.raw(f"{module}.input_offset"))
             if scales in checkpoint and checkpoint.dtype(scales) == "U64":
                 schemes_of[module] = int4_experts.stored_scheme(checkpoint, module, described)
         return schemes_of

@@ -38,7 +38,7 @@ Variant = Literal["native", "mindformers"]
 W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, FLOAT = "W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "FLOAT"
 
 WORDS: Mapping[Variant, Mapping[Scheme, str]] = {
-    "native": {schemes.W8A8: W8A8, schemes.FLOAT: FLOAT},
+    "native": {schemes.W8A8: W8A8, schemes.FLOAT: FLOAT, schemes.W8A8_SHIFTED: W8A8},
     "mindformers": {
         schemes.W8A8: W8A8,
         schemes.W8A8_DYNAMIC: W8A8_DYNAMIC,
@@ -163,8 +163,15 @@ def parts_of(scheme: Scheme) -> tuple[str, ...]:
 def stored_scheme(checkpoint: Checkpoint, module: str, description: Description) -> Scheme:
     """The scheme of a layer of a folder; floating point where a word is unknown, as the rules report it."""
     scheme = description.scheme(module) or schemes.FLOAT
+    if scheme.is_static and f"{module}.input_offset" in checkpoint:
+        return static_scheme(checkpoint.raw(f"{module}.input_offset"))
     named = all(f"{module}.{part}" in checkpoint for part in ("weight", "weight_scale"))
     return int4_experts.stored_scheme(checkpoint, module, description) if scheme.is_int4 and named else scheme
+
+
+def static_scheme(offsets: NDArray[Any]) -> Scheme:
+    """W8A8, or W8A8_SHIFTED where the zero points of columns differ; both have one word in a description."""
+    return schemes.W8A8 if (offsets == offsets[:1]).all() else schemes.W8A8_SHIFTED
 
 
 def decode_linear(
@@ -183,8 +190,8 @@ def decode_linear(
         scheme: of a layer per token. Of experts with int4 weights the engine keeps scales in float32.
 
     Raises:
-        CheckpointError: the scales are not positive and finite; the input scales or offsets differ among the
-            columns, because a smooth scale was folded into them; a `weight_offset` is not 0.
+        CheckpointError: the scales are not positive and finite; the input scales differ among the columns,
+            because a smooth scale was folded into them; a `weight_offset` is not 0.
     """
     bias = tensors.get(f"{module}.bias")
     bias = None if bias is None else bias.astype(np.float32)
@@ -192,7 +199,7 @@ def decode_linear(
         return _decode_dynamic(module, tensors, bias, dtype, scheme)
     scales = tensors[f"{module}.input_scale"].astype(np.float32)
     offsets = tensors[f"{module}.input_offset"]
-    if not (scales == scales[0]).all() or not (offsets == offsets[0]).all():
+    if not (scales == scales[0]).all():
         raise CheckpointError(
             "has one input scale a column; msquant reads one a tensor", where=f"{module}.input_scale"
         )
@@ -202,10 +209,10 @@ def decode_linear(
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
         weight_scale=row_scales(deq_scale, scales),
-        scheme=schemes.W8A8,
+        scheme=static_scheme(offsets),
         bias=bias,
         input_scale=scales[:1].copy(),
-        input_offset=offsets[:1].astype(np.int32),
+        input_offset=(offsets[:1] if static_scheme(offsets) == schemes.W8A8 else offsets).astype(np.int32),
     )
 
 

@@ -53,7 +53,7 @@ def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     return (
         a.scheme.without_cache == b.scheme.without_cache
         and a.input_scale == b.input_scale
-        and a.input_offset == b.input_offset
+        and (a.input_offset is b.input_offset is None or np.array_equal(a.input_offset, b.input_offset))
         and a.input_reciprocal == b.input_reciprocal
     )
 
@@ -83,23 +83,25 @@ class _Int8Layer:
         first = linears[0]
         self._input_scale: np.float32 | None = None
         self._input_reciprocal: np.float32 | None = None
-        offset = 0
+        offset = np.zeros(1, np.float32)
         if first.input_scale is not None and first.input_offset is not None:
-            self._input_scale, offset = np.float32(first.input_scale[0]), int(first.input_offset[0])
+            self._input_scale, offset = (
+                np.float32(first.input_scale[0]),
+                first.input_offset.astype(np.float32),
+            )
             if first.input_reciprocal is not None:
                 self._input_reciprocal = np.float32(first.input_reciprocal[0])
-        self._offset = np.float32(offset)
-        # The offset is taken off before the product: x_q - z lies between these.
-        self._lowest, self._highest = np.float32(INT8_MIN - offset), np.float32(INT8_MAX - offset)
+        # The offset is taken off before the product: x_q - z lies between these. `[1]` or `[K]` all of them.
+        self._offset, self._lowest, self._highest = offset, INT8_MIN - offset, INT8_MAX - offset
         weights, output_scales = zip(*(linear.factors for linear in linears), strict=True)
         weight = _stack(weights)
         gemm = onednn.load_int8() if weight.shape[1] < onednn.LONGEST else None
         if weight.dtype != np.int8:
             self._product: Layer = lambda quantized: quantized @ weight.T
         elif gemm is None:
-            self._product = _WidenedProduct(weight, float(max(-self._lowest, self._highest)))
+            self._product = _WidenedProduct(weight, float(max(-self._lowest.min(), self._highest.max())))
         else:
-            self._product = _Int8Product(gemm, weight, -int(self._lowest))
+            self._product = _Int8Product(gemm, weight, -self._lowest)
         self._output_scale = np.concatenate(output_scales)
         if self._input_scale is not None:
             self._output_scale = self._output_scale * self._input_scale
@@ -132,13 +134,13 @@ class _Int8Product:
     Args:
         gemm: of the library.
         weight: int8 `[N, K]`.
-        shift: added to the integers it makes them 0 to 255.
+        shift: whole numbers, float32 `[1]` or `[K]`; added to the integers they make them 0 to 255.
     """
 
-    def __init__(self, gemm: onednn.Int8Product, weight: NDArray[np.int8], shift: int) -> None:
-        self._gemm, self._weight = gemm, weight
-        self._shift = np.float32(shift)
-        self._shifted = weight.sum(axis=1, dtype=np.int32) * np.int32(shift)
+    def __init__(self, gemm: onednn.Int8Product, weight: NDArray[np.int8], shift: Array) -> None:
+        self._gemm, self._weight, self._shift = gemm, weight, shift
+        columns = np.broadcast_to(shift.astype(np.int32), weight.shape[1:])
+        self._shifted = np.einsum("nk,k->n", weight, columns, dtype=np.int32)
 
     def __call__(self, quantized: Array) -> Array:
         quantized += self._shift

@@ -13,7 +13,7 @@ from msquant.formats.dtypes import cast, model_dtype
 from msquant.formats.golden_stick.form import GoldenStickFormat
 from msquant.formats.golden_stick.layout import DESCRIPTION_NAME, decode_linear
 from msquant.formats.golden_stick.reader import GoldenStickCheckpoint
-from msquant.schemes import W8A8, W8A8_DYNAMIC
+from msquant.schemes import W8A8, W8A8_DYNAMIC, W8A8_SHIFTED
 from tests.formats.folders import CONFIG, change_tensors, random_quantized, write_folder
 
 FORM = GoldenStickFormat()
@@ -36,17 +36,25 @@ def ideal_output(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
     """The layer by its definition, in float64."""
     assert linear.input_scale is not None
     assert linear.input_offset is not None
-    scale, offset = np.float64(linear.input_scale[0]), int(linear.input_offset[0])
+    scale, offset = np.float64(linear.input_scale[0]), linear.input_offset
     x_q = np.clip(np.round(x / scale) + offset, -128, 127)
     y = linear.weight_scale * scale * (linear.weight.astype(np.float64) @ (x_q - offset).T).T
     return y if linear.bias is None else y + linear.bias
 
 
+def shifted(linear: QuantizedLinear) -> QuantizedLinear:
+    """The layer with a zero point a column."""
+    offsets = np.random.default_rng(7).integers(-128, 128, linear.weight.shape[1], dtype=np.int32)
+    return replace(linear, scheme=W8A8_SHIFTED, input_offset=offsets)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_stored_tensors_compute_the_layer(dtype: str, bias: bool, seed: int) -> None:
+def test_the_stored_tensors_compute_the_layer(dtype: str, bias: bool, columns: bool, seed: int) -> None:
     linear = random_quantized(12, 40, seed, bias=bias)
+    linear = shifted(linear) if columns else linear
     tensors = FORM.encode_linear(MODULE, linear, dtype)
     x = np.random.default_rng(seed).normal(size=(9, 40))
     back = decode_linear(MODULE, tensors)
@@ -88,10 +96,13 @@ def test_deq_scale_is_made_of_the_input_scale_that_is_stored() -> None:
     )
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_comes_back(bias: bool) -> None:
+def test_a_layer_comes_back(bias: bool, columns: bool) -> None:
     linear = random_quantized(6, 10, 3, bias=bias)
+    linear = shifted(linear) if columns else linear
     back = decode_linear(MODULE, FORM.encode_linear(MODULE, linear, "float32"))
+    assert back.scheme == linear.scheme
     np.testing.assert_array_equal(back.weight, linear.weight)
     np.testing.assert_allclose(back.weight_scale, linear.weight_scale, rtol=1.2e-7)
     np.testing.assert_array_equal(back.input_scale, linear.input_scale)

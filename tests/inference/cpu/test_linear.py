@@ -10,7 +10,15 @@ from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
 from msquant.inference.cpu import onednn
 from msquant.inference.cpu.cpu_linear import linear_layer
 from msquant.schemes import W8A8, W8A16
-from tests.fixtures.linears import N, T, random_input, random_linear, reference, with_reciprocal
+from tests.fixtures.linears import (
+    N,
+    T,
+    random_input,
+    random_linear,
+    random_shifted,
+    reference,
+    with_reciprocal,
+)
 
 SIZES = [64, 576, 1500, 3000]
 pytestmark = pytest.mark.usefixtures("product")
@@ -26,6 +34,12 @@ def assert_close(found: NDArray[np.float32], expected: NDArray[np.float64]) -> N
 @pytest.mark.parametrize("k", SIZES)
 def test_random_layers_equal_the_reference(k: int, static: bool, bias: bool) -> None:
     linear, x = random_linear(k, static=static, bias=bias), random_input(k)
+    assert_close(linear_layer(linear)(x), reference(linear, x))
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_each_column_has_its_zero_point(k: int) -> None:
+    linear, x = random_shifted(k), random_input(k)
     assert_close(linear_layer(linear)(x), reference(linear, x))
 
 
@@ -91,13 +105,26 @@ def shifted(linear: QuantizedLinear) -> QuantizedLinear:
         (random_linear(64, static=True), random_linear(64, static=True, bias=False)),
         (random_linear(64, static=False), random_linear(64, static=False, bias=False)),
         (random_linear(64, static=True), shifted(random_linear(64, static=True))),
+        (random_shifted(64), random_shifted(64)),
+        (random_shifted(64), random_linear(64, static=True)),
         (random_linear(64, static=True), random_linear(64, static=False), float_linear(64)),
         (float_linear(64), random_linear(64, static=True)),
         (float_linear(64), float_linear(64)),
         (weight_only(64), weight_only(64)),
         (random_linear(64, static=True), weight_only(64)),
     ],
-    ids=["static", "dynamic", "other offset", "all kinds", "float first", "float", "weights alone", "both"],
+    ids=[
+        "static",
+        "dynamic",
+        "other offset",
+        "columns",
+        "a column and all",
+        "all kinds",
+        "float first",
+        "float",
+        "weights alone",
+        "both",
+    ],
 )
 def test_several_linears_of_one_input(linears: tuple[Linear, ...]) -> None:
     x = random_input(64)
