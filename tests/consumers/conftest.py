@@ -20,7 +20,7 @@ from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
 from msquant.recipe.recipe import find_recipe
-from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX
+from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX, W8A8_SHIFTED
 from tests.consumers.environments import PROJECT, Environments, environments
 from tests.fixtures.tiny_families import write_tiny
 
@@ -58,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek-w4a8-g16": _DEEPSEEK,
     "deepseek-mtp-w4a8": {**_DEEPSEEK, "prediction_layers": 1},
     "qwen2-mix": {"model_type": "qwen2"},
+    "llama-shifted": {"model_type": "llama", "attention_bias": True},
 }
 """Arguments of `write_tiny`; the published one has the keys of DeepSeek's own `config.json`.
 
@@ -67,6 +68,7 @@ _SCHEMES = {
     "-w4a8": (".experts.", W4A8_DYNAMIC),
     "-w4a8-g16": (".experts.", W4A8_DYNAMIC.in_groups(16)),
     "-mix": ("_proj", W8A8_MIX),
+    "-shifted": ("_proj", W8A8_SHIFTED),
 }
 """The scheme of some layers of a model whose name ends so."""
 _NOT_PUBLISHED = ("qk_head_dim", "rope_interleave", "head_dim", "pretraining_tp", "pad_token_id")
@@ -167,6 +169,8 @@ def _quantize(root: Path, name: str) -> None:
     only_ascend = family == "qwen3_moe" or cached or ("prediction_layers" in settings and own is not None)
     only_ascend |= own is not None and own[1].prefill is not None
     formats = "ascend" if only_ascend else "golden-stick,ascend"
+    if own is not None and own[1] == W8A8_SHIFTED:
+        formats = "golden-stick"
     recipe = recipe.model_copy(update=changes).adjusted(formats=formats)
     quantize(recipe, root / name)
     if only_ascend:

@@ -14,7 +14,11 @@ from tests.consumers.conftest import OTHER_PROMPT, PROMPT, TOKENS, Folders, Tabl
 from tests.consumers.environments import MINDFORMERS, Environments
 
 NATIVE = [
-    *[(model, size) for model in ("llama-tied", "llama-biased", "qwen2", "qwen3") for size in (1, 2, 4)],
+    *[
+        (model, size)
+        for model in ("llama-tied", "llama-biased", "llama-shifted", "qwen2", "qwen3")
+        for size in (1, 2, 4)
+    ],
     ("llama-float16", 1),
 ]
 """A model and its tensor parallelism; with 4, its two heads of keys and values are there twice."""

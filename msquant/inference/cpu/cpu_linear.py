@@ -50,12 +50,13 @@ def linear_layer(*linears: Linear) -> Layer:
 
 
 def _alike(a: QuantizedLinear, b: QuantizedLinear) -> bool:
-    return (
-        a.scheme.without_cache == b.scheme.without_cache
-        and a.input_scale == b.input_scale
-        and (a.input_offset is b.input_offset is None or np.array_equal(a.input_offset, b.input_offset))
-        and a.input_reciprocal == b.input_reciprocal
-    )
+    if a.scheme.without_cache != b.scheme.without_cache:
+        return False
+    if a.input_offset is not None and b.input_offset is not None:
+        same_offsets = np.array_equal(a.input_offset, b.input_offset)
+    else:
+        same_offsets = a.input_offset is b.input_offset
+    return same_offsets and a.input_scale == b.input_scale and a.input_reciprocal == b.input_reciprocal
 
 
 class _FloatLayer:
