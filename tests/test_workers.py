@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +18,19 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.run_files import SourceHashes
 from msquant.errors import EngineError
+from msquant.flows.layer_graph import Done, Schedule, Task
+from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork
+from msquant.flows.pipeline import quantize
 from msquant.flows.ray_workers import RayCrew, divided
+from msquant.flows.source import Source, folder_plan
 from msquant.flows.workers import Workers, require_workers
+from msquant.formats.folder_plan import plan_folder
+from msquant.formats.folder_stream import FolderStream
+from msquant.progress import Progress
+from msquant.recipe.recipe import find_recipe
 from tests.fixtures import quantize_process
 from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, start
 from tests.fixtures.tiny_families import write_tiny
@@ -127,6 +139,88 @@ def test_ctrl_c_ends_all_within_two_seconds_and_any_number_of_workers_goes_on(
     assert "the same command continues" in ended(process, 130)
     ended(start(recipe, output))
     assert digests(output) == expected
+
+
+class Shuffled:
+    """Workers in this process, of which any does any task that is ready; they share nothing but folders."""
+
+    def __init__(self, job: LayerJob, source: Source, output: Path, seed: int) -> None:
+        self.count, self._choose = 3, random.Random(seed)
+        self.kinds = Counter[str]()
+        self._works = []
+        for number in range(self.count):
+            shared, own = (
+                HiddenStateStore(output / SCRATCH / sub, job.memory_budget, shared=True)
+                for sub in ("", f"worker-{number}")
+            )
+            writer, hashes = (
+                FolderStream(output, folder_plan(job.recipe, source)),
+                SourceHashes(source.checkpoint),
+            )
+            self._works.append((LayerWork(job, source, writer, hashes, shared, own, Progress()), shared))
+
+    def run(self, tasks: Sequence[Task], done: Done) -> None:
+        schedule = Schedule(tasks)
+        while schedule.left:
+            ready = []
+            while (task := schedule.next()) is not None:
+                ready.append(task)
+            chosen = self._choose.choice(ready)
+            for task in ready:
+                if task is not chosen:
+                    schedule.put_back(task)
+            work, shared = self._choose.choice(self._works)
+            # A worker that died has done a part of the task, and another does it anew.
+            for _ in range(self._choose.choice((1, 1, 2))):
+                result = work.run(chosen)
+            shared.release()
+            self.kinds[chosen.kind] += 1
+            schedule.done(chosen)
+            done(chosen, result)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "formats", "algo", "quantization"),
+    [
+        ("deepseek_v3", "ascend", "rtn", {}),
+        ("deepseek_v3", "ascend", "osl", {"smooth_alpha": [0.5], "min_expert_tokens": 60}),
+        ("qwen3_moe", "compressed-tensors", "gptq", {}),
+        ("qwen3_next", "ascend", "osl", {"smooth_alpha": [0.5]}),
+    ],
+)
+def test_layers_that_are_cut_have_the_bytes_of_whole_ones(
+    model_type: str,
+    formats: str,
+    algo: str,
+    quantization: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predictions = {"prediction_layers": 1} if model_type == "deepseek_v3" else {}
+    model = write_tiny(tmp_path / "model", model_type, layers=4, dtype="bfloat16", **predictions)
+    asked = find_recipe(str(model)).adjusted(
+        algo=algo, formats=formats, samples=6, sequence_length=24, evaluate=False
+    )
+    asked = asked.replace("quantization", **quantization)
+    # A layer then has several shards, and experts lie across their borders.
+    monkeypatch.setattr("msquant.flows.source.plan_folder", partial(plan_folder, max_shard_bytes=30_000))
+    expected = digests(quantize(asked, tmp_path / "whole", remember=False).folder)
+    pools = []
+
+    @contextlib.contextmanager
+    def pool(
+        workers: Workers, job: LayerJob, source: Source, output: Path, progress: Progress
+    ) -> Iterator[Shuffled]:
+        pools.append(Shuffled(job, source, output, len(expected)))
+        yield pools[0]
+
+    monkeypatch.setattr("msquant.flows.pipeline._pool", pool)
+    made = quantize(asked, tmp_path / "cut", workers=Workers(3), remember=False)
+    assert digests(made.folder) == expected
+    kinds, layers = pools[0].kinds, pools[0].kinds["finish"]
+    assert layers >= 2
+    assert kinds["experts"] == 3 * layers
+    assert kinds["quantize"] > 2 * layers
 
 
 POOL = """

@@ -7,6 +7,7 @@ continues with the layer it was in and ends with the same bytes.
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from msquant.flows.calibration import Calibration, calibration_of, require_sourc
 from msquant.flows.conversion import other_folders, output_folders, write_export
 from msquant.flows.forecast import Forecast
 from msquant.flows.layer_graph import Executor, InProcess, Result, Task, layer_tasks
-from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork, carry
+from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork, carry, joined_record, layer_cuts
 from msquant.flows.manifest import build_manifest, job_identity
 from msquant.flows.short_evaluation import evaluate_result, short_texts
 from msquant.flows.source import (
@@ -340,6 +341,8 @@ def _write_layers(
     count, finished = source.config.num_hidden_layers + job.predicted, set(_finished_layers(journal))
     if len(finished) >= count:
         return []
+    from msquant.quantization.cut_layer import discard_computed, discard_layer
+
     store = HiddenStateStore(writer.folder / SCRATCH, job.memory_budget)
     made = {index for index in range(count) if store.path(index).exists()} if finished else set[int]()
     progress.layers(count, len(finished))
@@ -347,12 +350,14 @@ def _write_layers(
     if pool is None:
         progress.stage("loading MindSpore and golden-stick")
         work = LayerWork(job, source, writer, files, store, store, progress)
-        executor, ahead = InProcess(work.run), None
+        executor, ahead, cuts = InProcess(work.run), None, {}
     else:
         executor, ahead = pool, layers_ahead(pool.count)
+        cuts = layer_cuts(source.config, writer.plan, job.predicted, pool.count)
     taken = any(record.get(_TAKEN) for record in journal.records)
-    tasks = layer_tasks(count, finished, made, ahead, recompute=taken)
+    tasks = layer_tasks(count, finished, made, ahead, recompute=taken, cuts=cuts)
     left = {task.key for task in tasks}
+    pieces: dict[int, list[dict[str, Any]]] = defaultdict(list)
     seconds: list[float] = []
     if finished:
         progress.lap("start")
@@ -371,16 +376,25 @@ def _write_layers(
                         Model(str(source.folder), source.config, source.weights), texts, work.dtype, states
                     )
                     progress.lap("evaluation sample")
-        if result.record is not None:
-            journal.append(result.record)
-            writer.files.update(result.record["files"])
+        record = result.record
+        if task.cut is not None:
+            pieces[task.index] += [] if record is None else [record]
+            record = None
+            if task.kind == "combine":
+                discard_computed(store, task.index, task.cut.chunks)
+            elif task.kind == "finish":
+                record = joined_record(task.index, pieces.pop(task.index), job.recipe.quantization)
+        if record is not None:
+            journal.append(record)
+            writer.files.update(record["files"])
         # What no task reads any more, no later run has to continue from.
-        if task.kind != "embed" and not any(index == task.index for _, index in left):
+        if task.kind != "embed" and not any(key.layer == task.index for key in left):
             store.discard(task.index)
-        if result.record is not None:
+            discard_layer(store, task.index)
+        if record is not None:
             seconds.append(result.seconds)
             progress.lap("layer")
-            progress.layer(result.record["layer"])
+            progress.layer(record["layer"])
             files.check()
 
     executor.run(tasks, done)

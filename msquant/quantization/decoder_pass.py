@@ -183,25 +183,33 @@ class DecoderPass:
         """
         block = self._block(index)
         first = self._outputs(block, put)
-        block.feed(lambda: map(_flat, self._rounds(self._store.open(BETWEEN))))
+        block.feed(lambda: map(flat, self._rounds(self._store.open(BETWEEN))))
         self._store.discard(BETWEEN)
         return block, *first
 
-    def _block(self, index: int, *, observes: bool = True) -> FeedForwardPass:
+    def _block(
+        self, index: int, *, observes: bool = True, mine: Sequence[int] | None = None
+    ) -> FeedForwardPass:
         return FeedForwardPass(
-            self._config, self._source, index, self._policy, self._dtype, self._step, observes=observes
+            self._config,
+            self._source,
+            index,
+            self._policy,
+            self._dtype,
+            self._step,
+            observes=observes,
+            mine=mine,
         )
 
     def _outputs(self, block: FeedForwardPass, put: Callable[[Floats], None]) -> tuple[Floats, Floats]:
         """What a block makes of the states between the blocks; returns the first round, before and after."""
         first: tuple[Floats, Floats] | None = None
         for batches in self._rounds(self._store.open(BETWEEN)):
-            flat = _flat(batches)
-            outputs = block.forward(flat)
-            first = first or (flat, outputs)
-            tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
-            for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
-                put(output.reshape(batch.shape))
+            between = flat(batches)
+            outputs = block.forward(between)
+            first = first or (between, outputs)
+            for output in in_batches(batches, outputs):
+                put(output)
         assert first is not None
         return first
 
@@ -276,6 +284,13 @@ class DecoderPass:
         yield held
 
 
-def _flat(batches: Sequence[Floats]) -> Floats:
+def flat(batches: Sequence[Floats]) -> Floats:
     """Batches `[B, T, H]` as one, `[tokens, H]`."""
     return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+
+
+def in_batches(batches: Sequence[Floats], outputs: Floats) -> Iterator[Floats]:
+    """Outputs `[tokens, H]` in the shapes of the batches that they are made of."""
+    tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
+    for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
+        yield output.reshape(batch.shape)
