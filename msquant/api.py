@@ -329,6 +329,7 @@ def plan(
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
     workers: int | None = None,
+    node_cores: int | None = None,
 ) -> "Plan | ModelFreePlan":
     """What quantizing a model would make, read, write and need, from its headers alone.
 
@@ -342,6 +343,7 @@ def plan(
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
         workers: processes that would share the decoder layers; memory is that of each.
+        node_cores: cores of a machine that each of them would have for itself; None for this machine.
 
     Returns:
         Bytes by decoder layer and in all, memory, and as `problems` what does not fit. No time is estimated:
@@ -378,6 +380,7 @@ def plan(
         source=None if source is None else str(source),
         memory_budget=memory_budget,
         workers=workers or 1,
+        node_cores=node_cores,
     )
 
 

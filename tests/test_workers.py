@@ -219,6 +219,7 @@ def test_layers_that_are_cut_have_the_bytes_of_whole_ones(
     assert digests(made.folder) == expected
     kinds, layers = pools[0].kinds, pools[0].kinds["finish"]
     assert layers >= 2
+    assert kinds["attention"] > layers
     assert kinds["experts"] == 3 * layers
     assert kinds["quantize"] > 2 * layers
 
@@ -386,16 +387,3 @@ def test_nodes_that_differ_are_named() -> None:
         with pytest.raises(EngineError, match=said):
             require_alike([here, other], Path("/model"), "s", different_arithmetic=False)
     require_alike([here, cases[-1][0]], Path("/model"), "s", different_arithmetic=True)
-
-
-def test_a_plan_with_workers_has_a_chain(tmp_path: Path) -> None:
-    from msquant.planning.measure import Machine, Span
-    from msquant.planning.quantization_plan import _shared
-
-    whole, computed = dict.fromkeys(range(10), Span(4, 8)), dict.fromkeys(range(10), Span(1, 2))
-    time_taken, chain = _shared(whole, computed, 2, Machine(2, 1.0, 1.0))
-    assert chain == Span(9 + 4, 18 + 8)
-    assert time_taken.low == pytest.approx(49 / 2, abs=3)
-    assert time_taken.high == 2 * time_taken.low
-    # Where one process used both cores, each of two workers has half as many.
-    assert _shared(whole, computed, 2, Machine(2, 1.0, 2.0))[1] == chain * 2

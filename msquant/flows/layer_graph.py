@@ -8,12 +8,13 @@ chain. Everything else of a layer waits for that layer's inputs and for nothing 
         ▼            ▼            ▼
     quantize 0   quantize 1   quantize 2 ...
 
-A layer with experts is cut, so that several workers share it. Each of its `experts` computes some of them on
-all tokens, and `combine` adds up what they give in the experts' order, whoever computed them:
+A layer with experts is cut, so that several workers share it. Each `attention` computes some batches, each of
+its `experts` some of them on all tokens, and `combine` adds up what they give in the experts' order, whoever
+computed them:
 
-    ─► attention ─► experts (C) ─► combine ─►
-    │                    │            └──────────────┐
-    └─► search ──────────┴─► quantize (S) ─► finish ◄┘
+    ─► attention (A) ─► experts (C) ─► combine ─►
+    │                        │            └──────────────┐
+    └─► search ──────────────┴─► quantize (S) ─► finish ◄┘
 
 `search` quantizes the attention block; each `quantize` writes one of the layer's S shards, with the experts
 in it. In one process a layer is one task, `pass`, because the first step of its quantization gives its
@@ -55,10 +56,11 @@ class Key(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Into how many tasks a layer with experts is cut: to be computed, and to be quantized."""
+    """Into how many tasks of a kind a layer with experts is cut."""
 
-    chunks: int
-    shards: int
+    attention: int
+    experts: int
+    quantize: int
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,14 @@ def layer_tasks(
                 (ends[index],) = add("quantize", index, *inputs)
         elif asked or left:
             # What is kept of the experts' outputs in floating point is what the layer is compared with.
-            computed = add("experts", index, *add("attention", index, *inputs, *room), parts=cut.chunks)
+            attention = add("attention", index, *inputs, *room, parts=cut.attention)
+            computed = add("experts", index, *attention, parts=cut.experts)
             combined = add("combine", index, *computed)
             if asked:
                 (makers[index + 1],) = combined
             if left:
                 searched = add("search", index, *inputs, *room)
-                shards = add("quantize", index, *searched, *computed, parts=cut.shards)
+                shards = add("quantize", index, *searched, *computed, parts=cut.quantize)
                 (ends[index],) = add("finish", index, *combined, *shards)
     return tasks
 
@@ -256,30 +259,3 @@ class Schedule:
             self._waiting[behind.key] -= 1
             if not self._waiting[behind.key]:
                 self.put_back(behind)
-
-
-def makespan(tasks: Sequence[Task], seconds: Mapping[Key, float], workers: int) -> float:
-    """How long so many workers take for tasks, by the rule of `Schedule`.
-
-    Args:
-        tasks: each behind those that it waits for.
-        seconds: of each.
-        workers: each does one task at a time.
-    """
-    schedule, running, now = Schedule(tasks), list[tuple[float, int, Task]](), 0.0
-    begun = 0
-    while schedule.left:
-        while len(running) < workers and (task := schedule.next()) is not None:
-            begun += 1
-            heappush(running, (now + seconds[task.key], begun, task))
-        now, _, task = heappop(running)
-        schedule.done(task)
-    return now
-
-
-def critical_path(tasks: Sequence[Task], seconds: Mapping[Key, float]) -> float:
-    """How long tasks take at least, however many workers there are: their longest chain."""
-    ends: dict[Key, float] = {}
-    for task in tasks:
-        ends[task.key] = seconds[task.key] + max((ends.get(key, 0.0) for key in task.after), default=0.0)
-    return max(ends.values(), default=0.0)

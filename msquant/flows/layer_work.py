@@ -34,6 +34,9 @@ Floats = NDArray[np.float32]
 SCRATCH = "scratch"
 """The folder of hidden states within an unfinished result."""
 
+MOST_CHUNKS = 32
+"""Into which a layer's experts are cut at most: each of them reads all states between the blocks."""
+
 PREDICTION = 99_998
 """The boundary before the decoder layer of a multi-token-prediction layer, among those of decoder layers."""
 
@@ -130,6 +133,7 @@ class LayerWork:
         self._boundaries, self._between, self._step = boundaries, between, progress.step
         self._decoder = CutDecoderPass(
             boundaries,
+            len(job.batches),
             source.config,
             source.weights,
             job.recipe.quantization,
@@ -171,7 +175,7 @@ class LayerWork:
 
         index, config, decoder = task.index, self._source.config, self._decoder
         names = expert_names(config, index)
-        computed = chunks(len(names), cut.chunks)
+        computed = chunks(len(names), cut.experts)
         groups = self._writer.plan.groups[index]
         # An expert whose tensors lie in two shards is quantized for both.
         shards = [
@@ -183,7 +187,8 @@ class LayerWork:
             for each in groups
         ]
         if task.kind == "attention":
-            decoder.attention(index, self._inputs(index))
+            mine = chunks(len(self._job.batches), cut.attention)[task.part]
+            decoder.attention(index, self._inputs(index), mine)
         elif task.kind == "experts":
             decoder.experts(index, computed[task.part], task.part)
         elif task.kind == "combine":
@@ -250,7 +255,9 @@ class LayerWork:
                 inputs.append(prediction(states, batch))
 
 
-def layer_cuts(config: ModelConfig, plan: FolderPlan, predicted: int, workers: int) -> dict[int, Cut]:
+def layer_cuts(
+    config: ModelConfig, plan: FolderPlan, predicted: int, workers: int, batches: int
+) -> dict[int, Cut]:
     """The layers that so many workers share: those with experts.
 
     Args:
@@ -258,11 +265,16 @@ def layer_cuts(config: ModelConfig, plan: FolderPlan, predicted: int, workers: i
         plan: of the folder that is made.
         predicted: multi-token-prediction layers that are quantized after the decoder layers.
         workers: how many.
+        batches: of the calibration tokens.
     """
     from msquant.quantization.feed_forward_pass import expert_names
 
     return {
-        index: Cut(min(workers, len(expert_names(config, index))), len(plan.groups[index]))
+        index: Cut(
+            attention=min(workers, batches),
+            experts=min(workers, MOST_CHUNKS, len(expert_names(config, index))),
+            quantize=len(plan.groups[index]),
+        )
         for index in range(config.num_hidden_layers + predicted)
         if config.has_experts(index)
     }

@@ -198,7 +198,8 @@ def quantize(
             team = workers if left else Workers()
             with _pool(team, job, model, target.path, progress) as pool:
                 count = 1 if pool is None else pool.count
-                states = hidden_bytes(model.config, calibration.size, predicted, count)
+                first = job.batches[0].size
+                states = hidden_bytes(model.config, calibration.size, predicted, count, first)
                 require_free_space(target.path, needed + states)
                 progress.lap("start")
                 progress.phase("ends")
@@ -353,7 +354,8 @@ def _write_layers(
         executor, ahead, cuts = InProcess(work.run), None, {}
     else:
         executor, ahead = pool, layers_ahead(pool.count)
-        cuts = layer_cuts(source.config, writer.plan, job.predicted, pool.count)
+        batches = len(job.batches)
+        cuts = layer_cuts(source.config, writer.plan, job.predicted, pool.count, batches)
     taken = any(record.get(_TAKEN) for record in journal.records)
     tasks = layer_tasks(count, finished, made, ahead, recompute=taken, cuts=cuts)
     left = {task.key for task in tasks}
@@ -381,7 +383,7 @@ def _write_layers(
             pieces[task.index] += [] if record is None else [record]
             record = None
             if task.kind == "combine":
-                discard_computed(store, task.index, task.cut.chunks)
+                discard_computed(store, task.index, task.cut.experts)
             elif task.kind == "finish":
                 record = joined_record(task.index, pieces.pop(task.index), job.recipe.quantization)
         if record is not None:

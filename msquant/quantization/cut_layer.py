@@ -5,7 +5,7 @@ each expert computes the same tokens at once, and the outputs are added up in th
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Places = Sequence[Sequence[int]]
 
 
 def chunks(count: int, number: int) -> list[list[int]]:
-    """So many experts in a number of pieces of nearly the same size."""
+    """So many experts or batches in a number of pieces of nearly the same size."""
     return [piece.tolist() for piece in np.array_split(np.arange(count), number)]
 
 
@@ -32,26 +32,33 @@ class CutDecoderPass(DecoderPass):
 
     Args:
         shared: where the pieces leave what others read.
+        batches: of the calibration tokens.
         arguments: of `DecoderPass`.
         options: likewise.
     """
 
-    def __init__(self, shared: HiddenStateStore, *arguments: Any, **options: Any) -> None:
+    def __init__(self, shared: HiddenStateStore, batches: int, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._shared = shared
+        self._shared, self._batches = shared, batches
 
-    def attention(self, index: int, hidden: Sequence[Floats]) -> None:
+    def attention(self, index: int, hidden: Sequence[Floats], mine: Sequence[int]) -> None:
         """The states between the blocks of layer `index`, in floating point.
 
         Args:
             index: of the layer.
             hidden: its inputs, batches of samples `[B, T, H]`.
+            mine: the batches to compute.
 
         Raises:
             MsquantError: as `run`; so do all the others.
         """
-        with self._shared.write(_name(index, "between")) as between:
-            self._forward(index, "attention", hidden, between.append)
+        made = iter(mine)
+
+        def put(output: Floats) -> None:
+            with self._shared.write(_name(index, "between", next(made)), hold=False) as between:
+                between.append(output)
+
+        self._forward(index, "attention", hidden, put, mine)
 
     def experts(self, index: int, mine: Sequence[int], piece: int) -> None:
         """What some experts add to the states between the blocks, and what they reach.
@@ -61,13 +68,13 @@ class CutDecoderPass(DecoderPass):
             mine: the experts.
             piece: number of this one.
         """
-        block, between = self._block(index, mine=mine), self._shared.open(_name(index, "between"))
+        block = self._block(index, mine=mine)
         with self._shared.write(_name(index, "experts", piece), hold=False) as made:
-            for batches in self._rounds(between):
+            for batches in self._rounds(self._states(index)):
                 for rows, product in block.computed(flat(batches)):
                     made.append(_as_floats(rows))
                     made.append(product)
-        block.feed(lambda: map(flat, self._rounds(between)))
+        block.feed(lambda: map(flat, self._rounds(self._states(index))))
         with self._shared.write(_name(index, "ranges", piece)) as ranges:
             for values in block.ranges:
                 ranges.append(values)
@@ -83,7 +90,7 @@ class CutDecoderPass(DecoderPass):
         block, put_finite = self._block(index, observes=False), self._finite(index, put)
         made = [self._shared.stream(_name(index, "experts", piece)) for piece in range(len(pieces))]
         with self._shared.write(_name(index, "first")) as first:
-            for number, batches in enumerate(self._rounds(self._shared.open(_name(index, "between")))):
+            for number, batches in enumerate(self._rounds(self._states(index))):
                 products = (
                     _product(states, number * len(mine) + place)
                     for mine, states in zip(pieces, made, strict=True)
@@ -159,6 +166,11 @@ class CutDecoderPass(DecoderPass):
             lent_tokens=block.lent_tokens,
             error=relative_error(hidden[0], first, made),
         )
+
+    def _states(self, index: int) -> Iterator[Floats]:
+        """The states between the blocks, batch by batch."""
+        for batch in range(self._batches):
+            yield from self._shared.open(_name(index, "between", batch))
 
     def _seen(self, index: int, computed: Places, mine: Sequence[int] | None = None) -> FeedForwardPass:
         """The block with what all pieces have seen."""

@@ -7,7 +7,7 @@ expert once for every candidate. The feed-forward block then goes expert by expe
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,11 +133,11 @@ class DecoderPass:
         part: Part,
         hidden: Sequence[Floats],
         put: Callable[[Floats], None],
-        first: int = 0,
+        places: Iterable[int] | None = None,
     ) -> None:
-        """Compute the batches from `first` on by the layer's own weights, as `run` computes each."""
+        """Compute some batches, or all, by the layer's own weights, as `run` computes each."""
         layer = self._layer(self._source, index, part)
-        for place in range(first, len(hidden)):
+        for place in range(len(hidden)) if places is None else places:
             check_interrupt()
             batch = hidden[place]
             together = self._policy.takes_batches or (self._searched is not None and place >= self._searched)
@@ -216,7 +216,7 @@ class DecoderPass:
     def _carry(self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
         """Compute the batches that the search has not seen, by the layer's own weights."""
         if self._searched is not None and self._searched < len(hidden):
-            self._forward(index, part, hidden, put, self._searched)
+            self._forward(index, part, hidden, put, range(self._searched, len(hidden)))
 
     def _finite(self, index: int, put: Callable[[Floats], None]) -> Callable[[Floats], None]:
         """`put`, for outputs of layer `index` that are to be finite."""
@@ -273,7 +273,7 @@ class DecoderPass:
             sink.tensor(name, values if scale is None else values * scale)
         return result
 
-    def _rounds(self, batches: Sequence[Floats]) -> Iterator[list[Floats]]:
+    def _rounds(self, batches: Iterable[Floats]) -> Iterator[list[Floats]]:
         """As many batches at once as the budget takes, with their normalized inputs and their outputs."""
         held: list[Floats] = []
         for batch in batches:
