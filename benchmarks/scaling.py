@@ -4,9 +4,8 @@ SmolLM2-135M by osl is quantized in one process without `--workers`, with `--wor
 then every task of its graph is measured by itself, and the simulation is held to both runs. The machine
 should do nothing else: these are seconds of time; the evaluation is left out, which is not shared.
 
-Of DeepSeek-R1 a dense layer and one with 64 of its 256 experts are measured, each of which gets as many
-tokens as it would of the whole layer's: CPU seconds of every task on one core. Set MSQUANT_R1_ONLY to measure
-no SmolLM2. The table goes into docs/guides/many-machines.md, the plot into docs/images.
+For DeepSeek-R1 this machine is measured as `msquant plan` does. The table is that of
+docs/guides/many-machines.md, and its plot is written to docs/images.
 """
 
 import os
@@ -18,21 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.command import msquant
 from benchmarks.rows import row
 from benchmarks.smollm2 import float_folder
 from msquant.checkpoint.writer import file_sha256
 
+if TYPE_CHECKING:
+    from msquant.planning.timeline import Timeline
+
 MIN_RATIO, MOST_OVERHEAD, TOLERANCE = 1.8, 0.05, 0.15
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES = 64
-WORKERS = (1, 2, 4, 8, 16, 32, 64)
-"""Of a node; the best is shown."""
-PARALLEL = 0.0
-"""Share of a task that a worker's cores divide."""
-EXPERTS, R1_EXPERTS = 64, 256
+WORKERS, MOST_WORKERS = (1, 4, 16, 64), 256
+"""Of a node, of which the fewest are shown that are about as fast as any; and of all nodes."""
 PLOT = Path(__file__).parent.parent / "docs" / "images" / "r1-nodes.svg"
 
 Seconds = dict[int, dict[str, float]]
@@ -43,11 +42,9 @@ def measure() -> list[dict[str, Any]]:
     """Measure this machine, and simulate what it has no nodes for."""
     rows = [row("other processes at work in the minute before", round(os.getloadavg()[0], 1))]
     cores = sorted(os.sched_getaffinity(0))
-    if not os.environ.get("MSQUANT_R1_ONLY"):
-        if len(cores) < 2:
-            return [row("cores", len(cores), ">= 2", False)]
-        rows += _small(cores)
-    return rows + _r1(cores)
+    if len(cores) < 2:
+        return [*rows, row("cores", len(cores), ">= 2", False), *many_nodes()]
+    return [*rows, *_small(cores), *many_nodes()]
 
 
 def _small(cores: list[int]) -> list[dict[str, Any]]:
@@ -105,29 +102,27 @@ def _simulated(seconds: Seconds, workers: int) -> float:
     return play_layers(layers, {}, Cluster(workers)).seconds
 
 
-def measured_tasks(model: Path, algorithm: str | None, folder: Path, recipe: str | None = None) -> Seconds:
+def measured_tasks(model: Path, algorithm: str, folder: Path) -> Seconds:
     """CPU seconds of each task of a model's graph, done one after the other in this process.
 
     Args:
         model: its folder.
         algorithm: what `--algo` takes.
         folder: where to work.
-        recipe: whose schemes and calibration to take; the model's own if None.
     """
     from msquant.checkpoint.hidden_states import HiddenStateStore
     from msquant.checkpoint.memory import MEMORY_BUDGET
     from msquant.checkpoint.run_files import SourceHashes
     from msquant.flows.calibration import calibration_of
     from msquant.flows.layer_graph import InProcess, Result, Task, layer_tasks
-    from msquant.flows.layer_work import LayerJob, LayerWork, layer_cuts
+    from msquant.flows.layer_work import LayerJob, LayerWork
     from msquant.flows.source import folder_plan, open_model, rotated
     from msquant.flows.workers import layers_ahead
     from msquant.formats.folder_stream import FolderStream
     from msquant.progress import Progress
     from msquant.recipe.recipe import find_recipe
 
-    asked = find_recipe(recipe or str(model)).adjusted(algo=algorithm)
-    asked = asked.model_copy(update={"model": str(model)})
+    asked = find_recipe(str(model)).adjusted(algo=algorithm)
     source = rotated(open_model(asked, None), asked.quantization)
     calibration = calibration_of(asked.calibration, source.folder)
     folder.mkdir()
@@ -146,9 +141,8 @@ def measured_tasks(model: Path, algorithm: str | None, folder: Path, recipe: str
             return result
 
         count = source.config.num_hidden_layers
-        cuts = layer_cuts(source.config, writer.plan, 0, 2, len(job.batches))
         # One layer more than there are, so that the last one is computed too.
-        tasks = layer_tasks(count + 1, (), (), layers_ahead(2), cuts=cuts)
+        tasks = layer_tasks(count + 1, (), (), layers_ahead(2))
         InProcess(run).run([task for task in tasks if task.index < count], lambda task, result: None)
     return {index: dict(took) for index, took in seconds.items()}
 
@@ -165,74 +159,96 @@ def _pool_start() -> float:
         return time.monotonic() - began
 
 
-def _r1(cores: list[int]) -> list[dict[str, Any]]:
-    from benchmarks.r1_layers import Sizes, write_r1_layers
-
-    with tempfile.TemporaryDirectory(prefix="msquant-scaling-r1-") as folder:
-        # Two experts work on each token, so that each has as many of them as where 8 of 256 do.
-        sizes = Sizes(experts=EXPERTS, per_token=8 * EXPERTS // R1_EXPERTS, groups=2)
-        model = write_r1_layers(Path(folder) / "model", sizes=sizes)
-        work = Path(folder) / "tasks"
-        dense, moe = _in_process(cores[:1], measured_tasks, model, None, work, "deepseek-r1").values()
-    more, products = (R1_EXPERTS + 1) / (EXPERTS + 1), 9 / 3
-    scale = {"experts": more, "quantize": more, "combine": products, "finish": products}
-    moe = {kind: taken * scale.get(kind, 1) for kind, taken in moe.items()}
-    rows = [row(f"R1, dense layer: {kind}, CPU s", round(taken, 1)) for kind, taken in dense.items()]
-    rows += [row(f"R1, layer with experts: {kind}, CPU s", round(taken, 1)) for kind, taken in moe.items()]
-    return rows + many_nodes(dense, moe)
-
-
-def many_nodes(dense: dict[str, float], moe: dict[str, float]) -> list[dict[str, Any]]:
-    """The table and the plot of R1 on more and more nodes.
-
-    Args:
-        dense: CPU seconds of the tasks on a dense layer, by kind.
-        moe: of those on a layer with experts.
-    """
+def many_nodes() -> list[dict[str, Any]]:
+    """The table and the plot of R1 on more and more nodes."""
     from msquant.flows.layer_work import layer_cuts
     from msquant.flows.source import batch_samples, shapes_plans
     from msquant.hub.published import published_config, stored_bytes
     from msquant.models.config_json import parse_config
-    from msquant.planning.blocks import Tokens
-    from msquant.planning.quantization_plan import BASE_BYTES, LayerBlocks, layer_bytes
-    from msquant.planning.timeline import DISK, NETWORK, Cluster, LayerCost, play_layers
+    from msquant.planning.blocks import LayerBlocks, Tokens
+    from msquant.planning.measure import measure as measure_samples
+    from msquant.planning.quantization_plan import BASE_BYTES, layer_bytes
+    from msquant.planning.timeline import DISK, NETWORK, Cluster, LayerCost, Timeline, play_layers
+    from msquant.planning.work import feed_forward_rounds
     from msquant.recipe.recipe import find_recipe
 
-    recipe = find_recipe("deepseek-r1")
+    recipe, budget = find_recipe("deepseek-r1"), 10**9
     config = parse_config(published_config(recipe.model), "the published config.json")
     plan, settings = shapes_plans(recipe, config, config.extra_layers)[0], recipe.calibration
     length = settings.sequence_length
     tokens = Tokens(settings.samples, length, batch_samples(config, length))
-    layers = {}
+    with tempfile.TemporaryDirectory(prefix="msquant-scaling-") as folder:
+        measured = measure_samples(recipe, config, Path(folder) / "out", None)
+    layers, memory = {}, 0
+    taken: dict[bool, dict[str, float]] = {}
     for index in range(config.num_hidden_layers):
-        shapes = config.layer_shapes(index).items()
-        stored = {name: stored_bytes(name, shape, config.fp8_block) for name, shape in shapes}
-        took = moe if config.has_experts(index) else dense
+        blocks = LayerBlocks(config, recipe.quantization, index)
+        stored = {
+            name: stored_bytes(name, shape, config.fp8_block)
+            for name, shape in config.layer_shapes(index).items()
+        }
+        rounds = feed_forward_rounds(config, tokens, budget)
+        took = measured.task_seconds(blocks, tokens.count, rounds)
+        taken[bool(blocks.experts)] = took
         layers[index] = LayerCost.of(config, index, stored, plan.group_bytes[index], tokens, took)
-    blocks = (LayerBlocks(config, recipe.quantization, index) for index in layers)
-    memory = BASE_BYTES + max(layer_bytes(each, tokens, 10**9) for each in blocks)
-    rows, hours = [], []
+        memory = max(memory, BASE_BYTES + layer_bytes(blocks, tokens, budget))
+    rows = [
+        row(f"R1, {'layer with experts' if experts else 'dense layer'}: {kind}, CPU s", round(seconds, 1))
+        for experts, took in taken.items()
+        for kind, seconds in took.items()
+    ]
+    best: dict[int, Timeline] = {}
     for nodes in NODES:
         found = []
-        for workers in WORKERS:
-            cluster = Cluster(nodes, workers, CORES // workers, PARALLEL, NETWORK, DISK)
-            found.append(
-                (
-                    play_layers(layers, layer_cuts(config, plan, 0, cluster.count, tokens.batches), cluster),
-                    workers,
-                )
-            )
-        best, workers = min(found, key=lambda each: each[0].seconds)
-        hours.append(best)
+        for workers in (each for each in WORKERS if nodes * each <= MOST_WORKERS):
+            # A worker has its cores, but nothing is taken for granted of what they divide.
+            cluster = Cluster(nodes, workers, CORES // workers, network=NETWORK, disk=DISK)
+            cuts = layer_cuts(config, plan, 0, cluster.count, tokens.batches)
+            found.append((play_layers(layers, cuts, cluster), workers))
+        # As few as come within a twentieth of the fastest: each takes memory.
+        fastest = min(line.seconds for line, _ in found)
+        line, workers = next(each for each in found if each[0].seconds <= 1.05 * fastest)
+        best[nodes] = line
         rows.append(
             row(
                 f"R1 on {nodes} nodes of {CORES} cores, minutes",
-                f"{best.seconds / 60:.1f}: {workers} workers a node, {workers * memory / 1e9:.0f} GB; chain "
-                f"{best.chain_seconds / 60:.1f}, computing {best.computing / 60:.1f}, disk "
-                f"{best.disk / 60:.1f}; bound by {best.bound}",
+                f"{line.seconds / 60:.0f}: {workers} workers a node, {workers * memory / 1e9:.0f} GB; chain "
+                f"{line.chain_seconds / 60:.0f}, computing {line.computing / 60:.0f}, disk "
+                f"{line.disk / 60:.0f}, {line.transferred / 1e12:.1f} TB; bound by {line.bound}",
             )
         )
+        rows.append(
+            row(
+                f"the chain on {nodes}, minutes",
+                ", ".join(f"{kind} {seconds / 60:.1f}" for kind, seconds in line.chain.items()),
+            )
+        )
+    _draw(best)
     return rows
+
+
+def _draw(best: "dict[int, Timeline]") -> None:
+    """The plot of the table."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "r1-nodes", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.add_subplot(xscale="log", yscale="log", xlabel="nodes of 64 cores", ylabel="minutes")
+        shown = {
+            "all layers": [line.seconds for line in best.values()],
+            "chain": [line.chain_seconds for line in best.values()],
+            "computing": [line.computing for line in best.values()],
+            "disk": [line.disk for line in best.values()],
+        }
+        for name, seconds in shown.items():
+            style = {"marker": "o", "color": "#1f6feb"} if name == "all layers" else {"linestyle": "--"}
+            axes.plot(list(best), [each / 60 for each in seconds], label=name, **style)
+        axes.set_xticks(list(best), [str(nodes) for nodes in best])
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(PLOT, metadata={"Date": None})
 
 
 def _in_process(cores: list[int], function: Callable[..., Any], *arguments: Any) -> Any:

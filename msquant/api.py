@@ -510,6 +510,9 @@ def evaluate(
     sequence_length: int | None = None,
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
 ) -> "Comparison":
     """What quantization cost one model: perplexity, and how far its predictions are from the float model's.
@@ -525,6 +528,10 @@ def evaluate(
         sequence_length: tokens in each; if None 512, or as many as the model takes.
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
+        workers: processes that share the models and the texts; None is this one alone, or with `ray_address`
+            one a node. The numbers are the same.
+        ray_address: `HOST:PORT` of a Ray cluster to join.
+        allow_different_arithmetic: use nodes that round differently.
         progress: callbacks.
 
     Returns:
@@ -548,6 +555,9 @@ def evaluate(
         sequence_length=sequence_length,
         device=device,
         memory_budget=memory_budget,
+        workers=workers,
+        ray_address=ray_address,
+        allow_different_arithmetic=allow_different_arithmetic,
         progress=progress,
     )
 
@@ -563,6 +573,9 @@ def compare(
     sequence_length: int | None = None,
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
 ) -> "Comparison":
     """Quantized folders of one float model side by side, whoever made them; the arguments are `evaluate`'s.
@@ -577,7 +590,9 @@ def compare(
         [0.0435, 0.0691]
     """
     from msquant.flows.comparison import compare as run
+    from msquant.flows.workers import Workers, require_workers
 
+    require_workers(workers, ray_address, device, without_text=False)
     return run(
         [str(model) for model in models],
         baseline=None if baseline is None else str(baseline),
@@ -588,6 +603,7 @@ def compare(
         sequence_length=sequence_length,
         device=device,
         memory_budget=memory_budget,
+        workers=Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic),
         progress=progress,
     )
 

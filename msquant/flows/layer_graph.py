@@ -25,11 +25,25 @@ writes the same bytes twice.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from msquant.interrupts import check_interrupt
 
-Kind = Literal["embed", "compute", "quantize", "pass", "attention", "experts", "combine", "search", "finish"]
+Kind = Literal[
+    "embed",
+    "compute",
+    "quantize",
+    "pass",
+    "attention",
+    "experts",
+    "combine",
+    "search",
+    "finish",
+    "forward",
+    "differ",
+    "predict",
+]
 
 _DOING: dict[Kind, str] = {
     "embed": "embedding",
@@ -41,10 +55,13 @@ _DOING: dict[Kind, str] = {
     "combine": "adding up",
     "search": "quantizing attention of",
     "finish": "finishing",
+    "forward": "computing",
+    "differ": "comparing",
+    "predict": "predicting behind",
 }
 
 # Layers after the one at hand do not wait for these.
-_OFF_CHAIN: tuple[Kind, ...] = ("quantize", "search", "finish")
+_OFF_CHAIN: tuple[Kind, ...] = ("quantize", "search", "finish", "differ")
 
 
 class Key(NamedTuple):
@@ -71,7 +88,8 @@ class Task:
         kind: `embed`, the inputs of the first layer; `compute`, a layer's floating-point outputs; `quantize`,
             its quantized weights, written; `pass`, both. Of a layer that is cut: `attention`, the states
             between its blocks; `experts`, some experts' outputs and ranges; `combine`, the layer's outputs;
-            `search`, its quantized attention; `quantize`, one of its shards; `finish`, what is said of it.
+            `search`, its quantized attention; `quantize`, one of its shards; `finish`, what is said of it. Of
+            an evaluation: see `evaluation_work.py`.
         index: of the layer.
         after: the tasks whose results it reads, or that must have made room for it.
         part: which of the `parts` that are alike.
@@ -117,6 +135,35 @@ class Result:
 
 
 Done = Callable[[Task, Result], None]
+
+
+class Work(Protocol):
+    """What one process has open to do tasks."""
+
+    def run(self, task: Task) -> Result:
+        """Do a task. Raises MsquantError."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what other processes may remove between two tasks."""
+        ...
+
+
+class Job(Protocol):
+    """What every task on one model is to know; it can be sent to other processes."""
+
+    @property
+    def device(self) -> str | None:
+        """Whose arithmetic the bytes depend on, `cpu` or `ascend`; None for that of no processor."""
+        ...
+
+    def begin(self, source: Path, output: Path, number: int) -> Work:
+        """Open the model and the folder that is made, in the worker with that number.
+
+        Raises:
+            MsquantError: the source is not what it was, or the device is not there.
+        """
+        ...
 
 
 class Executor(Protocol):

@@ -4,10 +4,12 @@ All that tasks share lies in folders, so a task is done by whoever is free: the 
 between layers, and the shards.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,12 @@ from numpy.typing import NDArray
 from msquant.algorithms.base import Algorithm
 from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStates, HiddenStateStore
+from msquant.checkpoint.output_folder import remove_path
 from msquant.checkpoint.run_files import SourceHashes
 from msquant.flows.calibration import Calibration
 from msquant.flows.layer_graph import Cut, Result, Task
 from msquant.flows.manifest import layer_record
-from msquant.flows.source import Source, batch_tokens
+from msquant.flows.source import Source, batch_tokens, folder_plan, open_source, rotated
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream, GroupTensors, GroupWriter
 from msquant.interrupts import check_interrupt
@@ -96,6 +99,20 @@ class LayerJob:
             verbose,
         )
 
+    def begin(self, source: Path, output: Path, number: int) -> "LayerWork":
+        """As `Job.begin`."""
+        stored = open_source(str(source), predictions=self.recipe.keeps_predictions)
+        model = rotated(stored, self.recipe.quantization)
+        writer = FolderStream(output, folder_plan(self.recipe, model))
+        scratch = output / SCRATCH
+        for left in scratch.glob(f"worker-{number}-*"):
+            # Of the one that died in this one's place.
+            remove_path(left)
+        boundaries = HiddenStateStore(scratch, self.memory_budget, shared=True)
+        between = HiddenStateStore(scratch / f"worker-{number}-{os.getpid()}", self.memory_budget)
+        hashes = SourceHashes(model.checkpoint)
+        return LayerWork(self, model, writer, hashes, boundaries, between, Progress())
+
 
 class LayerWork:
     """Does tasks on decoder layers.
@@ -166,6 +183,10 @@ class LayerWork:
         self._between.discard(PREDICTION)
         return Result(time.monotonic() - started, record)
 
+    def release(self) -> None:
+        """As `Work.release`: other workers discard what this one would hold."""
+        self._boundaries.release()
+
     def _piece(self, task: Task, cut: Cut) -> dict[str, Any] | None:
         """Do a task on a layer that is cut; returns what `joined_record` takes."""
         from msquant.checkpoint.shard import Shard
@@ -195,14 +216,15 @@ class LayerWork:
             with self._boundaries.write(index + 1) as outputs:
                 decoder.combine(index, computed, outputs.append)
         elif task.kind == "search":
-            read = self._hashes.reading(_of_experts(config, index, names, ()))
+            within = set(_tensors_of(config, index, names))
+            read = self._hashes.reading(each for each in config.layer_shapes(index) if each not in within)
             tensors = GroupTensors(self._writer.folder, self._writer.plan, groups)
             report = decoder.search(index, self._inputs(index), tensors)
             write_shard(searched_path(self._boundaries, index), tensors.kept)
             return {"report": report, "sources": [read()]}
         elif task.kind == "quantize":
             first = set(shards[task.part]).difference(*shards[: task.part])
-            read = self._hashes.reading(_of_experts(config, index, names, [names[each] for each in first]))
+            read = self._hashes.reading(_tensors_of(config, index, [names[each] for each in sorted(first)]))
             searched = Shard.open(searched_path(self._boundaries, index))
             with self._writer.group(index, task.part) as group:
                 for name in filter(group.writes, searched.entries):
@@ -299,10 +321,10 @@ def joined_record(index: int, pieces: Sequence[Mapping[str, Any]], policy: Algor
     }
 
 
-def _of_experts(config: ModelConfig, index: int, experts: Sequence[str], chosen: Sequence[str]) -> list[str]:
-    """Tensors of some of a layer's experts; of none of them, those that belong to no expert."""
-    prefixes = tuple(f"{name}." for name in chosen or experts)
-    return [name for name in config.layer_shapes(index) if name.startswith(prefixes) == bool(chosen)]
+def _tensors_of(config: ModelConfig, index: int, experts: Sequence[str]) -> list[str]:
+    """The names of some experts' tensors."""
+    prefixes = tuple(f"{name}." for name in experts)
+    return [name for name in config.layer_shapes(index) if name.startswith(prefixes)]
 
 
 def embed(source: Source, batches: Iterable[NDArray[np.int32]], store: HiddenStateStore, dtype: Any) -> None:

@@ -22,7 +22,6 @@ from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.shard_stream import shard_bytes
-from msquant.checkpoint.writer import is_temporary
 from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
@@ -359,7 +358,9 @@ def _write_layers(
     taken = any(record.get(_TAKEN) for record in journal.records)
     tasks = layer_tasks(count, finished, made, ahead, recompute=taken, cuts=cuts)
     left = {task.key for task in tasks}
+    # Of a layer that is cut: what its tasks say, and their seconds.
     pieces: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    spent: dict[int, float] = defaultdict(float)
     seconds: list[float] = []
     if finished:
         progress.lap("start")
@@ -379,6 +380,7 @@ def _write_layers(
                     )
                     progress.lap("evaluation sample")
         record = result.record
+        spent[task.index] += result.seconds
         if task.cut is not None:
             pieces[task.index] += [] if record is None else [record]
             record = None
@@ -394,16 +396,12 @@ def _write_layers(
             store.discard(task.index)
             discard_layer(store, task.index)
         if record is not None:
-            seconds.append(result.seconds)
+            seconds.append(spent[task.index] if task.cut is not None else result.seconds)
             progress.lap("layer")
             progress.layer(record["layer"])
             files.check()
 
     executor.run(tasks, done)
-    for path in writer.folder.iterdir():
-        # Of a worker that died.
-        if is_temporary(path.name):
-            path.unlink()
     return seconds
 
 

@@ -141,10 +141,8 @@ class Measured:
         first, then = self._evaluation(blocks, _evaluated_tokens(self._recipe, self._config))
         return self._range(first + then)
 
-    def tasks(
-        self, blocks: LayerBlocks, tokens: int, rounds: int, *, here: bool
-    ) -> tuple[dict[Kind, float], dict[Kind, float]]:
-        """Seconds of one core that the tasks on a decoder layer take, of each kind together: low and high.
+    def task_seconds(self, blocks: LayerBlocks, tokens: int, rounds: int) -> dict[Kind, float]:
+        """Seconds of one core that the tasks on a decoder layer take, of each kind together.
 
         What the evaluation takes says what the floating-point pass does; where nothing was evaluated, that is
         all that the quantization takes.
@@ -153,27 +151,28 @@ class Measured:
             blocks: the layer.
             tokens: of the calibration.
             rounds: as `layer_work` takes them.
-            here: whether they are done on this machine, which may be busy.
         """
         searched, apart = self._quantization(blocks, tokens, rounds)
         attention, experts = searched, apart
         if self._recipe.evaluation.sequences:
             # The evaluation computes the result's layer as well.
             attention, experts = (part * 0.5 for part in self._evaluation(blocks, tokens))
-        quantized = max(0.0, apart.low - experts.low) if blocks.experts else searched.low + apart.low
-        taken: dict[Kind, float] = {
+        return {
             "compute": attention.low + experts.low,
-            "quantize": quantized,
+            "pass": searched.low + apart.low,
+            "quantize": max(0.0, apart.low - experts.low) if blocks.experts else searched.low + apart.low,
             "attention": attention.low,
             "experts": experts.low,
             "search": searched.low,
         }
-        slower = self._spread / min(1.0, self.machine.share) if here else self._spread
-        low, high = (
-            {kind: seconds * factor for kind, seconds in taken.items()}
-            for factor in (1 / self._spread, slower)
-        )
-        return low, high
+
+    def task_factors(self, *, here: bool) -> tuple[float, float]:
+        """What `task_seconds` may be off by, faster and slower.
+
+        Args:
+            here: whether tasks are done on this machine, which may be busy.
+        """
+        return 1 / self._spread, self._spread / (min(1.0, self.machine.share) if here else 1)
 
     def once(self, part: Part, times: float = 1, nbytes: int = 0) -> Span:
         """A part that takes so many times as long as the last sample's, and reads so many bytes."""

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -305,7 +305,7 @@ def make_plan(
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
     stages: dict[Phase, Span] = dict.fromkeys(get_args(Phase), NOTHING)
     peaks, parts = [0], []
-    costs: tuple[dict[int, LayerCost], ...] = {}, {}
+    costs: dict[int, LayerCost] = {}
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
         sizes = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
         source_bytes = sum(sizes.values())
@@ -316,16 +316,15 @@ def make_plan(
             blocks = LayerBlocks(config, recipe.quantization, index)
             schemes = blocks.schemes
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
-            taken: tuple[Mapping[TaskKind, float], ...] = {}, {}
+            taken: dict[TaskKind, float] = {}
             if measured is not None:
                 rounds = feed_forward_rounds(config, tokens, memory_budget)
                 seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
                 stages["layers"] += seconds
-                taken = measured.tasks(blocks, tokens.count, rounds, here=node_cores is None)
+                taken = measured.task_seconds(blocks, tokens.count, rounds)
                 if index < config.num_hidden_layers:
                     stages["evaluation"] += measured.evaluated_layer(blocks)
-            for side, seconds_of in zip(costs, taken, strict=True):
-                side[index] = LayerCost.of(config, index, sizes, written, tokens, seconds_of)
+            costs[index] = LayerCost.of(config, index, sizes, written, tokens, taken)
         elif measured is not None:
             seconds = measured.once("ends", written / measured.sample.folder.group_bytes[-1], source_bytes)
             stages["ends"] += seconds
@@ -349,7 +348,11 @@ def make_plan(
     shared, timelines = None, None
     if workers > 1:
         cuts = layer_cuts(config, folders[0], predicted, workers, tokens.batches)
-        fast, slow = (play_layers(side, cuts, _cluster(workers, node_cores, measured)) for side in costs)
+        cluster = _cluster(workers, node_cores, measured)
+        factors = (1.0, 1.0) if measured is None else measured.task_factors(here=node_cores is None)
+        fast, slow = (
+            play_layers(costs, cuts, replace(cluster, slower=cluster.slower * factor)) for factor in factors
+        )
         shared = int(fast.transferred)
         if measured is not None:
             timelines = fast, slow
@@ -413,7 +416,8 @@ def _cluster(workers: int, node_cores: int | None, measured: Measured | None) ->
         if machine.cores > 1 and machine.share > 1:
             parallel = min(1.0, (1 - 1 / machine.share) / (1 - 1 / machine.cores))
     if node_cores is None:
-        return Cluster(1, workers, max(1, cores // workers), parallel, disk=disk)
+        crowded = max(1.0, workers / cores)
+        return Cluster(1, workers, max(1, cores // workers), parallel, disk=disk, slower=crowded)
     return Cluster(workers, 1, node_cores, parallel, NETWORK, DISK)
 
 

@@ -52,6 +52,7 @@ class Cluster:
         parallel: share of a task's computing that a worker's cores divide.
         network: bytes a second to a node, and as many from it.
         disk: bytes a second of the disk that all nodes share.
+        slower: what all computing takes longer by.
     """
 
     nodes: int
@@ -60,6 +61,7 @@ class Cluster:
     parallel: float = 0.0
     network: float = inf
     disk: float = inf
+    slower: float = 1.0
 
     @property
     def count(self) -> int:
@@ -68,7 +70,7 @@ class Cluster:
 
     def computing(self, cost: TaskCost) -> float:
         """Seconds in which a worker computes a task."""
-        return cost.seconds * (1 - self.parallel + self.parallel / self.cores)
+        return self.slower * cost.seconds * (1 - self.parallel + self.parallel / self.cores)
 
     def alone(self, cost: TaskCost) -> float:
         """Seconds of a task if nobody else reads or writes."""
