@@ -4,8 +4,8 @@ SmolLM2-135M by osl is quantized in one process without `--workers`, with `--wor
 then every task of its graph is measured by itself, and the simulation is held to both runs. The machine
 should do nothing else: these are seconds of time; the evaluation is left out, which is not shared.
 
-For DeepSeek-R1 this machine is measured as `msquant plan` does. The table is that of
-docs/guides/many-machines.md, and its plot is written to docs/images.
+For DeepSeek-R1 one core of this machine is measured as `msquant plan` does. The table is that of
+docs/guides/many-machines.md, and its plot is written to both languages' images.
 """
 
 import os
@@ -32,7 +32,8 @@ NODES = (1, 2, 4, 8, 16, 32, 64)
 CORES = 64
 WORKERS, MOST_WORKERS = (1, 4, 16, 64), 256
 """Of a node, of which the fewest are shown that are about as fast as any; and of all nodes."""
-PLOT = Path(__file__).parent.parent / "docs" / "images" / "r1-nodes.svg"
+DOCS = Path(__file__).parent.parent / "docs"
+PLOTS = tuple(folder / "images" / "r1-nodes.svg" for folder in (DOCS, DOCS / "zh-CN"))
 
 Seconds = dict[int, dict[str, float]]
 """What the tasks on a layer took, of each kind together."""
@@ -43,8 +44,8 @@ def measure() -> list[dict[str, Any]]:
     rows = [row("other processes at work in the minute before", round(os.getloadavg()[0], 1))]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        return [*rows, row("cores", len(cores), ">= 2", False), *many_nodes()]
-    return [*rows, *_small(cores), *many_nodes()]
+        return [*rows, row("cores", len(cores), ">= 2", False), *many_nodes(cores)]
+    return [*rows, *_small(cores), *many_nodes(cores)]
 
 
 def _small(cores: list[int]) -> list[dict[str, Any]]:
@@ -159,8 +160,12 @@ def _pool_start() -> float:
         return time.monotonic() - began
 
 
-def many_nodes() -> list[dict[str, Any]]:
-    """The table and the plot of R1 on more and more nodes."""
+def many_nodes(cores: list[int]) -> list[dict[str, Any]]:
+    """The table and the plot of R1 on more and more nodes.
+
+    Args:
+        cores: of this machine, of which one is measured.
+    """
     from msquant.flows.layer_work import layer_cuts
     from msquant.flows.source import batch_samples, shapes_plans
     from msquant.hub.published import published_config, stored_bytes
@@ -178,7 +183,7 @@ def many_nodes() -> list[dict[str, Any]]:
     length = settings.sequence_length
     tokens = Tokens(settings.samples, length, batch_samples(config, length))
     with tempfile.TemporaryDirectory(prefix="msquant-scaling-") as folder:
-        measured = measure_samples(recipe, config, Path(folder) / "out", None)
+        measured = _in_process(cores[:1], measure_samples, recipe, config, Path(folder) / "out", None)
     layers, memory = {}, 0
     taken: dict[bool, dict[str, float]] = {}
     for index in range(config.num_hidden_layers):
@@ -248,7 +253,9 @@ def _draw(best: "dict[int, Timeline]") -> None:
         axes.minorticks_off()
         axes.grid(visible=True, alpha=0.3)
         axes.legend(frameon=False)
-        figure.savefig(PLOT, metadata={"Date": None})
+        for path in PLOTS:
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, metadata={"Date": None})
 
 
 def _in_process(cores: list[int], function: Callable[..., Any], *arguments: Any) -> Any:
