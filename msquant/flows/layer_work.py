@@ -192,10 +192,9 @@ class LayerWork:
         from msquant.checkpoint.shard import Shard
         from msquant.checkpoint.writer import write_shard
         from msquant.quantization.cut_layer import chunks, searched_path
-        from msquant.quantization.feed_forward_pass import expert_names
 
         index, config, decoder = task.index, self._source.config, self._decoder
-        names = expert_names(config, index)
+        names = config.expert_names(index)
         computed = chunks(len(names), cut.experts)
         groups = self._writer.plan.groups[index]
         # An expert whose tensors lie in two shards is quantized for both.
@@ -289,12 +288,10 @@ def layer_cuts(
         workers: how many.
         batches: of the calibration tokens.
     """
-    from msquant.quantization.feed_forward_pass import expert_names
-
     return {
         index: Cut(
             attention=min(workers, batches),
-            experts=min(workers, MOST_CHUNKS, len(expert_names(config, index))),
+            experts=min(workers, MOST_CHUNKS, len(config.expert_names(index))),
             quantize=len(plan.groups[index]),
         )
         for index in range(config.num_hidden_layers + predicted)

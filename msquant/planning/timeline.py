@@ -18,7 +18,6 @@ from msquant.flows.layer_graph import Cut, Key, Kind, Schedule, Task, layer_task
 from msquant.flows.workers import layers_ahead
 from msquant.models.config import ModelConfig
 from msquant.planning.blocks import Tokens
-from msquant.quantization.feed_forward_pass import expert_names
 
 NETWORK, DISK = 10e9 / 8, 2e9
 """Bytes a second, to and from a node each, and of the shared disk, where nobody has measured them."""
@@ -252,7 +251,7 @@ class LayerCost:
             tokens: of the calibration.
             seconds: see above.
         """
-        inner = tuple(f"{name}." for name in expert_names(config, index))
+        inner = tuple(f"{name}." for name in config.expert_names(index))
         experts = sum(size for name, size in sizes.items() if name.startswith(inner))
         routed = config.experts if config.has_experts(index) else None
         met = 1 if routed is None else routed.per_token + bool(routed.shared)

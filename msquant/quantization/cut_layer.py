@@ -19,7 +19,7 @@ from msquant.quantization.decoder_pass import DecoderPass, Floats, flat, in_batc
 from msquant.quantization.feed_forward_pass import FeedForwardPass, Product
 
 Places = Sequence[Sequence[int]]
-"""Which experts each piece has, by their places in `expert_names`."""
+"""Which experts each piece has, by their places in `ModelConfig.expert_names`."""
 
 
 def chunks(count: int, number: int) -> list[list[int]]:

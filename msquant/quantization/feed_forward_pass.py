@@ -76,20 +76,6 @@ class _Expert:
         self.gated = np.maximum(self.gated, highest) if self.gated.size else highest
 
 
-def expert_names(config: ModelConfig, index: int) -> list[str]:
-    """The full names of a layer's experts in the order in which they are added up, the shared one last.
-
-    A dense block is the only one of its layer.
-    """
-    parts = config.family.names
-    block = f"{config.family.layer_name(index)}.{parts.feed_forward}"
-    if not config.has_experts(index):
-        return [block]
-    names = [f"{block}.{parts.experts}.{number}" for number in range(config.num_experts)]
-    shared = config.experts is not None and config.experts.shared
-    return [*names, f"{block}.{parts.shared_experts}"] if shared else names
-
-
 class FeedForwardPass:
     """Both readings of one feed-forward block: `forward` for all tokens, then `quantized`.
 
@@ -143,7 +129,7 @@ class FeedForwardPass:
         routed = config.num_experts if config.has_experts(index) else 0
         self._experts = [
             _Expert(name, place if place < routed else None)
-            for place, name in enumerate(expert_names(config, index))
+            for place, name in enumerate(config.expert_names(index))
         ]
         self.mine = list(range(len(self._experts))) if mine is None else sorted(mine)
         # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
