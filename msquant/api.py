@@ -329,6 +329,7 @@ def plan(
     source: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
     workers: int | None = None,
+    node_cores: int | None = None,
 ) -> "Plan | ModelFreePlan":
     """What quantizing a model would make, read, write and need, from its headers alone.
 
@@ -342,6 +343,7 @@ def plan(
         source: folder of the weights, in place of the recipe's model.
         memory_budget: bytes of hidden states held in memory.
         workers: processes that would share the decoder layers; memory is that of each.
+        node_cores: cores of a machine that each of them would have for itself; None for this machine.
 
     Returns:
         Bytes by decoder layer and in all, memory, and as `problems` what does not fit. No time is estimated:
@@ -378,6 +380,7 @@ def plan(
         source=None if source is None else str(source),
         memory_budget=memory_budget,
         workers=workers or 1,
+        node_cores=node_cores,
     )
 
 
@@ -507,6 +510,9 @@ def evaluate(
     sequence_length: int | None = None,
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
 ) -> "Comparison":
     """What quantization cost one model: perplexity, and how far its predictions are from the float model's.
@@ -522,6 +528,10 @@ def evaluate(
         sequence_length: tokens in each; if None 512, or as many as the model takes.
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
+        workers: processes that share the models and the texts; None is this one alone, or with `ray_address`
+            one a node. The numbers are the same.
+        ray_address: `HOST:PORT` of a Ray cluster to join.
+        allow_different_arithmetic: use nodes that round differently.
         progress: callbacks.
 
     Returns:
@@ -545,6 +555,9 @@ def evaluate(
         sequence_length=sequence_length,
         device=device,
         memory_budget=memory_budget,
+        workers=workers,
+        ray_address=ray_address,
+        allow_different_arithmetic=allow_different_arithmetic,
         progress=progress,
     )
 
@@ -560,6 +573,9 @@ def compare(
     sequence_length: int | None = None,
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
 ) -> "Comparison":
     """Quantized folders of one float model side by side, whoever made them; the arguments are `evaluate`'s.
@@ -574,7 +590,9 @@ def compare(
         [0.0435, 0.0691]
     """
     from msquant.flows.comparison import compare as run
+    from msquant.flows.workers import Workers, require_workers
 
+    require_workers(workers, ray_address, device, without_text=False)
     return run(
         [str(model) for model in models],
         baseline=None if baseline is None else str(baseline),
@@ -585,6 +603,7 @@ def compare(
         sequence_length=sequence_length,
         device=device,
         memory_budget=memory_budget,
+        workers=Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic),
         progress=progress,
     )
 

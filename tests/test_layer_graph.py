@@ -4,17 +4,17 @@ import random
 
 import pytest
 
-from msquant.flows.layer_graph import Schedule, Task, critical_path, layer_tasks, makespan
+from msquant.flows.layer_graph import Cut, Key, Schedule, Task, layer_tasks
 
 
 def shown(tasks: list[Task]) -> list[tuple[str, int]]:
-    return [task.key for task in tasks]
+    return [(task.kind, task.index) for task in tasks]
 
 
 def test_one_process_does_a_layer_in_one_go() -> None:
     tasks = layer_tasks(3, (), ())
     assert shown(tasks) == [("embed", 0), ("pass", 0), ("pass", 1), ("pass", 2)]
-    assert [task.after for task in tasks] == [(), (("embed", 0),), (("pass", 0),), (("pass", 1),)]
+    assert [task.after for task in tasks] == [(), (Key("embed", 0),), (Key("pass", 0),), (Key("pass", 1),)]
 
 
 def test_several_have_a_chain_and_what_hangs_on_it() -> None:
@@ -28,13 +28,13 @@ def test_several_have_a_chain_and_what_hangs_on_it() -> None:
         # Nothing reads the outputs of the last layer.
         ("quantize", 2),
     ]
-    assert tasks[-1].after == (("compute", 1),)
+    assert tasks[-1].after == (Key("compute", 1),)
 
 
 def test_the_chain_is_ahead_by_so_many_layers_and_no_more() -> None:
     waits = {task.key: task.after for task in layer_tasks(9, (), (), ahead=3)}
-    assert ("quantize", 2) in waits["compute", 5]
-    assert ("quantize", 2) not in waits["compute", 4]
+    assert Key("quantize", 2) in waits[Key("compute", 5)]
+    assert Key("quantize", 2) not in waits[Key("compute", 4)]
 
 
 @pytest.mark.parametrize("ahead", [None, 3])
@@ -55,7 +55,7 @@ def test_outputs_that_a_killed_run_did_not_come_to_are_computed(ahead: int | Non
     # Layer 1 is quantized, its inputs are there and its outputs are not.
     tasks = layer_tasks(5, {0, 1}, {1}, ahead)
     assert shown(tasks)[0] == ("compute", 1)
-    assert tasks[1].after == (("compute", 1),)
+    assert tasks[1].after == (Key("compute", 1),)
 
 
 @pytest.mark.parametrize("ahead", [None, 3])
@@ -74,8 +74,9 @@ def test_nothing_is_left_when_all_layers_are_finished() -> None:
 def test_every_task_is_begun_once_and_after_what_it_reads(seed: int) -> None:
     choose = random.Random(seed)
     finished = set(choose.sample(range(12), choose.randrange(12)))
-    tasks = layer_tasks(12, finished, set(), ahead=choose.randrange(1, 5))
-    schedule, done, running = Schedule(tasks), set[tuple[str, int]](), list[Task]()
+    cuts = {index: Cut(*(choose.randrange(1, 4) for _ in range(3))) for index in range(3, 12)}
+    tasks = layer_tasks(12, finished, set(), ahead=choose.randrange(1, 5), cuts=cuts)
+    schedule, done, running = Schedule(tasks), set[Key](), list[Task]()
     while schedule.left:
         while len(running) < 3 and (task := schedule.next()) is not None:
             assert set(task.after) & {each.key for each in tasks} <= done
@@ -91,12 +92,21 @@ def test_every_task_is_begun_once_and_after_what_it_reads(seed: int) -> None:
     assert done == {task.key for task in tasks}
 
 
-def test_the_chain_bounds_what_workers_can_do() -> None:
-    tasks = layer_tasks(10, (), (), ahead=100)
-    seconds = {task.key: {"embed": 0.0, "compute": 1.0, "quantize": 4.0}[task.kind] for task in tasks}
-    # Nine layers are computed, and the last one is quantized after that.
-    assert critical_path(tasks, seconds) == 9 + 4
-    assert makespan(tasks, seconds, 1) == 9 + 40
-    assert makespan(tasks, seconds, 100) == 13
-    two = makespan(tasks, seconds, 2)
-    assert 49 / 2 <= two <= 28
+def test_a_layer_that_is_cut_is_computed_and_quantized_in_pieces() -> None:
+    tasks = layer_tasks(2, (), (), ahead=3, cuts={1: Cut(2, 3, 2)})
+    waits = {task.key: set(task.after) for task in tasks}
+    experts = {Key("experts", 1, part) for part in range(3)}
+    shards = {Key("quantize", 1, part) for part in range(2)}
+    attention = {Key("attention", 1, part) for part in range(2)}
+    assert all(waits[key] == {Key("compute", 0)} for key in [*attention, Key("search", 1)])
+    assert all(waits[key] == attention for key in experts)
+    assert waits[Key("combine", 1)] == experts
+    assert all(waits[key] == {Key("search", 1)} | experts for key in shards)
+    assert waits[Key("finish", 1)] == {Key("combine", 1)} | shards
+    assert {task.kind for task in tasks if not task.on_chain} == {"search", "quantize", "finish"}
+    # Its outputs alone are asked for where another run has quantized it; its inputs are there.
+    left = layer_tasks(3, {0, 1}, {1}, ahead=3, cuts={1: Cut(1, 2, 2)})
+    assert shown(left) == [
+        *[("attention", 1), ("experts", 1), ("experts", 1), ("combine", 1)],
+        ("quantize", 2),
+    ]

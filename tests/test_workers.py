@@ -1,6 +1,7 @@
 """Layers that worker processes share: the same bytes, whoever dies; nothing is left running."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -8,8 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -17,8 +21,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msquant.errors import EngineError
+from msquant.evaluation.inputs import Text
+from msquant.flows.comparison import score_folders
+from msquant.flows.layer_graph import Done, Job, Schedule, Task
+from msquant.flows.pipeline import quantize
 from msquant.flows.ray_workers import RayCrew, divided
 from msquant.flows.workers import Workers, require_workers
+from msquant.formats.folder_plan import plan_folder
+from msquant.progress import Progress
+from msquant.recipe.recipe import find_recipe
 from tests.fixtures import quantize_process
 from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, start
 from tests.fixtures.tiny_families import write_tiny
@@ -127,6 +138,125 @@ def test_ctrl_c_ends_all_within_two_seconds_and_any_number_of_workers_goes_on(
     assert "the same command continues" in ended(process, 130)
     ended(start(recipe, output))
     assert digests(output) == expected
+
+
+class Shuffled:
+    """Workers in this process, of which any does any task that is ready; they share nothing but folders.
+
+    Takes the place of `WorkerPool`.
+    """
+
+    made: ClassVar[list["Shuffled"]] = []
+
+    def __init__(self, workers: Workers, progress: Progress) -> None:
+        assert workers.count is not None
+        self.count, self._choose = workers.count, random.Random(len(self.made))
+        self.kinds = Counter[str]()
+        self.made.append(self)
+
+    def __enter__(self) -> "Shuffled":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prepare(self, job: Job, source: Path, sha256: str, output: Path) -> None:
+        self._works = [job.begin(source, output, number) for number in range(self.count)]
+
+    def run(self, tasks: Sequence[Task], done: Done) -> None:
+        schedule = Schedule(tasks)
+        while schedule.left:
+            ready = []
+            while (task := schedule.next()) is not None:
+                ready.append(task)
+            chosen = self._choose.choice(ready)
+            for task in ready:
+                if task is not chosen:
+                    schedule.put_back(task)
+            work = self._choose.choice(self._works)
+            # A worker that died has done a part of the task, and another does it anew.
+            for _ in range(self._choose.choice((1, 1, 2))):
+                result = work.run(chosen)
+            work.release()
+            self.kinds[chosen.kind] += 1
+            schedule.done(chosen)
+            done(chosen, result)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "formats", "algo", "quantization"),
+    [
+        ("deepseek_v3", "ascend", "rtn", {}),
+        ("deepseek_v3", "ascend", "osl", {"smooth_alpha": [0.5], "min_expert_tokens": 60}),
+        ("qwen3_moe", "compressed-tensors", "gptq", {}),
+        ("qwen3_next", "ascend", "osl", {"smooth_alpha": [0.5]}),
+    ],
+)
+def test_layers_that_are_cut_have_the_bytes_of_whole_ones(
+    model_type: str,
+    formats: str,
+    algo: str,
+    quantization: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predictions = {"prediction_layers": 1} if model_type == "deepseek_v3" else {}
+    model = write_tiny(tmp_path / "model", model_type, layers=4, dtype="bfloat16", **predictions)
+    asked = find_recipe(str(model)).adjusted(
+        algo=algo, formats=formats, samples=6, sequence_length=24, evaluate=False
+    )
+    asked = asked.replace("quantization", **quantization)
+    monkeypatch.setattr("msquant.flows.source.BATCH_TOKENS", 48)
+    # A layer then has several shards, and experts lie across their borders.
+    monkeypatch.setattr("msquant.flows.source.plan_folder", partial(plan_folder, max_shard_bytes=30_000))
+    expected = digests(quantize(asked, tmp_path / "whole", remember=False).folder)
+    monkeypatch.setattr("msquant.flows.worker_pool.WorkerPool", Shuffled)
+    made = quantize(asked, tmp_path / "cut", workers=Workers(3), remember=False)
+    assert digests(made.folder) == expected
+    kinds = Shuffled.made[-1].kinds
+    layers = kinds["finish"]
+    assert layers >= 2
+    assert kinds["attention"] > layers
+    assert kinds["experts"] == 3 * layers
+    assert kinds["quantize"] > 2 * layers
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_an_evaluation_that_is_shared_finds_the_same_numbers(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny(tmp_path / "model", model_type, layers=6, dtype="bfloat16")
+    asked = find_recipe(str(model)).adjusted(algo="rtn", samples=2, sequence_length=24, evaluate=False)
+    folder = quantize(asked, tmp_path / "made", remember=False).folder
+    choose = np.random.default_rng(0)
+    texts = [Text(name, choose.integers(0, 64, (3, 40), dtype=np.int32)) for name in ("a", "b", "c")]
+    folders = [model, folder, model]
+    expected = score_folders(folders, texts, "cpu")
+    monkeypatch.setattr("msquant.flows.worker_pool.WorkerPool", Shuffled)
+    said: list[int] = []
+    progress = Progress(layer=lambda record: said.append(record["index"]))
+    found = score_folders(folders, texts, "cpu", progress=progress, workers=Workers(3))
+    assert said == list(range(6))
+    for one, other in zip(expected, found, strict=True):
+        assert one == other
+        assert all(map(np.array_equal, one.next_tokens, other.next_tokens))
+    kinds = Shuffled.made[-1].kinds
+    assert kinds["forward"] == 6 * 3 * (3 if model_type == "llama" else 1)
+    assert kinds["predict"] == 3
+
+
+@pytest.mark.e2e
+def test_processes_share_an_evaluation(recipe: Path, expected: dict[str, str]) -> None:
+    found = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "msquant", "evaluate", str(recipe.parent / "whole"), "--json"]
+        options = ["--sequences", "2", "--sequence-length", "32", "--workers", str(count)]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        found.append({key: document[key] for key in ("baseline", "models", "texts")})
+    assert found[0] == found[1]
+    assert found[0]["models"][0]["overall"]["kl"] > 0
 
 
 POOL = """
@@ -292,16 +422,3 @@ def test_nodes_that_differ_are_named() -> None:
         with pytest.raises(EngineError, match=said):
             require_alike([here, other], Path("/model"), "s", different_arithmetic=False)
     require_alike([here, cases[-1][0]], Path("/model"), "s", different_arithmetic=True)
-
-
-def test_a_plan_with_workers_has_a_chain(tmp_path: Path) -> None:
-    from msquant.planning.measure import Machine, Span
-    from msquant.planning.quantization_plan import _shared
-
-    whole, computed = dict.fromkeys(range(10), Span(4, 8)), dict.fromkeys(range(10), Span(1, 2))
-    time_taken, chain = _shared(whole, computed, 2, Machine(2, 1.0, 1.0))
-    assert chain == Span(9 + 4, 18 + 8)
-    assert time_taken.low == pytest.approx(49 / 2, abs=3)
-    assert time_taken.high == 2 * time_taken.low
-    # Where one process used both cores, each of two workers has half as many.
-    assert _shared(whole, computed, 2, Machine(2, 1.0, 2.0))[1] == chain * 2

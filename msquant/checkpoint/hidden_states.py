@@ -1,7 +1,8 @@
 """Hidden states between two decoder layers: always on disk, to be continued from, and in memory if they fit.
 
 A file `hidden-00012.f32` holds the float32 batches at boundary 12, one after another, then their shapes and
-checksums as JSON, then that JSON's length as 8 bytes, little-endian.
+checksums as JSON, then that JSON's length as 8 bytes, little-endian. Other arrays that go from one process to
+another are stored likewise, by a name.
 """
 
 import json
@@ -24,6 +25,9 @@ from msquant.errors import StartOverError
 _LENGTH_BYTES = 8
 
 Batch = NDArray[np.float32]
+
+Boundary = int | str
+"""The number of a boundary between layers; or a name, for other arrays."""
 
 
 class HiddenStates(Sequence[Batch]):
@@ -96,11 +100,11 @@ class HiddenStates(Sequence[Batch]):
 class HiddenStatesWriter:
     """Takes the batches at one boundary, in order; see `HiddenStateStore.write`."""
 
-    def __init__(self, store: "HiddenStateStore", path: Path, descriptor: int) -> None:
+    def __init__(self, store: "HiddenStateStore", path: Path, descriptor: int, hold: bool) -> None:
         self._store = store
         self._path = path
         self._descriptor = descriptor
-        self._held: list[Batch] | None = []
+        self._held: list[Batch] | None = [] if hold else None
         self._shapes: list[tuple[int, ...]] = []
         self._checksums: list[int] = []
 
@@ -160,7 +164,7 @@ class HiddenStateStore:
     def __init__(self, folder: Path, budget_bytes: int, *, shared: bool = False) -> None:
         self.folder = folder
         self.budget_bytes = budget_bytes
-        self._open: dict[int, HiddenStates] = {}
+        self._open: dict[Boundary, HiddenStates] = {}
         self._writers: list[HiddenStatesWriter] = []
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,13 +178,17 @@ class HiddenStateStore:
         finished = sum(states.nbytes for states in self._open.values() if states.is_held)
         return finished + sum(writer.held_bytes for writer in self._writers)
 
-    def path(self, boundary: int) -> Path:
+    def path(self, boundary: Boundary) -> Path:
         """The file of a boundary."""
-        return self.folder / f"hidden-{boundary:05d}.f32"
+        return self.folder / f"{boundary if isinstance(boundary, str) else f'hidden-{boundary:05d}'}.f32"
 
     @contextmanager
-    def write(self, boundary: int) -> Iterator[HiddenStatesWriter]:
+    def write(self, boundary: Boundary, *, hold: bool = True) -> Iterator[HiddenStatesWriter]:
         """Write a boundary anew; it is there, for good, when the block is left without an exception.
+
+        Args:
+            boundary: which.
+            hold: whether its batches may be held in memory.
 
         Raises:
             OutputError: the disk is full or cannot be written.
@@ -191,7 +199,7 @@ class HiddenStateStore:
         try:
             with writing(path):
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
-            writer = HiddenStatesWriter(self, path, descriptor)
+            writer = HiddenStatesWriter(self, path, descriptor, hold)
             self._writers.append(writer)
             try:
                 yield writer
@@ -206,7 +214,7 @@ class HiddenStateStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def open(self, boundary: int) -> HiddenStates:
+    def open(self, boundary: Boundary) -> HiddenStates:
         """The hidden states at a boundary; what this process did not write itself is verified first.
 
         Raises:
@@ -216,7 +224,11 @@ class HiddenStateStore:
             self._open[boundary] = self._load(boundary)
         return self._open[boundary]
 
-    def discard(self, boundary: int) -> None:
+    def stream(self, boundary: Boundary) -> HiddenStates:
+        """As `open`, to be read once: each batch is read and verified when it is asked for."""
+        return HiddenStates(self.path(boundary), *_read_trailer(self.path(boundary)), None)
+
+    def discard(self, boundary: Boundary) -> None:
         """Remove a boundary's file and let go of its batches; nothing happens if there is none."""
         self._open.pop(boundary, None)
         with writing(self.path(boundary)):
@@ -226,7 +238,7 @@ class HiddenStateStore:
         """Let go of all batches that are held; the files stay."""
         self._open.clear()
 
-    def _load(self, boundary: int) -> HiddenStates:
+    def _load(self, boundary: Boundary) -> HiddenStates:
         path = self.path(boundary)
         shapes, checksums = _read_trailer(path)
         states = HiddenStates(path, shapes, checksums, None)

@@ -106,7 +106,8 @@ class RunFiles(SourceHashes):
     """Vouches for the files of a run; a context manager around all of its work.
 
     Args:
-        journal: of the run. Its records have `files`, and `source` as `reading` gives it.
+        journal: of the run. Its records have `files`, and `source` as `reading` gives it; `sources` are more
+            of those, of what several processes have read.
         source: what the run reads.
     """
 
@@ -119,7 +120,8 @@ class RunFiles(SourceHashes):
     def __enter__(self) -> Self:
         folder = self._journal.path.parent
         for record in self._journal.records:
-            for name, entry in record.get("source", {}).items():
+            reads = [record.get("source", {}), *record.get("sources", [])]
+            for name, entry in [item for read in reads for item in read.items()]:
                 self._checks.append(self._verifiers.submit(self._verify_source, name, entry))
             for name, entry in record.get("files", {}).items():
                 self._checks.append(self._verifiers.submit(self._verify_file, folder / name, entry["sha256"]))

@@ -33,6 +33,9 @@ def compare(
     sequence_length: scores.SequenceLength = None,
     device: options.Device = "cpu",
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    workers: options.WorkerCount = None,
+    ray_address: options.RayAddress = None,
+    allow_different_arithmetic: options.DifferentArithmetic = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: options.Verbose = False,
@@ -63,6 +66,9 @@ def compare(
         sequences=sequences,
         sequence_length=sequence_length,
         device=device,
+        workers=workers,
+        ray_address=ray_address,
+        allow_different_arithmetic=allow_different_arithmetic,
     )
     if as_json:
         console.print_json(scores.as_json(result))

@@ -58,6 +58,9 @@ def evaluate(
     ] = None,
     device: options.Device = "cpu",
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    workers: options.WorkerCount = None,
+    ray_address: options.RayAddress = None,
+    allow_different_arithmetic: options.DifferentArithmetic = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -74,7 +77,10 @@ def evaluate(
     """
     if tasks is not None:
         text_options = {"--text": text, "--no-builtin": no_builtin or None, "--template": template}
-        task_scores.refuse(text_options | {"--sequence-length": sequence_length}, "leave out --tasks")
+        worker_options = {"--workers": workers, "--ray-address": ray_address}
+        task_scores.refuse(
+            text_options | worker_options | {"--sequence-length": sequence_length}, "leave out --tasks"
+        )
         task_scores.show(
             task_scores.run(
                 model,
@@ -103,6 +109,9 @@ def evaluate(
         sequences=sequences,
         sequence_length=sequence_length,
         device=device,
+        workers=workers,
+        ray_address=ray_address,
+        allow_different_arithmetic=allow_different_arithmetic,
     )
     if as_json:
         console.print_json(scores.as_json(result))

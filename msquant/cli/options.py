@@ -262,7 +262,7 @@ WorkerCount = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes that share the work on decoder layers; the bytes are the same.  [default: 1; with "
+        help="Processes that share the work on decoder layers; the result is the same.  [default: 1; with "
         "--ray-address one a node]",
     ),
 ]
@@ -272,6 +272,10 @@ RayAddress = Annotated[
         metavar="HOST:PORT",
         help="Ray cluster to join. Keep its ports on a private network: who reaches them can run programs.",
     ),
+]
+DifferentArithmetic = Annotated[
+    bool,
+    typer.Option("--allow-different-arithmetic", help="Use nodes that round differently: results then vary."),
 ]
 
 MEMORY_BUDGET = "1GB"

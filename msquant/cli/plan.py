@@ -49,6 +49,14 @@ def plan(
     formats: options.Formats = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     workers: options.WorkerCount = None,
+    node_cores: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cores of each worker's own machine, with 10 Gbit/s to a disk of 2 GB/s that all share.  "
+            "[default: all workers are on this machine]",
+        ),
+    ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure this machine, to estimate the time.")
     ] = True,
@@ -64,6 +72,8 @@ def plan(
     Example: msquant plan deepseek-r1
 
     Example: msquant plan ./GLM-4.6 --calibration none
+
+    Example: msquant plan deepseek-r1 --workers 16 --node-cores 64
 
     Example: msquant plan deepseek-r1 --source /data/DeepSeek-R1 --output /data/DeepSeek-R1-W8A8 --json
     """
@@ -84,7 +94,16 @@ def plan(
     )
     target = output or default_folder(model, recipe)
     budget = console.parse_bytes(memory_budget, "--memory-budget")
-    show_plan(recipe, target, source, budget, probe=probe, as_json=as_json, workers=workers or 1)
+    show_plan(
+        recipe,
+        target,
+        source,
+        budget,
+        probe=probe,
+        as_json=as_json,
+        workers=workers or 1,
+        node_cores=node_cores,
+    )
 
 
 def show_plan(
@@ -96,6 +115,7 @@ def show_plan(
     probe: bool,
     as_json: bool,
     workers: int = 1,
+    node_cores: int | None = None,
 ) -> None:
     """Make a plan and print it; exits with 1 if something does not fit.
 
@@ -107,6 +127,7 @@ def show_plan(
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
         workers: processes that share the work on decoder layers.
+        node_cores: of each worker's own machine.
     """
     if recipe.calibration.is_none:
         from msquant.flows.workers import require_workers
@@ -130,6 +151,7 @@ def show_plan(
         memory_budget=memory_budget,
         probe=measure if probe else None,
         workers=workers,
+        node_cores=node_cores,
     )
     if as_json:
         console.print_json(_as_json(made))
@@ -233,7 +255,7 @@ def _print(plan: "Plan") -> None:
         ["disk", f"{console.as_bytes(plan.disk_bytes)} of {free} free"],
         ["peak memory", f"about {console.as_bytes(plan.peak_memory)}{_each(plan)} of {available} available"],
         ["time", _span(plan.seconds)],
-        *([["of it the chain", f"{_span(plan.chain)}, however many workers"]] if plan.chain else []),
+        *_shared(plan),
     ]
     console.print_table("What it takes", ["", ""], rows)
     if plan.seconds_by_stage is not None and plan.machine is not None:
@@ -254,6 +276,22 @@ def _print(plan: "Plan") -> None:
 
 def _each(plan: "Plan") -> str:
     return f" for each of {plan.workers} workers" if plan.workers > 1 else ""
+
+
+def _shared(plan: "Plan") -> list[list[object]]:
+    """What several workers share."""
+    rows: list[list[object]] = []
+    if plan.shared_bytes is not None:
+        what = "disk, by all workers" if plan.node_cores is None else "over the network"
+        rows.append([what, console.as_bytes(plan.shared_bytes)])
+    if plan.timelines is not None:
+        low, high = plan.timelines
+        chain = ", ".join(f"{kind} {console.as_duration(taken)}" for kind, taken in high.chain.items())
+        lasts = f"{console.as_duration(low.chain_seconds)} to {console.as_duration(high.chain_seconds)}"
+        bounds = " or ".join(dict.fromkeys((low.bound, high.bound)))
+        rows.append(["of it the chain", f"{lasts}, however many workers; at most {chain}"])
+        rows.append(["bound by", bounds])
+    return rows
 
 
 def _span(time: "Span | None") -> str:

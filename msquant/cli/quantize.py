@@ -72,12 +72,7 @@ def quantize(
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
     workers: options.WorkerCount = None,
     ray_address: options.RayAddress = None,
-    allow_different_arithmetic: Annotated[
-        bool,
-        typer.Option(
-            "--allow-different-arithmetic", help="Use nodes that round differently: bytes then vary."
-        ),
-    ] = False,
+    allow_different_arithmetic: options.DifferentArithmetic = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over where an interrupted run would be continued.")

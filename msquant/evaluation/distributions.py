@@ -4,6 +4,7 @@ All sums are running ones in float64, so that neither the tokens' logits nor the
 `log sum exp` is kept relative to the greatest logit so far (the online softmax of arXiv 1805.02867).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,14 @@ class Distributions:
         """The ids of the most likely tokens, the first first, `[N, 5]`; -1 where there are fewer."""
         return self._best_ids
 
+    @classmethod
+    def joined(cls, parts: Sequence["Distributions"]) -> "Distributions":
+        """Those of several parts of the tokens, one part after the other."""
+        made = cls(np.concatenate([part._targets for part in parts]))
+        for name in ("_top", "_sum", "_chosen", "_best", "_best_ids"):
+            setattr(made, name, np.concatenate([getattr(part, name) for part in parts]))
+        return made
+
 
 class Divergence:
     """How far another model's distributions are from a reference's.
@@ -119,6 +128,16 @@ class Divergence:
             self._weighted[rows] = self._weighted[rows] * expected.faded + weighted
             self._wrong[rows] += np.einsum("rb,rb->r", apart, apart)
             self._power[rows] += np.einsum("rb,rb->r", expected.logits, expected.logits)
+
+    @classmethod
+    def joined(
+        cls, parts: Sequence["Divergence"], reference: Distributions, other: Distributions
+    ) -> "Divergence":
+        """That of several parts of the tokens, one part after the other; see `Distributions.joined`."""
+        made = cls(reference, other)
+        for name in ("_weighted", "_wrong", "_power"):
+            setattr(made, name, np.concatenate([getattr(part, name) for part in parts]))
+        return made
 
     @property
     def kl(self) -> Wide:

@@ -1,5 +1,6 @@
 """What an evaluation runs: models and texts, and whether they go together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,3 +98,11 @@ def check_tokens(config: ModelConfig, text: Text) -> None:
             where=text.name,
             remedy=remedy,
         )
+
+
+def require_alike(models: Sequence[Model], texts: Sequence[Text]) -> None:
+    """Check that all models go through the texts side by side. Raises as `check_alike`, `check_tokens`."""
+    for model in models[1:]:
+        check_alike(models[0], model)
+    for text in texts:
+        check_tokens(models[0].config, text)

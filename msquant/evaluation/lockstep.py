@@ -17,7 +17,7 @@ from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.errors import MsquantError
 from msquant.evaluation.distributions import Distributions, Divergence
 from msquant.evaluation.domain_scores import LayerScore, ModelScore, Noise, text_score
-from msquant.evaluation.inputs import Model, Text, check_alike, check_tokens
+from msquant.evaluation.inputs import Model, Text, require_alike
 from msquant.interrupts import check_interrupt
 from msquant.models.config import ModelConfig
 from msquant.models.layers import DecoderLayer, Positions, State, positions
@@ -66,19 +66,19 @@ def evaluate(
         CheckpointError: a weight is missing, damaged or does not fit the config.
         MsquantError: a model computed NaN or infinity.
     """
-    for model in models[1:]:
-        check_alike(models[0], model)
-    for text in texts:
-        check_tokens(models[0].config, text)
-    run = _Lockstep(models, texts, dtype, store)
-    run.embed()
+    require_alike(models, texts)
+    run = Lockstep(models, texts, dtype, store)
+    for number in range(len(models)):
+        run.embed(number)
     layers: list[list[LayerScore]] = []
     for index in range(models[0].config.num_hidden_layers):
-        layers.append(run.layer(index))
+        for number in range(len(models)):
+            run.forward(index, number)
+        layers.append(run.differ(index))
+        run.discard(index)
         on_layer(index, layers[-1])
     stage("comparing the predicted tokens")
-    by_model: list[tuple[LayerScore, ...]] = [(), *zip(*layers, strict=True)]
-    return run.head(by_model)
+    return run.scores([run.predict()], layers)
 
 
 def first_layer(model: Model, texts: Sequence[Text], dtype: Any, store: HiddenStateStore) -> None:
@@ -86,14 +86,37 @@ def first_layer(model: Model, texts: Sequence[Text], dtype: Any, store: HiddenSt
 
     Args and errors as of `evaluate`.
     """
-    run = _Lockstep([model], texts, dtype, store)
-    run.embed()
-    run.layer(0)
+    run = Lockstep([model], texts, dtype, store)
+    run.embed(0)
+    run.forward(0, 0)
 
 
-class _Lockstep:
+Predictions = tuple[list[Distributions], list[Divergence]]
+"""Of each model; and how far those of each but the first are from the first's."""
+
+
+class Lockstep:
+    """Does the steps of `evaluate`, each on some of the tokens; what goes between them is in the store.
+
+    Several processes may share them: a step's numbers do not depend on who did it, nor on how many pieces
+    there are.
+
+    Args:
+        models: as for `evaluate`, which has checked them.
+        texts: likewise.
+        dtype: likewise.
+        store: likewise; of all who share the steps.
+        pieces: into how many the tokens are cut. A model with experts computes as many tokens at once as
+            memory takes, so its layers are not cut.
+    """
+
     def __init__(
-        self, models: Sequence[Model], texts: Sequence[Text], dtype: Any, store: HiddenStateStore
+        self,
+        models: Sequence[Model],
+        texts: Sequence[Text],
+        dtype: Any,
+        store: HiddenStateStore,
+        pieces: int = 1,
     ) -> None:
         self._models, self._texts, self._dtype, self._store = models, texts, dtype, store
         config = models[0].config
@@ -107,53 +130,89 @@ class _Lockstep:
             step = max(1, most // text.tokens.shape[1])
             self._firsts.append(len(self._batches))
             self._batches += [text.tokens[i : i + step] for i in range(0, len(text.tokens), step)]
+        experts = any(map(config.has_experts, range(config.num_hidden_layers)))
+        self._pieces = _cut(len(self._batches), 1 if experts else pieces)
+        self._ends = _cut(len(self._batches), pieces)
 
     def _places(self, length: int) -> Positions:
         if length not in self._kept_places:
             self._kept_places[length] = positions(self._config, length, self._dtype)
         return self._kept_places[length]
 
-    def _boundary(self, index: int, model: int) -> int:
-        """Where the hidden states before decoder layer `index` are kept."""
-        return index * len(self._models) + model
+    @property
+    def pieces(self) -> int:
+        """Of a layer."""
+        return len(self._pieces)
 
-    def embed(self) -> None:
-        for number, model in enumerate(self._models):
-            embedding = Embedding(model.config, model.source, self._dtype)
-            with self._store.write(self._boundary(0, number)) as hidden:
-                for tokens in self._batches:
-                    hidden.append(_floats(embedding(tokens)))
+    @property
+    def ends(self) -> int:
+        """Pieces of the head."""
+        return len(self._ends)
 
-    def layer(self, index: int) -> list[LayerScore]:
-        """Run one decoder layer of every model, and the baseline's inputs through that of the others, too.
+    def embed(self, number: int) -> None:
+        """Put the inputs of a model's first decoder layer into the store."""
+        model = self._models[number]
+        embedding = Embedding(model.config, model.source, self._dtype)
+        for piece, places in enumerate(self._pieces):
+            with self._store.write(_name(0, number, piece)) as hidden:
+                for place in places:
+                    hidden.append(_floats(embedding(self._batches[place])))
 
-        Hidden states are kept as the models have them, and compared without their rotations.
+    def forward(self, index: int, number: int, piece: int = 0) -> None:
+        """Run one decoder layer of a model; and the baseline's inputs of `OWN_TOKENS` through it, too.
+
+        Hidden states are kept as the models have them.
         """
-        scores = []
-        expected: Sequence[Floats] = []
-        samples: list[Floats] = []
-        baseline = self._models[0]
-        for number, model in enumerate(self._models):
-            inputs = self._store.open(self._boundary(index, number))
-            own_inputs = (_rotated(model, sample) for sample in samples)
-            outputs = self._outputs(model, index, chain(inputs, own_inputs))
+        baseline, model = self._models[0], self._models[number]
+        inputs = self._store.open(_name(index, number, piece))
+        samples: Iterable[Floats] = ()
+        if number:
+            expected = self._store.open(_name(index, 0, piece))
+            first = self._pieces[piece][0]
+            samples = (
+                _rotated(model, _unrotated(baseline, expected[place - first][:1, : self._own]))
+                for place in self._firsts
+                if place in self._pieces[piece]
+            )
+        outputs = self._outputs(model, index, chain(inputs, samples))
+        with self._store.write(_name(index + 1, number, piece)) as written:
+            for output in islice(outputs, len(inputs)):
+                written.append(output)
+        if number:
+            with self._store.write(_name(index, number, piece, "own")) as own:
+                for output in outputs:
+                    own.append(output)
+
+    def differ(self, index: int) -> list[LayerScore]:
+        """How far the outputs of one decoder layer are apart, without the models' rotations."""
+        baseline, scores = self._models[0], []
+        for number, model in enumerate(self._models[1:], start=1):
             noise, own = Noise(), Noise()
-            with self._store.write(self._boundary(index + 1, number)) as written:
-                for i, output in enumerate(islice(outputs, len(inputs))):
-                    written.append(output)
-                    if number:
-                        noise.add(_unrotated(baseline, expected[i]), _unrotated(model, output))
-            for first, output in zip(self._firsts, outputs, strict=False):
-                sample = expected[first][:1, : self._own]
-                own.add(_unrotated(baseline, sample), _unrotated(model, output))
-            if number:
-                scores.append(LayerScore(index, noise.decibels, own.decibels))
-            elif len(self._models) > 1:
-                expected = self._store.open(self._boundary(index + 1, 0))
-                samples = [_unrotated(model, inputs[first][:1, : self._own]) for first in self._firsts]
-        for number in range(len(self._models)):
-            self._store.discard(self._boundary(index, number))
+            expected = self._hidden(index + 1, 0)
+            for states, output in zip(expected, self._hidden(index + 1, number), strict=True):
+                noise.add(_unrotated(baseline, states), _unrotated(model, output))
+            computed = chain.from_iterable(
+                self._store.open(_name(index, number, piece, "own")) for piece in range(self.pieces)
+            )
+            for place, states in enumerate(self._hidden(index + 1, 0)):
+                if place in self._firsts:
+                    sample = _unrotated(baseline, states[:1, : self._own])
+                    own.add(sample, _unrotated(model, next(computed)))
+            scores.append(LayerScore(index, noise.decibels, own.decibels))
         return scores
+
+    def discard(self, index: int) -> None:
+        """Remove what was before a decoder layer, when all of it is compared."""
+        for number in range(len(self._models)):
+            for piece in range(self.pieces):
+                self._store.discard(_name(index, number, piece))
+                self._store.discard(_name(index, number, piece, "own"))
+
+    def _hidden(self, index: int, number: int, places: range | None = None) -> Iterator[Floats]:
+        """Some batches, or all, as a model has them before a decoder layer."""
+        for piece, run in enumerate(self._pieces):
+            states = self._store.open(_name(index, number, piece))
+            yield from (states[place - run[0]] for place in run if places is None or place in places)
 
     def _outputs(self, model: Model, index: int, inputs: Iterable[Floats]) -> Iterator[Floats]:
         """One layer's outputs; each expert is read once for as many batches as memory takes."""
@@ -184,16 +243,15 @@ class _Lockstep:
                 output, rest = np.split(rest, [batch.size // batch.shape[-1]])
                 yield output.reshape(batch.shape)
 
-    def head(self, layers: Sequence[Sequence[LayerScore]]) -> list[ModelScore]:
-        """Compare what comes out, in blocks of the vocabulary."""
-        config, count = self._config, len(self._models)
-        hidden = [self._store.open(self._boundary(config.num_hidden_layers, i)) for i in range(count)]
-        targets = np.concatenate([_next_tokens(tokens) for tokens in self._batches])
+    def predict(self, piece: int = 0) -> Predictions:
+        """Compare what comes out for a part of the tokens, in blocks of the vocabulary."""
+        places = self._ends[piece]
+        targets = np.concatenate([_next_tokens(self._batches[place]) for place in places])
         found = [Distributions(targets) for _ in self._models]
         apart = [Divergence(found[0], other) for other in found[1:]]
-        for block in vocabulary_blocks(config):
+        for block in vocabulary_blocks(self._config):
             heads = [Head(model.config, model.source, self._dtype, block) for model in self._models]
-            for rows, states in self._head_rows(hidden):
+            for rows, states in self._head_rows(places):
                 check_interrupt()
                 logits = [
                     _floats(head(Tensor(x, self._dtype))) for head, x in zip(heads, states, strict=True)
@@ -201,15 +259,32 @@ class _Lockstep:
                 expected = found[0].add(rows, block.start, logits[0])
                 for other, divergence, values in zip(found[1:], apart, logits[1:], strict=True):
                     divergence.add(rows, expected, other.add(rows, block.start, values))
+        return found, apart
+
+    def scores(
+        self, predictions: Sequence[Predictions], layers: Sequence[Sequence[LayerScore]]
+    ) -> list[ModelScore]:
+        """One score a model.
+
+        Args:
+            predictions: of each piece.
+            layers: what `differ` found of each.
+        """
+        by_model: list[tuple[LayerScore, ...]] = [(), *zip(*layers, strict=True)]
+        found = [Distributions.joined(parts) for parts in zip(*(p[0] for p in predictions), strict=True)]
+        apart = [
+            Divergence.joined(parts, found[0], other)
+            for parts, other in zip(zip(*(p[1] for p in predictions), strict=True), found[1:], strict=True)
+        ]
         return [
-            self._score(number, found, None if not number else apart[number - 1], layers[number])
-            for number in range(count)
+            self._score(number, found, None if not number else apart[number - 1], by_model[number])
+            for number in range(len(self._models))
         ]
 
-    def _head_rows(self, hidden: Sequence[Sequence[Floats]]) -> Iterator[tuple[slice, list[Floats]]]:
+    def _head_rows(self, places: range) -> Iterator[tuple[slice, list[Floats]]]:
         """The same tokens' hidden states in every model, as many as have their logits in memory at once."""
-        start = 0
-        for batches in zip(*hidden, strict=True):
+        start, last = 0, self._config.num_hidden_layers
+        for batches in zip(*(self._hidden(last, n, places) for n in range(len(self._models))), strict=True):
             flat = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
             for i in range(0, len(flat[0]), LOGIT_ROWS):
                 parts = [part[i : i + LOGIT_ROWS] for part in flat]
@@ -235,6 +310,17 @@ class _Lockstep:
         best = found[number].best[:, 0]
         next_tokens = (best[span].reshape(t.tokens.shape) for t, span in zip(self._texts, spans, strict=True))
         return ModelScore(tuple(scores), overall, tuple(layers), tuple(next_tokens))
+
+
+def _cut(count: int, pieces: int) -> list[range]:
+    """So many batches in runs of nearly the same length."""
+    ends = [count * piece // pieces for piece in range(pieces + 1)]
+    return [range(first, end) for first, end in pairwise(ends) if first < end]
+
+
+def _name(index: int, number: int, piece: int, kind: str = "states") -> str:
+    """Of what model `number` has before decoder layer `index`, or made of the baseline's there."""
+    return f"{kind}-{index:05d}-{number}-{piece:03d}"
 
 
 def vocabulary_blocks(config: ModelConfig) -> Iterator[range]:

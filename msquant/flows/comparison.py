@@ -19,7 +19,7 @@ from msquant.calibration.rows import Template
 from msquant.calibration.sources import Reading, load_texts
 from msquant.calibration.tokens import spread_windows
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.disk import shard_file_bytes
+from msquant.checkpoint.disk import shard_file_bytes, writing
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
@@ -27,9 +27,11 @@ from msquant.checkpoint.results import MANIFEST_NAME
 from msquant.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from msquant.errors import CalibrationError, ModelError, MsquantError
 from msquant.evaluation.domain_scores import LayerScore, ModelScore
-from msquant.evaluation.inputs import Text
+from msquant.evaluation.inputs import Model, Text, require_alike
 from msquant.flows.engines import open_prefill, open_weights
+from msquant.flows.evaluation_work import EvaluationJob, evaluate_shared
 from msquant.flows.generation import find_named_model
+from msquant.flows.workers import Workers
 from msquant.formats.registry import folder_format
 from msquant.hub.choose import is_offline
 from msquant.hub.models import resolve_model
@@ -109,6 +111,7 @@ def compare(
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Comparison:
     """Score models on texts, against their float model if there is one.
 
@@ -125,6 +128,7 @@ def compare(
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         progress: callbacks; a layer's record holds its `index` and, as `layers`, a `LayerScore` a model.
+        workers: who does the work; this process alone if None. The numbers are the same.
 
     Raises:
         MsquantError: a model is missing, incomplete, damaged or of another architecture or tokenizer than the
@@ -152,7 +156,7 @@ def compare(
         phases = [(folder, phase) for folder in all_folders for phase in _phases(folder)]
         prefill = [phase == PREFILL for _, phase in phases]
         named = [folder for folder, _ in phases]
-        scores = score_folders(named, tokens, device, memory_budget, progress, prefill)
+        scores = score_folders(named, tokens, device, memory_budget, progress, prefill, workers)
     compared = [
         ComparedModel(folder, shard_file_bytes(folder), score, phase)
         for (folder, phase), score in zip(phases, scores, strict=True)
@@ -174,6 +178,7 @@ def score_folders(
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
     prefill: Sequence[bool] = (),
+    workers: Workers | None = None,
 ) -> list[ModelScore]:
     """Score model folders; the first is the baseline of the others. Raises as `lockstep.evaluate`.
 
@@ -184,29 +189,46 @@ def score_folders(
         memory_budget: bytes of hidden states held in memory.
         progress: callbacks.
         prefill: for each, whether it is scored as prompts are read with it; none of them if empty.
+        workers: who does the work; this process alone if None. The numbers are the same.
     """
-    from msquant.evaluation.inputs import Model
     from msquant.evaluation.lockstep import evaluate
 
-    progress = progress or Progress()
-    dtype = use_device(device)
-    configs = [read_config(folder) for folder in folders]
-    sources = [
-        (open_prefill(folder) if asked else None) or open_weights(folder)
-        for folder, asked in zip(folders, prefill or [False] * len(folders), strict=True)
-    ]
-    opened = [
-        Model(str(folder), config, source, _rotation(folder, config.hidden_size))
-        for folder, config, source in zip(folders, configs, sources, strict=True)
-    ]
-    progress.layers(opened[0].config.num_hidden_layers, 0)
+    progress, workers = progress or Progress(), workers or Workers()
+    asked = tuple(prefill or [False] * len(folders))
+    models = [opened_model(folder, each) for folder, each in zip(folders, asked, strict=True)]
+    progress.layers(models[0].config.num_hidden_layers, 0)
 
     def on_layer(index: int, layers: list[LayerScore]) -> None:
         progress.layer({"index": index, "layers": layers})
 
-    with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
-        store = HiddenStateStore(Path(scratch), memory_budget)
-        return evaluate(opened, texts, dtype, store, on_layer, progress.stage)
+    if workers.in_process:
+        with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
+            store = HiddenStateStore(Path(scratch), memory_budget)
+            return evaluate(models, texts, use_device(device), store, on_layer, progress.stage)
+    from msquant.flows.worker_pool import WorkerPool
+
+    require_alike(models, texts)
+    # What all nodes of a cluster see is the disk of the models.
+    place = folders[-1].absolute().parent if workers.address else Path(tempfile.gettempdir())
+    with writing(place):
+        folder = tempfile.TemporaryDirectory(prefix=".msquant-", dir=place)
+    with folder as scratch, WorkerPool(workers, progress) as pool:
+        named = tuple(map(Path.absolute, folders))
+        job = EvaluationJob(named, asked, tuple(texts), device, memory_budget, pool.count)
+        pool.prepare(job, named[0], Checkpoint.open(named[0]).fingerprint()["sha256"], Path(scratch))
+        store = HiddenStateStore(Path(scratch), memory_budget, shared=True)
+        return evaluate_shared(job, pool, store, on_layer)
+
+
+def opened_model(folder: Path, prefill: bool) -> Model:
+    """A model to evaluate.
+
+    Args:
+        folder: the model's.
+        prefill: whether it is computed as prompts are read with it.
+    """
+    config, source = read_config(folder), (open_prefill(folder) if prefill else None) or open_weights(folder)
+    return Model(str(folder), config, source, _rotation(folder, config.hidden_size))
 
 
 def _phases(folder: Path) -> tuple[str, ...]:

@@ -8,27 +8,76 @@ chain. Everything else of a layer waits for that layer's inputs and for nothing 
         ▼            ▼            ▼
     quantize 0   quantize 1   quantize 2 ...
 
-In one process a layer is one task, `pass`, because the first step of its quantization gives its outputs as
-well. Layers lie in a folder between the tasks, and so do hidden states; a task that is run twice writes the
-same bytes twice.
+A layer with experts is cut, so that several workers share it. Each `attention` computes some batches, each of
+its `experts` some of them on all tokens, and `combine` adds up what they give in the experts' order, whoever
+computed them:
+
+    ─► attention (A) ─► experts (C) ─► combine ─►
+    │                        │            └──────────────┐
+    └─► search ──────────────┴─► quantize (S) ─► finish ◄┘
+
+`search` quantizes the attention block; each `quantize` writes one of the layer's S shards, with the experts
+in it. In one process a layer is one task, `pass`, because the first step of its quantization gives its
+outputs as well. Layers lie in a folder between the tasks, and so do hidden states; a task that is run twice
+writes the same bytes twice.
 """
 
-import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 from msquant.interrupts import check_interrupt
 
-Kind = Literal["embed", "compute", "quantize", "pass"]
-Key = tuple[Kind, int]
+Kind = Literal[
+    "embed",
+    "compute",
+    "quantize",
+    "pass",
+    "attention",
+    "experts",
+    "combine",
+    "search",
+    "finish",
+    "forward",
+    "differ",
+    "predict",
+]
 
 _DOING: dict[Kind, str] = {
     "embed": "embedding",
     "compute": "computing",
     "quantize": "quantizing",
     "pass": "quantizing",
+    "attention": "computing attention of",
+    "experts": "computing experts of",
+    "combine": "adding up",
+    "search": "quantizing attention of",
+    "finish": "finishing",
+    "forward": "computing",
+    "differ": "comparing",
+    "predict": "predicting behind",
 }
+
+# Layers after the one at hand do not wait for these.
+_OFF_CHAIN: tuple[Kind, ...] = ("quantize", "search", "finish", "differ")
+
+
+class Key(NamedTuple):
+    """What tells a task from others: its kind, its layer, and which of that layer's parts."""
+
+    kind: Kind
+    layer: int
+    part: int = 0
+
+
+class Cut(NamedTuple):
+    """Into how many tasks of a kind a layer with experts is cut."""
+
+    attention: int
+    experts: int
+    quantize: int
 
 
 @dataclass(frozen=True)
@@ -37,27 +86,39 @@ class Task:
 
     Attributes:
         kind: `embed`, the inputs of the first layer; `compute`, a layer's floating-point outputs; `quantize`,
-            its quantized weights, written; `pass`, both.
+            its quantized weights, written; `pass`, both. Of a layer that is cut: `attention`, the states
+            between its blocks; `experts`, some experts' outputs and ranges; `combine`, the layer's outputs;
+            `search`, its quantized attention; `quantize`, one of its shards; `finish`, what is said of it. Of
+            an evaluation: see `evaluation_work.py`.
         index: of the layer.
         after: the tasks whose results it reads, or that must have made room for it.
+        part: which of the `parts` that are alike.
+        parts: how many there are.
+        cut: of the layer; None where it is whole.
     """
 
     kind: Kind
     index: int
     after: tuple[Key, ...] = ()
+    part: int = 0
+    parts: int = 1
+    cut: Cut | None = None
 
     @property
     def key(self) -> Key:
         """What tells it from others."""
-        return self.kind, self.index
+        return Key(self.kind, self.index, self.part)
 
     @property
     def on_chain(self) -> bool:
         """Whether layers after this one wait for it."""
-        return self.kind != "quantize"
+        return self.kind not in _OFF_CHAIN
 
     def __str__(self) -> str:
-        return _DOING[self.kind] if self.kind == "embed" else f"{_DOING[self.kind]} layer {self.index}"
+        if self.kind == "embed":
+            return _DOING[self.kind]
+        which = f" ({self.part + 1} of {self.parts})" if self.parts > 1 else ""
+        return f"{_DOING[self.kind]} layer {self.index}{which}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +127,7 @@ class Result:
 
     Attributes:
         seconds: that it took.
-        record: the journal's record of the layer; None where none was written.
+        record: the journal's record of the layer, or what `finish` makes it of; None where there is none.
     """
 
     seconds: float
@@ -74,6 +135,35 @@ class Result:
 
 
 Done = Callable[[Task, Result], None]
+
+
+class Work(Protocol):
+    """What one process has open to do tasks."""
+
+    def run(self, task: Task) -> Result:
+        """Do a task. Raises MsquantError."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what other processes may remove between two tasks."""
+        ...
+
+
+class Job(Protocol):
+    """What every task on one model is to know; it can be sent to other processes."""
+
+    @property
+    def device(self) -> str | None:
+        """Whose arithmetic the bytes depend on, `cpu` or `ascend`; None for that of no processor."""
+        ...
+
+    def begin(self, source: Path, output: Path, number: int) -> Work:
+        """Open the model and the folder that is made, in the worker with that number.
+
+        Raises:
+            MsquantError: the source is not what it was, or the device is not there.
+        """
+        ...
 
 
 class Executor(Protocol):
@@ -113,6 +203,7 @@ def layer_tasks(
     ahead: int | None = None,
     *,
     recompute: bool = False,
+    cuts: Mapping[int, Cut] | None = None,
 ) -> list[Task]:
     """The tasks that are left, each behind those that it waits for.
 
@@ -124,6 +215,7 @@ def layer_tasks(
             hidden states on disk; None for one process, which does both at once.
         recompute: compute the outputs of finished layers whose hidden states are not there; an earlier run
             has left them, unless its layers were taken from another result.
+        cuts: the layers that several workers share; none for one process.
     """
     unfinished = [index for index in range(count) if index not in finished]
     if not unfinished:
@@ -136,27 +228,40 @@ def layer_tasks(
         first -= 1
     tasks: list[Task] = []
     makers: dict[int, Key] = {}
+    ends: dict[int, Key] = {}
 
-    def add(kind: Kind, index: int, makes: int | None, *after: Key) -> None:
-        inputs = (makers[index],) if kind != "embed" and index in makers else ()
-        tasks.append(Task(kind, index, (*inputs, *after)))
-        if makes is not None:
-            makers[makes] = tasks[-1].key
+    def add(kind: Kind, index: int, *after: Key, parts: int = 1) -> list[Key]:
+        added = [Task(kind, index, after, part, parts, cut) for part in range(parts)]
+        tasks.extend(added)
+        return [task.key for task in added]
 
+    cut = None
     if first == 0:
-        add("embed", 0, 0)
+        (makers[0],) = add("embed", 0)
     for index in range(first, last + 1):
-        if ahead is None and index not in finished:
-            add("pass", index, index + 1)
+        inputs, left = [makers[index]] if index in makers else [], index not in finished
+        if ahead is None and left:
+            (makers[index + 1],) = add("pass", index, *inputs)
             continue
         # Its outputs may be there from a run that did not come to quantize it.
-        if index < last and index + 1 not in made:
-            room: list[Key] = []
-            if ahead is not None and index - ahead in unfinished:
-                room.append(("quantize", index - ahead))
-            add("compute", index, index + 1, *room)
-        if index not in finished:
-            add("quantize", index, None)
+        asked = index < last and index + 1 not in made
+        room = [ends[index - ahead]] if ahead is not None and index - ahead in ends else []
+        if (cut := (cuts or {}).get(index)) is None:
+            if asked:
+                (makers[index + 1],) = add("compute", index, *inputs, *room)
+            if left:
+                (ends[index],) = add("quantize", index, *inputs)
+        elif asked or left:
+            # What is kept of the experts' outputs in floating point is what the layer is compared with.
+            attention = add("attention", index, *inputs, *room, parts=cut.attention)
+            computed = add("experts", index, *attention, parts=cut.experts)
+            combined = add("combine", index, *computed)
+            if asked:
+                (makers[index + 1],) = combined
+            if left:
+                searched = add("search", index, *inputs, *room)
+                shards = add("quantize", index, *searched, *computed, parts=cut.quantize)
+                (ends[index],) = add("finish", index, *combined, *shards)
     return tasks
 
 
@@ -168,11 +273,14 @@ class Schedule:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        keys = {task.key for task in tasks}
         self._order = {task.key: place for place, task in enumerate(tasks)}
-        self._waiting = {task.key: set(task.after) & keys for task in tasks}
         self._tasks = {task.key: task for task in tasks}
-        self._undone = set(keys)
+        self._waiting = {task.key: len(self._tasks.keys() & set(task.after)) for task in tasks}
+        self._behind: dict[Key, list[Task]] = {task.key: [] for task in tasks}
+        for task in tasks:
+            for key in self._tasks.keys() & set(task.after):
+                self._behind[key].append(task)
+        self._undone = set(self._tasks)
         self._ready: list[tuple[bool, int, Key]] = []
         for task in tasks:
             if not self._waiting[task.key]:
@@ -185,44 +293,16 @@ class Schedule:
 
     def next(self) -> Task | None:
         """A task to begin now; None if all that is left waits for others."""
-        return self._tasks[heapq.heappop(self._ready)[2]] if self._ready else None
+        return self._tasks[heappop(self._ready)[2]] if self._ready else None
 
     def put_back(self, task: Task) -> None:
         """A task that was begun is to be begun anew."""
-        heapq.heappush(self._ready, (not task.on_chain, self._order[task.key], task.key))
+        heappush(self._ready, (not task.on_chain, self._order[task.key], task.key))
 
     def done(self, task: Task) -> None:
         """A task is done."""
         self._undone.discard(task.key)
-        for key, waiting in self._waiting.items():
-            if task.key in waiting:
-                waiting.remove(task.key)
-                if not waiting:
-                    self.put_back(self._tasks[key])
-
-
-def makespan(tasks: Sequence[Task], seconds: Mapping[Key, float], workers: int) -> float:
-    """How long so many workers take for tasks, by the rule of `Schedule`.
-
-    Args:
-        tasks: each behind those that it waits for.
-        seconds: of each.
-        workers: each does one task at a time.
-    """
-    schedule, running, now = Schedule(tasks), list[tuple[float, int, Task]](), 0.0
-    begun = 0
-    while schedule.left:
-        while len(running) < workers and (task := schedule.next()) is not None:
-            begun += 1
-            heapq.heappush(running, (now + seconds[task.key], begun, task))
-        now, _, task = heapq.heappop(running)
-        schedule.done(task)
-    return now
-
-
-def critical_path(tasks: Sequence[Task], seconds: Mapping[Key, float]) -> float:
-    """How long tasks take at least, however many workers there are: their longest chain."""
-    ends: dict[Key, float] = {}
-    for task in tasks:
-        ends[task.key] = seconds[task.key] + max((ends.get(key, 0.0) for key in task.after), default=0.0)
-    return max(ends.values(), default=0.0)
+        for behind in self._behind[task.key]:
+            self._waiting[behind.key] -= 1
+            if not self._waiting[behind.key]:
+                self.put_back(behind)

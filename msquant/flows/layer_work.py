@@ -4,23 +4,28 @@ All that tasks share lies in folders, so a task is done by whoever is free: the 
 between layers, and the shards.
 """
 
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msquant.algorithms.base import Algorithm
 from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStates, HiddenStateStore
+from msquant.checkpoint.output_folder import remove_path
 from msquant.checkpoint.run_files import SourceHashes
 from msquant.flows.calibration import Calibration
-from msquant.flows.layer_graph import Result, Task
+from msquant.flows.layer_graph import Cut, Result, Task
 from msquant.flows.manifest import layer_record
-from msquant.flows.source import Source, batch_tokens
-from msquant.formats.folder_stream import FolderStream, GroupWriter
+from msquant.flows.source import Source, batch_tokens, folder_plan, open_source, rotated
+from msquant.formats.folder_plan import FolderPlan
+from msquant.formats.folder_stream import FolderStream, GroupTensors, GroupWriter
 from msquant.interrupts import check_interrupt
 from msquant.kernels.blas import one_blas_thread
 from msquant.models.config import ModelConfig
@@ -32,8 +37,14 @@ Floats = NDArray[np.float32]
 SCRATCH = "scratch"
 """The folder of hidden states within an unfinished result."""
 
+MOST_CHUNKS = 32
+"""Into which a layer's experts are cut at most: each of them reads all states between the blocks."""
+
 PREDICTION = 99_998
 """The boundary before the decoder layer of a multi-token-prediction layer, among those of decoder layers."""
+
+# What `finish` says of a layer that is cut, and `search` does not.
+_FINISHED = ("expert_tokens", "lent_tokens", "error")
 
 # Of a tensor that is carried through in floating point.
 BLOCK_BYTES = 64 << 20
@@ -88,6 +99,20 @@ class LayerJob:
             verbose,
         )
 
+    def begin(self, source: Path, output: Path, number: int) -> "LayerWork":
+        """As `Job.begin`."""
+        stored = open_source(str(source), predictions=self.recipe.keeps_predictions)
+        model = rotated(stored, self.recipe.quantization)
+        writer = FolderStream(output, folder_plan(self.recipe, model))
+        scratch = output / SCRATCH
+        for left in scratch.glob(f"worker-{number}-*"):
+            # Of the one that died in this one's place.
+            remove_path(left)
+        boundaries = HiddenStateStore(scratch, self.memory_budget, shared=True)
+        between = HiddenStateStore(scratch / f"worker-{number}-{os.getpid()}", self.memory_budget)
+        hashes = SourceHashes(model.checkpoint)
+        return LayerWork(self, model, writer, hashes, boundaries, between, Progress())
+
 
 class LayerWork:
     """Does tasks on decoder layers.
@@ -117,13 +142,15 @@ class LayerWork:
     ) -> None:
         from msquant.kernels import golden_stick
         from msquant.models.device import use_device
-        from msquant.quantization.decoder_pass import DecoderPass
+        from msquant.quantization.cut_layer import CutDecoderPass
 
         self.dtype = use_device(job.device)
         golden_stick.set_log_level(job.verbose)
         self._job, self._source, self._writer, self._hashes = job, source, writer, hashes
         self._boundaries, self._between, self._step = boundaries, between, progress.step
-        self._decoder = DecoderPass(
+        self._decoder = CutDecoderPass(
+            boundaries,
+            len(job.batches),
             source.config,
             source.weights,
             job.recipe.quantization,
@@ -146,6 +173,8 @@ class LayerWork:
         with one_blas_thread():
             if task.kind == "embed":
                 embed(self._source, self._job.batches, self._boundaries, self.dtype)
+            elif task.cut is not None:
+                record = self._piece(task, task.cut)
             elif task.kind == "compute":
                 with self._boundaries.write(task.index + 1) as outputs:
                     self._decoder.compute(task.index, self._inputs(task.index), outputs.append)
@@ -153,6 +182,66 @@ class LayerWork:
                 record = self._quantize(task.index, outputs=task.kind == "pass")
         self._between.discard(PREDICTION)
         return Result(time.monotonic() - started, record)
+
+    def release(self) -> None:
+        """As `Work.release`: other workers discard what this one would hold."""
+        self._boundaries.release()
+
+    def _piece(self, task: Task, cut: Cut) -> dict[str, Any] | None:
+        """Do a task on a layer that is cut; returns what `joined_record` takes."""
+        from msquant.checkpoint.shard import Shard
+        from msquant.checkpoint.writer import write_shard
+        from msquant.quantization.cut_layer import chunks, searched_path
+
+        index, config, decoder = task.index, self._source.config, self._decoder
+        names = config.expert_names(index)
+        computed = chunks(len(names), cut.experts)
+        groups = self._writer.plan.groups[index]
+        # An expert whose tensors lie in two shards is quantized for both.
+        shards = [
+            [
+                place
+                for place, name in enumerate(names)
+                if any(t.name.startswith(f"{name}.") for t in each.specs)
+            ]
+            for each in groups
+        ]
+        if task.kind == "attention":
+            mine = chunks(len(self._job.batches), cut.attention)[task.part]
+            decoder.attention(index, self._inputs(index), mine)
+        elif task.kind == "experts":
+            decoder.experts(index, computed[task.part], task.part)
+        elif task.kind == "combine":
+            with self._boundaries.write(index + 1) as outputs:
+                decoder.combine(index, computed, outputs.append)
+        elif task.kind == "search":
+            within = set(_tensors_of(config, index, names))
+            read = self._hashes.reading(each for each in config.layer_shapes(index) if each not in within)
+            tensors = GroupTensors(self._writer.folder, self._writer.plan, groups)
+            report = decoder.search(index, self._inputs(index), tensors)
+            write_shard(searched_path(self._boundaries, index), tensors.kept)
+            return {"report": report, "sources": [read()]}
+        elif task.kind == "quantize":
+            first = set(shards[task.part]).difference(*shards[: task.part])
+            read = self._hashes.reading(_tensors_of(config, index, [names[each] for each in sorted(first)]))
+            searched = Shard.open(searched_path(self._boundaries, index))
+            with self._writer.group(index, task.part) as group:
+                for name in filter(group.writes, searched.entries):
+                    group.stored_rows(name, 0, searched.read(name))
+                decoder.quantize(index, shards[task.part], task.part, computed, group)
+                self._carry_beside(index, group)
+            return {"files": group.files, "sources": [read()]}
+        elif task.kind == "finish":
+            return {"report": decoder.finish(index, self._inputs(index), computed, shards)}
+        return None
+
+    def _carry_beside(self, index: int, shards: GroupWriter) -> None:
+        """Write what a multi-token-prediction layer has beside its decoder layer, in floating point."""
+        config = self._source.config
+        if index >= config.num_hidden_layers:
+            within = config.decoder_shapes(index)
+            names = [name for name in config.layer_shapes(index) if name not in within]
+            carry(self._source, filter(shards.writes, names), shards)
 
     def _quantize(self, index: int, *, outputs: bool) -> dict[str, Any]:
         """Quantize and write a layer; returns the journal's record of it."""
@@ -165,11 +254,7 @@ class LayerWork:
             if outputs:
                 put = stack.enter_context(self._boundaries.write(index + 1)).append
             report = self._decoder.run(index, inputs, put, shards)
-            if index >= config.num_hidden_layers:
-                within = config.decoder_shapes(index)
-                carry(
-                    self._source, [name for name in config.layer_shapes(index) if name not in within], shards
-                )
+            self._carry_beside(index, shards)
         record = layer_record(index, report, policy)
         return {"group": index, "layer": record, "files": shards.files, "source": source_read()}
 
@@ -189,6 +274,54 @@ class LayerWork:
             for batch, states in zip(self._job.batches, self._boundaries.open(index), strict=True):
                 check_interrupt()
                 inputs.append(prediction(states, batch))
+
+
+def layer_cuts(
+    config: ModelConfig, plan: FolderPlan, predicted: int, workers: int, batches: int
+) -> dict[int, Cut]:
+    """The layers that so many workers share: those with experts.
+
+    Args:
+        config: the model's shape.
+        plan: of the folder that is made.
+        predicted: multi-token-prediction layers that are quantized after the decoder layers.
+        workers: how many.
+        batches: of the calibration tokens.
+    """
+    return {
+        index: Cut(
+            attention=min(workers, batches),
+            experts=min(workers, MOST_CHUNKS, len(config.expert_names(index))),
+            quantize=len(plan.groups[index]),
+        )
+        for index in range(config.num_hidden_layers + predicted)
+        if config.has_experts(index)
+    }
+
+
+def joined_record(index: int, pieces: Sequence[Mapping[str, Any]], policy: Algorithm) -> dict[str, Any]:
+    """The journal's record of a layer that was cut.
+
+    Args:
+        index: of the layer.
+        pieces: the records of its tasks, that of `finish` last.
+        policy: what was done.
+    """
+    searched, finished = (piece["report"] for piece in pieces if "report" in piece)
+    report = replace(searched, **{name: getattr(finished, name) for name in _FINISHED})
+    report.groups = searched.groups + finished.groups
+    return {
+        "group": index,
+        "layer": layer_record(index, report, policy),
+        "files": {name: entry for piece in pieces for name, entry in sorted(piece.get("files", {}).items())},
+        "sources": [read for piece in pieces for read in piece.get("sources", [])],
+    }
+
+
+def _tensors_of(config: ModelConfig, index: int, experts: Sequence[str]) -> list[str]:
+    """The names of some experts' tensors."""
+    prefixes = tuple(f"{name}." for name in experts)
+    return [name for name in config.layer_shapes(index) if name.startswith(prefixes)]
 
 
 def embed(source: Source, batches: Iterable[NDArray[np.int32]], store: HiddenStateStore, dtype: Any) -> None:

@@ -7,6 +7,7 @@ continues with the layer it was in and ends with the same bytes.
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,14 +22,13 @@ from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.shard_stream import shard_bytes
-from msquant.checkpoint.writer import is_temporary
 from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
 from msquant.flows.conversion import other_folders, output_folders, write_export
 from msquant.flows.forecast import Forecast
 from msquant.flows.layer_graph import Executor, InProcess, Result, Task, layer_tasks
-from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork, carry
+from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork, carry, joined_record, layer_cuts
 from msquant.flows.manifest import build_manifest, job_identity
 from msquant.flows.short_evaluation import evaluate_result, short_texts
 from msquant.flows.source import (
@@ -197,7 +197,8 @@ def quantize(
             team = workers if left else Workers()
             with _pool(team, job, model, target.path, progress) as pool:
                 count = 1 if pool is None else pool.count
-                states = hidden_bytes(model.config, calibration.size, predicted, count)
+                first = job.batches[0].size
+                states = hidden_bytes(model.config, calibration.size, predicted, count, first)
                 require_free_space(target.path, needed + states)
                 progress.lap("start")
                 progress.phase("ends")
@@ -340,6 +341,8 @@ def _write_layers(
     count, finished = source.config.num_hidden_layers + job.predicted, set(_finished_layers(journal))
     if len(finished) >= count:
         return []
+    from msquant.quantization.cut_layer import discard_computed, discard_layer
+
     store = HiddenStateStore(writer.folder / SCRATCH, job.memory_budget)
     made = {index for index in range(count) if store.path(index).exists()} if finished else set[int]()
     progress.layers(count, len(finished))
@@ -347,12 +350,17 @@ def _write_layers(
     if pool is None:
         progress.stage("loading MindSpore and golden-stick")
         work = LayerWork(job, source, writer, files, store, store, progress)
-        executor, ahead = InProcess(work.run), None
+        executor, ahead, cuts = InProcess(work.run), None, {}
     else:
         executor, ahead = pool, layers_ahead(pool.count)
+        batches = len(job.batches)
+        cuts = layer_cuts(source.config, writer.plan, job.predicted, pool.count, batches)
     taken = any(record.get(_TAKEN) for record in journal.records)
-    tasks = layer_tasks(count, finished, made, ahead, recompute=taken)
+    tasks = layer_tasks(count, finished, made, ahead, recompute=taken, cuts=cuts)
     left = {task.key for task in tasks}
+    # Of a layer that is cut: what its tasks say, and their seconds.
+    pieces: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    spent: dict[int, float] = defaultdict(float)
     seconds: list[float] = []
     if finished:
         progress.lap("start")
@@ -371,23 +379,29 @@ def _write_layers(
                         Model(str(source.folder), source.config, source.weights), texts, work.dtype, states
                     )
                     progress.lap("evaluation sample")
-        if result.record is not None:
-            journal.append(result.record)
-            writer.files.update(result.record["files"])
+        record = result.record
+        spent[task.index] += result.seconds
+        if task.cut is not None:
+            pieces[task.index] += [] if record is None else [record]
+            record = None
+            if task.kind == "combine":
+                discard_computed(store, task.index, task.cut.experts)
+            elif task.kind == "finish":
+                record = joined_record(task.index, pieces.pop(task.index), job.recipe.quantization)
+        if record is not None:
+            journal.append(record)
+            writer.files.update(record["files"])
         # What no task reads any more, no later run has to continue from.
-        if task.kind != "embed" and not any(index == task.index for _, index in left):
+        if task.kind != "embed" and not any(key.layer == task.index for key in left):
             store.discard(task.index)
-        if result.record is not None:
-            seconds.append(result.seconds)
+            discard_layer(store, task.index)
+        if record is not None:
+            seconds.append(spent[task.index] if task.cut is not None else result.seconds)
             progress.lap("layer")
-            progress.layer(result.record["layer"])
+            progress.layer(record["layer"])
             files.check()
 
     executor.run(tasks, done)
-    for path in writer.folder.iterdir():
-        # Of a worker that died.
-        if is_temporary(path.name):
-            path.unlink()
     return seconds
 
 

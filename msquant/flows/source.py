@@ -359,18 +359,26 @@ def model_groups(
     return [*layers, *extras, {name: config.shapes[name] for name in config.end_names}]
 
 
-def hidden_bytes(config: ModelConfig, tokens: int, predicted: int = 0, workers: int = 1) -> int:
-    """What hidden states take on disk: a layer's inputs and outputs, and what its attention makes of them.
+def hidden_bytes(
+    config: ModelConfig, tokens: int, predicted: int = 0, workers: int = 1, first: int = 0
+) -> int:
+    """What hidden states take on disk: a layer's inputs and outputs, and what goes between tasks on it.
 
     Args:
         config: the model's shape.
         tokens: calibration tokens.
         predicted: quantized multi-token-prediction layers, whose inputs are made of those that are kept.
         workers: processes, each with states within a layer; between layers there are more then.
+        first: tokens of the first batch.
     """
-    within = 2 if predicted else 1
-    boundaries = 2 if workers == 1 else layers_ahead(workers) + 1
-    return (boundaries + workers * within) * tokens * config.hidden_size * 4
+    within, ahead = 2 if predicted else 1, layers_ahead(workers)
+    tokens_between = tokens * (2 + within if workers == 1 else ahead + 1 + workers * within)
+    if workers > 1 and config.experts is not None:
+        # What the experts of one layer add to every token, and of each layer that is begun the states between
+        # its blocks and what its quantized experts add to the first batch.
+        each = config.experts.per_token + bool(config.experts.shared)
+        tokens_between += each * tokens + ahead * (tokens + (each + 2) * first)
+    return tokens_between * config.hidden_size * 4
 
 
 def batch_tokens(config: ModelConfig) -> int:

@@ -1,7 +1,7 @@
 """Writes a planned folder group by group, and closes it with its manifest."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -53,12 +53,24 @@ class FileEntry(TypedDict):
 class GroupWriter:
     """Takes the tensors of one group, in any order; made by `FolderStream.group`.
 
+    Args:
+        folder: where the shards go.
+        plan: of the whole folder.
+        shards: of the group.
+        stack: closes what is opened.
+        written: names of those that are written; what belongs to others is let go. All if None.
+
     Attributes:
-        files: the group's shards by name, filled when the group is complete.
+        files: the shards by name, filled when they are complete.
     """
 
     def __init__(
-        self, folder: Path, plan: FolderPlan, shards: Iterable[PlannedShard], stack: ExitStack
+        self,
+        folder: Path,
+        plan: FolderPlan,
+        shards: Iterable[PlannedShard],
+        stack: ExitStack,
+        written: Collection[str] | None = None,
     ) -> None:
         self.files: dict[str, FileEntry] = {}
         self._folder = folder
@@ -69,6 +81,11 @@ class GroupWriter:
             spec.name: (name, spec) for name, shard in self._shards.items() for spec in shard.specs
         }
         self._streams: dict[str, ShardStream] = {}
+        self._written = self._shards.keys() if written is None else written
+
+    def writes(self, name: str) -> bool:
+        """Whether a tensor is written here."""
+        return self._spec(name)[0] in self._written
 
     def tensor(self, name: str, values: NDArray[Any]) -> None:
         """Write a floating-point tensor, rounded to the dtype it is stored in.
@@ -151,7 +168,7 @@ class GroupWriter:
         Raises:
             OutputError: a tensor is missing, or the disk cannot be written.
         """
-        for name in self._shards:
+        for name in self._written:
             if name not in self._streams:
                 missing = next(iter(self._shards[name].specs)).name
                 raise OutputError(f"{missing} and all else in it was not written", where=self._folder / name)
@@ -160,6 +177,8 @@ class GroupWriter:
 
     def _put(self, name: str, array: NDArray[Any], start_row: int = 0) -> None:
         file_name = self._spec(name)[0]
+        if file_name not in self._written:
+            return
         if file_name not in self._streams:
             stream = ShardStream(self._folder / file_name, self._shards[file_name].specs)
             self._streams[file_name] = self._stack.enter_context(stream)
@@ -189,6 +208,22 @@ class GroupWriter:
             f"{name} is given with shape {list(shape)}, but planned as {self._spec(name)[1]}",
             where=self._folder,
         )
+
+
+class GroupTensors(GroupWriter):
+    """Takes some of a group's tensors and keeps them, as they are to be stored, for who writes the shards.
+
+    Attributes:
+        kept: the tensors by name.
+    """
+
+    def __init__(self, folder: Path, plan: FolderPlan, shards: Iterable[PlannedShard]) -> None:
+        super().__init__(folder, plan, shards, ExitStack())
+        self.kept: dict[str, NDArray[Any]] = {}
+
+    def _put(self, name: str, array: NDArray[Any], start_row: int = 0) -> None:
+        assert start_row == 0
+        self.kept[name] = array
 
 
 def _runs(targets: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -221,16 +256,22 @@ class FolderStream:
         return self.plan.tensor_bytes
 
     @contextmanager
-    def group(self, index: int) -> Iterator[GroupWriter]:
+    def group(self, index: int, shard: int | None = None) -> Iterator[GroupWriter]:
         """Write one group of the plan; its shards appear when the block ends without an error.
 
         Not more than the tensor being written is in memory, and its shard on disk.
 
+        Args:
+            index: the group.
+            shard: the only one of its shards that is written; all if None.
+
         Raises:
             OutputError: a tensor is missing, or the disk is full.
         """
+        shards = self.plan.groups[index]
+        written = [each.file_name for each in (shards if shard is None else shards[shard : shard + 1])]
         with ExitStack() as stack:
-            writer = GroupWriter(self.folder, self.plan, self.plan.groups[index], stack)
+            writer = GroupWriter(self.folder, self.plan, shards, stack, written)
             yield writer
             writer.close()
         self.files.update(writer.files)

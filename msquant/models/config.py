@@ -180,6 +180,19 @@ class ModelConfig:
                 carried[name] = following.get(part)
         return carried
 
+    def expert_names(self, index: int) -> list[str]:
+        """The full names of a layer's experts in the order in which they are added up, the shared one last.
+
+        A dense feed-forward block is the only one of its layer.
+        """
+        parts = self.family.names
+        block = f"{self.family.layer_name(index)}.{parts.feed_forward}"
+        if not self.has_experts(index):
+            return [block]
+        names = [f"{block}.{parts.experts}.{number}" for number in range(self.num_experts)]
+        shared = self.experts is not None and self.experts.shared
+        return [*names, f"{block}.{parts.shared_experts}"] if shared else names
+
     def has_experts(self, index: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""
         return f"{self.family.router_name(index)}.weight" in self.layer_shapes(index)

@@ -16,6 +16,7 @@ from pathlib import Path
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import writing
 from msquant.errors import MsquantError
+from msquant.flows.layer_graph import Kind
 from msquant.flows.pipeline import quantize
 from msquant.flows.source import shapes_plans
 from msquant.formats.folder_plan import FolderPlan
@@ -117,53 +118,93 @@ class Measured:
     Attributes:
         sample: the last one.
         machine: as given.
+        read: as given.
     """
 
     def __init__(
         self, recipe: Recipe, config: ModelConfig, samples: Sequence[Sample], machine: Machine, read: float
     ) -> None:
         self._recipe, self._config, self._samples = recipe, config, samples
-        self.sample, self.machine, self._read = samples[-1], machine, read
+        self.sample, self.machine, self.read = samples[-1], machine, read
         kinds = (LayerBlocks(config, recipe.quantization, index).kind for index in layer_kinds(config))
         self._places = {kind: place for place, kind in enumerate(kinds)}
 
     def layer(self, blocks: LayerBlocks, tokens: int, rounds: int, nbytes: int) -> Span:
         """To quantize and write a decoder layer of so many bytes; the others as `layer_work` takes them."""
-        place, works = self._works(blocks, [sample.tokens for sample in self._samples])
-        together, apart = layer_work(blocks, tokens, rounds)
-        first = _scaled([s.together[place] for s in self._samples], [w[0] for w in works], together)
-        then = _scaled([s.apart[place] for s in self._samples], [w[1] for w in works], apart)
+        first, then = self._quantization(blocks, tokens, rounds)
         return self._range(first + then, nbytes)
 
     def evaluated_layer(self, blocks: LayerBlocks) -> Span:
         """To run a decoder layer of the float model and of the result on the evaluation's tokens."""
         if not self._recipe.evaluation.sequences:
             return NOTHING
-        return self._range(self._evaluation(blocks, _evaluated_tokens(self._recipe, self._config)))
+        first, then = self._evaluation(blocks, _evaluated_tokens(self._recipe, self._config))
+        return self._range(first + then)
 
-    def computed_layer(self, blocks: LayerBlocks, tokens: int, nbytes: int) -> Span | None:
-        """To compute a decoder layer of so many bytes in floating point; None where nothing was evaluated."""
-        if not self._recipe.evaluation.sequences:
-            return None
-        # The evaluation computes the result's layer as well.
-        return self._range(self._evaluation(blocks, tokens) * 0.5, nbytes)
+    def task_seconds(self, blocks: LayerBlocks, tokens: int, rounds: int) -> dict[Kind, float]:
+        """Seconds of one core that the tasks on a decoder layer take, of each kind together.
+
+        What the evaluation takes says what the floating-point pass does; where nothing was evaluated, that is
+        all that the quantization takes.
+
+        Args:
+            blocks: the layer.
+            tokens: of the calibration.
+            rounds: as `layer_work` takes them.
+        """
+        searched, apart = self._quantization(blocks, tokens, rounds)
+        attention, experts = searched, apart
+        if self._recipe.evaluation.sequences:
+            # The evaluation computes the result's layer as well.
+            attention, experts = (part * 0.5 for part in self._evaluation(blocks, tokens))
+        return {
+            "compute": attention.low + experts.low,
+            "pass": searched.low + apart.low,
+            "quantize": max(0.0, apart.low - experts.low) if blocks.experts else searched.low + apart.low,
+            "attention": attention.low,
+            "experts": experts.low,
+            "search": searched.low,
+        }
+
+    def task_factors(self, *, here: bool) -> tuple[float, float]:
+        """What `task_seconds` may be off by, faster and slower.
+
+        Args:
+            here: whether tasks are done on this machine, which may be busy.
+        """
+        return 1 / self._spread, self._spread / (min(1.0, self.machine.share) if here else 1)
 
     def once(self, part: Part, times: float = 1, nbytes: int = 0) -> Span:
         """A part that takes so many times as long as the last sample's, and reads so many bytes."""
         return self._range(self.sample.once.get(part, NOTHING) * times, nbytes)
 
-    def _evaluation(self, blocks: LayerBlocks, tokens: int) -> Span:
-        """What the evaluation of a decoder layer takes on so many tokens, before `_range`."""
+    def _quantization(self, blocks: LayerBlocks, tokens: int, rounds: int) -> tuple[Span, Span]:
+        """What the two parts of a decoder layer's quantization take, see `layer_work`, before `_range`."""
+        place, works = self._works(blocks, [sample.tokens for sample in self._samples])
+        together, apart = layer_work(blocks, tokens, rounds)
+        return (
+            _scaled([s.together[place] for s in self._samples], [w[0] for w in works], together),
+            _scaled([s.apart[place] for s in self._samples], [w[1] for w in works], apart),
+        )
+
+    def _evaluation(self, blocks: LayerBlocks, tokens: int) -> tuple[Span, Span]:
+        """What the evaluation of both parts takes on so many tokens, before `_range`."""
         place, works = self._works(blocks, [_evaluated_tokens(s.recipe, s.config) for s in self._samples])
-        together, apart = layer_work(blocks, tokens)
+        both = [a + b for a, b in works]
         taken = [sample.evaluated[place] for sample in self._samples]
-        return _scaled(taken, [a + b for a, b in works], together + apart)
+        together, apart = layer_work(blocks, tokens)
+        # The parts were not measured apart; where nothing goes one by one, the first is all there is.
+        whole, first = _scaled(taken, both, together + apart), _scaled(taken, both, together)
+        return first, Span(max(0.0, whole.low - first.low), max(0.0, whole.high - first.high))
+
+    @property
+    def _spread(self) -> float:
+        return CUT_SPREAD if self._samples[2:] else SPREAD
 
     def _range(self, taken: Span, nbytes: int = 0) -> Span:
         """Of what took so long and reads so many bytes of the source, each at least once."""
-        spread, disk = CUT_SPREAD if self._samples[2:] else SPREAD, nbytes / self._read
-        low = taken.low / max(1, self.machine.share)
-        return Span(low / spread + disk, max(low, taken.high) * spread + READS * disk)
+        disk, low = nbytes / self.read, taken.low / max(1, self.machine.share)
+        return Span(low / self._spread + disk, max(low, taken.high) * self._spread + READS * disk)
 
     def _works(self, blocks: LayerBlocks, tokens: Sequence[int]) -> tuple[int, list[tuple[Work, Work]]]:
         """Which layer of the samples is of this kind, and its work in each."""

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,10 +13,11 @@ from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import free_bytes, shown_sizes
 from msquant.checkpoint.fp8 import SCALE_SUFFIX
 from msquant.checkpoint.memory import MEMORY_BUDGET, available_memory
-from msquant.errors import ModelError, MsquantError, OutputError
+from msquant.errors import EngineError, ModelError, MsquantError, OutputError
 from msquant.flows.calibration import most_characters, require_sources
 from msquant.flows.conversion import output_folders
-from msquant.flows.layer_graph import critical_path, layer_tasks, makespan
+from msquant.flows.layer_graph import Kind as TaskKind
+from msquant.flows.layer_work import layer_cuts
 from msquant.flows.source import (
     batch_samples,
     hidden_bytes,
@@ -26,7 +27,6 @@ from msquant.flows.source import (
     shapes_plans,
     untying_note,
 )
-from msquant.flows.workers import layers_ahead
 from msquant.formats.registry import FormatName
 from msquant.hub.published import published_config, published_name, stored_bytes
 from msquant.inference.serving_need import ServingNeed, serving_need
@@ -34,6 +34,7 @@ from msquant.models.config import ModelConfig
 from msquant.models.config_json import parse_config
 from msquant.planning.blocks import LayerBlocks, Linear, Tokens, weights_of
 from msquant.planning.measure import NOTHING, Machine, Measured, Span
+from msquant.planning.timeline import DISK, NETWORK, Cluster, LayerCost, Timeline, play_layers
 from msquant.planning.work import feed_forward_rounds
 from msquant.progress import Phase
 from msquant.recipe.recipe import Recipe
@@ -188,7 +189,11 @@ class Plan:
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
         workers: processes that share the work on decoder layers; memory is that of each.
-        chain: the floating-point pass, which takes this long with any number of workers; None for one.
+        node_cores: of each worker's own machine; None where all workers are on this one.
+        shared_bytes: that several workers read of the disk they share and write there, for the decoder
+            layers: with machines of their own, over the network; None for one worker.
+        timelines: of several workers' work on decoder layers, as fast and as slow as it was measured; None
+            where nothing was, or for one.
     """
 
     model: str
@@ -217,7 +222,9 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     workers: int = 1
-    chain: Span | None = None
+    node_cores: int | None = None
+    shared_bytes: int | None = None
+    timelines: tuple[Timeline, Timeline] | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -256,6 +263,7 @@ def make_plan(
     memory_budget: int = MEMORY_BUDGET,
     probe: Probe | None = None,
     workers: int = 1,
+    node_cores: int | None = None,
 ) -> Plan:
     """Plan a quantization; no weight is read but in part by the probe, and nothing is left behind.
 
@@ -265,13 +273,21 @@ def make_plan(
         source: folder of the weights, in place of the recipe's model. A published model is planned without
             its weights if neither is here.
         memory_budget: bytes of hidden states held in memory.
-        workers: processes that share the work on decoder layers and the cores of this machine.
+        workers: processes that share the work on decoder layers.
+        node_cores: cores of the machine that each of them has for itself, with a network of 10 Gbit/s and a
+            disk of 2 GB/s that all share; None if they share this machine.
         probe: measures this machine once the model is known to be whole; without it no time is estimated.
 
     Raises:
-        MsquantError: the model is unknown, incomplete or not supported, the recipe does not fit it, or a
-            source of its calibration text is not there.
+        MsquantError: the model is unknown, incomplete or not supported, the recipe does not fit it, a source
+            of its calibration text is not there, or nodes are described and no workers asked for.
     """
+    if node_cores is not None and workers < 2:
+        raise EngineError(
+            "says how many cores each of several workers has, and there is one",
+            where="--node-cores",
+            remedy="say how many nodes by --workers too",
+        )
     require_sources(recipe.calibration)
     subject = _subject(recipe, source)
     config, settings = subject.config, recipe.calibration
@@ -289,9 +305,10 @@ def make_plan(
             notes.append(f"the time was not estimated, because this machine could not be measured: {error}")
     stages: dict[Phase, Span] = dict.fromkeys(get_args(Phase), NOTHING)
     peaks, parts = [0], []
-    computed: dict[int, Span] = {}
+    costs: dict[int, LayerCost] = {}
     for group, (kind, index, shapes) in enumerate(_parts(subject)):
-        source_bytes = sum(subject.source_bytes(name, shape) for name, shape in shapes.items())
+        sizes = {name: subject.source_bytes(name, shape) for name, shape in shapes.items()}
+        source_bytes = sum(sizes.values())
         written, *others = (folder.group_bytes[group] for folder in folders)
         schemes: dict[str, Scheme] = {}
         seconds = None
@@ -299,14 +316,15 @@ def make_plan(
             blocks = LayerBlocks(config, recipe.quantization, index)
             schemes = blocks.schemes
             peaks.append(layer_bytes(blocks, tokens, memory_budget))
+            taken: dict[TaskKind, float] = {}
             if measured is not None:
                 rounds = feed_forward_rounds(config, tokens, memory_budget)
                 seconds = measured.layer(blocks, tokens.count, rounds, source_bytes)
                 stages["layers"] += seconds
-                if workers > 1:
-                    computed[index] = measured.computed_layer(blocks, tokens.count, source_bytes) or seconds
+                taken = measured.task_seconds(blocks, tokens.count, rounds)
                 if index < config.num_hidden_layers:
                     stages["evaluation"] += measured.evaluated_layer(blocks)
+            costs[index] = LayerCost.of(config, index, sizes, written, tokens, taken)
         elif measured is not None:
             seconds = measured.once("ends", written / measured.sample.folder.group_bytes[-1], source_bytes)
             stages["ends"] += seconds
@@ -327,11 +345,20 @@ def make_plan(
         stages["formats"] = measured.once("export", folders[0].file_bytes / measured.sample.folder.file_bytes)
     if measured is not None and recipe.evaluation.sequences:
         stages["evaluation"] += measured.once("head", config.vocab_size / measured.sample.config.vocab_size)
-    chain = None
-    if measured is not None and workers > 1:
-        whole = {part.index: part.seconds for part in parts if part.index is not None and part.seconds}
-        stages["layers"], chain = _shared(whole, computed, workers, measured.machine)
-    scratch = hidden_bytes(config, settings.most * settings.sequence_length, predicted, workers)
+    shared, timelines = None, None
+    if workers > 1:
+        cuts = layer_cuts(config, folders[0], predicted, workers, tokens.batches)
+        cluster = _cluster(workers, node_cores, measured)
+        factors = (1.0, 1.0) if measured is None else measured.task_factors(here=node_cores is None)
+        fast, slow = (
+            play_layers(costs, cuts, replace(cluster, slower=cluster.slower * factor)) for factor in factors
+        )
+        shared = int(fast.transferred)
+        if measured is not None:
+            timelines = fast, slow
+            stages["layers"] = Span(fast.seconds, slow.seconds)
+    most = settings.most * settings.sequence_length
+    scratch = hidden_bytes(config, most, predicted, workers, tokens.first)
     peak, writing = BASE_BYTES + max(peaks), 0
     if any(parse_source(word).place.writes for word in settings.sources):
         writing = BASE_BYTES + _whole_model_bytes(config)
@@ -366,36 +393,32 @@ def make_plan(
         seconds_by_stage=None if measured is None else stages,
         machine=None if measured is None else measured.machine,
         notes=tuple(notes),
-        problems=tuple(_problems(written_bytes + scratch, free, peak, writing, available, workers)),
+        problems=tuple(
+            _problems(
+                *(written_bytes + scratch, free, peak, writing, available),
+                # Of other machines nothing is known here.
+                workers if node_cores is None else 1,
+            )
+        ),
         workers=workers,
-        chain=chain,
+        node_cores=node_cores,
+        shared_bytes=shared,
+        timelines=timelines,
     )
 
 
-def _shared(
-    whole: Mapping[int, Span], computed: Mapping[int, Span], workers: int, machine: Machine
-) -> tuple[Span, Span]:
-    """How long workers of one machine take for all layers, and the chain that none of them makes shorter.
-
-    Args:
-        whole: seconds of each layer's quantization by its number, on all cores that one process uses.
-        computed: of its floating-point outputs alone.
-        workers: how many, of which each has a part of the cores.
-        machine: what it gave to one process.
-    """
-    slower = max(1.0, machine.share * workers / machine.cores)
-    tasks = layer_tasks(len(computed), (), (), layers_ahead(workers))
-    ends: list[tuple[float, float]] = []
-    for side in ("low", "high"):
-        seconds = {
-            task.key: 0.0
-            if task.kind == "embed"
-            else slower * getattr((computed if task.kind == "compute" else whole)[task.index], side)
-            for task in tasks
-        }
-        ends.append((makespan(tasks, seconds, workers), critical_path(tasks, seconds)))
-    (low, chain_low), (high, chain_high) = ends
-    return Span(low, high), Span(chain_low, chain_high)
+def _cluster(workers: int, node_cores: int | None, measured: Measured | None) -> Cluster:
+    """The workers of this machine, or so many machines with as many cores each."""
+    parallel, cores, disk = 0.0, len(os.sched_getaffinity(0)), DISK
+    if measured is not None:
+        machine, disk = measured.machine, measured.read
+        # By Amdahl's law, from how many cores one process used of those that are here.
+        if machine.cores > 1 and machine.share > 1:
+            parallel = min(1.0, (1 - 1 / machine.share) / (1 - 1 / machine.cores))
+    if node_cores is None:
+        crowded = max(1.0, workers / cores)
+        return Cluster(1, workers, max(1, cores // workers), parallel, disk=disk, slower=crowded)
+    return Cluster(workers, 1, node_cores, parallel, NETWORK, DISK)
 
 
 def worker_memory(recipe: Recipe, output: Path, source: str | None, memory_budget: int) -> int:

@@ -7,7 +7,7 @@ expert once for every candidate. The feed-forward block then goes expert by expe
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,11 +133,11 @@ class DecoderPass:
         part: Part,
         hidden: Sequence[Floats],
         put: Callable[[Floats], None],
-        first: int = 0,
+        places: Iterable[int] | None = None,
     ) -> None:
-        """Compute the batches from `first` on by the layer's own weights, as `run` computes each."""
+        """Compute some batches, or all, by the layer's own weights, as `run` computes each."""
         layer = self._layer(self._source, index, part)
-        for place in range(first, len(hidden)):
+        for place in range(len(hidden)) if places is None else places:
             check_interrupt()
             batch = hidden[place]
             together = self._policy.takes_batches or (self._searched is not None and place >= self._searched)
@@ -183,32 +183,40 @@ class DecoderPass:
         """
         block = self._block(index)
         first = self._outputs(block, put)
-        block.feed(lambda: map(_flat, self._rounds(self._store.open(BETWEEN))))
+        block.feed(lambda: map(flat, self._rounds(self._store.open(BETWEEN))))
         self._store.discard(BETWEEN)
         return block, *first
 
-    def _block(self, index: int, *, observes: bool = True) -> FeedForwardPass:
+    def _block(
+        self, index: int, *, observes: bool = True, mine: Sequence[int] | None = None
+    ) -> FeedForwardPass:
         return FeedForwardPass(
-            self._config, self._source, index, self._policy, self._dtype, self._step, observes=observes
+            self._config,
+            self._source,
+            index,
+            self._policy,
+            self._dtype,
+            self._step,
+            observes=observes,
+            mine=mine,
         )
 
     def _outputs(self, block: FeedForwardPass, put: Callable[[Floats], None]) -> tuple[Floats, Floats]:
         """What a block makes of the states between the blocks; returns the first round, before and after."""
         first: tuple[Floats, Floats] | None = None
         for batches in self._rounds(self._store.open(BETWEEN)):
-            flat = _flat(batches)
-            outputs = block.forward(flat)
-            first = first or (flat, outputs)
-            tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
-            for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
-                put(output.reshape(batch.shape))
+            between = flat(batches)
+            outputs = block.forward(between)
+            first = first or (between, outputs)
+            for output in in_batches(batches, outputs):
+                put(output)
         assert first is not None
         return first
 
     def _carry(self, index: int, part: Part, hidden: Sequence[Floats], put: Callable[[Floats], None]) -> None:
         """Compute the batches that the search has not seen, by the layer's own weights."""
         if self._searched is not None and self._searched < len(hidden):
-            self._forward(index, part, hidden, put, self._searched)
+            self._forward(index, part, hidden, put, range(self._searched, len(hidden)))
 
     def _finite(self, index: int, put: Callable[[Floats], None]) -> Callable[[Floats], None]:
         """`put`, for outputs of layer `index` that are to be finite."""
@@ -265,7 +273,7 @@ class DecoderPass:
             sink.tensor(name, values if scale is None else values * scale)
         return result
 
-    def _rounds(self, batches: Sequence[Floats]) -> Iterator[list[Floats]]:
+    def _rounds(self, batches: Iterable[Floats]) -> Iterator[list[Floats]]:
         """As many batches at once as the budget takes, with their normalized inputs and their outputs."""
         held: list[Floats] = []
         for batch in batches:
@@ -276,6 +284,13 @@ class DecoderPass:
         yield held
 
 
-def _flat(batches: Sequence[Floats]) -> Floats:
+def flat(batches: Sequence[Floats]) -> Floats:
     """Batches `[B, T, H]` as one, `[tokens, H]`."""
     return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+
+
+def in_batches(batches: Sequence[Floats], outputs: Floats) -> Iterator[Floats]:
+    """Outputs `[tokens, H]` in the shapes of the batches that they are made of."""
+    tokens = np.cumsum([batch.size // batch.shape[-1] for batch in batches])
+    for batch, output in zip(batches, np.split(outputs, tokens[:-1]), strict=True):
+        yield output.reshape(batch.shape)

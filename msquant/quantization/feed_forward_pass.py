@@ -3,9 +3,12 @@
 The weights are read twice: once for the floating-point outputs, which the next layer needs, and for the
 ranges that smoothing asks for; once to be quantized. A dense block is treated as a single expert that gets
 all tokens, and so is a shared one.
+
+Several passes may share the experts: each hands on what its own ones give and reach, and outputs are always
+added up expert by expert, in their order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     from msquant.kernels.weight_rounding import Rounder
 
 Floats = NDArray[np.float32]
+
+Product = tuple[NDArray[np.integer], Floats]
+"""The tokens that an expert gets, `[n]`, and what it adds to each, `[n, H]`."""
 
 
 @dataclass
@@ -81,9 +87,10 @@ class FeedForwardPass:
         dtype: compute dtype.
         step: called with what goes on.
         observes: whether `forward` takes the ranges that `quantize` needs.
+        mine: the experts that are computed and quantized here, by their places; all of them if None.
 
     Attributes:
-        expert_tokens: calibration tokens of each routed expert; empty for a dense block.
+        mine: the same.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class FeedForwardPass:
         step: Callable[[str], None] = lambda text: None,
         *,
         observes: bool = True,
+        mine: Collection[int] | None = None,
     ) -> None:
         self._observes = observes
         layer, self._parts = config.family.layer_name(index), config.family.names
@@ -116,22 +124,21 @@ class FeedForwardPass:
         self._router, self._shared_gate = None, None
         if config.has_experts(index):
             self._router = Router(config, source, router, dtype)
-            self._experts = [
-                _Expert(f"{self._name}.{parts.experts}.{number}", number)
-                for number in range(config.num_experts)
-            ]
-            if config.experts is not None and config.experts.shared:
-                self._experts.append(_Expert(f"{self._name}.{parts.shared_experts}", None))
             if config.family.shared_gate:
                 self._shared_gate = SharedGate(config, source, gate)
-        else:
-            self._experts = [_Expert(self._name, None)]
+        routed = config.num_experts if config.has_experts(index) else 0
+        self._experts = [
+            _Expert(name, place if place < routed else None)
+            for place, name in enumerate(config.expert_names(index))
+        ]
+        self.mine = list(range(len(self._experts))) if mine is None else sorted(mine)
         # The greatest magnitude of each channel that gate and up read, in the inputs and in the weights.
         self._inputs = np.zeros(config.hidden_size, np.float32)
         self._columns: Floats | None = None
 
     @property
     def expert_tokens(self) -> list[int]:
+        """Calibration tokens of each routed expert; empty for a dense block."""
         return [expert.tokens for expert in self._experts if expert.number is not None]
 
     @property
@@ -149,7 +156,8 @@ class FeedForwardPass:
             rounds: the attention block's outputs again, `[T, H]` each, as often as it is called.
         """
         least = self._policy.min_expert_tokens
-        hungry = [expert for expert in self._experts if expert.number is not None and expert.tokens < least]
+        mine = [self._experts[place] for place in self.mine]
+        hungry = [expert for expert in mine if expert.number is not None and expert.tokens < least]
         if self._router is None or self._policy.feed_forward_smoothing is None or not hungry:
             return
         nearest = self._nearest(hungry, rounds)
@@ -199,14 +207,22 @@ class FeedForwardPass:
         Returns:
             float32 `[T, H]`.
         """
+        return self.added(hidden, self.computed(hidden))
+
+    def computed(self, hidden: Floats) -> Iterator[Product]:
+        """What each expert adds in floating point, one of no tokens too; observes their ranges.
+
+        Args:
+            hidden: `[T, H]`, the attention block's output.
+        """
         x = self._normalize(hidden)
         smooth = self._observes and self._policy.feed_forward_smoothing is not None
         first = smooth and self._columns is None
         columns = np.zeros(self._config.hidden_size, np.float32)
-        output = np.zeros(hidden.shape, np.float32) if self._output_norm else hidden.copy()
         for expert, rows, factors in self._dispatch(x, "computing"):
             expert.tokens += len(rows)
             if not len(rows) and not first:
+                yield rows, x[rows]
                 continue
             mlp = MLP(self._config, self._source, expert.name, self._dtype)
             down = mlp.down
@@ -214,15 +230,59 @@ class FeedForwardPass:
                 for linear in mlp.inputs:
                     np.maximum(columns, column_maxima(linear.weight.asnumpy()), out=columns)
             if not len(rows):
+                yield rows, x[rows]
                 continue
             gated = mlp.gated(Tensor(x[rows], self._dtype))
             if smooth:
                 expert.observe(gated.asnumpy(), down.weight.asnumpy())
-            output[rows] += down(gated).asnumpy() * factors
+            yield rows, down(gated).asnumpy() * factors
         if smooth:
             self._columns = columns if first else self._columns
             np.maximum(self._inputs, column_maxima(x), out=self._inputs)
-        return self._behind(hidden, output)
+
+    def added(self, hidden: Floats, products: Iterable[Product]) -> Floats:
+        """The block's output with the residual: what all experts add, one after the other in their order.
+
+        Args:
+            hidden: `[T, H]`, the attention block's output.
+            products: of all experts in the order of their places.
+
+        Returns:
+            float32 `[T, H]`.
+        """
+        output = np.zeros(hidden.shape, np.float32) if self._output_norm else hidden.copy()
+        for rows, product in products:
+            output[rows] += product
+        if self._output_norm is None:
+            return output
+        normed: Floats = self._output_norm(Tensor(output, self._dtype)).asnumpy()
+        return hidden + normed.astype(np.float32, copy=False)
+
+    @property
+    def ranges(self) -> list[Floats]:
+        """What was seen of the experts that are computed here; `restore` takes it in another pass."""
+        columns = np.zeros(0, np.float32) if self._columns is None else self._columns
+        mine = [self._experts[place] for place in self.mine]
+        counts = np.array([[expert.tokens, expert.lent] for expert in mine], np.int32)
+        each = [values for expert in mine for values in (expert.gated, expert.down)]
+        return [self._inputs, columns, counts.view(np.float32), *each]
+
+    def restore(self, places: Sequence[int], ranges: Sequence[Floats]) -> None:
+        """Take over what another pass has seen of experts.
+
+        Args:
+            places: of its experts, `mine`.
+            ranges: that it gave.
+        """
+        inputs, columns, counts, *each = ranges
+        np.maximum(self._inputs, inputs, out=self._inputs)
+        if columns.size:
+            self._columns = columns if self._columns is None else np.maximum(self._columns, columns)
+        for place, (tokens, lent), gated, down in zip(
+            places, counts.view(np.int32).tolist(), each[::2], each[1::2], strict=True
+        ):
+            expert = self._experts[place]
+            expert.tokens, expert.lent, expert.gated, expert.down = tokens, lent, gated, down
 
     def quantize(self, sample: Floats, sink: LayerSink) -> Floats:
         """The second reading: quantize every linear and pass it on; `forward` must have seen all tokens.
@@ -234,6 +294,15 @@ class FeedForwardPass:
         Returns:
             The quantized block's output with the residual, `[T, H]`; its integer sums are rounded to float32.
         """
+        return self.added(sample, self.quantized(sample, sink))
+
+    def quantized(self, sample: Floats, sink: LayerSink) -> Iterator[Product]:
+        """As `quantize`, of the experts that are computed here: what each adds, quantized.
+
+        Args:
+            sample: as for `quantize`.
+            sink: likewise; gets what lies beside the experts first.
+        """
         shared = self._shared_scale()
         factors = read_norm(self._config, self._source, self._norm_name) / shared
         sink.tensor(f"{self._norm_name}.weight", stored_norm(self._config, self._norm_name, factors))
@@ -244,14 +313,12 @@ class FeedForwardPass:
             name = f"{self._output_norm_name}.weight"
             sink.tensor(name, self._source.tensor(name))
         x = self._normalize(sample)
-        output = np.zeros(sample.shape, np.float32) if self._output_norm else sample.copy()
         for expert, rows, factors in self._dispatch(x, "quantizing"):
             inner = self._inner_scale(expert)
             given = x[rows] / shared
             product = self._gated(expert, given, shared, inner, sink)
             down = self._linear(expert, self._parts.down, sink, self._rounder(product), columns=inner)
-            output[rows] += _apply(down, product) * factors
-        return self._behind(sample, output)
+            yield rows, _apply(down, product) * factors
 
     def _gated(
         self, expert: _Expert, given: Floats, shared: Floats, inner: Floats | None, sink: LayerSink
@@ -269,13 +336,6 @@ class FeedForwardPass:
         for name in others:
             product *= _apply(self._linear(expert, name, sink, read, columns=shared, rows=inner), given)
         return product
-
-    def _behind(self, hidden: Floats, output: Floats) -> Floats:
-        """The residual stream behind the block; without a norm there, the output has been added to it."""
-        if self._output_norm is None:
-            return output
-        normed: Floats = self._output_norm(Tensor(output, self._dtype)).asnumpy()
-        return hidden + normed.astype(np.float32, copy=False)
 
     def groups(self) -> list[GroupReport]:
         """The smooth groups, of all experts together, after `forward`; none if they are not smoothed."""
@@ -348,12 +408,13 @@ class FeedForwardPass:
         return smooth_scale(expert.gated, expert.down, alpha)
 
     def _dispatch(self, x: Floats, doing: str) -> Iterator[tuple[_Expert, Any, Any]]:
-        """Every expert with the rows of x that it gets and the factors of its outputs, `[n, 1]`."""
+        """Each expert of this pass with the rows of x that it gets and its outputs' factors, `[n, 1]`."""
         if self._router is not None:
             ids, weights = self._router.route(Tensor(x, self._dtype))
-        for place, expert in enumerate(self._experts, start=1):
+        for done, place in enumerate(self.mine, start=1):
+            expert = self._experts[place]
             check_interrupt()
-            self._step(f"{doing} expert {place}/{len(self._experts)}")
+            self._step(f"{doing} expert {done}/{len(self.mine)}")
             if expert.number is None:
                 gate = self._shared_gate
                 yield (

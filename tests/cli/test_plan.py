@@ -11,8 +11,7 @@ from tests.cli.test_quantize import msquant
 pytestmark = pytest.mark.e2e
 
 KEYS = {
-    "chain",
-    "workers",
+    *("workers", "node_cores", "shared_bytes", "timelines"),
     *("model", "source", "output", "architecture", "stored", "variant", "samples", "sequence_length"),
     "formats",
     *("sources", "source_characters"),
@@ -104,6 +103,7 @@ def test_a_source_in_place_of_the_recipes_model(tiny_llama: Path, tmp_path: Path
         (["llama-3.1-8b", "--samples", "0"], ["calibration.samples"]),
         (["llama-3.1-8b", "--memory-budget", "much"], ["--memory-budget", "4GB"]),
         (["minimax-m2", "--workers", "2"], ["--workers", "--calibration none", "try:"]),
+        (["llama-3.1-8b", "--node-cores", "8"], ["--node-cores", "--workers", "try:"]),
     ],
 )
 def test_a_wrong_option_is_named(tmp_path: Path, arguments: list[str], words: list[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.checkpoint.disk import shown_sizes
-from msquant.errors import CheckpointError, ModelError, OutputError, RecipeError
+from msquant.errors import CheckpointError, EngineError, ModelError, OutputError, RecipeError
 from msquant.flows.pipeline import quantize
 from msquant.hub.published import published_bytes, published_config
 from msquant.models.config import ModelConfig
@@ -259,6 +259,37 @@ def measured(recipe: Recipe, config: ModelConfig) -> Measured:
         for small, seconds in ((True, 0.0), (False, 1.0))
     ]
     return Measured(recipe, config, samples, Machine(2, 1.0, 0.5), 1e9)
+
+
+def test_workers_share_what_is_played_through(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", "deepseek_v3", layers=4, dtype="bfloat16")
+    recipe = short_recipe(folder)
+
+    def planned(workers: int, node_cores: int | None = None, *, probed: bool = True) -> Plan:
+        probe = (lambda config, _: measured(recipe, config)) if probed else None
+        return make_plan(recipe, tmp_path / "out", probe=probe, workers=workers, node_cores=node_cores)
+
+    alone, two, many = planned(1), planned(2), planned(8, 4)
+    assert alone.timelines is None
+    assert alone.shared_bytes is None
+    assert two.timelines is not None
+    assert many.timelines is not None
+    assert two.seconds_by_stage is not None
+    assert two.seconds_by_stage["layers"] == Span(*(line.seconds for line in two.timelines))
+    # Busy workers of this machine are slower than those of others.
+    assert many.timelines[1].seconds < two.timelines[1].seconds
+    for line in two.timelines:
+        assert line.seconds >= max(line.chain_seconds, line.computing)
+        assert {"experts", "combine"} <= line.chain.keys()
+    # Every weight is read twice, and every shard written once; the rest is hidden states.
+    weights = sum(2 * part.source_bytes + part.output_bytes for part in two.parts if part.kind != "ends")
+    assert two.shared_bytes is not None
+    assert weights / 2 < two.shared_bytes < 3 * weights
+    unmeasured = planned(2, probed=False)
+    assert (unmeasured.shared_bytes, unmeasured.timelines) == (two.shared_bytes, None)
+    assert two.scratch_bytes > alone.scratch_bytes
+    with pytest.raises(EngineError, match="--node-cores"):
+        planned(1, 4)
 
 
 def test_time_covers_everything_to_the_end(tiny_llama: Path, tmp_path: Path) -> None:
