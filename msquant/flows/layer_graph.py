@@ -1,4 +1,4 @@
-"""What a quantization does to decoder layers: tasks, what each waits for, and how one process runs them.
+"""What a quantization does to a model: tasks, what each waits for, and how one process runs them.
 
 The inputs of a layer are the floating-point outputs of the one before, so the floating-point pass alone is a
 chain. Everything else of a layer waits for that layer's inputs and for nothing more:
@@ -10,35 +10,38 @@ chain. Everything else of a layer waits for that layer's inputs and for nothing 
 
 In one process a layer is one task, `pass`, because the first step of its quantization gives its outputs as
 well. Layers lie in a folder between the tasks, and so do hidden states; a task that is run twice writes the
-same bytes twice.
+same bytes twice. Without calibration there is no chain: each part of the model is a task, `round`.
 """
 
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from msquant.interrupts import check_interrupt
 
-Kind = Literal["embed", "compute", "quantize", "pass"]
+Kind = Literal["embed", "compute", "quantize", "pass", "round"]
 Key = tuple[Kind, int]
 
 _DOING: dict[Kind, str] = {
     "embed": "embedding",
-    "compute": "computing",
-    "quantize": "quantizing",
-    "pass": "quantizing",
+    "compute": "computing layer",
+    "quantize": "quantizing layer",
+    "pass": "quantizing layer",
+    "round": "rounding part",
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work on one layer.
+    """A piece of work on one layer, or on one part of a model without calibration.
 
     Attributes:
         kind: `embed`, the inputs of the first layer; `compute`, a layer's floating-point outputs; `quantize`,
-            its quantized weights, written; `pass`, both.
-        index: of the layer.
+            its quantized weights, written; `pass`, both; `round`, a part's rounded weights, written.
+        index: of the layer or the part.
         after: the tasks whose results it reads, or that must have made room for it.
     """
 
@@ -57,7 +60,7 @@ class Task:
         return self.kind != "quantize"
 
     def __str__(self) -> str:
-        return _DOING[self.kind] if self.kind == "embed" else f"{_DOING[self.kind]} layer {self.index}"
+        return _DOING[self.kind] if self.kind == "embed" else f"{_DOING[self.kind]} {self.index}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Result:
 
     Attributes:
         seconds: that it took.
-        record: the journal's record of the layer; None where none was written.
+        record: the journal's record of the layer or the part; None where none was written.
     """
 
     seconds: float
@@ -74,6 +77,35 @@ class Result:
 
 
 Done = Callable[[Task, Result], None]
+
+
+class Work(Protocol):
+    """What one process has open to do tasks."""
+
+    def run(self, task: Task) -> Result:
+        """Do a task. Raises MsquantError."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what other processes may remove between two tasks."""
+        ...
+
+
+class Job(Protocol):
+    """What every task on one model is to know; it can be sent to other processes."""
+
+    @property
+    def device(self) -> str | None:
+        """Whose arithmetic the bytes depend on, `cpu` or `ascend`; None for that of no processor."""
+        ...
+
+    def begin(self, source: Path, output: Path, number: int) -> Work:
+        """Open the model and the folder that is made, in the worker with that number.
+
+        Raises:
+            MsquantError: the source is not what it was, or the device is not there.
+        """
+        ...
 
 
 class Executor(Protocol):
@@ -104,6 +136,29 @@ class InProcess:
         for task in tasks:
             done(task, self._work(task))
             check_interrupt()
+
+
+class InThreads:
+    """Runs some tasks side by side in threads of this process; none of them waits for another.
+
+    Args:
+        work: does a task, and looks at Ctrl-C.
+        count: of threads.
+    """
+
+    def __init__(self, work: Callable[[Task], Result], count: int) -> None:
+        self._work, self._count = work, count
+
+    def run(self, tasks: Sequence[Task], done: Done) -> None:
+        """As `Executor.run`."""
+        with ThreadPoolExecutor(self._count, thread_name_prefix="task") as pool:
+            futures = {pool.submit(self._work, task): task for task in tasks}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def layer_tasks(

@@ -4,10 +4,12 @@ All that tasks share lies in folders, so a task is done by whoever is free: the 
 between layers, and the shards.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,12 @@ from numpy.typing import NDArray
 
 from msquant.calibration.tokens import Samples
 from msquant.checkpoint.hidden_states import HiddenStates, HiddenStateStore
+from msquant.checkpoint.output_folder import remove_path
 from msquant.checkpoint.run_files import SourceHashes
 from msquant.flows.calibration import Calibration
 from msquant.flows.layer_graph import Result, Task
 from msquant.flows.manifest import layer_record
-from msquant.flows.source import Source, batch_tokens
+from msquant.flows.source import Source, batch_tokens, folder_plan, open_source, rotated
 from msquant.formats.folder_stream import FolderStream, GroupWriter
 from msquant.interrupts import check_interrupt
 from msquant.kernels.blas import one_blas_thread
@@ -88,6 +91,20 @@ class LayerJob:
             verbose,
         )
 
+    def begin(self, source: Path, output: Path, number: int) -> "LayerWork":
+        """As `Job.begin`."""
+        stored = open_source(str(source), predictions=self.recipe.keeps_predictions)
+        model = rotated(stored, self.recipe.quantization)
+        writer = FolderStream(output, folder_plan(self.recipe, model))
+        scratch = output / SCRATCH
+        for left in scratch.glob(f"worker-{number}-*"):
+            # Of the one that died in this one's place.
+            remove_path(left)
+        boundaries = HiddenStateStore(scratch, self.memory_budget, shared=True)
+        between = HiddenStateStore(scratch / f"worker-{number}-{os.getpid()}", self.memory_budget)
+        hashes = SourceHashes(model.checkpoint)
+        return LayerWork(self, model, writer, hashes, boundaries, between, Progress())
+
 
 class LayerWork:
     """Does tasks on decoder layers.
@@ -153,6 +170,10 @@ class LayerWork:
                 record = self._quantize(task.index, outputs=task.kind == "pass")
         self._between.discard(PREDICTION)
         return Result(time.monotonic() - started, record)
+
+    def release(self) -> None:
+        """As `Work.release`: other workers discard what this one would hold."""
+        self._boundaries.release()
 
     def _quantize(self, index: int, *, outputs: bool) -> dict[str, Any]:
         """Quantize and write a layer; returns the journal's record of it."""

@@ -25,7 +25,7 @@ class NodeReport:
         cores: that it is bound to.
         memory: bytes that are available on its node; None if that cannot be told.
         versions: of Python, and of the packages that a result depends on.
-        arithmetic: sha256 of a small reference computation.
+        arithmetic: sha256 of a small reference computation; empty where nothing depends on it.
         source: sha256 of the headers of the weights that it sees; None if it was not asked.
         probe: what it read of the file that it was shown; None if there is none.
     """
@@ -52,11 +52,11 @@ class NodeReport:
         return self.arithmetic == other.arithmetic
 
 
-def look_around(device: str, source: Path | None, probe: Path | None, number: int) -> NodeReport:
+def look_around(device: str | None, source: Path | None, probe: Path | None, number: int) -> NodeReport:
     """Make the report of this process.
 
     Args:
-        device: `cpu` or `ascend`.
+        device: whose arithmetic to show, as `Job.device`.
         source: folder of the weights; its headers are read.
         probe: a file to read, and to copy to `answer_of(probe, number)`.
         number: of this worker.
@@ -75,7 +75,7 @@ def look_around(device: str, source: Path | None, probe: Path | None, number: in
         cores=len(os.sched_getaffinity(0)),
         memory=available_memory(),
         versions=own_versions(),
-        arithmetic=reference_checksum(device),
+        arithmetic="" if device is None else reference_checksum(device),
         source=None if source is None else Checkpoint.open(source).fingerprint()["sha256"],
         probe=found,
     )

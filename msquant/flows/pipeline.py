@@ -7,8 +7,8 @@ continues with the layer it was in and ends with the same bytes.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
 from msquant.checkpoint.run_files import RunFiles
 from msquant.checkpoint.shard_stream import shard_bytes
-from msquant.checkpoint.writer import is_temporary
 from msquant.errors import CalibrationError, MsquantError
 from msquant.evaluation.inputs import Model, Text
 from msquant.flows.calibration import Calibration, calibration_of, require_sources
@@ -41,7 +40,7 @@ from msquant.flows.source import (
     rotated,
     untying_note,
 )
-from msquant.flows.workers import Workers, layers_ahead
+from msquant.flows.workers import Workers, layers_ahead, working
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
@@ -195,7 +194,7 @@ def quantize(
             job = LayerJob.of(recipe, calibration, model.config, predicted, device, memory_budget, verbose)
             left = model.config.num_hidden_layers + predicted - finished
             team = workers if left else Workers()
-            with _pool(team, job, model, target.path, progress) as pool:
+            with working(team, job, model.checkpoint, target.path, progress) as pool:
                 count = 1 if pool is None else pool.count
                 states = hidden_bytes(model.config, calibration.size, predicted, count)
                 require_free_space(target.path, needed + states)
@@ -280,22 +279,6 @@ def _take_layers(
             finished.add(group)
             taken += 1
     return taken
-
-
-@contextmanager
-def _pool(
-    workers: Workers, job: LayerJob, model: Source, folder: Path, progress: Progress
-) -> Iterator["WorkerPool | None"]:
-    """The workers, looked at and ready; None where this process does everything itself."""
-    if workers.in_process:
-        yield None
-        return
-    from msquant.flows.worker_pool import WorkerPool
-
-    with WorkerPool(workers, progress) as pool:
-        sha256 = model.checkpoint.fingerprint()["sha256"]
-        pool.prepare(job, model.folder.absolute(), sha256, folder.absolute())
-        yield pool
 
 
 def _require_further_tokens(calibration: Calibration, predicted: int, config: ModelConfig) -> None:
@@ -384,10 +367,6 @@ def _write_layers(
             files.check()
 
     executor.run(tasks, done)
-    for path in writer.folder.iterdir():
-        # Of a worker that died.
-        if is_temporary(path.name):
-            path.unlink()
     return seconds
 
 

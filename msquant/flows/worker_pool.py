@@ -1,4 +1,4 @@
-"""Tasks on decoder layers, done by worker processes of this machine or of a cluster's nodes.
+"""Tasks on a model, done by worker processes of this machine or of a cluster's nodes.
 
 Which task goes to whom is decided here, so that the chain of the floating-point pass comes first. A worker
 that dies is replaced, and its task is done anew: it writes the same bytes. Tasks and results are small;
@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from msquant.checkpoint.output_folder import remove_path
+from msquant.checkpoint.writer import is_temporary
 from msquant.deploy.ascend_checks import Check
 from msquant.errors import EngineError, MsquantError
-from msquant.flows.layer_graph import Done, Schedule, Task
-from msquant.flows.layer_work import SCRATCH, LayerJob
+from msquant.flows.layer_graph import Done, Job, Schedule, Task
+from msquant.flows.layer_work import SCRATCH
 from msquant.flows.node_checks import NodeReport, alike_checks, answer_of, require_alike
 from msquant.flows.worker_process import Failure
 from msquant.flows.workers import Workers, require_workers
@@ -101,7 +102,7 @@ class WorkerPool:
         self._where = "--ray-address" if workers.address else "--workers"
         self._crew: Crew | None = None
         self._workers: list[_Worker] = []
-        self._job: tuple[LayerJob, Path, Path] | None = None
+        self._job: tuple[Job, Path, Path] | None = None
 
     @property
     def count(self) -> int:
@@ -139,12 +140,12 @@ class WorkerPool:
             self._crew.close()
 
     def look(
-        self, device: str = "cpu", source: Path | None = None, output: Path | None = None
+        self, device: str | None = "cpu", source: Path | None = None, output: Path | None = None
     ) -> list[NodeReport]:
         """What each worker has and sees.
 
         Args:
-            device: `cpu` or `ascend`.
+            device: whose arithmetic they are to show, as `Job.device`.
             source: folder of the weights, of which each takes the fingerprint.
             output: a folder in which each reads a file of this process and leaves one; removed again.
 
@@ -178,7 +179,7 @@ class WorkerPool:
                 probe.unlink(missing_ok=True)
         return reports
 
-    def prepare(self, job: LayerJob, source: Path, sha256: str, output: Path) -> None:
+    def prepare(self, job: Job, source: Path, sha256: str, output: Path) -> None:
         """Check that all nodes are alike and see the folders, and tell every worker what to do.
 
         Args:
@@ -201,6 +202,7 @@ class WorkerPool:
     def run(self, tasks: Sequence[Task], done: Done) -> None:
         """As `Executor.run`."""
         assert self._crew is not None
+        assert self._job is not None
         schedule, deaths = Schedule(tasks), Counter[Task | int]()
         doing: dict[_Worker, Task | None] = {}
         idle = list(self._workers)
@@ -238,6 +240,10 @@ class WorkerPool:
                 if task is not None:
                     schedule.done(task)
                     done(task, result)
+        for path in self._job[2].iterdir():
+            # Of a worker that died.
+            if is_temporary(path.name):
+                path.unlink()
 
     def _go_on_without(self, worker: _Worker, lost: PlaceLost) -> None:
         self._workers.remove(worker)
@@ -314,7 +320,7 @@ def diagnose_cluster(address: str) -> list[Check]:
     Raises:
         EngineError: Ray is not installed or the cluster is not reached; or a node cannot start msquant.
     """
-    require_workers(None, address, "cpu", without_text=False)
+    require_workers(None, address, "cpu")
     with WorkerPool(Workers(address=address), Progress()) as pool:
         return alike_checks(pool.look())
 

@@ -1,4 +1,4 @@
-"""What runs in a worker process: it binds itself to its cores, looks around, and does tasks on layers."""
+"""What runs in a worker process: it binds itself to its cores, looks around, and does tasks."""
 
 import ctypes
 import os
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.errors import MsquantError
-from msquant.flows.layer_graph import Result, Task
-from msquant.flows.layer_work import SCRATCH, LayerJob, LayerWork
+from msquant.flows.layer_graph import Job, Result, Task, Work
 from msquant.flows.node_checks import NodeReport, look_around
 
 # PR_SET_PDEATHSIG of <sys/prctl.h>.
@@ -61,8 +59,7 @@ class WorkerProcess:
         # Ctrl-C goes to all processes of a terminal; the one that started this one decides.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         silence_libraries()
-        self._work: LayerWork | None = None
-        self._stores: list[HiddenStateStore] = []
+        self._work: Work | None = None
         self._bound = False
 
     def node(self) -> str:
@@ -70,7 +67,13 @@ class WorkerProcess:
         return socket.gethostname()
 
     def look(
-        self, slot: int, threads: int, device: str, source: Path | None, probe: Path | None, number: int
+        self,
+        slot: int,
+        threads: int,
+        device: str | None,
+        source: Path | None,
+        probe: Path | None,
+        number: int,
     ) -> NodeReport | Failure:
         """What this node has and sees, see `look_around`; keeps to cores as `begin`."""
         self._bind(slot, threads)
@@ -80,7 +83,7 @@ class WorkerProcess:
             return Failure.of(error)
 
     def begin(
-        self, slot: int, threads: int, job: LayerJob, source: Path, output: Path, number: int
+        self, slot: int, threads: int, job: Job, source: Path, output: Path, number: int
     ) -> Failure | None:
         """Keep to some cores, and open the model and the folder that is made.
 
@@ -93,24 +96,8 @@ class WorkerProcess:
             number: of this worker.
         """
         self._bind(slot, threads)
-        from msquant.checkpoint.output_folder import remove_path
-        from msquant.checkpoint.run_files import SourceHashes
-        from msquant.flows.source import folder_plan, open_source, rotated
-        from msquant.formats.folder_stream import FolderStream
-        from msquant.progress import Progress
-
         try:
-            stored = open_source(str(source), predictions=job.recipe.keeps_predictions)
-            model = rotated(stored, job.recipe.quantization)
-            writer = FolderStream(output, folder_plan(job.recipe, model))
-            boundaries = HiddenStateStore(output / SCRATCH, job.memory_budget, shared=True)
-            for left in (output / SCRATCH).glob(f"worker-{number}-*"):
-                # Of the one that died in this one's place.
-                remove_path(left)
-            own = output / SCRATCH / f"worker-{number}-{os.getpid()}"
-            self._stores, hashes = [boundaries], SourceHashes(model.checkpoint)
-            between = HiddenStateStore(own, job.memory_budget)
-            self._work = LayerWork(job, model, writer, hashes, boundaries, between, Progress())
+            self._work = job.begin(source, output, number)
         except Exception as error:
             return Failure.of(error)
         return None
@@ -135,8 +122,7 @@ class WorkerProcess:
         except Exception as error:
             return Failure.of(error)
         finally:
-            # Other workers discard what this one would hold.
-            self._stores[0].release()
+            self._work.release()
 
 
 def serve(descriptor: int, parent: int) -> None:
