@@ -139,8 +139,8 @@ def quantize(
         restart: forget what an interrupted call has finished.
         offline: ask no hub; `HF_HUB_OFFLINE=1` does the same.
         verbose: show golden-stick's own log.
-        workers: processes that share the work on decoder layers; None is this one alone, or with
-            `ray_address` one a node.
+        workers: processes that share the work on decoder layers, or on shards without calibration; None is
+            this one alone, or with `ray_address` as many as the nodes have work for.
         ray_address: `HOST:PORT` of a Ray cluster to join.
         allow_different_arithmetic: use nodes that round differently, so that bytes vary.
         progress: callbacks.
@@ -186,7 +186,8 @@ def quantize(
         return _fetched(hub_id, transfer)
 
     alone = offline or is_offline()
-    require_workers(workers, ray_address, device, without_text=recipe.calibration.is_none)
+    require_workers(workers, ray_address, device)
+    team = Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic)
     if recipe.calibration.is_none:
         from msquant.flows.model_free import quantize_model_free
 
@@ -200,8 +201,8 @@ def quantize(
             memory_budget=memory_budget,
             fetch=None if alone else fetch,
             progress=progress,
+            workers=team,
         )
-    team = Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic)
     if not team.in_process:
         from msquant.planning.quantization_plan import worker_memory
 
@@ -368,14 +369,13 @@ def plan(
     recipe = find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation, cache=cache)
     target = default_folder(recipe.model if isinstance(model, Recipe) else str(model), recipe)
     if recipe.calibration.is_none:
-        from msquant.flows.workers import require_workers
         from msquant.planning.model_free_plan import make_model_free_plan
 
-        require_workers(workers, None, "cpu", without_text=True)
         return make_model_free_plan(
             recipe,
             target if output is None else Path(output),
             source=None if source is None else str(source),
+            workers=workers or 1,
         )
     return make_plan(
         recipe,
@@ -595,7 +595,7 @@ def compare(
     from msquant.flows.comparison import compare as run
     from msquant.flows.workers import Workers, require_workers
 
-    require_workers(workers, ray_address, device, without_text=False)
+    require_workers(workers, ray_address, device)
     return run(
         [str(model) for model in models],
         baseline=None if baseline is None else str(baseline),

@@ -246,8 +246,14 @@ def test_the_plan_says_before_any_work_what_is_quantized(sources: Callable[[str]
     assert kinds["model.layers.*.linear_attn.conv1d.weight"].reason == "no matrix"
     assert sum(kind.source_bytes for kind in plan.kinds) == plan.source_bytes
     assert 0 < plan.output_bytes - sum(kind.output_bytes for kind in plan.kinds) < 100_000, "the headers"
-    with pytest.raises(msquant.MsquantError, match="--calibration none computes no layer"):
-        msquant.plan(recipe, workers=2)
+    shared = msquant.plan(recipe, workers=2)
+    assert isinstance(shared, ModelFreePlan)
+    assert shared.workers == 2
+    assert 0 < shared.peak_memory <= plan.peak_memory
+    crowded = msquant.plan(recipe, workers=10**9)
+    assert isinstance(crowded, ModelFreePlan)
+    assert "are needed by 1000000000 workers" in crowded.problems[-1]
+    assert "use --workers" in crowded.problems[-1]
 
 
 def test_a_recipe_changes_the_rules(sources: Callable[[str], Path], tmp_path: Path) -> None:

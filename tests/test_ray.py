@@ -18,6 +18,7 @@ import pytest
 
 from tests.fixtures.quantize_process import FEED_FORWARD, RECIPE, digests, ended, journaled, start
 from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_strangers import write_stranger
 
 # A node's agent has some seconds to start in, which it misses beside the other tests.
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -141,6 +142,15 @@ def test_the_bytes_are_those_of_one_process(
     ended(process)
     assert most == 2
     assert digests(tmp_path / "out") == expected
+    assert workers() == []
+
+
+def test_parts_without_calibration_are_shared(cluster: Cluster, tmp_path: Path) -> None:
+    model = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
+    ended(start(model, tmp_path / "whole", "--calibration", "none"))
+    errors = ended(start(model, tmp_path / "out", "--calibration", "none", "--ray-address", cluster.address))
+    assert "joining the Ray cluster" in errors
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert workers() == []
 
 

@@ -13,26 +13,32 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
+from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
 from msquant.evaluation.inputs import Text
+from msquant.flows import model_free
 from msquant.flows.comparison import score_folders
 from msquant.flows.layer_graph import Done, Job, Schedule, Task
+from msquant.flows.model_free import quantize_model_free
 from msquant.flows.pipeline import quantize
-from msquant.flows.ray_workers import RayCrew, divided
+from msquant.flows.ray_workers import Place, RayCrew, _places, divided
 from msquant.flows.workers import Workers, require_workers
 from msquant.formats.folder_plan import plan_folder
 from msquant.progress import Progress
 from msquant.recipe.recipe import find_recipe
 from tests.fixtures import quantize_process
-from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, start
+from tests.fixtures.quantize_process import FEED_FORWARD, digests, journaled, records, start
 from tests.fixtures.tiny_families import write_tiny
+from tests.fixtures.tiny_strangers import write_stranger
 
 LAYERS = 4
 KILLS = 6
@@ -329,23 +335,76 @@ def test_a_tasks_own_error_is_said_as_in_one_process(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+FORMATS = "ascend,compressed-tensors"
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in many shards, and beside it what one process makes of it without calibration, `whole`."""
+    folder = tmp_path_factory.mktemp("stranger")
+    model = write_stranger(folder / "model", "dots1", max_shard_size="60KB")
+    ended(start(model, folder / "whole", "--calibration", "none", "--format", FORMATS))
+    return model
+
+
+@pytest.mark.e2e
+def test_parts_without_calibration_are_shared_and_any_number_of_workers_goes_on(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find_recipe(str(stranger)).adjusted(calibration="none", formats=FORMATS)
+    write, calls = model_free._write_piece, list[object]()
+
+    def stop(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) > 20:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model_free, "_write_piece", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model_free(recipe, tmp_path / "out", remember=False)
+    begun = len(records(tmp_path / "out-compressed-tensors"))
+    assert begun >= 1
+    # None of this process's own does a piece any more.
+    monkeypatch.setattr(model_free, "_write_piece", None)
+    said = list[str]()
+    progress = Progress(step=said.append)
+    quantize_model_free(recipe, tmp_path / "out", workers=Workers(2), remember=False, progress=progress)
+    assert any("rounding part" in line for line in said)
+    for name in ("", "-compressed-tensors"):
+        assert digests(tmp_path / f"out{name}") == digests(stranger.parent / f"whole{name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out-compressed-tensors"}
+
+
+@pytest.mark.e2e
+def test_an_error_in_a_part_is_said_as_in_one_process(tmp_path: Path) -> None:
+    model = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    shard = model / read_json(model / "model.safetensors.index.json")["weight_map"][name]
+    tensors = load_torch(shard)
+    tensors[name][0, 0] = float("nan")
+    save_torch(tensors, shard, metadata={"format": "pt"})
+    process = start(model, tmp_path / "out", "--calibration", "none", "--workers", "2")
+    errors = ended(process, 1)
+    assert f"{name} holds NaN or infinity" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((0, None, "cpu", False), "--workers: 0 workers"),
-        ((None, "10.0.0.1", "cpu", False), "--ray-address: '10.0.0.1' is no HOST:PORT"),
-        ((None, ":6379", "cpu", False), "is no HOST:PORT"),
-        ((None, "head:70000", "cpu", False), "is no HOST:PORT"),
-        ((2, None, "cpu", True), "--calibration none"),
-        ((2, None, "ascend", False), "not on ascend"),
+        ((0, None, "cpu"), "--workers: 0 workers"),
+        ((None, "10.0.0.1", "cpu"), "--ray-address: '10.0.0.1' is no HOST:PORT"),
+        ((None, ":6379", "cpu"), "is no HOST:PORT"),
+        ((None, "head:70000", "cpu"), "is no HOST:PORT"),
+        ((2, None, "ascend"), "not on ascend"),
     ],
 )
-def test_what_no_worker_can_do_is_refused(
-    arguments: tuple[int | None, str | None, str, bool], said: str
-) -> None:
-    count, address, device, without_text = arguments
+def test_what_no_worker_can_do_is_refused(arguments: tuple[int | None, str | None, str], said: str) -> None:
     with pytest.raises(EngineError) as caught:
-        require_workers(count, address, device, without_text=without_text)
+        require_workers(*arguments)
     assert said in str(caught.value)
     assert caught.value.remedy
 
@@ -390,6 +449,23 @@ def test_more_workers_than_cores_of_a_cluster_are_refused(cores: list[int], coun
     with pytest.raises(EngineError, match=said) as caught:
         divided(cores, count)
     assert f"at most {sum(cores)}" in str(caught.value.remedy)
+
+
+def test_a_node_has_as_many_workers_as_make_use_of_its_cores() -> None:
+    nodes = [
+        {
+            "Alive": True,
+            "NodeID": name,
+            "Resources": {"CPU": cores, "memory": 1e12},
+            "NodeManagerAddress": name,
+        }
+        for name, cores in (("a", 4), ("b", 2))
+    ]
+    found = _places(nodes, Workers(address="a:1", threads=2))
+    assert sorted(found, key=lambda place: place.node) == [Place("a", 2), Place("a", 2), Place("b", 2)]
+    assert len(_places(nodes, Workers(address="a:1"))) == 2
+    with pytest.raises(EngineError, match="2 workers on node a need about"):
+        _places(nodes, Workers(address="a:1", threads=2, memory=10**12))
 
 
 def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:

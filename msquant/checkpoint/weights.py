@@ -15,8 +15,10 @@ INT8_MIN, INT8_MAX = -128, 127
 class CacheScale:
     """How the keys or values that a linear layer makes are kept in int8, keys behind the rotary embedding.
 
-    `x_q = clamp(round(x * reciprocal))` and `x = x_q * scale`, channel by channel. Of latent attention the
-    compressed keys and values are kept, behind their norm, with one scale for all channels.
+    `x_q = clamp(round(x * reciprocal + offset))` and `x = x_q * scale`, channel by channel. The offset is not
+    taken off again: it moves all keys by one vector, and each query's scores by one number, which no softmax
+    sees. Of latent attention the compressed keys and values are kept, behind their norm, with one scale for
+    all channels.
 
     Attributes:
         scale: float32 `[N]`, one a channel of each key-value head; of latent attention `[1]`.
@@ -24,20 +26,30 @@ class CacheScale:
         queries: of latent attention, float32 `[heads]`: scales that hold what each head's queries reached in
             calibration, once they are turned into the latent's channels. They are carried along: engines
             here, as vllm-ascend, scale every query by itself. None for other attention.
+        offset: of keys, as `scale`, integers; None for zeros, which values need.
     """
 
     scale: NDArray[np.float32]
     reciprocal: NDArray[np.float32]
     queries: NDArray[np.float32] | None = None
+    offset: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, scale: NDArray[np.float32], queries: NDArray[np.float32] | None = None) -> "CacheScale":
+    def of(
+        cls,
+        scale: NDArray[np.float32],
+        queries: NDArray[np.float32] | None = None,
+        offset: NDArray[np.float32] | None = None,
+    ) -> "CacheScale":
         """With exact reciprocals."""
-        return cls(scale, 1 / scale, queries)
+        return cls(scale, 1 / scale, queries, offset)
 
     def rounded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """What is read back of the cache, in the shape of the keys or values `[..., N]`."""
-        kept = np.rint(values * self.reciprocal)
+        kept = values * self.reciprocal
+        if self.offset is not None:
+            kept += self.offset
+        np.rint(kept, out=kept)
         np.clip(kept, INT8_MIN, INT8_MAX, out=kept)
         kept *= self.scale
         return kept
@@ -46,7 +58,8 @@ class CacheScale:
         """The same of channels in another order; one scale for all of them has none."""
         if self.queries is not None:
             return self
-        return CacheScale(self.scale[rows], self.reciprocal[rows])
+        offset = None if self.offset is None else self.offset[rows]
+        return CacheScale(self.scale[rows], self.reciprocal[rows], offset=offset)
 
 
 @dataclass(frozen=True, eq=False)

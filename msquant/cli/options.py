@@ -262,8 +262,8 @@ WorkerCount = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes that share the work on decoder layers; the result is the same.  [default: 1; with "
-        "--ray-address one a node]",
+        help="Processes that share the work on decoder layers, or on shards without calibration; the bytes "
+        "are the same.  [default: 1; with --ray-address as many as the nodes have work for]",
     ),
 ]
 RayAddress = Annotated[

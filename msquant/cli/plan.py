@@ -126,14 +126,11 @@ def show_plan(
         memory_budget: bytes of hidden states held in memory.
         probe: measure this machine, to estimate the time.
         as_json: print JSON.
-        workers: processes that share the work on decoder layers.
+        workers: processes that share the work.
         node_cores: of each worker's own machine.
     """
     if recipe.calibration.is_none:
-        from msquant.flows.workers import require_workers
-
-        require_workers(workers, None, "cpu", without_text=True)
-        _show_model_free(recipe, output, source, as_json=as_json)
+        _show_model_free(recipe, output, source, as_json=as_json, workers=workers)
         return
     from msquant.planning.quantization_plan import make_plan
 
@@ -161,11 +158,13 @@ def show_plan(
         raise typer.Exit(1)
 
 
-def _show_model_free(recipe: "Recipe", output: Path, source: str | None, *, as_json: bool) -> None:
+def _show_model_free(
+    recipe: "Recipe", output: Path, source: str | None, *, as_json: bool, workers: int
+) -> None:
     """As `show_plan`, of a quantization without calibration."""
     from msquant.planning.model_free_plan import make_model_free_plan
 
-    made = make_model_free_plan(recipe, output, source=source)
+    made = make_model_free_plan(recipe, output, source=source, workers=workers)
     if as_json:
         document = asdict(made)
         document["source"] = None if made.source is None else str(made.source)
@@ -212,7 +211,7 @@ def _print_model_free(plan: "ModelFreePlan") -> None:
         ["size before", console.as_bytes(plan.source_bytes)],
         ["size after", console.as_bytes(plan.output_bytes)],
         ["disk", f"{console.as_bytes(plan.output_bytes)} of {free} free"],
-        ["peak memory", f"about {console.as_bytes(plan.peak_memory)} of {available} available"],
+        ["peak memory", f"about {console.as_bytes(plan.peak_memory)}{_each(plan)} of {available} available"],
     ]
     console.print_table("What it takes", ["", ""], takes)
     for note in plan.notes:
@@ -274,7 +273,7 @@ def _print(plan: "Plan") -> None:
         console.print_error(OutputError(f"does not fit: {problem}"))
 
 
-def _each(plan: "Plan") -> str:
+def _each(plan: "Plan | ModelFreePlan") -> str:
     return f" for each of {plan.workers} workers" if plan.workers > 1 else ""
 
 

@@ -1,4 +1,4 @@
-"""What a quantization does to decoder layers: tasks, what each waits for, and how one process runs them.
+"""What a quantization does to a model: tasks, what each waits for, and how one process runs them.
 
 The inputs of a layer are the floating-point outputs of the one before, so the floating-point pass alone is a
 chain. Everything else of a layer waits for that layer's inputs and for nothing more:
@@ -19,10 +19,11 @@ computed them:
 `search` quantizes the attention block; each `quantize` writes one of the layer's S shards, with the experts
 in it. In one process a layer is one task, `pass`, because the first step of its quantization gives its
 outputs as well. Layers lie in a folder between the tasks, and so do hidden states; a task that is run twice
-writes the same bytes twice.
+writes the same bytes twice. Without calibration there is no chain: each part of the model is a task, `round`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
@@ -43,6 +44,7 @@ Kind = Literal[
     "forward",
     "differ",
     "predict",
+    "round",
 ]
 
 _DOING: dict[Kind, str] = {
@@ -58,6 +60,7 @@ _DOING: dict[Kind, str] = {
     "forward": "computing",
     "differ": "comparing",
     "predict": "predicting behind",
+    "round": "rounding",
 }
 
 # Layers after the one at hand do not wait for these.
@@ -82,15 +85,16 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work on one layer.
+    """A piece of work on one layer, or on one part of a model without calibration.
 
     Attributes:
         kind: `embed`, the inputs of the first layer; `compute`, a layer's floating-point outputs; `quantize`,
             its quantized weights, written; `pass`, both. Of a layer that is cut: `attention`, the states
             between its blocks; `experts`, some experts' outputs and ranges; `combine`, the layer's outputs;
             `search`, its quantized attention; `quantize`, one of its shards; `finish`, what is said of it. Of
-            an evaluation: see `evaluation_work.py`.
-        index: of the layer.
+            an evaluation: see `evaluation_work.py`. Without calibration: `round`, a part's rounded weights,
+            written.
+        index: of the layer, or of the part of a model without calibration.
         after: the tasks whose results it reads, or that must have made room for it.
         part: which of the `parts` that are alike.
         parts: how many there are.
@@ -118,7 +122,8 @@ class Task:
         if self.kind == "embed":
             return _DOING[self.kind]
         which = f" ({self.part + 1} of {self.parts})" if self.parts > 1 else ""
-        return f"{_DOING[self.kind]} layer {self.index}{which}"
+        what = "part" if self.kind == "round" else "layer"
+        return f"{_DOING[self.kind]} {what} {self.index}{which}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Result:
 
     Attributes:
         seconds: that it took.
-        record: the journal's record of the layer, or what `finish` makes it of; None where there is none.
+        record: the journal's record of the layer or part, or what `finish` makes it of; None where none is.
     """
 
     seconds: float
@@ -194,6 +199,29 @@ class InProcess:
         for task in tasks:
             done(task, self._work(task))
             check_interrupt()
+
+
+class InThreads:
+    """Runs some tasks side by side in threads of this process; none of them waits for another.
+
+    Args:
+        work: does a task, and looks at Ctrl-C.
+        count: of threads.
+    """
+
+    def __init__(self, work: Callable[[Task], Result], count: int) -> None:
+        self._work, self._count = work, count
+
+    def run(self, tasks: Sequence[Task], done: Done) -> None:
+        """As `Executor.run`."""
+        with ThreadPoolExecutor(self._count, thread_name_prefix="task") as pool:
+            futures = {pool.submit(self._work, task): task for task in tasks}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def layer_tasks(

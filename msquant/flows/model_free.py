@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,22 @@ from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
 from msquant.checkpoint.results import remember_folder, remember_result
-from msquant.checkpoint.run_files import RunFiles
+from msquant.checkpoint.run_files import RunFiles, SourceHashes
 from msquant.checkpoint.stored_matrix import StoredMatrix
 from msquant.checkpoint.weights import QuantizedLinear
 from msquant.errors import ModelError
 from msquant.evaluation.inputs import Text
 from msquant.families import find_family
 from msquant.flows.conversion import other_folders, output_folders
+from msquant.flows.layer_graph import Executor, InThreads, Result, Task
 from msquant.flows.manifest import build_manifest, job_identity
 from msquant.flows.model_free_source import ModelFreeSource, Piece, folder_plans, open_model_free
 from msquant.flows.pipeline import QuantizeResult
 from msquant.flows.short_evaluation import evaluate_result, short_texts
+from msquant.flows.workers import Workers, working
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream, GroupWriter
+from msquant.formats.registry import FormatName
 from msquant.interrupts import check_interrupt, deferred_interrupts
 from msquant.kernels.bfloat16_rounding import quantize_bfloat16
 from msquant.kernels.fp8_rounding import quantize_codes
@@ -57,6 +60,15 @@ MOST_THREADS = 4
 WORKING_BYTES = 1 << 30
 """What the linear layers at hand may take together; a larger one is worked on alone."""
 
+WORKER_THREADS = 2
+"""Cores that a worker uses: it rounds, and hashes what it reads."""
+
+BASE_BYTES = 200_000_000
+"""Of a process that has loaded NumPy and what of msquant does the work."""
+
+TENSOR_BYTES = 2_000
+"""Of what is known of a tensor that is written: its name, its place and its description."""
+
 
 def quantize_model_free(
     recipe: Recipe,
@@ -70,12 +82,14 @@ def quantize_model_free(
     fetch: Callable[[str], Path] | None = None,
     progress: Progress | None = None,
     remember: bool = True,
+    workers: Workers | None = None,
 ) -> QuantizeResult:
     """Quantize a model of any architecture into a new folder, or continue what an interrupted call has begun.
 
     Arguments as for `msquant.flows.pipeline.quantize`; the recipe's calibration has no text. `device` and
     `memory_budget` are those of the comparison with the float model at the end, which is made where msquant
-    knows the architecture. What else there is to say is in the result's notes.
+    knows the architecture. `workers` do the work on shards; without them threads of this process do. What
+    else there is to say is in the result's notes.
 
     Raises:
         MsquantError: the input is bad, or the output cannot be written. Nothing that looks finished is left;
@@ -90,6 +104,8 @@ def quantize_model_free(
         assert model.checkpoint is not None
         assert model.folder is not None
         plans = folder_plans(recipe, model)
+        memory = needed_memory(model, plans[0], 2)
+        team = replace(workers or Workers(), memory=memory, threads=WORKER_THREADS)
         texts, notes = _evaluation(recipe, model)
         if remember:
             remember_folder(target.path, "unfinished")
@@ -108,7 +124,7 @@ def quantize_model_free(
             require_free_space(target.path, to_come)
             for plan, folder in folders:
                 progress.stage(f"writing {plan.format.name} for {plan.format.consumer}")
-                _write_folder(model, plan, folder, manifest, identity, progress)
+                _write_folder(recipe, model, plan, folder, manifest, identity, team, progress)
                 if folder is not target:
                     finished = folder.finish()
                     if remember:
@@ -161,12 +177,69 @@ def _written(target: OutputFolder) -> int:
     return shard_file_bytes(target.path)
 
 
+@dataclass(frozen=True)
+class ModelFreeJob:
+    """What every task on the shards of one model is to know, see `Job`.
+
+    Attributes:
+        recipe: everything that affects the result.
+        form: the format of the folder that is made.
+    """
+
+    recipe: Recipe
+    form: FormatName
+
+    @property
+    def device(self) -> None:
+        """As `Job.device`: every processor rounds single numbers alike."""
+
+    def begin(self, source: Path, output: Path, number: int) -> "ModelFreeWork":
+        """As `Job.begin`."""
+        model = open_model_free(self.recipe, str(source))
+        assert model.checkpoint is not None
+        plan = next(plan for plan in folder_plans(self.recipe, model) if plan.format.name == self.form)
+        return ModelFreeWork(model, FolderStream(output, plan), SourceHashes(model.checkpoint))
+
+
+class ModelFreeWork:
+    """Rounds and writes groups of a model's tensors.
+
+    Args:
+        model: they are of.
+        writer: of the folder that is made.
+        hashes: of what is read.
+    """
+
+    def __init__(self, model: ModelFreeSource, writer: FolderStream, hashes: SourceHashes) -> None:
+        self._model, self._writer, self._hashes = model, writer, hashes
+
+    def run(self, task: Task) -> Result:
+        """As `Work.run`; may be called in several threads at once.
+
+        Raises:
+            MsquantError: a tensor is damaged or holds NaN; the disk is full.
+        """
+        started, group = time.monotonic(), self._model.groups[task.index]
+        source_read = self._hashes.reading(dict.fromkeys(name for piece in group for name in piece.tensors))
+        with self._writer.group(task.index) as shards:
+            for piece in group:
+                check_interrupt()
+                _write_piece(self._model, self._writer.plan, piece, shards)
+        record = {"group": task.index, "files": shards.files, "source": source_read()}
+        return Result(time.monotonic() - started, record)
+
+    def release(self) -> None:
+        """As `Work.release`: nothing here is for one task alone."""
+
+
 def _write_folder(
+    recipe: Recipe,
     model: ModelFreeSource,
     plan: FolderPlan,
     target: OutputFolder,
     manifest: dict[str, object],
     identity: dict[str, object],
+    workers: Workers,
     progress: Progress,
 ) -> None:
     """Write one folder, all but giving it its name."""
@@ -179,24 +252,21 @@ def _write_folder(
         writer = FolderStream(target.path, plan)
         for record in journal.records:
             writer.restore(record["group"], record["files"])
-        done = {record["group"] for record in journal.records}
-        progress.layers(len(groups), len(done))
-        finished = threading.Lock()
+        finished = {record["group"] for record in journal.records}
+        progress.layers(len(groups), len(finished))
+        tasks = [Task("round", index) for index in range(len(groups)) if index not in finished]
 
-        def write(index: int) -> None:
-            tensors = dict.fromkeys(name for piece in groups[index] for name in piece.tensors)
-            source_read = files.reading(tensors)
-            with writer.group(index) as shards:
-                for piece in groups[index]:
-                    check_interrupt()
-                    _write_piece(model, checkpoint, plan, piece, shards)
-            read = source_read()
-            with finished:
-                journal.append({"group": index, "files": shards.files, "source": read})
-                names = ", ".join(shards.files)
-                progress.layer({"index": len(journal.records) - 1, "shards": names})
+        def done(task: Task, result: Result) -> None:
+            assert result.record is not None
+            journal.append(result.record)
+            shards = result.record["files"]
+            writer.files.update(shards)
+            progress.layer({"index": len(journal.records) - 1, "shards": ", ".join(shards)})
 
-        _in_threads(write, [index for index in range(len(groups)) if index not in done], _threads(model))
+        job = ModelFreeJob(recipe, plan.format.name)
+        with working(workers if tasks else Workers(), job, checkpoint, target.path, progress) as pool:
+            executor: Executor = pool or InThreads(ModelFreeWork(model, writer, files).run, _threads(model))
+            executor.run(tasks, done)
         if files.unverified:
             progress.stage("verifying what an earlier run has finished")
         files.finish()
@@ -205,9 +275,16 @@ def _write_folder(
         writer.finish(model.folder, {**manifest, "kept_float": kept})
 
 
-def working_memory(model: ModelFreeSource) -> int:
-    """Bytes of the linear layers that are worked on side by side, at most."""
-    return _threads(model) * _largest(model)
+def needed_memory(model: ModelFreeSource, plan: FolderPlan, workers: int = 1) -> int:
+    """Bytes that each process takes at most, an estimate; a worker has one linear layer at a time.
+
+    Args:
+        model: that is quantized.
+        plan: of its first folder.
+        workers: processes that share the work.
+    """
+    at_once = _threads(model) if workers == 1 else 1
+    return BASE_BYTES + TENSOR_BYTES * len(plan.weight_map) + at_once * _largest(model)
 
 
 def _threads(model: ModelFreeSource) -> int:
@@ -230,35 +307,9 @@ def _working_bytes(model: ModelFreeSource, module: str) -> int:
     return 2 * rows * columns + whole
 
 
-def _in_threads(work: Callable[[int], None], indices: list[int], threads: int) -> None:
-    """Do all of it; after the first error, which is raised, no more is begun."""
-    failed = threading.Event()
-
-    def guarded(index: int) -> None:
-        if failed.is_set():
-            return
-        try:
-            work(index)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="round") as pool:
-        futures = [pool.submit(guarded, index) for index in indices]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
-
-def _write_piece(
-    model: ModelFreeSource, checkpoint: Checkpoint, plan: FolderPlan, piece: Piece, shards: GroupWriter
-) -> None:
-    linear = model.linears.get(piece.name)
+def _write_piece(model: ModelFreeSource, plan: FolderPlan, piece: Piece, shards: GroupWriter) -> None:
+    checkpoint, linear = model.checkpoint, model.linears.get(piece.name)
+    assert checkpoint is not None
     if linear is None:
         _carry(model, checkpoint, piece.name, shards)
         return

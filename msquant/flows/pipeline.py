@@ -8,8 +8,8 @@ continues with the layer it was in and ends with the same bytes.
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ from msquant.flows.source import (
     rotated,
     untying_note,
 )
-from msquant.flows.workers import Workers, layers_ahead
+from msquant.flows.workers import Workers, layers_ahead, working
 from msquant.formats.folder_plan import FolderPlan
 from msquant.formats.folder_stream import FolderStream
 from msquant.formats.registry import FormatName
@@ -195,7 +195,7 @@ def quantize(
             job = LayerJob.of(recipe, calibration, model.config, predicted, device, memory_budget, verbose)
             left = model.config.num_hidden_layers + predicted - finished
             team = workers if left else Workers()
-            with _pool(team, job, model, target.path, progress) as pool:
+            with working(team, job, model.checkpoint, target.path, progress) as pool:
                 count = 1 if pool is None else pool.count
                 first = job.batches[0].size
                 states = hidden_bytes(model.config, calibration.size, predicted, count, first)
@@ -281,22 +281,6 @@ def _take_layers(
             finished.add(group)
             taken += 1
     return taken
-
-
-@contextmanager
-def _pool(
-    workers: Workers, job: LayerJob, model: Source, folder: Path, progress: Progress
-) -> Iterator["WorkerPool | None"]:
-    """The workers, looked at and ready; None where this process does everything itself."""
-    if workers.in_process:
-        yield None
-        return
-    from msquant.flows.worker_pool import WorkerPool
-
-    with WorkerPool(workers, progress) as pool:
-        sha256 = model.checkpoint.fingerprint()["sha256"]
-        pool.prepare(job, model.folder.absolute(), sha256, folder.absolute())
-        yield pool
 
 
 def _require_further_tokens(calibration: Calibration, predicted: int, config: ModelConfig) -> None:

@@ -78,7 +78,8 @@ class RayCrew:
     """Starts workers on a Ray cluster that this machine is a node of.
 
     Args:
-        workers: how many, and the address; one on each node if no number is given.
+        workers: how many, and the address; without a number one on each node, or as many as have work for
+            its cores.
 
     Raises:
         EngineError: Ray is not installed, the cluster is not reached, has fewer cores than workers, or a node
@@ -164,7 +165,8 @@ def _places(nodes: Sequence[dict[str, Any]], workers: Workers) -> list[Place]:
     """Where workers are put, by Ray's own description of the nodes."""
     alive = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     cores = [int(node["Resources"]["CPU"]) for node in alive]
-    shares = divided(cores, workers.count or len(cores))
+    most = len(cores) if workers.threads is None else sum(max(1, each // workers.threads) for each in cores)
+    shares = divided(cores, workers.count or most)
     for node, share in zip(alive, shares, strict=True):
         memory = int(node["Resources"].get("memory", 0))
         if len(share) * workers.memory > memory:

@@ -320,7 +320,7 @@ def diagnose_cluster(address: str) -> list[Check]:
     Raises:
         EngineError: Ray is not installed or the cluster is not reached; or a node cannot start msquant.
     """
-    require_workers(None, address, "cpu", without_text=False)
+    require_workers(None, address, "cpu")
     with WorkerPool(Workers(address=address), Progress()) as pool:
         return alike_checks(pool.look())
 

@@ -1,8 +1,18 @@
-"""Who does the work on decoder layers."""
+"""Who does the work on a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from msquant.checkpoint.checkpoint_reader import Checkpoint
 from msquant.errors import EngineError
+from msquant.progress import Progress
+
+if TYPE_CHECKING:
+    from msquant.flows.layer_graph import Job
+    from msquant.flows.worker_pool import WorkerPool
 
 # Beyond one a worker, so that none of them waits for the chain.
 _AHEAD = 2
@@ -15,18 +25,21 @@ def layers_ahead(workers: int) -> int:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does the work on decoder layers.
+    """Who does the work on decoder layers, or on the parts of a model without calibration.
 
     Attributes:
         count: processes; 1 is this one alone, without Ray. None: one, or with an address one a node.
         address: `HOST:PORT` of a Ray cluster to join; None for this machine.
         memory: bytes that one takes at most, as the plan says; 0 if that is not known.
+        threads: cores that one makes use of; where no count is given a node has as many workers as that
+            allows. None: all of a node's.
         allow_different_arithmetic: go on where nodes round differently, so that bytes depend on who computes.
     """
 
     count: int | None = None
     address: str | None = None
     memory: int = 0
+    threads: int | None = None
     allow_different_arithmetic: bool = False
 
     @property
@@ -35,14 +48,39 @@ class Workers:
         return self.address is None and self.count in (None, 1)
 
 
-def require_workers(count: int | None, address: str | None, device: str, *, without_text: bool) -> None:
+@contextmanager
+def working(
+    workers: Workers, job: "Job", source: Checkpoint, output: Path, progress: Progress
+) -> Iterator["WorkerPool | None"]:
+    """The workers, looked at and ready; None where this process does everything itself.
+
+    Args:
+        workers: who they are.
+        job: what they are to do.
+        source: the weights.
+        output: the folder that is made.
+        progress: callbacks.
+
+    Raises:
+        EngineError: as `WorkerPool` and its `prepare`.
+    """
+    if workers.in_process:
+        yield None
+        return
+    from msquant.flows.worker_pool import WorkerPool
+
+    with WorkerPool(workers, progress) as pool:
+        pool.prepare(job, source.folder.absolute(), source.fingerprint()["sha256"], output.absolute())
+        yield pool
+
+
+def require_workers(count: int | None, address: str | None, device: str) -> None:
     """Refuse what no worker can do, before any work.
 
     Args:
         count: as in `Workers`.
         address: likewise.
         device: that they would compute on.
-        without_text: whether the model is quantized without calibration.
 
     Raises:
         EngineError: the count or the address is none; workers are asked for where only one process works.
@@ -59,14 +97,9 @@ def require_workers(count: int | None, address: str | None, device: str, *, with
             )
     if Workers(count, address).in_process:
         return
-    where = "--workers" if address is None else "--ray-address"
-    if without_text:
-        raise EngineError(
-            "--calibration none computes no layer that workers could share",
-            where=where,
-            remedy="leave the option out: it uses all cores of this machine by itself",
-        )
     if device != "cpu":
         raise EngineError(
-            f"workers compute on the CPU, not on {device}", where=where, remedy="leave one of the options out"
+            f"workers compute on the CPU, not on {device}",
+            where="--workers" if address is None else "--ray-address",
+            remedy="leave one of the options out",
         )

@@ -35,18 +35,18 @@ class CacheRounding:
     def __init__(self, scale: CacheScale, heads: int) -> None:
         self._scale = scale
         self._shape = 1, heads, 1, len(scale.scale) // heads
-        self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, ...], list[Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """To the same shape and dtype."""
         if x.shape not in self._kept:
             # In full shape, as `Positions` has its tables, and of one shape at a time: while tokens are
             # generated, every step but the first has the same.
-            self._kept = {
-                x.shape: (self._table(self._scale.scale, x), self._table(self._scale.reciprocal, x))
-            }
-        scale, reciprocal = self._kept[x.shape]
-        kept = ops.clamp(ops.round(x.astype(ms.float32) * reciprocal), float(INT8_MIN), float(INT8_MAX))
+            tables = self._scale.scale, self._scale.reciprocal, self._scale.offset
+            self._kept = {x.shape: [self._table(values, x) for values in tables if values is not None]}
+        scale, reciprocal, *offset = self._kept[x.shape]
+        kept = x.astype(ms.float32) * reciprocal
+        kept = ops.clamp(ops.round(kept + offset[0] if offset else kept), float(INT8_MIN), float(INT8_MAX))
         return (kept * scale).astype(x.dtype)
 
     def _table(self, values: NDArray[np.float32], x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from msquant.checkpoint.disk import free_bytes, shown_sizes
 from msquant.checkpoint.memory import available_memory
 from msquant.errors import ModelError
 from msquant.flows.conversion import output_folders
-from msquant.flows.model_free import working_memory
+from msquant.flows.model_free import needed_memory
 from msquant.flows.model_free_source import (
     ModelFreeSource,
     folder_plans,
@@ -20,12 +20,6 @@ from msquant.flows.model_free_source import (
 from msquant.formats.folder_plan import FolderPlan
 from msquant.planning.quantization_plan import FormatPlan
 from msquant.recipe.recipe import Recipe
-
-BASE_BYTES = 200_000_000
-"""Of a process that has loaded NumPy and what of msquant does the work."""
-
-TENSOR_BYTES = 2_000
-"""Of what is known of a tensor that is written: its name, its place and its description."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -67,10 +61,12 @@ class ModelFreePlan:
         source_bytes: of all tensors of the source.
         output_bytes: of all shards, in all formats.
         free_disk: on the output's disk; None if that cannot be told.
-        peak_memory: resident at most, an estimate, without the comparison with the float model at the end.
+        peak_memory: resident at most in each process, an estimate, without the comparison with the float
+            model at the end.
         available_memory: on this machine; None if that cannot be told.
         notes: what the plan takes for granted.
         problems: what would not fit, with both numbers and a remedy.
+        workers: processes that share the work.
     """
 
     model: str
@@ -86,6 +82,7 @@ class ModelFreePlan:
     available_memory: int | None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    workers: int = 1
 
     @property
     def parameters(self) -> int:
@@ -98,7 +95,9 @@ class ModelFreePlan:
         return self.output_bytes
 
 
-def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = None) -> ModelFreePlan:
+def make_model_free_plan(
+    recipe: Recipe, output: Path, *, source: str | None = None, workers: int = 1
+) -> ModelFreePlan:
     """Plan a quantization without calibration; no weight is read, and nothing is written.
 
     Args:
@@ -106,6 +105,7 @@ def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = N
         output: the folder that is to be made.
         source: folder of the weights, in place of the recipe's model. A published model of a family that
             msquant knows is planned without its weights if they are not here.
+        workers: processes that share the work.
 
     Raises:
         MsquantError: the model is unknown, incomplete or cannot be started from, or the recipe does not fit.
@@ -129,6 +129,13 @@ def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = N
             f"disk: {wanted} are needed for the output, {left} are free there; free some space, or choose "
             "another disk with --output"
         )
+    peak, available = needed_memory(found, plans[0], workers), available_memory()
+    if available is not None and workers > 1 and workers * peak > available:
+        wanted, left = shown_sizes(workers * peak, available)
+        problems.append(
+            f"memory: about {wanted} are needed by {workers} workers, {left} are available; use --workers "
+            f"{max(1, available // peak)}"
+        )
     return ModelFreePlan(
         model=source or recipe.model,
         source=found.folder,
@@ -142,10 +149,11 @@ def make_model_free_plan(recipe: Recipe, output: Path, *, source: str | None = N
         source_bytes=found.nbytes,
         output_bytes=written,
         free_disk=free,
-        peak_memory=BASE_BYTES + TENSOR_BYTES * len(plans[0].weight_map) + working_memory(found),
-        available_memory=available_memory(),
+        peak_memory=peak,
+        available_memory=available,
         notes=(*notes, *found.notes),
         problems=tuple(problems),
+        workers=workers,
     )
 
 

@@ -3,13 +3,15 @@
 Keys are cached behind the rotary embedding, which turns the two channels of a pair into each other as
 positions go on. What a channel reaches within a calibration sample says little of longer contexts: a slow
 pair has hardly begun to turn there. So each key is turned, along the arc that its pair takes from the first
-position to the last one that the model has, and what its channels reach on that is measured: the magnitude
-of the pair, but for the slowest, which do not come round. Values are measured channel by channel.
+position to the last one that the model has, and what its channels reach on that is measured, least and
+greatest: the magnitude of the pair to either side, but for the slowest, which do not come round. Those are
+the loudest in large models, and hold all keys on one side of zero, so the middle of what keys reach is moved
+to zero; attention does not see that (`CacheScale`). Values are measured channel by channel, around zero.
 
 As in `msquant.algorithms.held_out`, a channel's range is never taken for less than a floor, a quantile of
 the ranges in units of what is typical by the weights in front; and the floor, and what all ranges are
-multiplied by, are chosen on samples whose ranges were not measured: each half by those of the other. The loss
-is the error of what attention adds to the residual stream, relative to the stream, token by token.
+widened or narrowed by, are chosen on samples whose ranges were not measured: each half by those of the other.
+The loss is the error of what attention adds to the residual stream, relative to the stream, token by token.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +51,10 @@ FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
 SEARCH_QUERIES = 256
 """Tokens whose attention is compared, spread evenly over the samples; all tokens are looked at by them."""
+
+NARROWEST = 0.25
+"""Half a range is at least this part of the greatest magnitude in it: the engine multiplies keys by a
+reciprocal in its own dtype, and so far from zero the numbers of bfloat16 are two steps apart."""
 
 PARTS = 2
 """Parts of the samples, each of which is quantized with the ranges of the others."""
@@ -92,16 +98,21 @@ class AttentionSample:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Keys or values: their ranges in each sample `[S, groups * D]`, and what is typical of them."""
+    """Keys or values: what they reach in each sample, `[S, groups * D]`, and what is typical of them."""
 
     name: str
-    ranges: Floats
+    low: Floats
+    high: Floats
     typical: Floats
 
-    def scale(self, samples: NDArray[np.intp], floor: float, factor: float) -> Floats:
+    def scale(self, samples: NDArray[np.intp], floor: float, factor: float) -> CacheScale:
         """By the ranges of some samples; 1 for a channel of zeros."""
-        maxima = floored(self.ranges[samples].max(axis=0), self.typical, floor)
-        return scales_of(np.float32(factor) * maxima)
+        low, high = self.low[samples].min(axis=0), self.high[samples].max(axis=0)
+        middle = (low + high) / 2
+        half = np.float32(factor) * floored((high - low) / 2, self.typical, floor)
+        steps = scales_of(np.maximum(half, NARROWEST * (np.abs(middle) + half)))
+        offset = np.rint(-middle / steps)
+        return CacheScale.of(steps, offset=offset if offset.any() else None)
 
 
 class CacheSearch:
@@ -139,12 +150,13 @@ class CacheSearch:
             for sample, mixed in zip(samples, self._mixed, strict=True)
         ]
         channels = samples[0].keys.shape[2]
-        turned = np.stack([turned_ranges(sample.keys, turns, last) for sample in samples])
-        self.keys = _Kind("keys", turned, _of_pairs(typical[0], channels, 2 * len(turns)))
-        self.values = _Kind("values", np.stack([_ranges(sample) for sample in samples]), typical[1])
+        low, high = np.stack([turned_bounds(sample.keys, turns, last) for sample in samples], axis=1)
+        self.keys = _Kind("keys", low, high, _of_pairs(typical[0], channels, 2 * len(turns)))
+        reached = np.stack([np.abs(sample.values).max(axis=1).reshape(-1) for sample in samples])
+        self.values = _Kind("values", -reached, reached, typical[1])
 
     @np.errstate(over="ignore", invalid="ignore")
-    def best(self, kind: _Kind) -> tuple[Floats, CacheReport]:
+    def best(self, kind: _Kind) -> tuple[CacheScale, CacheReport]:
         """The scales of keys or of values: the best floor, and the best factor at that floor.
 
         Raises:
@@ -173,10 +185,7 @@ class CacheSearch:
                 values = _cached(values, cache)
             return (sample.mixed(weights, values) - self._mixed[number]) @ self._output.T
 
-        def scale(measured: NDArray[np.intp]) -> CacheScale:
-            return CacheScale.of(kind.scale(measured, floor, factor))
-
-        return held_out_loss(self._factors, scale, error)
+        return held_out_loss(self._factors, lambda measured: kind.scale(measured, floor, factor), error)
 
 
 def scales_of(maxima: Floats) -> Floats:
@@ -271,7 +280,7 @@ def with_cache_scales(
     found, reports = {}, []
     for linear, before, kind in zip(linears, made, (search.keys, search.values), strict=True):
         scale, report = search.best(kind)
-        found[linear] = with_cache(before, CacheScale.of(scale))
+        found[linear] = with_cache(before, scale)
         reports.append(report)
     return found, reports
 
@@ -319,12 +328,6 @@ def _floats(tensor: Tensor) -> Floats:
     return values
 
 
-def _ranges(sample: AttentionSample) -> Floats:
-    """The greatest magnitude of every channel of the values, `[groups * D]`."""
-    maxima: Floats = np.abs(sample.values).max(axis=1).reshape(-1)
-    return maxima
-
-
 def pair_turns(config: ModelConfig) -> NDArray[np.float64]:
     """The angle that each pair of channels turns by from one position to the next, `[R / 2]`."""
     # The tables hold each angle twice.
@@ -335,8 +338,8 @@ def pair_turns(config: ModelConfig) -> NDArray[np.float64]:
     return turns
 
 
-def turned_ranges(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats:
-    """The greatest magnitude that each channel of some keys has at any position.
+def turned_bounds(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats:
+    """The least and the greatest that each channel of some keys is at any position.
 
     Args:
         keys: rotated, those of a sample from its first token on, `[groups, T, D]`.
@@ -345,26 +348,23 @@ def turned_ranges(keys: Floats, turns: NDArray[np.float64], last: int) -> Floats
         last: the greatest position.
 
     Returns:
-        float32 `[groups * D]`.
+        float32 `[2, groups * D]`.
     """
     rotated = 2 * len(turns)
     first, second = np.split(keys[..., :rotated].astype(np.float64), 2, axis=2)
     start = np.arctan2(second, first) - np.arange(keys.shape[1])[:, None] * turns
-    end = start + last * turns
-    radius = np.hypot(first, second)
-    # A channel has the whole magnitude where its pair points along it, either way: at multiples of pi, and
-    # for the second a quarter turn later.
-    reached = [
-        np.where(
-            np.floor((start - offset) / np.pi) != np.floor((end - offset) / np.pi),
-            1,
-            np.maximum(np.abs(np.cos(start - offset)), np.abs(np.cos(end - offset))),
-        )
-        for offset in (0, np.pi / 2)
-    ]
-    maxima = [(radius * part).max(axis=1) for part in reached]
-    maxima.append(np.abs(keys[..., rotated:]).max(axis=1))
-    return np.concatenate(maxima, axis=1).reshape(-1).astype(np.float32)
+    radius, rest = np.hypot(first, second), keys[..., rotated:]
+
+    def greatest(angle: float) -> NDArray[np.float64]:
+        """How far pairs come in the direction of an angle."""
+        begin, end = start - angle, start - angle + last * turns
+        passed = np.floor(begin / (2 * np.pi)) != np.floor(end / (2 * np.pi))
+        return (radius * np.where(passed, 1, np.maximum(np.cos(begin), np.cos(end)))).max(axis=1)
+
+    # The second channel of a pair is a quarter turn behind the first.
+    low = [-greatest(np.pi), -greatest(1.5 * np.pi), rest.min(axis=1)]
+    high = [greatest(0), greatest(0.5 * np.pi), rest.max(axis=1)]
+    return np.stack([np.concatenate(part, axis=1).reshape(-1) for part in (low, high)]).astype(np.float32)
 
 
 def _of_pairs(typical: Floats, channels: int, rotated: int) -> Floats:
@@ -376,9 +376,9 @@ def _of_pairs(typical: Floats, channels: int, rotated: int) -> Floats:
 
 def _cached(values: Floats, cache: CacheScale) -> Floats:
     """What is read back of a cache, `[groups, T, D]` to the same."""
-    groups, _, channels = values.shape
-    shape = groups, 1, channels
-    return CacheScale(cache.scale.reshape(shape), cache.reciprocal.reshape(shape)).rounded(values)
+    by_token = values.swapaxes(0, 1)
+    kept = cache.rounded(by_token.reshape(len(by_token), -1))
+    return kept.reshape(by_token.shape).swapaxes(0, 1)
 
 
 def folds(count: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

@@ -102,7 +102,6 @@ def test_a_source_in_place_of_the_recipes_model(tiny_llama: Path, tmp_path: Path
         (["llama-3.1-8b", "--source", "../../etc"], ["try:"]),
         (["llama-3.1-8b", "--samples", "0"], ["calibration.samples"]),
         (["llama-3.1-8b", "--memory-budget", "much"], ["--memory-budget", "4GB"]),
-        (["minimax-m2", "--workers", "2"], ["--workers", "--calibration none", "try:"]),
         (["llama-3.1-8b", "--node-cores", "8"], ["--node-cores", "--workers", "try:"]),
     ],
 )

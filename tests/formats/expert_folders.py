@@ -103,8 +103,11 @@ def random_linear(module: str, shape: tuple[int, ...], scheme: Scheme, *, bias: 
         latent = module.endswith("kv_a_proj_with_mqa")
         scales = rng.uniform(1e-3, 1, 1 if latent else shape[0]).astype(np.float32)
         queries = rng.uniform(1e-3, 1, DEEPSEEK["num_attention_heads"]).astype(np.float32) if latent else None
+        keys = module.endswith("k_proj")
+        offset = rng.integers(-300, 300, shape[0]).astype(np.float32) if keys else None
         return with_cache(
-            random_linear(module, shape, scheme.without_cache, bias=bias), CacheScale.of(scales, queries)
+            random_linear(module, shape, scheme.without_cache, bias=bias),
+            CacheScale.of(scales, queries, offset),
         )
     stored_bias = rng.normal(size=shape[0]).astype(np.float32) if bias else None
     if scheme == FLOAT:

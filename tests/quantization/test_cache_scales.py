@@ -22,12 +22,13 @@ from msquant.models.device import use_device
 from msquant.models.layers import DecoderLayer
 from msquant.models.network import CausalLM
 from msquant.models.positions import positions
-from msquant.quantization.cache_scales import AttentionSample, CacheSearch, pair_turns, turned_ranges
+from msquant.quantization.cache_scales import AttentionSample, CacheSearch, pair_turns, turned_bounds
 from msquant.recipe.recipe import find_recipe
 from tests.fixtures.tiny_families import write_tiny
 from tests.fixtures.tiny_model import VOCABULARY_SIZE
 
 S, T, GROUPS, HEADS, D, H = 4, 24, 2, 6, 8, 20
+TYPICAL = np.ones(GROUPS * D, np.float32)
 SCALE = D**-0.5
 # The slowest pair does not come half round.
 TURNS, LAST = np.array([1, 0.2, 0.04, 0.008]), 200
@@ -63,7 +64,7 @@ def torch_loss(
     """The definition in cache_scales.py, written down once more in float64."""
     kind = found.keys if name == "keys" else found.values
     typical = torch.tensor(kind.typical, dtype=torch.float64)
-    ranges = []
+    bounds = []
     for sample in given:
         if name == "keys":
             keys = torch.tensor(sample.keys, dtype=torch.float64)
@@ -74,16 +75,21 @@ def torch_loss(
             )
             turned = torch.polar(torch.ones(()).double(), places * torch.tensor(TURNS))
             both = [pairs[group] * turned for group in range(GROUPS)]
-            ranges.append(torch.cat([torch.cat([z.real, z.imag], -1).abs().amax((0, 1)) for z in both]))
+            reached = torch.cat([torch.cat([z.real, z.imag], -1).flatten(0, 1) for z in both], -1)
+            bounds.append(torch.stack([reached.amin(0), reached.amax(0)]))
         else:
-            ranges.append(torch.tensor(sample.values, dtype=torch.float64).abs().amax(1).reshape(-1))
+            reached = torch.tensor(sample.values, dtype=torch.float64).abs().amax(1).reshape(-1)
+            bounds.append(torch.stack([-reached, reached]))
     total = tokens = 0.0
     for number, sample in enumerate(given):
-        others = torch.stack([r for i, r in enumerate(ranges) if i % 2 != number % 2])
-        maxima = others.amax(0)
+        others = torch.stack([b for i, b in enumerate(bounds) if i % 2 != number % 2])
+        low, high = others[:, 0].amin(0), others[:, 1].amax(0)
+        middle, half = (low + high) / 2, (high - low) / 2
         if floor:
-            maxima = torch.maximum(maxima, torch.quantile(maxima / typical, floor) * typical)
-        step = (factor * maxima / 127).reshape(GROUPS, 1, D)
+            half = torch.maximum(half, torch.quantile(half / typical, floor) * typical)
+        half = torch.maximum(factor * half, (middle.abs() + factor * half) / 4)
+        step = (half / 127).reshape(GROUPS, 1, D)
+        moved = torch.round(-middle.reshape(step.shape) / step)
         queries, keys, values = (
             torch.tensor(part, dtype=torch.float64) for part in (sample.queries, sample.keys, sample.values)
         )
@@ -99,7 +105,9 @@ def torch_loss(
 
         exact = attention(keys, values)
         rounded = [
-            torch.clamp(torch.round(part / step), -128, 127) * step if name == which else part
+            (torch.clamp(torch.round(part / step + moved), -128, 127) - moved) * step
+            if name == which
+            else part
             for which, part in (("keys", keys), ("values", values))
         ]
         read = exact + torch.tensor(sample.residual)
@@ -123,19 +131,22 @@ def test_the_loss_is_that_of_its_definition(name: str, floor: float, factor: flo
 def test_the_best_candidate_wins() -> None:
     found = search(samples())
     for kind in (found.keys, found.values):
-        scale, report = found.best(kind)
+        cache, report = found.best(kind)
         assert report.name == kind.name
         assert report.loss == found.loss(kind, report.range_floor, report.factor)
         assert report.loss <= min(found.loss(kind, report.range_floor, factor) for factor in (0.7, 1.0, 1.5))
-        assert scale.shape == (GROUPS * D,)
-        assert (scale > 0).all()
+        assert cache.scale.shape == (GROUPS * D,)
+        assert (cache.scale > 0).all()
+        assert (cache.offset is None) == (kind is found.values)
 
 
 def test_keys_do_not_leave_their_range_at_any_position() -> None:
     """What rotates within a pair stays within what was measured, however far it goes."""
     given = samples()
     found = search(given)
-    scale = found.keys.scale(np.arange(S), 0.0, 1.0).reshape(GROUPS, 1, D)
+    cache = found.keys.scale(np.arange(S), 0.0, 1.0)
+    assert cache.offset is not None
+    scale, offset = (part.reshape(GROUPS, 1, D) for part in (cache.scale, cache.offset))
     for position in range(LAST + 1):
         angle = (position - np.arange(T))[:, None] * TURNS
         for sample in given:
@@ -143,17 +154,52 @@ def test_keys_do_not_leave_their_range_at_any_position() -> None:
             turned = np.concatenate(
                 [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=2
             )
-            assert (np.abs(turned) <= 127.001 * scale).all()
+            assert (np.abs(turned / scale + offset) <= 127.501).all()
 
 
 def test_channels_that_are_not_rotated_keep_their_own_range() -> None:
     """GLM-4.5 rotates the first half of a head's channels: pairs lie within that half."""
     keys = samples()[0].keys
-    found = turned_ranges(keys, TURNS[:2], LAST).reshape(GROUPS, D)
-    np.testing.assert_array_equal(found[:, 4:], np.abs(keys[..., 4:]).max(axis=1))
-    np.testing.assert_array_equal(
-        found[:, :4], turned_ranges(keys[..., :4], TURNS[:2], LAST).reshape(GROUPS, 4)
+    found = turned_bounds(keys, TURNS[:2], LAST).reshape(2, GROUPS, D)
+    np.testing.assert_array_equal(found[0, :, 4:], keys[..., 4:].min(axis=1))
+    np.testing.assert_array_equal(found[1, :, 4:], keys[..., 4:].max(axis=1))
+    alone = turned_bounds(keys[..., :4], TURNS[:2], LAST).reshape(2, GROUPS, 4)
+    np.testing.assert_array_equal(found[:, :, :4], alone)
+
+
+def test_keys_far_from_zero_use_all_integers_and_no_softmax_sees_that_they_are_moved() -> None:
+    """As the slow pairs of large models are: far to one side, and hardly turning."""
+    random = np.random.default_rng(2)
+    given = samples()
+    for sample in given:
+        sample.keys[:] = random.normal(size=sample.keys.shape)
+        sample.keys[..., 3] += 12
+    found = search(given)
+    cache = found.keys.scale(np.arange(S), 0.0, 1.0)
+    assert cache.offset is not None
+    centred = 2 * np.abs(np.stack([sample.keys for sample in given])).max(axis=(0, 2)).reshape(-1) / 254
+    loud = np.arange(3, GROUPS * D, D)
+    assert (cache.scale[loud] < 0.75 * centred[loud]).all()
+    sample = given[0]
+    moved = cache.scale * cache.offset
+    exact = sample.weights(sample.keys, SCALE)
+    np.testing.assert_allclose(
+        sample.weights(sample.keys + moved.reshape(GROUPS, 1, D), SCALE), exact, atol=1e-5
     )
+
+
+def test_a_range_is_not_finer_than_the_engine_can_tell_apart() -> None:
+    given = samples()
+    for sample in given:
+        # Neither pair turns.
+        sample.keys[..., 1] = 100 + 0.01 * sample.keys[..., 1]
+    found = CacheSearch(
+        given, np.ones((H, HEADS * D), np.float32), SCALE, (TYPICAL, TYPICAL), 0 * TURNS, LAST
+    )
+    cache = found.keys.scale(np.arange(S), 0.0, 1.0)
+    assert cache.scale[1] == pytest.approx(25 / 127, rel=0.02)
+    assert cache.offset is not None
+    assert np.abs(cache.offset).max() <= 512
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen3"])
@@ -166,8 +212,9 @@ def test_keys_of_a_family_stay_within_the_ranges_of_their_first_position(family:
     x = np.random.default_rng(0).normal(size=(1, config.hidden_size)).astype(np.float32)
     rows = Tensor(np.repeat(x, last + 1, axis=0))
     keys = layer.mixer_block.project(rows, 1, positions(config, last + 1, device))[1].asnumpy()[0]
-    turned = turned_ranges(keys[:, :1], pair_turns(config), last).reshape(len(keys), -1)
-    assert (np.abs(keys) <= 1.0001 * turned[:, None] + 1e-6).all()
+    low, high = turned_bounds(keys[:, :1], pair_turns(config), last).reshape(2, len(keys), 1, -1)
+    assert (keys <= high + 1e-3).all()
+    assert (keys >= low - 1e-3).all()
     assert (np.abs(keys).max(axis=1) > 1.1 * np.abs(keys[:, 0])).any()
 
 
@@ -176,8 +223,7 @@ def test_a_quiet_channel_has_a_floor_and_one_of_zeros_a_scale() -> None:
     for sample in given:
         sample.values[0, :, 3] = 0
     found = search(given)
-    bare = found.values.scale(np.arange(S), 0.0, 1.0)
-    floored = found.values.scale(np.arange(S), 0.5, 1.0)
+    bare, floored = (found.values.scale(np.arange(S), floor, 1.0).scale for floor in (0.0, 0.5))
     assert bare[3] == 1
     assert 0 < floored[3] < 1
     assert (floored >= np.where(np.arange(GROUPS * D) == 3, 0, bare)).all()
@@ -240,9 +286,13 @@ class RoundedCache(DynamicCache):
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
         made = []
         for states, part in ((key_states, "k"), (value_states, "v")):
-            scale = self.scales[f"model.layers.{layer_idx}.self_attn.{part}_proj"].scale
-            step = torch.from_numpy(scale).reshape(1, states.shape[1], 1, -1)
-            made.append(torch.clamp(torch.round(states / step), -128, 127) * step)
+            scales = self.scales[f"model.layers.{layer_idx}.self_attn.{part}_proj"]
+            moved = np.zeros_like(scales.scale) if scales.offset is None else scales.offset
+            step, offset = (
+                torch.from_numpy(each).reshape(1, states.shape[1], 1, -1) for each in (scales.scale, moved)
+            )
+            # Taken off again here, as no engine does.
+            made.append((torch.clamp(torch.round(states / step + offset), -128, 127) - offset) * step)
         return super().update(made[0], made[1], layer_idx, *args, **options)
 
 
@@ -252,7 +302,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cached]:
     folder = write_tiny(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
     random = np.random.default_rng(0)
     names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "kv"]
-    scales = {name: CacheScale.of(random.uniform(0.05, 0.2, 64).astype(np.float32)) for name in names}
+    scales = {
+        name: CacheScale.of(
+            random.uniform(0.05, 0.2, 64).astype(np.float32),
+            offset=random.integers(-60, 60, 64).astype(np.float32) if name.endswith("k_proj") else None,
+        )
+        for name in names
+    }
     return folder, Cached(Checkpoint.open(folder), scales)
 
 

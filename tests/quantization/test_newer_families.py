@@ -1,6 +1,9 @@
 """GLM-4 to 5, Kimi-K2 and DeepSeek-V3.2 from a float model to folders: every format, resumed, described."""
 
+import gc
 import json
+import tracemalloc
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from msquant.flows.generation import load_engine
 from msquant.flows.pipeline import QuantizeResult, quantize
 from msquant.formats.registry import folder_format
 from msquant.inference.engine_protocol import Sampling
+from msquant.models.layers import DecoderLayer
 from msquant.planning.quantization_plan import make_plan
 from msquant.progress import Progress
 from msquant.recipe.recipe import Recipe, find_recipe
@@ -73,6 +77,42 @@ def test_every_format_is_written_and_an_interrupted_run_ends_with_equal_bytes(
     progress = Progress(layers=lambda *counts: seen.append(counts))
     assert digests(quantize(recipe, again, progress=progress, remember=False)) == digests(result)
     assert seen == [(3, 2)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "glm4", "glm4_moe", "deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa", "qwen3_next"],
+)
+def test_memory_does_not_grow_with_layers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights go in and out through NumPy, which tracemalloc sees; of MindSpore's, layers are counted."""
+    alive, most, begin = weakref.WeakSet[DecoderLayer](), [0], DecoderLayer.__init__
+
+    def counted(layer: DecoderLayer, *arguments: Any, **options: Any) -> None:
+        alive.add(layer)
+        most[0] = max(most[0], len(alive))
+        begin(layer, *arguments, **options)
+
+    monkeypatch.setattr(DecoderLayer, "__init__", counted)
+    expert, sizes = 3 * 64 * 256, {"intermediate_size": 8 * 256, "moe_intermediate_size": 256}
+
+    def peak(layers: int) -> tuple[int, int]:
+        folder = write_tiny(tmp_path / f"{layers}", kind, layers=layers, dtype="bfloat16", **sizes)
+        recipe = recipe_for(folder, "rtn")
+        most[0] = 0
+        gc.collect()
+        tracemalloc.start()
+        try:
+            quantize(recipe, tmp_path / f"out{layers}", remember=False, memory_budget=0)
+            return tracemalloc.get_traced_memory()[1], most[0]
+        finally:
+            tracemalloc.stop()
+
+    # What is loaded by the first run stays.
+    peak(2)
+    (few, held), (many, still_held) = peak(3), peak(7)
+    # Four more layers in int8 would be eight times as much.
+    assert many - few < 8 * expert // 2
+    assert still_held <= max(held, 2)
 
 
 @pytest.mark.parametrize("kind", SPARSE)

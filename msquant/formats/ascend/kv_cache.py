@@ -5,15 +5,19 @@ Read in msModelSlim (ascendv1.py: `on_dynamic_cache`; processor/quant/attention.
 attention/attention_v1.py: `AscendC8AttentionBackendImpl`). The linears that make keys and values each have
 
     kv_cache_scale     float32 [groups * D], channels of a head side by side
-    kv_cache_offset    likewise, zeros
+    kv_cache_offset    likewise, of values zeros
 
 which the engine loads in the model's dtype. Keys are those behind the rotary embedding:
 
     x_q = clamp(round(x * r + kv_cache_offset)),    x = kv_cache_scale * x_q
 
-with r the reciprocal of the scale, rounded to that dtype. It adds the offset and never takes it off again, so
-only zeros are right. The tokens of a prompt that is computed at once attend to each other's keys and values
-before rounding; what is generated, and a prompt in chunks, reads the cache.
+with r the reciprocal of the scale, rounded to that dtype. It adds the offset and never takes it off again.
+Of values only zeros are right. Keys are all moved by one vector then, which moves the scores of a query by
+one number, and no softmax sees that: every query reads either all of its keys from the cache, or none. So
+channels of keys use their integers in full where they lie to one side of zero.
+
+The tokens of a prompt that is computed at once attend to each other's keys and values before rounding; what
+is generated, and a prompt in chunks, reads the cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +48,9 @@ ENTRIES = ("kv_cache_type", "kv_quant_type")
 SCALE, OFFSET = PARTS = ("kv_cache_scale", "kv_cache_offset")
 """The tensors beside those of a linear layer."""
 
+VALUES = ".v_proj"
+"""The end of the names of linears that make values; the engine knows no other (`get_cache_scale_mapper`)."""
+
 _ENDS = tuple(f".{part}" for part in PARTS)
 
 BLOCK = 32
@@ -56,10 +63,10 @@ def specs(module: str, rows: int) -> list[TensorSpec]:
 
 
 def encode(module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]]:
-    """The scales as the engine holds them in the model's dtype, and zeros, by full tensor name.
+    """The scales and offsets as the engine holds them in the model's dtype, by full tensor name.
 
     A scale that the dtype does not hold becomes the neighbour whose reciprocal survives the rounding best, as
-    for the input scales of static layers.
+    for the input scales of static layers; offsets follow it, so that the middle of a range stays where it is.
 
     Raises:
         CheckpointError: a scale, or in the model's dtype its reciprocal, is not positive and finite.
@@ -73,7 +80,10 @@ def encode(module: str, cache: CacheScale, dtype: str) -> dict[str, NDArray[Any]
             where=module,
             remedy="quantize the model in bfloat16, or with --cache none",
         )
-    return {f"{module}.{SCALE}": scale, f"{module}.{OFFSET}": np.zeros_like(scale)}
+    offset = np.zeros_like(scale)
+    if cache.offset is not None:
+        offset = np.rint(cache.offset * cache.scale * rounded_reciprocal(scale, dtype))
+    return {f"{module}.{SCALE}": scale, f"{module}.{OFFSET}": held_scales(offset, dtype)}
 
 
 def decode(checkpoint: Checkpoint, module: str, dtype: str | None) -> CacheScale | None:
@@ -95,10 +105,18 @@ def decode(checkpoint: Checkpoint, module: str, dtype: str | None) -> CacheScale
             where=f"{checkpoint.folder}, {finding.where}",
             remedy=f"see everything that is wrong with it: msquant inspect {checkpoint.folder}",
         )
-    scale = checkpoint.raw(f"{module}.{SCALE}").astype(np.float32).reshape(-1)
+    scale, offset = (
+        checkpoint.raw(name).astype(np.float32).reshape(-1) if name in checkpoint else np.zeros(1, np.float32)
+        for name in (f"{module}.{SCALE}", f"{module}.{OFFSET}")
+    )
     if dtype is None:
-        return CacheScale.of(scale)
-    return CacheScale(held_scales(scale, dtype), rounded_reciprocal(scale, dtype))
+        return CacheScale.of(scale, offset=offset if offset.any() else None)
+    offset = held_scales(offset, dtype)
+    return CacheScale(
+        held_scales(scale, dtype),
+        rounded_reciprocal(scale, dtype),
+        offset=offset if offset.any() else None,
+    )
 
 
 def is_cached(checkpoint: Checkpoint, module: str) -> bool:
@@ -200,13 +218,18 @@ def check_tensors(checkpoint: Checkpoint, module: str, dtype: str | None) -> lis
         all_positive(held_scales(scale, dtype)) and all_positive(rounded_reciprocal(scale, dtype))
     ):
         found.append(Finding(name, f"holds a scale that is 0, or has an infinite reciprocal, in {dtype}"))
-    if OFFSET in parts and checkpoint.raw(f"{module}.{OFFSET}").astype(np.float32).any():
-        found.append(
-            Finding(
-                f"{module}.{OFFSET}",
-                "is not zero everywhere: the engine adds it to what it caches and does not take it off again",
+    if OFFSET in parts:
+        offset, name = checkpoint.raw(f"{module}.{OFFSET}").astype(np.float32), f"{module}.{OFFSET}"
+        if not np.isfinite(offset).all():
+            found.append(Finding(name, "holds NaN or infinity"))
+        elif offset.any() and module.endswith(VALUES):
+            found.append(
+                Finding(
+                    name,
+                    "is not zero everywhere: the engine adds it to the values that it caches and does not "
+                    "take it off again",
+                )
             )
-        )
     return found
 
 

@@ -70,7 +70,6 @@ def test_what_is_written_is_read_back_as_the_engine_holds_it(
     for module in (K, V):
         stored = checkpoint.raw(f"{module}.kv_cache_scale")
         assert (stored.dtype, stored.shape) == (np.float32, (ROWS,))
-        assert not checkpoint.raw(f"{module}.kv_cache_offset").any()
         linear = source.linear(module)
         assert linear.scheme == replace(scheme, cache=C8)
         found = linear.cache
@@ -83,6 +82,16 @@ def test_what_is_written_is_read_back_as_the_engine_holds_it(
         np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-2)
         # The engine multiplies by the reciprocal and then by the scale: together nearly 1.
         np.testing.assert_allclose(found.scale * found.reciprocal, 1, atol=2.5e-3)
+        offset = checkpoint.raw(f"{module}.kv_cache_offset")
+        assert (offset.dtype, offset.shape) == (np.float32, (ROWS,))
+        if wanted.offset is None:
+            assert not offset.any()
+            assert found.offset is None
+            continue
+        # The middle of a range stays where it is, to half of the two steps that bfloat16 has there.
+        np.testing.assert_array_equal(found.offset, offset)
+        np.testing.assert_array_equal(offset.astype(kind).astype(np.float32), offset)
+        np.testing.assert_allclose(offset / found.reciprocal / wanted.scale, wanted.offset, atol=2)
     query = source.linear(K.replace("k_proj", "q_proj"))
     assert query.cache is None
 
@@ -140,8 +149,12 @@ def test_scales_beside_int4_weights_with_two_rows_in_a_byte(tmp_path: Path) -> N
             f"{K}.kv_cache_scale: has shape [1], [64] is expected",
         ),
         (
-            {f"{K}.kv_cache_offset": np.ones(ROWS, np.float32)},
-            f"{K}.kv_cache_offset: is not zero everywhere: the engine adds it",
+            {f"{V}.kv_cache_offset": np.ones(ROWS, np.float32)},
+            f"{V}.kv_cache_offset: is not zero everywhere: the engine adds it",
+        ),
+        (
+            {f"{K}.kv_cache_offset": np.full(ROWS, np.nan, np.float32)},
+            f"{K}.kv_cache_offset: holds NaN or infinity",
         ),
         (
             {f"{K}.kv_cache_scale": np.ones(ROWS, np.int8)},
@@ -154,7 +167,7 @@ def test_broken_scales_are_found(folder: Path, changes: dict[str, Any], message:
     assert any(message in problem for problem in problems(folder)), problems(folder)
     if not any(value is None for value in changes.values()):
         with pytest.raises(CheckpointError, match="kv_cache_") as caught:
-            AscendCheckpoint.open(folder).linear(K)
+            AscendCheckpoint.open(folder).linear(next(iter(changes)).rpartition(".")[0])
         assert "msquant inspect" in str(caught.value)
 
 
@@ -242,3 +255,9 @@ def test_scales_are_rounded_channel_by_channel() -> None:
     cache = CacheScale.of(np.array([0.1, 2.0], np.float32))
     kept = cache.rounded(np.array([[0.26, 3.1], [100, -1000], [-0.04, 1.0]], np.float32))
     np.testing.assert_allclose(kept, [[0.3, 4], [12.7, -256], [0, 0]], rtol=1e-6)
+    moved = replace(cache, offset=np.array([-100, 20], np.float32))
+    kept = moved.rounded(np.array([[10.3, 3.1], [23, 1000], [-100, -1000]], np.float32))
+    np.testing.assert_allclose(kept, [[0.3, 44], [12.7, 254], [-12.8, -256]], rtol=1e-5)
+    one = moved.take(np.array([1]))
+    assert one.offset is not None
+    assert one.offset.tolist() == [20]
