@@ -237,7 +237,7 @@ def _draw(best: "dict[int, Timeline]") -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "r1-nodes", "svg.fonttype": "path"}):
+    with rc_context({"svg.hashsalt": "r1-nodes", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.add_subplot(xscale="log", yscale="log", xlabel="nodes of 64 cores", ylabel="minutes")
         shown = {

@@ -45,7 +45,7 @@ def test_what_one_reads_while_another_computes_is_as_fast_as_alone() -> None:
     first, second = Task("compute", 0), Task("compute", 1, (Key("embed", 0),))
     embed = Task("embed", 0)
     costs = {first.key: TaskCost(10, read=100), embed.key: TaskCost(3), second.key: TaskCost(1, read=100)}
-    # The first has read for 2 seconds when the other starts to, alone from second 3 on.
+    # The first reads until second 2, when the other has not begun to.
     timeline = play([embed, first, second], costs, Cluster(2, disk=50))
     assert timeline.seconds == pytest.approx(2 + 10)
 
