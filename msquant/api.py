@@ -228,6 +228,7 @@ def promise(
     *,
     max_kl: float | None = None,
     max_size: int | None = None,
+    max_perplexity_increase: float | None = None,
     server: str | None = None,
     schemes: Sequence[str | Scheme] = (),
     verdict_texts: Sequence[str] = (),
@@ -251,7 +252,9 @@ def promise(
         output: the folder to make; it appears when the promise is kept. MODEL-ALGO in the current folder if
             None.
         max_kl: KL from the float model in nats, on the verdict text on which it is greatest.
-        max_size: bytes of the folder's safetensors files; one of the two at least.
+        max_size: bytes of the folder's safetensors files.
+        max_perplexity_increase: over the float model's, as a part of it (0.02 is 2 %), on the verdict text on
+            which it is greatest. One of the three at least.
         server: `vllm-mindspore`, `vllm-ascend` or `vllm`, whose format takes the place of the recipe's.
         schemes: to choose from beside floating point; if empty the most accurate of 8 and of 4 bits that the
             server takes.
@@ -291,7 +294,7 @@ def promise(
     return keep_promise(
         recipe,
         Path(output),
-        Bounds(max_kl, max_size),
+        Bounds(max_kl, max_size, max_perplexity_increase),
         schemes=_parsed(schemes),
         verdict_texts=verdict_texts,
         source=None if source is None else str(source),

@@ -22,6 +22,7 @@ from msquant.flows.frontier import (
     assigned,
     find_frontier,
     format_for,
+    measure_losses,
     model_units,
     open_subject,
 )
@@ -171,6 +172,80 @@ def test_a_run_that_was_interrupted_measures_nothing_twice(
     assert found.folder == output
 
 
+def test_the_pass_continues_with_the_layer_that_it_was_in(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses are those of a pass that was not interrupted, to the last digit."""
+    subject = open_subject(short(tiny_llama, "vllm"))
+    budget = 1 << 20
+    whole = measure_losses(subject, tmp_path / "whole", memory_budget=budget)
+    seen: list[int] = []
+
+    def stop(record: dict[str, Any]) -> None:
+        seen.append(record["index"])
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "parts"
+    for _ in range(subject.source.config.num_hidden_layers):
+        with pytest.raises(KeyboardInterrupt):
+            measure_losses(subject, folder, memory_budget=budget, progress=Progress(layer=stop))
+    assert seen == [0, 1]
+    found = measure_losses(subject, folder, memory_budget=budget, progress=Progress(layer=stop))
+    assert found == whole
+    with pytest.raises(OutputError, match="started otherwise"):
+        measure_losses(open_subject(short(tiny_llama, "vllm-mindspore")), folder, memory_budget=budget)
+    # What `<output>.promise` holds before the losses are there is msquant's own, and is not kept after.
+    work = promise._Work(tmp_path / "out.promise")
+    measure_losses(subject, work.folder / "pass", memory_budget=budget)
+    assert work.losses({}) is None
+    work.keep_losses({}, found)
+    assert [path.name for path in work.folder.iterdir()] == ["losses.json"]
+    assert work.losses({}) == found
+
+
+def test_perplexity_is_promised_and_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    bounds = Bounds(max_perplexity_increase=0.02)
+    found = keep_promise(short(tiny_llama, "vllm-mindspore"), tmp_path / "out", bounds, remember=False)
+    assert found.kept
+    best = found.rounds[(found.best or 0) - 1]
+    assert best.target is not None
+    assert best.target <= promise.HEADROOM * math.log(1.02)
+    texts = []
+    # Each of one document, so that windows of the file are those of the domain.
+    for domain in (each for each in verdict_domains() if len(each.texts) == 1):
+        texts.append(tmp_path / f"{domain.name}.txt")
+        texts[-1].write_text("\n\n".join(domain.texts), encoding="utf-8")
+    measured = compare(
+        [str(tmp_path / "out")],
+        baseline=str(tiny_llama),
+        texts=list(map(str, texts)),
+        builtin=False,
+        sequences=promise.SEQUENCES,
+        sequence_length=promise.SEQUENCE_LENGTH,
+    )
+    for text in measured.score.texts:
+        assert text.baseline_perplexity is not None
+        increase = text.perplexity / text.baseline_perplexity - 1
+        assert increase == pytest.approx(best.verdict_increase[text.text.removesuffix(".txt")], abs=1e-6)
+    assert len(texts) >= 3
+    assert max(best.verdict_increase.values()) <= 0.02
+    record = json.loads((tmp_path / "out" / "msquant.json").read_text())["promise"]
+    assert record["max_perplexity_increase"] == 0.02
+    assert record["rounds"][-1]["verdict_increase"].keys() == record["rounds"][-1]["verdict"].keys()
+
+
+def test_of_two_bounds_the_one_that_is_used_most_counts() -> None:
+    kl, increase = {"code": 0.01, "math": 0.02}, {"code": 0.05, "math": -0.01}
+    assert Bounds(0.04).used(kl, increase) == (0.5, "the verdict text math is at a KL of 0.02")
+    both = Bounds(0.04, max_perplexity_increase=0.02)
+    assert both.nats == pytest.approx(math.log(1.02))
+    part, where = both.used(kl, increase)
+    assert part == pytest.approx(math.log(1.05) / math.log(1.02))
+    assert where == "on the verdict text code perplexity rises by 5.00%"
+    assert Bounds(max_bytes=1).used(kl, increase) == (0.0, "")
+    assert Bounds(max_bytes=1).nats is None
+
+
 def test_a_kill_while_the_folder_moves_leaves_nothing_that_passes_for_whole(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +270,10 @@ def test_a_kill_while_the_folder_moves_leaves_nothing_that_passes_for_whole(
 def test_what_a_run_has_left_is_read_with_care(tmp_path: Path) -> None:
     """A folder that the file names is not taken, and a damaged file is named with what to do."""
     work, settings = promise._Work(tmp_path), {"bounds": 1}
-    made = promise.Round(1, 0.02, {}, {}, {"code": 0.01}, 10, {}, 0, True, str(tmp_path / "round-1"), 0.0)
+    made = promise.Round(
+        *(1, 0.02, {}, {}, {"code": 0.01}, {}, {"code": 0.0}),
+        *(10, {}, 0, True, str(tmp_path / "round-1"), 0.0),
+    )
     (tmp_path / "round-1").mkdir()
     (tmp_path / "round-1" / "msquant.json").write_text("{}")
     work.keep_rounds(settings, [(replace(made, folder="/elsewhere"), [])])
@@ -230,6 +308,8 @@ def test_the_most_accurate_folder_of_a_size_is_of_that_size(tiny_llama: Path, tm
         (Bounds(math.nan), ["--max-kl", "is nan"]),
         (Bounds(math.inf), ["--max-kl", "is inf"]),
         (Bounds(max_bytes=0), ["--max-size", "340GB"]),
+        (Bounds(max_perplexity_increase=0.0), ["--max-perplexity-increase", "is 0", "2%"]),
+        (Bounds(max_perplexity_increase=math.nan), ["--max-perplexity-increase", "is nan"]),
         (Bounds(max_bytes=1000), ["--max-size", "1.0 kB is less than", "smallest folder"]),
     ],
 )
@@ -320,10 +400,31 @@ def test_the_frontier_has_recipes_and_a_chosen_point(tiny_llama: Path) -> None:
     # With the interaction, a model that is all of one scheme loses what was measured of it.
     for scheme in found.losses.schemes:
         options = [next(o for o in unit.options if o.scheme == scheme) for unit in found.losses.units]
-        assert Assignment(tuple(options)).losses == pytest.approx(found.losses.whole[scheme], rel=1e-6)
-    made = smallest(found.losses.units, 0.01)
+        sums = Assignment(tuple(options)).losses
+        assert found.losses.predicted(sums) == pytest.approx(found.losses.whole[scheme], rel=1e-6)
+    made = smallest(found.losses.units, found.losses.sums(0.01))
     assert made is not None
-    assert found.chosen.loss == made.loss
+    assert found.chosen.losses == found.losses.predicted(made.losses)
+
+
+def test_a_sum_is_what_whole_models_have_shown_that_it_becomes() -> None:
+    """Between two of them in logarithms, outside by the ratio of the nearer one; there and back."""
+    fine, coarse = W8A8_DYNAMIC, W4A8_DYNAMIC
+    alone, whole = {fine: (0.01, 0.0), coarse: (0.64, 0.5)}, {fine: (0.02, 0.0), coarse: (0.16, 0.25)}
+    losses = UnitLosses(("one", "other"), (), (fine, coarse), alone, whole)
+    assert losses.predicted((0.01, 0.5)) == pytest.approx((0.02, 0.25))
+    # Half way from 0.01 to 0.64 and from 0.02 to 0.16, by factors of 8 and of the root of 8.
+    assert losses.predicted((0.08, 0.1)) == pytest.approx((0.02 * math.sqrt(8), 0.05))
+    assert losses.predicted((0.001, 0.0)) == pytest.approx((0.002, 0.0))
+    assert losses.predicted((1.28, 1.0)) == pytest.approx((0.32, 0.5))
+    for kl in (0.001, 0.02, 0.05, 0.16, 1.0):
+        assert losses.predicted(losses.sums(kl)) == pytest.approx((kl, kl))
+    # A scheme that loses more alone and less as a whole says nothing of what is between.
+    odd = UnitLosses(
+        ("one",), (), (fine, coarse), {fine: (0.2,), coarse: (0.1,)}, {fine: (0.1,), coarse: (0.2,)}
+    )
+    assert odd.predicted((0.1,)) == pytest.approx((0.2,))
+    assert odd.sums(0.2) == pytest.approx((0.1,))
 
 
 def test_scales_of_rows_and_columns_are_found_again() -> None:

@@ -40,8 +40,10 @@ class Awq(Osl):
     )
 
     def suppression(self, scheme: Scheme) -> str:
-        """See `Algorithm`."""
-        return "AWQ" if scheme.is_weight_only else super().suppression(scheme)
+        """See `Algorithm`; integers of 8 bits are so fine that no column has to be enlarged."""
+        if scheme.is_weight_only:
+            return "AWQ" if scheme.is_int4 else "NONE"
+        return super().suppression(scheme)
 
     @property
     def search_options(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ SHRINKAGE = 0.3
 SEARCH_RATIOS = (1.0, 0.85, 0.7)
 """The scales that are tried for a candidate; fewer than in the end."""
 
-SEARCH_ROWS = 512
+SEARCH_ROWS = 128
 """Of each weight, evenly spread, by which candidates are compared: an exponent is shared by all rows."""
 
 

@@ -1,4 +1,4 @@
-"""`msquant quantize --max-kl` and `--max-size`: what was promised and measured, for people and as JSON."""
+"""`msquant quantize --max-kl` and its like: what was promised and measured, for people and as JSON."""
 
 import shlex
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def parse_schemes(text: str | None) -> tuple[Scheme, ...]:
 
 def refuse_without_bounds(given: Mapping[str, object]) -> None:
     """Raise RecipeError for an option that says how a promise is kept where there is none."""
-    remedy = "give --max-kl or --max-size, or leave it out"
+    remedy = "give --max-kl, --max-perplexity-increase or --max-size, or leave it out"
     options.refuse(given, "is for a promise, and none is made", remedy)
 
 
@@ -39,13 +39,24 @@ def refuse_with_bounds(given: Mapping[str, object]) -> None:
     """Raise RecipeError for an option that contradicts a promise."""
     shared = "shares one quantization, and a promise takes several: it is kept in one process"
     reasons = {
-        "--scheme": "gives all linears one scheme, and --max-kl and --max-size choose them",
-        "--group-size": "is of one scheme, and --max-kl and --max-size choose schemes",
+        "--scheme": "gives all linears one scheme, and the bounds of a promise choose them",
+        "--group-size": "is of one scheme, and the bounds of a promise choose schemes",
         "--dry-run": "says what a recipe makes, and the schemes are still to be chosen",
         "--workers": shared,
         "--ray-address": shared,
     }
-    options.refuse(given, reasons, "leave out {}, or --max-kl and --max-size")
+    options.refuse(given, reasons, "leave out {}, or --max-kl, --max-perplexity-increase and --max-size")
+
+
+def parse_part(text: str | None, option: str) -> float | None:
+    """A part of a whole, `0.02` or `2%`. Raises RecipeError."""
+    if text is None:
+        return None
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        raise RecipeError(f"{text!r} is no number", where=option, remedy="write 0.02 or 2%") from None
 
 
 def promise_as_json(result: "PromiseResult") -> dict[str, Any]:
@@ -65,7 +76,7 @@ def promise_as_json(result: "PromiseResult") -> dict[str, Any]:
     }
 
 
-def print_promise(result: "PromiseResult", max_kl: float | None) -> None:
+def print_promise(result: "PromiseResult") -> None:
     """Show the rounds, the texts of the best one, and whether the promise is kept."""
     rows = [
         [
@@ -74,6 +85,7 @@ def print_promise(result: "PromiseResult", max_kl: float | None) -> None:
             f"{max(each.predicted.values()):.4f}",
             f"{max(each.choice.values()):.4f}",
             f"{each.worst:.4f}",
+            f"{max(each.verdict_increase.values()):+.1%}",
             console.as_bytes(each.nbytes),
             ", ".join(f"{count} {word}" for word, count in each.schemes.items()),
             "yes" if each.kept else "no",
@@ -83,22 +95,22 @@ def print_promise(result: "PromiseResult", max_kl: float | None) -> None:
     if rows:
         console.print_table(
             "Rounds: greatest KL to the float model over the texts, in nats",
-            ["round", "aimed at", "predicted", "choice", "verdict", "size", "linears", "kept"],
+            ["round", "aimed at", "predicted", "choice", "verdict", "perplexity", "size", "linears", "kept"],
             rows,
-            caption="choice: texts that the schemes were chosen by. verdict: texts that nothing has seen.",
+            caption="choice: texts that the schemes were chosen by. verdict: texts that nothing has seen; "
+            "perplexity: its greatest increase over them.",
         )
     best = next((each for each in result.rounds if each.number == result.best), None)
     if best is not None:
         verdict = sorted(best.verdict.items(), key=lambda item: -item[1])
         console.print_table(
-            f"KL on the verdict texts, round {best.number}",
-            ["text", "KL"],
-            [[name, f"{kl:.4f}"] for name, kl in verdict],
+            f"KL and increase of perplexity on the verdict texts, round {best.number}",
+            ["text", "KL", "perplexity"],
+            [[name, f"{kl:.4f}", f"{best.verdict_increase[name]:+.1%}"] for name, kl in verdict],
         )
     console.print_line(f"time: {result.seconds:.0f} s, {result.cpu_seconds:.0f} s of the processor")
     if result.kept:
-        bound = "" if max_kl is None else f" within {max_kl:g}"
-        console.print_line(f"Kept{bound}: {result.folder}")
+        console.print_line(f"Kept: {result.folder}")
         console.print_next(f"msquant inspect {shlex.quote(str(result.folder))}")
         return
     where = "" if result.folder is None else f" The best that was found is in {result.folder}."

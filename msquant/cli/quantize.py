@@ -50,11 +50,19 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    max_perplexity_increase: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose schemes: the same for perplexity, by what part it may be above the float model's, "
+            "for example 0.02 or 2%.",
+            show_default=False,
+        ),
+    ] = None,
     max_size: Annotated[
         str | None,
         typer.Option(
             help="Choose schemes: the most accurate folder of at most this size, for example 340GB; with "
-            "--max-kl both hold.",
+            "another bound both hold.",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +70,7 @@ def quantize(
     verdict_text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text that --max-kl is measured on, in place of the builtin texts: a file or folder. "
+            help="Text that these bounds are measured on, in place of the builtin texts: a file or folder. "
             "Repeat it for more.",
             show_default=False,
         ),
@@ -142,7 +150,8 @@ def quantize(
     from msquant.recipe.recipe import default_folder, find_recipe
 
     wanted = promise.parse_schemes(schemes)
-    promised = max_kl is not None or max_size is not None
+    increase = promise.parse_part(max_perplexity_increase, "--max-perplexity-increase")
+    promised = any(bound is not None for bound in (max_kl, increase, max_size))
     if promised:
         promise.refuse_with_bounds(
             {
@@ -190,6 +199,7 @@ def quantize(
                 recipe,
                 target,
                 max_kl=max_kl,
+                max_perplexity_increase=increase,
                 max_size=None if max_size is None else console.parse_bytes(max_size, "--max-size"),
                 schemes=wanted,
                 verdict_texts=verdict_text or (),
@@ -206,7 +216,7 @@ def quantize(
         if as_json:
             console.print_json(promise.promise_as_json(kept))
         else:
-            promise.print_promise(kept, max_kl)
+            promise.print_promise(kept)
         if not kept.kept:
             raise typer.Exit(promise.EXIT_NOT_KEPT)
         return

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msquant.algorithms import DEFAULT, find_algorithm
 from msquant.algorithms.base import Algorithm
 from msquant.calibration.evaluation import evaluation_domains
 from msquant.calibration.tokens import Samples, spread_windows
+from msquant.checkpoint.disk import writing
 from msquant.checkpoint.hidden_states import HiddenStateStore
+from msquant.checkpoint.journal import Journal
 from msquant.checkpoint.memory import MEMORY_BUDGET
 from msquant.checkpoint.tensor_spec import TensorSpec
 from msquant.checkpoint.tokenizer import load_tokenizer
@@ -66,10 +69,13 @@ class UnitLosses:
 
     Attributes:
         texts: names of the texts that losses are of, in their order.
-        units: of the whole model, in order; the losses of their options have the interaction in them.
+        units: of the whole model, in order; the losses of their options are what they cost alone.
         schemes: what was measured beside floating point, the coarsest last.
         first_order: of each scheme, the sum of what its units cost alone, on every text.
         whole: KL of the whole model in each scheme, on every text.
+
+    A sum of what units cost alone is right where it is small, and too high where it is large. What it becomes
+    is known of the whole model in each scheme, and interpolated between these in logarithms, text by text.
     """
 
     texts: tuple[str, ...]
@@ -84,6 +90,28 @@ class UnitLosses:
         return tuple(
             whole / alone if alone else 1.0 for whole, alone in zip(self.whole[scheme], sums, strict=True)
         )
+
+    def predicted(self, sums: Sequence[float]) -> tuple[float, ...]:
+        """The KL on every text that units make which cost so much alone, in sum."""
+        return tuple(
+            _along(total, alone, whole) for total, (alone, whole) in zip(sums, self._known(), strict=True)
+        )
+
+    def sums(self, kl: float) -> tuple[float, ...]:
+        """What units may cost alone, in sum, on every text, to make that KL: the reverse of `predicted`."""
+        return tuple(_along(kl, whole, alone) for alone, whole in self._known())
+
+    def _known(self) -> list[tuple[list[float], list[float]]]:
+        """Of every text, ascending: sums, and what they become."""
+        made = []
+        for place in range(len(self.texts)):
+            pairs = sorted((self.first_order[s][place], self.whole[s][place]) for s in self.schemes)
+            kept: list[tuple[float, float]] = []
+            for alone, whole in pairs:
+                if alone > (kept[-1][0] if kept else 0) and whole > (kept[-1][1] if kept else 0):
+                    kept.append((alone, whole))
+            made.append(([alone for alone, _ in kept], [whole for _, whole in kept]))
+        return made
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which `from_dict` takes."""
@@ -128,6 +156,16 @@ class UnitLosses:
             {parse_scheme(word): tuple(values) for word, values in raw["first_order"].items()},
             {parse_scheme(word): tuple(values) for word, values in raw["whole"].items()},
         )
+
+
+def _along(value: float, known: Sequence[float], becomes: Sequence[float]) -> float:
+    """Interpolated in logarithms; before the first and behind the last known, by the ratio of that one."""
+    if not known or value <= 0:
+        return value
+    if known[0] < value < known[-1]:
+        return float(np.exp(np.interp(np.log(value), np.log(known), np.log(becomes))))
+    end = 0 if value <= known[0] else -1
+    return value * becomes[end] / known[end]
 
 
 def choice_texts(folder: Path, config: ModelConfig) -> list[Text]:
@@ -305,16 +343,19 @@ def _names(unit: Unit) -> tuple[str, ...]:
 
 def measure_losses(
     subject: "Subject",
+    folder: Path,
     *,
     device: str = "cpu",
     memory_budget: int,
     verbose: bool = False,
     progress: Progress | None = None,
 ) -> UnitLosses:
-    """Measure every unit in every scheme that it can have.
+    """Measure every unit in every scheme that it can have, or continue what a call has begun in that folder.
 
     Args:
         subject: the model with its units; the recipe's algorithm quantizes, its schemes are replaced.
+        folder: of a journal of the layers that are measured, and of what is carried to the next; made if it
+            does not exist, and left.
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
@@ -322,10 +363,14 @@ def measure_losses(
             scheme.
 
     Raises:
-        MsquantError: a tensor or a text is missing or damaged, or the disk is full.
+        MsquantError: a tensor or a text is missing or damaged, the disk is full, or the folder is of a call
+            with other input.
     """
     progress = progress or Progress()
     recipe, source, units, samples = subject.recipe, subject.source, subject.units, subject.samples
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal.open(folder, losses_identity(subject, device))
     progress.stage("loading MindSpore and golden-stick")
     from msquant.evaluation.branches import branch_divergences
     from msquant.kernels import golden_stick
@@ -335,26 +380,21 @@ def measure_losses(
     dtype = use_device(device)
     golden_stick.set_log_level(verbose)
     config, schemes = source.config, measured_schemes(units)
+    count, finished = config.num_hidden_layers, len(journal.records)
     texts = choice_texts(source.folder, config)
     tokens = np.concatenate([text.tokens for text in texts])
     policies = {scheme: _measured_by(_uniform(recipe, units, scheme), scheme) for scheme in schemes}
-    noises: dict[tuple[int, str, Scheme], Any] = {}
-    coarse = []
-    with (
-        tempfile.TemporaryDirectory(prefix="msquant-") as folder,
-        deferred_interrupts(),
-        one_blas_thread(),
-    ):
-        scratch = Path(folder)
-        calibration = HiddenStateStore(scratch / "calibration", memory_budget // 2)
-        branches = HiddenStateStore(scratch / "texts", memory_budget // 2)
-        within = HiddenStateStore(scratch / "within", memory_budget)
+    with deferred_interrupts(), one_blas_thread():
+        calibration = HiddenStateStore(folder / "calibration", memory_budget // 2)
+        branches = HiddenStateStore(folder / "texts", memory_budget // 2)
+        within = HiddenStateStore(folder / "within", memory_budget)
         lengths = samples.tokens.shape[1], tokens.shape[1]
         decoder = UnitLossPass(config, source.weights, policies, *lengths, dtype, within, progress.step)
-        progress.layers(config.num_hidden_layers, 0)
-        embed(source, samples.batches(batch_tokens(config)), calibration, dtype)
-        embed(source, [tokens] * (1 + len(schemes)), branches, dtype)
-        for index in range(config.num_hidden_layers):
+        progress.layers(count, finished)
+        if not finished:
+            embed(source, samples.batches(batch_tokens(config)), calibration, dtype)
+            embed(source, [tokens] * (1 + len(schemes)), branches, dtype)
+        for index in range(finished, count):
             mine = [
                 UnitLinears(unit.name, unit.linears, tuple(option.scheme for option in unit.options))
                 for unit in units
@@ -364,41 +404,64 @@ def measure_losses(
                 noise = decoder.layer(
                     index, mine, calibration.open(index), put.append, branches.open(index), put_text.append
                 )
+            measured = [[name, str(scheme), value.tolist()] for (name, scheme), value in noise.units.items()]
+            journal.append({"index": index, "units": measured, "coarse": noise.coarse.tolist()})
             calibration.discard(index)
             branches.discard(index)
-            noises |= {(index, *key): value for key, value in noise.units.items()}
-            coarse.append(noise.coarse)
             # Of the coarsest scheme of each: the dictionary has that last.
             last = {name: float(value.mean()) for (name, _), value in noise.units.items()}
             progress.layer({"index": index, "noise": last})
             check_interrupt()
         progress.stage("comparing the predicted tokens")
-        states = branches.open(config.num_hidden_layers)
-        divergences = branch_divergences(config, source.weights, list(states), dtype)
-    whole, own = divergences[: len(schemes)], divergences[len(schemes) :]
-    noise_of_layers = np.array(coarse)
-    gains = np.divide(own, noise_of_layers, out=np.zeros_like(own), where=noise_of_layers > 0)
-    alone = {key: gains[key[0]] * value for key, value in noises.items()}
+        states = branches.open(count)
+        models, apart = states[: 1 + len(schemes)], states[1 + len(schemes) :]
+        whole = branch_divergences(config, source.weights, models, dtype)
+        few = models[0][:, : apart[0].shape[1]]
+        own = branch_divergences(config, source.weights, [few, *apart], dtype)
+    return _losses([text.name for text in texts], units, schemes, journal.records, whole, own)
+
+
+def _losses(
+    texts: Sequence[str],
+    units: Sequence[Unit],
+    schemes: Sequence[Scheme],
+    layers: Sequence[Mapping[str, Any]],
+    whole: NDArray[np.float64],
+    own: NDArray[np.float64],
+) -> UnitLosses:
+    """What follows from what was measured.
+
+    Args:
+        texts: their names.
+        units: without losses.
+        schemes: that were measured.
+        layers: the journal's records.
+        whole: KL of the whole model in each scheme, `[S, D]`.
+        own: KL that the noise of each layer makes, `[L, D]`.
+    """
+    noise = np.array([layer["coarse"] for layer in layers])
+    gains = np.divide(own, noise, out=np.zeros_like(own), where=noise > 0)
+    alone = {
+        (layer["index"], name, parse_scheme(word)): gains[layer["index"]] * values
+        for layer in layers
+        for name, word, values in layer["units"]
+    }
     zero = np.zeros(len(texts))
     sums = {s: sum((loss for (*_, scheme), loss in alone.items() if scheme == s), zero) for s in schemes}
-    factors = {
-        s: np.divide(whole[place], sums[s], out=np.ones_like(zero), where=sums[s] > 0)
-        for place, s in enumerate(schemes)
-    }
 
     def with_losses(unit: Unit, option: Option) -> Option:
         loss = zero
         if not option.scheme.is_float:
-            loss = factors[option.scheme] * alone[unit.layer, unit.name, option.scheme]
+            loss = alone[unit.layer, unit.name, option.scheme]
         return replace(option, losses=tuple(map(float, loss)))
 
     found = tuple(
         replace(unit, options=tuple(with_losses(unit, option) for option in unit.options)) for unit in units
     )
     return UnitLosses(
-        tuple(text.name for text in texts),
+        tuple(texts),
         found,
-        schemes,
+        tuple(schemes),
         {s: tuple(map(float, sums[s])) for s in schemes},
         {s: tuple(map(float, whole[place])) for place, s in enumerate(schemes)},
     )
@@ -598,12 +661,18 @@ def find_frontier(
         raise RecipeError(f"is {point:g}", where="--point", remedy="give a KL in nats above 0, such as 0.02")
     require_device(device)
     subject = open_subject(recipe, schemes=schemes, source=source, offline=offline, progress=progress)
-    losses = measure_losses(
-        subject, device=device, memory_budget=memory_budget, verbose=verbose, progress=progress
-    )
+    with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
+        losses = measure_losses(
+            subject,
+            Path(scratch),
+            device=device,
+            memory_budget=memory_budget,
+            verbose=verbose,
+            progress=progress,
+        )
     chosen = None
     if point is not None:
-        made = smallest(losses.units, point)
+        made = smallest(losses.units, losses.sums(point))
         if made is None:
             raise RecipeError(
                 f"no assignment of schemes is predicted to lose {point:g} or less", where="--point"
@@ -619,7 +688,8 @@ def _point(subject: Subject, losses: UnitLosses, made: Assignment) -> FrontierPo
     if not all(option.scheme.is_float for option in made.chosen):
         recipe = assigned(subject.recipe, losses.units, made)
         nbytes = folder_plan(recipe, subject.source).file_bytes
-    return FrontierPoint(nbytes, made.loss, made.losses, scheme_counts(losses.units, made), recipe)
+    predicted = losses.predicted(made.losses)
+    return FrontierPoint(nbytes, max(predicted), predicted, scheme_counts(losses.units, made), recipe)
 
 
 def scheme_counts(units: Sequence[Unit], made: Assignment) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The flow of `msquant quantize --max-kl` and `--max-size`: the smallest folder that keeps a promise.
+"""The flow of `msquant quantize --max-kl` and its like: the smallest folder that keeps a promise.
 
 Three sets of text that share nothing: the calibration text quantizes, the choice texts (`frontier.py`) say
 what every unit costs, and the verdict texts say whether the promise is kept. The assignment of schemes with
@@ -6,7 +6,8 @@ the fewest bytes whose predicted loss is within the bound is quantized and measu
 the bound is tightened, and only layers whose schemes change are quantized again; at most `ROUNDS` times.
 
 Everything is kept in `<output>.promise` until the promise is kept: the losses, each round's folder and what
-was measured of it. A run that was interrupted continues with the round that it was in.
+was measured of it. A run that was interrupted continues with the decoder layer that it was in, of the pass
+that measures the losses or of a round.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from msquant.calibration.verdict import require_texts, verdict_domains
 from msquant.checkpoint.disk import shard_file_bytes, shown_sizes, writing
+from msquant.checkpoint.journal import JOURNAL_NAME
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.checkpoint.output_folder import OutputFolder
@@ -60,38 +62,83 @@ TIGHTENED = 0.93
 WORTH = 0.03
 """A further round for fewer bytes is made where it is predicted to save at least so much of them."""
 
+LEAST_USED = 0.25
+"""What a choice text is taken to use of a bound at least: perplexity may rise by little only by chance."""
+
 SEQUENCES, SEQUENCE_LENGTH = 2, 256
 """Windows of each verdict text, and tokens in each."""
 
 WORK_SUFFIX = ".promise"
 
-_LOSSES, _ROUNDS = "losses.json", "rounds.json"
+_LOSSES, _ROUNDS, _PASS = "losses.json", "rounds.json", "pass"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is promised; at least one of the two.
+    """What is promised; at least one of the three.
 
     Attributes:
         max_kl: KL from the float model on the verdict text on which it is greatest, in nats.
         max_bytes: of the folder's safetensors files.
+        max_perplexity_increase: over the float model's perplexity, as a part of it, on the verdict text on
+            which it is greatest.
     """
 
     max_kl: float | None = None
     max_bytes: int | None = None
+    max_perplexity_increase: float | None = None
 
     def check(self) -> None:
         """Raise RecipeError for bounds that mean nothing."""
-        if self.max_kl is None and self.max_bytes is None:
-            raise RecipeError("there is no bound", where="--max-kl", remedy="give --max-kl or --max-size")
+        if self.max_bytes is None and self.nats is None:
+            raise RecipeError(
+                "there is no bound",
+                where="--max-kl",
+                remedy="give --max-kl, --max-perplexity-increase or --max-size",
+            )
         if self.max_kl is not None and not (0 < self.max_kl < math.inf):
             raise RecipeError(
                 f"is {self.max_kl:g}: only the float model itself is at 0",
                 where="--max-kl",
                 remedy="give a KL in nats above 0, such as 0.02",
             )
+        increase = self.max_perplexity_increase
+        if increase is not None and not (0 < increase < math.inf):
+            raise RecipeError(
+                f"is {increase:g}",
+                where="--max-perplexity-increase",
+                remedy="give a part of the float model's perplexity above 0, such as 2%",
+            )
         if self.max_bytes is not None and self.max_bytes < 1:
             raise RecipeError(f"is {self.max_bytes}", where="--max-size", remedy="give a size, such as 340GB")
+
+    @property
+    def nats(self) -> float | None:
+        """What a predicted KL is held to; None where bytes alone are bounded.
+
+        Where a text's next tokens are as likely as the float model says, KL is what their mean negative
+        log-likelihood rises by, the logarithm of what perplexity is multiplied by.
+        """
+        increase = self.max_perplexity_increase
+        given = [self.max_kl, None if increase is None else math.log1p(increase)]
+        return min((bound for bound in given if bound is not None), default=None)
+
+    def used(self, kl: Mapping[str, float], increase: Mapping[str, float]) -> tuple[float, str]:
+        """The greatest part of a bound in nats that a text takes, above 1 if it is broken, and what it is.
+
+        Args:
+            kl: from the float model, of each text.
+            increase: of perplexity, of each text.
+        """
+        parts = [(0.0, "")]
+        if self.max_kl is not None:
+            text, found = max(kl.items(), key=lambda item: item[1])
+            parts.append((found / self.max_kl, f"the verdict text {text} is at a KL of {found:.4g}"))
+        if self.max_perplexity_increase is not None:
+            text, found = max(increase.items(), key=lambda item: item[1])
+            part = math.log1p(found) / math.log1p(self.max_perplexity_increase)
+            parts.append((part, f"on the verdict text {text} perplexity rises by {found:.2%}"))
+        return max(parts)
 
 
 @dataclass(frozen=True)
@@ -104,6 +151,8 @@ class Round:
         predicted: of each choice text.
         choice: measured KL of each choice text.
         verdict: measured KL of each verdict text.
+        choice_increase: of perplexity over the float model's, as a part of it, of each choice text.
+        verdict_increase: of each verdict text.
         nbytes: of the folder's safetensors files.
         schemes: how many linears each has.
         reused: layers that were taken from an earlier round.
@@ -117,6 +166,8 @@ class Round:
     predicted: dict[str, float]
     choice: dict[str, float]
     verdict: dict[str, float]
+    choice_increase: dict[str, float]
+    verdict_increase: dict[str, float]
     nbytes: int
     schemes: dict[str, int]
     reused: int
@@ -220,12 +271,17 @@ def keep_promise(
             recipe, schemes=schemes, source=source, fetch=fetch, offline=offline, progress=progress
         )
         _require_possible(bounds, subject)
-        verdict = _verdict_texts(subject, verdict_texts)
+        verdict = verdict_tokens(subject, verdict_texts)
         identity = losses_identity(subject, device)
         losses = work.losses(identity)
         if losses is None:
             losses = measure_losses(
-                subject, device=device, memory_budget=memory_budget, verbose=verbose, progress=progress
+                subject,
+                work.folder / _PASS,
+                device=device,
+                memory_budget=memory_budget,
+                verbose=verbose,
+                progress=progress,
             )
             work.keep_losses(identity, losses)
         run = _Run(
@@ -234,7 +290,9 @@ def keep_promise(
         rounds, reason = run.rounds()
         kept = [each for each in rounds if each.kept]
         if not kept:
-            nearest = min(rounds, key=lambda each: each.worst, default=None)
+            nearest = min(
+                rounds, key=lambda each: bounds.used(each.verdict, each.verdict_increase), default=None
+            )
             folder, best = (None, None) if nearest is None else (Path(nearest.folder), nearest.number)
         else:
             taken = min(kept, key=lambda each: each.nbytes)
@@ -272,8 +330,13 @@ def _require_possible(bounds: Bounds, subject: Subject) -> None:
         )
 
 
-def _verdict_texts(subject: Subject, words: Sequence[str]) -> list[Text]:
-    """The tokens that a promise is judged by. Raises CalibrationError."""
+def verdict_tokens(subject: Subject, words: Sequence[str] = ()) -> list[Text]:
+    """The tokens that a promise is judged by. Raises CalibrationError.
+
+    Args:
+        subject: the model.
+        words: sources in place of the builtin texts.
+    """
     domains = verdict_domains(words)
     if not domains:
         raise CalibrationError("there is no text to judge by", where="--verdict-text")
@@ -287,7 +350,7 @@ def _verdict_texts(subject: Subject, words: Sequence[str]) -> list[Text]:
 
 
 class _Work:
-    """The folder `<output>.promise`, which is msquant's own by the file of the losses in it."""
+    """The folder `<output>.promise`, which is msquant's own by the losses, or the pass over them, in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -301,7 +364,8 @@ class _Work:
             shutil.rmtree(self.folder)
 
     def _require_own(self) -> None:
-        if any(self.folder.iterdir()) and not (self.folder / _LOSSES).is_file():
+        marks = (_LOSSES, f"{_PASS}/{JOURNAL_NAME}")
+        if any(self.folder.iterdir()) and not any((self.folder / name).is_file() for name in marks):
             raise OutputError(
                 "was not made by msquant", where=self.folder, remedy="move it away, or name another --output"
             )
@@ -325,10 +389,10 @@ class _Work:
             return UnitLosses.from_dict(found["losses"])
 
     def keep_losses(self, identity: dict[str, Any], losses: UnitLosses) -> None:
-        """Keep them for a later run."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep them for a later run, in place of what was measured of each layer."""
         write_json(self.folder / _LOSSES, {"identity": identity, "losses": losses.as_dict()})
+        with writing(self.folder):
+            shutil.rmtree(self.folder / _PASS)
 
     def round_folder(self, number: int) -> Path:
         """Where a round's folder is."""
@@ -401,7 +465,7 @@ class _Run:
     def rounds(self) -> tuple[list[Round], str]:
         """Quantize and measure until the promise is kept or cannot be; the rounds, and what is in the way."""
         bounds, finished = self._bounds, self._work.rounds(self.settings)
-        target = None if bounds.max_kl is None else bounds.max_kl * HEADROOM
+        target = None if bounds.nats is None else bounds.nats * HEADROOM
         done: list[tuple[Round, list[dict[str, Any]]]] = []
         seen: list[Assignment] = []
         reason = ""
@@ -430,10 +494,8 @@ class _Run:
         rounds = [each for each, _ in done]
         if rounds and not any(each.kept for each in rounds) and not reason:
             last = rounds[-1]
-            worst = max(last.verdict, key=lambda text: last.verdict[text])
-            reason = f"after {len(rounds)} rounds the verdict text {worst} is at {last.worst:.4g}"
-            if bounds.max_kl is None:
-                reason = f"the folder takes {last.nbytes} bytes"
+            part, where = bounds.used(last.verdict, last.verdict_increase)
+            reason = f"after {len(rounds)} rounds {where}" if part > 1 else f"it takes {last.nbytes} bytes"
         return rounds, reason
 
     def _assignment(self, target: float | None) -> Assignment | None:
@@ -442,7 +504,7 @@ class _Run:
             room = self._bounds.max_bytes - self._subject.other_bytes
         while True:
             if target is not None:
-                made = smallest(units, target, room)
+                made = smallest(units, self._losses.sums(target), room)
             else:
                 assert room is not None
                 made = most_accurate(units, room)
@@ -461,23 +523,25 @@ class _Run:
         room = self._bounds.max_bytes - self._subject.other_bytes
         least = most_accurate(self._losses.units, room)
         (size,) = shown_sizes(self._bounds.max_bytes)
-        loss = math.nan if least is None else least.loss
+        loss = math.nan if least is None else max(self._losses.predicted(least.losses))
         return f"within {size} the least predicted KL is {loss:.4g}, and {target:.4g} is aimed at"
 
     def _next_target(
         self, last: Round, assignment: Assignment, target: float | None, done: Sequence[Round]
     ) -> float | None:
         """The predicted loss to aim at next; None to stop."""
-        bound = self._bounds.max_kl
-        if bound is None or target is None:
+        if target is None:
             return None
+        predicted = max(last.predicted.values())
         if not last.kept:
             if any(each.kept for each in done):
                 return None
             # The prediction is off by this much, and the verdict texts are this much harder.
-            return min(assignment.loss, target) * TIGHTENED * bound / last.worst
+            used, _ = self._bounds.used(last.verdict, last.verdict_increase)
+            return min(predicted, target) * TIGHTENED / used
         # The verdict has been kept. Only the choice texts say whether there is room left.
-        room = bound * HEADROOM * assignment.loss / max(max(last.choice.values()), 1e-12)
+        used, _ = self._bounds.used(last.choice, last.choice_increase)
+        room = HEADROOM * predicted / max(used, LEAST_USED)
         if room <= target:
             return None
         wider = self._assignment(room)
@@ -495,7 +559,8 @@ class _Run:
         subject, progress = self._subject, self._progress
         counts = scheme_counts(self._losses.units, assignment)
         listed = ", ".join(f"{count} {word}" for word, count in counts.items())
-        progress.stage(f"round {number}: {listed}, predicted KL {assignment.loss:.4f}")
+        predicted = self._losses.predicted(assignment.losses)
+        progress.stage(f"round {number}: {listed}, predicted KL {max(predicted):.4f}")
         recipe = assigned(subject.recipe, self._losses.units, assignment)
         reuse = [Reuse(Path(each.folder), records) for each, records in reversed(done)]
         folder = self._work.round_folder(number)
@@ -523,20 +588,20 @@ class _Run:
             self._memory_budget,
             Progress(layer=lambda record: progress.step(f"verdict, decoder layer {record['index']}")),
         )
-        verdict = {text.text: float(text.kl or 0.0) for text in score.texts}
         assert result.evaluation is not None
-        choice = {text["text"]: float(text["kl"]) for text in result.evaluation["texts"]}
-        nbytes = shard_file_bytes(result.folder)
-        kept = (self._bounds.max_kl is None or max(verdict.values()) <= self._bounds.max_kl) and (
-            self._bounds.max_bytes is None or nbytes <= self._bounds.max_bytes
-        )
-        predicted = dict(zip(self._losses.texts, assignment.losses, strict=True))
+        choice, choice_increase = _measured(result.evaluation["texts"])
+        verdict, verdict_increase = _measured([asdict(text) for text in score.texts])
+        nbytes, room = shard_file_bytes(result.folder), self._bounds.max_bytes
+        used, _ = self._bounds.used(verdict, verdict_increase)
+        kept = used <= 1 and (room is None or nbytes <= room)
         made = Round(
             number=number,
             target=target,
-            predicted=predicted,
+            predicted=dict(zip(self._losses.texts, predicted, strict=True)),
             choice=choice,
             verdict=verdict,
+            choice_increase=choice_increase,
+            verdict_increase=verdict_increase,
             nbytes=nbytes,
             schemes=counts,
             reused=result.reused,
@@ -547,6 +612,14 @@ class _Run:
         said = "kept" if kept else "missed"
         progress.stage(f"round {number}: {said}, {made.worst:.4f} on the worst verdict text")
         return made, result.records
+
+
+def _measured(texts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """KL and the increase of perplexity by the names of texts, from `TextScore`s as plain data."""
+    return (
+        {text["text"]: float(text["kl"]) for text in texts},
+        {text["text"]: text["perplexity"] / text["baseline_perplexity"] - 1 for text in texts},
+    )
 
 
 def _record(
@@ -561,6 +634,7 @@ def _record(
     record = {
         "max_kl": bounds.max_kl,
         "max_bytes": bounds.max_bytes,
+        "max_perplexity_increase": bounds.max_perplexity_increase,
         "kept": taken.kept,
         "kl": taken.worst,
         "texts": {

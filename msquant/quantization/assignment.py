@@ -89,12 +89,14 @@ class Assignment:
         return max(self.losses)
 
 
-def smallest(units: Sequence[Unit], max_loss: float, max_bytes: int | None = None) -> Assignment | None:
-    """The assignment of fewest bytes whose summed loss is at most `max_loss` on every text.
+def smallest(
+    units: Sequence[Unit], max_losses: Sequence[float], max_bytes: int | None = None
+) -> Assignment | None:
+    """The assignment of fewest bytes whose summed losses are at most so much.
 
     Args:
         units: of the whole model.
-        max_loss: in nats.
+        max_losses: in nats, on every text.
         max_bytes: of all units; None for no limit.
 
     Returns:
@@ -104,7 +106,7 @@ def smallest(units: Sequence[Unit], max_loss: float, max_bytes: int | None = Non
         MsquantError: the solver finds nothing in time.
     """
     problem = _Problem(units)
-    limits = [(row, max_loss) for row in problem.losses]
+    limits = list(zip(problem.losses, max_losses, strict=True))
     if max_bytes is not None:
         limits.append((problem.nbytes, float(max_bytes)))
     return problem.solve(problem.nbytes, limits)

@@ -5,11 +5,12 @@ The loss of a unit in a scheme is `gain * noise`. The noise is the mean over the
 point: measured for every unit and scheme. The gain is what a layer's noise becomes at the end of the model:
 the layer's output in its coarsest scheme goes on through all later layers in floating point, and the KL of
 the predictions is divided by the noise that it began with. Noise that is small changes the predictions by its
-square, so both are proportional.
+square, so both are proportional. To carry every layer's noise on takes time by the square of their number,
+so it is done for the first tokens of each text. Single layers stand out by several times: none is left out.
 
 Such a sum is of first order: it leaves out what layers do to one another's noise. So the whole model in each
-scheme is carried along too, every layer reading what the quantized one before gives, and the sums are
-multiplied by what its KL is of them: the interaction.
+scheme is carried along too, every layer reading what the quantized one before gives: its KL, beside its sum,
+is the interaction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ from msquant.quantization.decoder_pass import DecoderPass
 from msquant.schemes import Scheme
 
 Floats = NDArray[np.float32]
+
+GAIN_TOKENS = 64
+"""Of each text, from its beginning, what gains are measured on."""
 
 # Rounds of least squares in which the scales of rows and columns settle.
 _ROUNDS = 8
@@ -95,7 +99,7 @@ class QuantizedLayer:
         return made
 
 
-class _Sink:
+class LayerInMemory:
     """A `LayerSink` that keeps a layer in memory."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
@@ -131,7 +135,8 @@ class LayerNoise:
 
     Attributes:
         units: of each unit in each scheme, `[D]` for D texts.
-        coarse: of the layer with all units in their coarsest scheme, `[D]`: what the gain is measured with.
+        coarse: of the layer with all units in their coarsest scheme, `[D]`, on the first `GAIN_TOKENS`: what
+            the gain is measured with.
     """
 
     units: dict[tuple[str, Scheme], NDArray[np.float64]]
@@ -141,9 +146,8 @@ class LayerNoise:
 class UnitLossPass:
     """Measures the units of one decoder layer after another.
 
-    What is carried from layer to layer is kept in boundaries of the store, batches of the texts `[D, T, H]`:
-    first the float model's, then that of each scheme's whole model, then one for each layer that was measured
-    before.
+    What is carried from layer to layer are batches of the texts: the float model's `[D, T, H]`, that of each
+    scheme's whole model, and `[D, GAIN_TOKENS, H]` for each layer that was measured before.
 
     Args:
         config: the model's shape.
@@ -176,7 +180,9 @@ class UnitLossPass:
         last = policies[self._schemes[-1]]
         self._floats = DecoderPass(config, source, last, length, dtype, store)
         self._texts = DecoderPass(config, source, last, text_length, dtype, store)
-        self._places = positions(config, text_length, dtype)
+        self._few = min(text_length, GAIN_TOKENS)
+        self._branches = DecoderPass(config, source, last, self._few, dtype, store)
+        self._places = {length: positions(config, length, dtype) for length in (text_length, self._few)}
 
     def layer(
         self,
@@ -194,8 +200,8 @@ class UnitLossPass:
             units: of it.
             calibration: its inputs on the calibration samples, batches `[B, T, H]`.
             put: takes its floating-point outputs on them.
-            texts: its inputs on the texts `[D, T, H]`: of the float model, of each scheme's whole model, and
-                of every layer that was measured before.
+            texts: its inputs on the texts: of the float model, of each scheme's whole model, and of every
+                layer that was measured before.
             put_text: takes the outputs, and behind them this layer's in its coarsest scheme.
 
         Raises:
@@ -203,7 +209,9 @@ class UnitLossPass:
         """
         self._floats.compute(index, calibration, put)
         outputs: list[Floats] = []
-        self._texts.compute(index, [texts[0], *texts[1 + len(self._schemes) :]], outputs.append)
+        self._texts.compute(index, texts[:1], outputs.append)
+        if earlier := texts[1 + len(self._schemes) :]:
+            self._branches.compute(index, earlier, outputs.append)
         expected = outputs[0]
         put_text(expected)
         noise: dict[tuple[str, Scheme], NDArray[np.float64]] = {}
@@ -211,7 +219,7 @@ class UnitLossPass:
         for place, (scheme, quantizer) in enumerate(self._quantizers.items()):
             self._step(f"quantizing to {scheme}")
             kept = QuantizedLayer()
-            quantizer.run(index, calibration, lambda output: None, _Sink(kept))
+            quantizer.run(index, calibration, lambda output: None, LayerInMemory(kept))
             put_text(self._compute(kept, index, texts[1 + place]))
             floats = kept.floats(self._source)
             for unit in units:
@@ -224,14 +232,14 @@ class UnitLossPass:
             rough = [name for unit in units if scheme in unit.schemes for name in unit.linears]
             if rough:
                 coarsest = kept.alone(rough, floats)
-        branch = self._compute(coarsest, index, texts[0])
+        branch = self._compute(coarsest, index, texts[0][:, : self._few])
         for output in [*outputs[1:], branch]:
             put_text(output)
-        return LayerNoise(noise, relative_noise(expected, branch))
+        return LayerNoise(noise, relative_noise(expected[:, : self._few], branch))
 
     def _compute(self, source: QuantizedLayer, index: int, hidden: Floats) -> Floats:
         layer = DecoderLayer(self._config, source, index, self._dtype)
-        output: Floats = layer(Tensor(hidden, self._dtype), self._places).asnumpy()
+        output: Floats = layer(Tensor(hidden, self._dtype), self._places[hidden.shape[1]]).asnumpy()
         return output.astype(np.float32, copy=False)
 
 

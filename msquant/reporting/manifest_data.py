@@ -197,6 +197,7 @@ class RecordedPromise(_Record):
     """What was promised of a folder and measured; see `flows.promise`."""
 
     max_kl: Number = None
+    max_perplexity_increase: Number = None
     max_bytes: Number = None
     kept: bool = False
     round: Count = 0

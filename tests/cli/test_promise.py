@@ -32,6 +32,11 @@ def msquant(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("quantize", ["--max-kl", "0.1", "--calibration", "none"], ["--calibration", "calibrated linears"]),
         ("quantize", ["--max-kl", "-1"], ["--max-kl", "is -1"]),
         ("quantize", ["--max-size", "much"], ["--max-size", "much"]),
+        (
+            "quantize",
+            ["--max-perplexity-increase", "two"],
+            ["--max-perplexity-increase", "'two' is no number", "2%"],
+        ),
         ("quantize", ["--max-kl", "0.1", "--for", "vllm", "--format", "ascend"], ["--for", "one format"]),
         ("quantize", ["--max-kl", "0.1", "--for", "vlm"], ["--for", "did you mean vllm"]),
         ("quantize", ["--max-kl", "0.1", "--schemes", "W9A9"], ["--schemes", "is not a scheme"]),
@@ -67,6 +72,13 @@ def test_schemes_are_words_with_commas_between_them() -> None:
     assert promise.parse_schemes(" W8A8 , W8A8_DYNAMIC,W8A8") == (W8A8, W8A8_DYNAMIC)
     with pytest.raises(RecipeError, match="names no scheme"):
         promise.parse_schemes(" , ")
+
+
+def test_a_part_is_a_number_or_per_cent() -> None:
+    assert promise.parse_part(None, "--x") is None
+    assert promise.parse_part("2%", "--x") == promise.parse_part("0.02", "--x") == 0.02
+    with pytest.raises(RecipeError, match="'a lot' is no number"):
+        promise.parse_part("a lot", "--x")
 
 
 @pytest.mark.e2e

@@ -36,13 +36,18 @@ def everything(units: list[Unit]) -> list[tuple[int, float]]:
     return found
 
 
+def texts_of(units: list[Unit]) -> int:
+    """How many texts losses are of."""
+    return len(units[0].options[0].losses)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_smallest_is_that_of_brute_force(seed: int) -> None:
     units = made_up(seed)
     possible = everything(units)
     for part in (0.0, 0.1, 0.4, 1.0):
         bound = part * max(loss for _, loss in possible)
-        found = smallest(units, bound)
+        found = smallest(units, [bound] * texts_of(units))
         assert found is not None
         assert found.loss <= bound * (1 + TOLERANCE) + 1e-12
         best = min(nbytes for nbytes, loss in possible if loss <= bound)
@@ -67,7 +72,7 @@ def test_bounds_that_no_assignment_keeps_have_none() -> None:
     units = made_up(1)
     least = min(nbytes for nbytes, _ in everything(units))
     assert most_accurate(units, least - 1) is None
-    assert smallest(units, 0.0, least) is None
+    assert smallest(units, [0.0] * texts_of(units), least) is None
     tight = most_accurate(units, least)
     assert tight is not None
     assert tight.nbytes == least
@@ -86,6 +91,6 @@ def test_the_frontier_rises_in_bytes_and_falls_in_loss() -> None:
 def test_many_units_are_solved_in_time() -> None:
     units = made_up(5, units=200, texts=6)
     bound = 0.3 * sum(max(max(option.losses) for option in unit.options) for unit in units) / 6
-    found = smallest(units, bound)
+    found = smallest(units, [bound] * texts_of(units))
     assert found is not None
     assert found.gap <= GAP
