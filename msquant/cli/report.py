@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msquant.cli import console, options
-from msquant.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -40,6 +39,10 @@ def report(
         Path | None,
         typer.Option(help="What msquant analyze --json printed, to rank the matrices within layers."),
     ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="What msquant analyze --frontier --json printed, to show what other schemes lose."),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -62,6 +65,9 @@ def report(
     Example: msquant analyze smollm2-135m --json > ranking.json && msquant report smollm2-135m-osl
     --sensitivity ranking.json
 
+    Example: msquant analyze smollm2-135m --frontier --for vllm --json > frontier.json && msquant report
+    smollm2-135m-small --frontier frontier.json
+
     Example: msquant report smollm2-135m-osl smollm2-135m-rtn
     """
     from msquant.reporting.collect import collect
@@ -70,10 +76,8 @@ def report(
 
     kind = report_format(format)
     if folders[1:]:
-        if sensitivity is not None:
-            raise RecipeError(
-                "is for the report on one folder", where="--sensitivity", remedy="name one folder"
-            )
+        given = {"--sensitivity": sensitivity, "--frontier": frontier}
+        options.refuse(given, "is for the report on one folder", "name one folder")
         _compare(folders, output, kind, overwrite, check, as_json)
         return
     (folder,) = folders
@@ -81,7 +85,12 @@ def report(
         if as_json and output is None:
             target = None
             found = collect(
-                folder, sensitivity=sensitivity, check=check, stage=display.stage, progress=display.update
+                folder,
+                sensitivity=sensitivity,
+                frontier=frontier,
+                check=check,
+                stage=display.stage,
+                progress=display.update,
             )
         else:
             target, found = write_report(
@@ -90,6 +99,7 @@ def report(
                 format=kind,
                 overwrite=overwrite,
                 sensitivity=sensitivity,
+                frontier=frontier,
                 check=check,
                 stage=display.stage,
                 progress=display.update,

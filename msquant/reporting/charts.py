@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,7 @@ class Charts:
     histograms: tuple[str, ...]
     experts: tuple[str, ...]
     ranking: tuple[str, ...]
+    frontier: tuple[str, ...]
 
     @property
     def count(self) -> int:
@@ -76,6 +78,7 @@ def charts(report: Report) -> Charts:
         ),
         experts=tuple(_experts(report)),
         ranking=tuple(_ranking(report)),
+        frontier=tuple(_frontier(report)),
     )
 
 
@@ -404,6 +407,32 @@ def _ranking(report: Report) -> list[str]:
     ]
     height = 0.9 + 0.24 * len(rows)
     return [draw("ranking", "What costs most", description, paint, values, height=height, whole=True)]
+
+
+def _frontier(report: Report) -> list[str]:
+    """Size against predicted KL, and where the folder is; a KL of 0 has no place on a logarithmic axis."""
+    rows = [row for row in report.frontier.rows if row.kl > 0] if report.frontier else []
+    if not rows:
+        return []
+    measured = [text.kl for text in (report.evaluation.texts if report.evaluation else []) if text.kl]
+    sizes, losses = [row.nbytes / 1e6 for row in rows], [row.kl for row in rows]
+    here = report.size.tensors / 1e6
+
+    def paint(axes: "Axes") -> None:
+        axes.plot(sizes, losses, "o-", color=FIRST, markersize=4, label="predicted")
+        if measured:
+            axes.plot([here], [max(measured)], "D", color=SECOND, markersize=6, label="this folder, measured")
+            legend_above(axes, 2)
+        axes.set(title="Size against KL", xlabel="MB", ylabel="KL of the worst text, nats")
+        logarithmic(axes, [*losses, *measured])
+
+    edges = [(low + high) / 2 for low, high in pairwise(sizes)]
+    values = [
+        Value(low, high, f"{row.nbytes / 1e6:.1f} MB: KL {row.kl:.4g}, {row.listed}")
+        for row, low, high in zip(rows, [sizes[0], *edges], [*edges, sizes[-1]], strict=True)
+    ]
+    description = f"Predicted KL of {len(rows)} choices of schemes, from the smallest folder to the largest."
+    return [draw("frontier", "Size against KL", description, paint, values, height=3.2, whole=True)]
 
 
 def _short(name: str) -> str:

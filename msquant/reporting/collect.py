@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,8 @@ from msquant.inference import vllm_mindspore
 from msquant.reporting.data import (
     Command,
     ExpertsRow,
+    FrontierRow,
+    FrontierRows,
     KindRow,
     Limits,
     RankedRow,
@@ -73,10 +75,28 @@ class _Analysis(BaseModel):
     groups: list[_AnalyzedGroup]
 
 
+class _FrontierPoint(BaseModel):
+    bytes: Count
+    kl: Error
+    linears: dict[Name, Count]
+
+
+class _FrontierUnit(BaseModel):
+    linears: list[Name]
+
+
+class _Frontier(BaseModel):
+    """What `msquant analyze --frontier --json` prints, as far as it is shown."""
+
+    points: Annotated[list[_FrontierPoint], Field(min_length=1)]
+    units: list[_FrontierUnit]
+
+
 def collect(
     folder: Path,
     *,
     sensitivity: Path | None = None,
+    frontier: Path | None = None,
     check: bool = True,
     most_weights: int = SAMPLED_WEIGHTS,
     stage: Callable[[str], None] = lambda text: None,
@@ -89,14 +109,15 @@ def collect(
             holds is left out.
         sensitivity: what `msquant analyze --json` printed for the model; without it the layers are ranked by
             the short evaluation in the manifest.
+        frontier: what `msquant analyze --frontier --json` printed for the model.
         check: read every quantized tensor to check the format's contract.
         most_weights: integer weights to read for the histograms; 0 for none.
         stage: called with a line that says what begins.
         progress: called with the bytes of weights that are read and those to read in all.
 
     Raises:
-        CheckpointError: there is no such folder; it cannot be read; its manifest or the analysis is damaged,
-            or the analysis is of another model.
+        CheckpointError: there is no such folder; it cannot be read; its manifest or an analysis is damaged,
+            or an analysis is of another model.
     """
     stage(f"reading {folder}" + (" and checking its format" if check else ""))
     summary = summarize(folder, check=check)
@@ -109,6 +130,7 @@ def collect(
     manifest = read_manifest(folder)
     config = read_json(folder / "config.json")
     ranking = _analyzed(sensitivity, summary) if sensitivity else _ranked(manifest)
+    points = _frontier(frontier, summary) if frontier else None
     counted = []
     if most_weights:
         stage("counting the levels of integer weights")
@@ -137,6 +159,7 @@ def collect(
         min_expert_tokens=_minimum(manifest),
         ranking=ranking,
         fix=None if ranking is None else fix(folder, summary, manifest, config, ranking),
+        frontier=points,
         limits=_limits(manifest),
         date=_date(folder / MANIFEST_NAME),
         recipe=_yaml(manifest.recipe),
@@ -235,14 +258,7 @@ def _analyzed(path: Path, summary: Summary) -> Ranking:
     groups = parse(_Analysis, read_json(path), path, remedy).groups
     if not groups:
         raise CheckpointError("names no groups", where=path, remedy=remedy)
-    known = {module.name for module in summary.modules}
-    for group in groups:
-        if missing := [linear for linear in group.linears if linear not in known]:
-            raise CheckpointError(
-                f"is of another model: there is no {missing[0]} in {summary.folder}",
-                where=path,
-                remedy=remedy,
-            )
+    _require_there([linear for group in groups for linear in group.linears], summary, path, remedy)
     rows = [
         RankedRow(
             name=f"layer {group.layer} {group.group}",
@@ -260,6 +276,27 @@ def _analyzed(path: Path, summary: Summary) -> Ranking:
     return Ranking(printable(path.name), tuple(rows))
 
 
+def _frontier(path: Path, summary: Summary) -> FrontierRows:
+    remedy = "give what this prints for the model: msquant analyze MODEL --frontier --json > FILE"
+    found = parse(_Frontier, read_json(path), path, remedy)
+    _require_there([linear for unit in found.units for linear in unit.linears], summary, path, remedy)
+    rows = sorted((FrontierRow(point.bytes, point.kl, point.linears) for point in found.points), key=_bytes)
+    return FrontierRows(printable(path.name), tuple(rows))
+
+
+def _bytes(row: FrontierRow) -> int:
+    return row.nbytes
+
+
+def _require_there(linears: Sequence[str], summary: Summary, path: Path, remedy: str) -> None:
+    """Raise CheckpointError for an analysis of linears that the folder does not have."""
+    known = {module.name for module in summary.modules}
+    if missing := [linear for linear in linears if linear not in known]:
+        raise CheckpointError(
+            f"is of another model: there is no {missing[0]} in {summary.folder}", where=path, remedy=remedy
+        )
+
+
 def _facts(manifest: Manifest) -> dict[str, str]:
     shape, policy = manifest.calibration.shape, manifest.recipe.get("quantization")
     facts = {
@@ -273,6 +310,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     }
     if (promise := manifest.promise) is not None:
         bounds = [] if promise.max_kl is None else [f"KL <= {promise.max_kl:g}"]
+        if promise.max_perplexity_increase is not None:
+            bounds.append(f"perplexity +{promise.max_perplexity_increase:.2%}")
         bounds += [] if promise.max_bytes is None else [f"{promise.max_bytes:.0f} bytes"]
         facts |= {
             "promise": f"{', '.join(bounds)}: {'kept' if promise.kept else 'not kept'}",

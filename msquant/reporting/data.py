@@ -121,6 +121,39 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class FrontierRow:
+    """An assignment of schemes, and what is predicted of it; see `flows.frontier.FrontierPoint`.
+
+    Attributes:
+        nbytes: of the folder's safetensors files.
+        kl: on the choice text on which it is greatest, in nats.
+        linears: how many each scheme has.
+    """
+
+    nbytes: int
+    kl: float
+    linears: dict[str, int]
+
+    @property
+    def listed(self) -> str:
+        """How many linears each scheme has: `154 W8A16, 56 W4A16_G64`."""
+        return ", ".join(f"{count} {word}" for word, count in self.linears.items())
+
+
+@dataclass(frozen=True)
+class FrontierRows:
+    """Size against KL, from the fewest bits to floating point.
+
+    Attributes:
+        origin: where the numbers are from.
+        rows: the smallest first.
+    """
+
+    origin: str
+    rows: tuple[FrontierRow, ...]
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the recipe allows at most; each None where it does not say.
 
@@ -220,6 +253,7 @@ class Report:
         min_expert_tokens: fewer are too few; None where the recipe is not known.
         ranking: what costs most; None where nothing is known of that.
         fix: how to lose less; None where that is not known.
+        frontier: what other schemes would take and lose; None where that was not asked.
         limits: of the recipe.
         date: of `msquant.json`, by the file system, `2026-11-28` in UTC; None without one.
         recipe: as YAML; empty without one.
@@ -248,6 +282,7 @@ class Report:
     min_expert_tokens: int | None
     ranking: Ranking | None
     fix: Fix | None
+    frontier: FrontierRows | None
     limits: Limits
     date: str | None
     recipe: str

@@ -138,6 +138,7 @@ def write_report(
     format: ReportFormat = "html",
     overwrite: bool = False,
     sensitivity: Path | None = None,
+    frontier: Path | None = None,
     check: bool = True,
     stage: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -152,6 +153,7 @@ def write_report(
         format: `html`, or `markdown` with the same numbers in tables.
         overwrite: replace the file if it exists.
         sensitivity: as for `collect`.
+        frontier: likewise.
         check: likewise.
         stage: likewise.
         progress: likewise.
@@ -165,7 +167,9 @@ def write_report(
     """
     target = default_output(folder, format) if output is None else output
     _check_target(target, overwrite=overwrite)
-    report = collect(folder, sensitivity=sensitivity, check=check, stage=stage, progress=progress)
+    report = collect(
+        folder, sensitivity=sensitivity, frontier=frontier, check=check, stage=stage, progress=progress
+    )
     stage("drawing charts" if format == "html" else "writing tables")
     write_text(target, html_page(report) if format == "html" else markdown_page(report))
     return target, report

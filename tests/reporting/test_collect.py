@@ -205,6 +205,47 @@ def test_an_analysis_that_does_not_fit_is_refused(
     assert "msquant analyze MODEL --json" in str(caught.value.remedy)
 
 
+def frontier(*linears: str) -> dict[str, Any]:
+    return {
+        "points": [
+            {"bytes": 3_000_000, "kl": 0.0, "linears": {"FLOAT": 2}},
+            {"bytes": 1_500_000, "kl": 0.0021, "linears": {"W8A16": 1, "W4A16_G64": 1}},
+            {"bytes": 1_000_000, "kl": 0.03, "linears": {"W4A16_G64": 2}},
+        ],
+        "units": [{"linears": list(linears)}],
+    }
+
+
+def test_a_frontier_is_drawn_beside_the_folder(folder: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "frontier.json", frontier("model.layers.0.self_attn.q_proj"))
+    report = collect(folder, frontier=tmp_path / "frontier.json", check=False)
+    assert report.frontier is not None
+    assert [row.nbytes for row in report.frontier.rows] == [1_000_000, 1_500_000, 3_000_000]
+    page = html_page(report)
+    for text in ('id="frontier"', "1.5 MB: KL 0.0021, 1 W8A16, 1 W4A16_G64", "From frontier.json"):
+        assert text in page
+    assert "| 1.0 MB | 3.00e-02 | 2 W4A16\\_G64 |" in markdown_page(report)
+    assert 'id="frontier"' not in html_page(collect(folder, check=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (frontier("model.layers.7.mlp.up_proj"), r"another model: there is no model\.layers\.7\.mlp"),
+        (frontier() | {"points": []}, "points"),
+        (analysis("model.layers.0.self_attn.q_proj"), "points: Field required"),
+        (frontier() | {"points": [{"bytes": 1, "kl": -1, "linears": {}}]}, r"points\.0\.kl"),
+    ],
+)
+def test_a_frontier_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, content: Any, message: str
+) -> None:
+    write_json(tmp_path / "frontier.json", content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        collect(folder, frontier=tmp_path / "frontier.json", check=False)
+    assert "msquant analyze MODEL --frontier --json" in str(caught.value.remedy)
+
+
 def test_what_was_measured_is_shown(own: Path) -> None:
     change_json(own / "msquant.json", lambda manifest: manifest.update(evaluation=evaluation()))
     page = markdown_page(collect(own, check=False))
