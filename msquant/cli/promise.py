@@ -39,8 +39,8 @@ def refuse_with_bounds(given: Mapping[str, object]) -> None:
     """Raise RecipeError for an option that contradicts a promise."""
     shared = "shares one quantization, and a promise takes several: it is kept in one process"
     reasons = {
-        "--scheme": "gives all linears one scheme, and a promise chooses them",
-        "--group-size": "is of one scheme, and a promise chooses schemes",
+        "--scheme": "gives all linears one scheme, and the bounds of a promise choose them",
+        "--group-size": "is of one scheme, and the bounds of a promise choose schemes",
         "--dry-run": "says what a recipe makes, and the schemes are still to be chosen",
         "--workers": shared,
         "--ray-address": shared,
