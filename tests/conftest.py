@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import json
 import os
 import signal
@@ -62,6 +63,16 @@ def _device() -> None:
         from msquant.models.device import use_device
 
         use_device()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_what_is_loaded() -> None:
+    """Take what other test files have loaded out of the garbage collector's sight.
+
+    golden-stick collects garbage after every decoder layer, a second each with all modules of this run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
