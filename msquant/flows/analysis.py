@@ -169,7 +169,7 @@ def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:
     for form in (plan.format for plan in plans):
         if budget.kind == "keep_dynamic" and W8A8_DYNAMIC not in form.words:
             raise budget.refused(
-                f"{form.consumer} runs {' and '.join(form.words.values())} only", "use --keep-float"
+                f"{form.consumer} runs {' and '.join(form.vocabulary)} only", "use --keep-float"
             )
     if budget.kind == "max_size" and budget.amount < plan.tensor_bytes:
         given, least = shown_sizes(int(budget.amount), plan.tensor_bytes)

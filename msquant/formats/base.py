@@ -109,6 +109,11 @@ class Format(ABC):
     def words(self) -> Mapping[Scheme, str]:
         """The schemes that a linear layer can have, with the consumer's words for them."""
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The consumer's words, each once: one may stand for several schemes."""
+        return tuple(dict.fromkeys(self.words.values()))
+
     def takes(self, scheme: Scheme) -> bool:
         """Whether a linear layer can have a scheme: one of `words`, where a format says nothing else.
 

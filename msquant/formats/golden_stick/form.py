@@ -145,7 +145,7 @@ class GoldenStickFormat(Format):
         """
         for module, word in described.items():
             if word not in self.words.values():
-                *most, last = dict.fromkeys(self.words.values())
+                *most, last = self.vocabulary
                 known = f"{', '.join(most)} and {last}"
                 yield Finding(module, f"described as {word!r}: the {self.variant} backend knows only {known}")
             elif word == W4A8_DYNAMIC and not experts_parent(module):
@@ -204,7 +204,7 @@ class GoldenStickFormat(Format):
             if W8A8_DYNAMIC not in self.words.values():
                 raise CheckpointError(
                     f"its activations are quantized per token, which {self.consumer} cannot run: it accepts "
-                    + " and ".join(dict.fromkeys(self.words.values())),
+                    + " and ".join(self.vocabulary),
                     where=module,
                     remedy="quantize it with static activations, or keep it in floating point",
                 )
