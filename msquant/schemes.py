@@ -74,6 +74,11 @@ class Scheme:
         return self.inputs is not None and not self.inputs.dynamic
 
     @property
+    def is_shifted(self) -> bool:
+        """Whether each column of the inputs has a zero point of its own."""
+        return self.inputs is not None and self.inputs.shifted
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether the inputs are quantized with a scale for every token."""
         return self.inputs is not None and self.inputs.dynamic
@@ -93,7 +98,7 @@ class Scheme:
         if self.inputs is None:
             return f"int{self.weights.bits} weights alone ({word}){cached}"
         inputs = "activations per token" if self.inputs.dynamic else "static activations"
-        if self.inputs.shifted:
+        if self.is_shifted:
             inputs += " with a zero point a column"
         if self.prefill is not None:
             inputs += ", per token in prefill"

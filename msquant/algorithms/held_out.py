@@ -245,7 +245,7 @@ class HeldOutSmoother(FastOSLSmoother):
             self._inputs(layer, group, self.batches_of(layer, search_inputs), heads),
             [cell.layer.weight.asnumpy() for cell in group.curr_layer],
             per_token=policy.act_quant_granularity is QuantGranularity.PER_TOKEN,
-            shifted=scheme.inputs is not None and scheme.inputs.shifted,
+            shifted=scheme.is_shifted,
             quant=scheme.weights or INT8,
             check=check_interrupt,
         )

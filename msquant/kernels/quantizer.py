@@ -46,8 +46,7 @@ class FastStaticCell(AllQuantLinearCell, FastWeightCell):
     def quant(self) -> None:
         """Find zero points of columns, too, where the scheme has them: golden-stick knows one a tensor."""
         super().quant()
-        inputs = parse_scheme(self.cfg.algo_args["scheme"]).inputs
-        if inputs is not None and inputs.shifted:
+        if parse_scheme(self.cfg.algo_args["scheme"]).is_shifted:
             x = self.cat_samples.asnumpy()
             scale, offset = shifted_parameters(x.min(axis=0), x.max(axis=0))
             self.input_scale = Parameter(Tensor(scale, self.compute_type))

@@ -183,10 +183,9 @@ def held_out_parameters(low: Floats, high: Floats, shifted: bool = False) -> tup
 def _quantized(inputs: Sequence[Floats], smooth_scale: Floats, scheme: Scheme) -> Iterator[Floats]:
     """Batches `[B, T, K]`, smoothed, and then quantized and dequantized as the scheme has it."""
     if scheme.is_static:
-        assert scheme.inputs is not None
         low = np.concatenate([x.min(axis=1) / smooth_scale for x in inputs])
         high = np.concatenate([x.max(axis=1) / smooth_scale for x in inputs])
-        parameters = held_out_parameters(low, high, scheme.inputs.shifted)
+        parameters = held_out_parameters(low, high, scheme.is_shifted)
         scale, offset = (values[:, None] for values in parameters)
     start = 0
     for x in inputs:

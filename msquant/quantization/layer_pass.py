@@ -293,8 +293,7 @@ def _result(cell: Any, scheme: Scheme) -> Linear:
         offset = None if scheme.weights.symmetric else cell.weight_offset.asnumpy()
         return QuantizedLinear(weight, weight_scale, scheme, bias, weight_offset=offset)
     input_scale, input_offset = cell.input_scale.asnumpy(), cell.input_offset.asnumpy()
-    assert scheme.inputs is not None
-    if not scheme.inputs.shifted:
+    if not scheme.is_shifted:
         input_scale, input_offset = in_int8(input_scale, input_offset)
     return QuantizedLinear(weight, weight_scale, scheme, bias, input_scale, input_offset)
 

@@ -256,8 +256,8 @@ class GoldenStickFormat(Format):
         schemes_of = super().stored_schemes(checkpoint, modules)
         for module, scheme in schemes_of.items():
             scales = f"{module}.weight_scale"
-            if scheme.is_static and f"{module}.input_offset" in checkpoint:
-                schemes_of[module] = static_scheme(checkpoint.raw(f"{module}.input_offset"))
+            if scheme.is_static:
+                schemes_of[module] = static_scheme(checkpoint, module)
             if scales in checkpoint and checkpoint.dtype(scales) == "U64":
                 schemes_of[module] = int4_experts.stored_scheme(checkpoint, module, described)
         return schemes_of

@@ -163,14 +163,19 @@ def parts_of(scheme: Scheme) -> tuple[str, ...]:
 def stored_scheme(checkpoint: Checkpoint, module: str, description: Description) -> Scheme:
     """The scheme of a layer of a folder; floating point where a word is unknown, as the rules report it."""
     scheme = description.scheme(module) or schemes.FLOAT
-    if scheme.is_static and f"{module}.input_offset" in checkpoint:
-        return static_scheme(checkpoint.raw(f"{module}.input_offset"))
+    if scheme.is_static:
+        return static_scheme(checkpoint, module)
     named = all(f"{module}.{part}" in checkpoint for part in ("weight", "weight_scale"))
     return int4_experts.stored_scheme(checkpoint, module, description) if scheme.is_int4 and named else scheme
 
 
-def static_scheme(offsets: NDArray[Any]) -> Scheme:
-    """W8A8, or W8A8_SHIFTED where the zero points of columns differ; both have one word in a description."""
+def static_scheme(checkpoint: Checkpoint, module: str) -> Scheme:
+    """The scheme of a static layer of a folder, by its zero points: the description has one word for all."""
+    name = f"{module}.input_offset"
+    return _by_zero_points(checkpoint.raw(name)) if name in checkpoint else schemes.W8A8
+
+
+def _by_zero_points(offsets: NDArray[Any]) -> Scheme:
     return schemes.W8A8 if (offsets == offsets[:1]).all() else schemes.W8A8_SHIFTED
 
 
@@ -203,16 +208,17 @@ def decode_linear(
         raise CheckpointError(
             "has one input scale a column; msquant reads one a tensor", where=f"{module}.input_scale"
         )
+    static = _by_zero_points(offsets)
     deq_scale = tensors[f"{module}.deq_scale"].astype(np.float32)
     if not all_positive(deq_scale) or not all_positive(scales[:1]):
         raise CheckpointError("its scales are not positive and finite", where=module)
     return QuantizedLinear(
         weight=tensors[f"{module}.weight"],
         weight_scale=row_scales(deq_scale, scales),
-        scheme=static_scheme(offsets),
+        scheme=static,
         bias=bias,
         input_scale=scales[:1].copy(),
-        input_offset=(offsets[:1] if static_scheme(offsets) == schemes.W8A8 else offsets).astype(np.int32),
+        input_offset=(offsets if static.is_shifted else offsets[:1]).astype(np.int32),
     )
 
 
