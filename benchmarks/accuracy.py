@@ -21,11 +21,14 @@ from tests.fixtures.policies import rules
 
 CALIBRATION = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
 DOWN, ALL = ["down_proj"], ["proj"]
+SHIFTED = [{"lm_head": "FLOAT"}, {"*": "W8A8_SHIFTED"}]
 POLICIES: dict[str, dict[str, Any]] = {
     "rtn, static": {"algorithm": "rtn"},
     "smoothquant, static": {"algorithm": "smoothquant"},
     "osl-golden-stick, static": {"algorithm": "osl-golden-stick"},
     "osl, static": {"algorithm": "osl"},
+    "osl, static, zero points of columns": {"algorithm": "osl", "schemes": SHIFTED},
+    "gptq, static, zero points of columns": {"algorithm": "gptq", "schemes": SHIFTED},
     "osl, down_proj per token": {"algorithm": "osl", "schemes": rules(dynamic=DOWN)},
     "rtn, per token": {"algorithm": "rtn", "schemes": rules(dynamic=ALL)},
     "smoothquant, per token": {"algorithm": "smoothquant", "schemes": rules(dynamic=ALL)},
@@ -35,6 +38,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 # KL at most: the calibrated kind of text, and the Bible.
 LIMITS = {
     "osl, static": (0.040, 0.10),
+    "osl, static, zero points of columns": (0.025, 0.040),
+    "gptq, static, zero points of columns": (0.025, 0.040),
     "osl, static but six": (0.030, 0.080),
     "osl, down_proj per token": (0.012, 0.030),
     "osl, per token": (0.010, 0.020),
@@ -180,7 +185,7 @@ def _quantize_inputs(linear: Any) -> Any:
     from tests.fixtures.torch_linears import INT8_MAX, INT8_MIN, quantize_per_token
 
     def static(module: Any, inputs: Any) -> Any:
-        scale, offset = float(linear.input_scale[0]), int(linear.input_offset[0])
+        scale, offset = float(linear.input_scale[0]), torch.from_numpy(linear.input_offset)
         module.input_scale = scale
         if linear.input_reciprocal is None:
             quantized = torch.round(inputs[0] / scale) + offset

@@ -197,7 +197,7 @@ def _frontier_as_json(found: "Frontier", output: Path | None) -> dict[str, Any]:
         "texts": list(losses.texts),
         "points": [_point(point) for point in found.points],
         "chosen": None if found.chosen is None else _point(found.chosen),
-        "interaction": {str(scheme): list(losses.interaction(scheme)) for scheme in losses.schemes},
+        "interaction": losses.interaction,
         "units": losses.as_dict()["units"],
         "file": None if output is None else str(output),
         "seconds": round(found.seconds, 3),

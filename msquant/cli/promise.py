@@ -69,7 +69,7 @@ def promise_as_json(result: "PromiseResult") -> dict[str, Any]:
         "round": result.best,
         "rounds": [asdict(each) for each in result.rounds],
         "texts": list(losses.texts),
-        "interaction": {str(scheme): list(losses.interaction(scheme)) for scheme in losses.schemes},
+        "interaction": losses.interaction,
         "seconds": round(result.seconds, 3),
         "cpu_seconds": round(result.cpu_seconds, 3),
         "peak_memory_bytes": result.peak_memory,

@@ -188,13 +188,12 @@ class Lockstep:
         baseline, scores = self._models[0], []
         for number, model in enumerate(self._models[1:], start=1):
             noise, own = Noise(), Noise()
-            expected = self._hidden(index + 1, 0)
-            for states, output in zip(expected, self._hidden(index + 1, number), strict=True):
-                noise.add(_unrotated(baseline, states), _unrotated(model, output))
             computed = chain.from_iterable(
                 self._store.open(_name(index, number, piece, "own")) for piece in range(self.pieces)
             )
-            for place, states in enumerate(self._hidden(index + 1, 0)):
+            both = zip(self._hidden(index + 1, 0), self._hidden(index + 1, number), strict=True)
+            for place, (states, output) in enumerate(both):
+                noise.add(_unrotated(baseline, states), _unrotated(model, output))
                 if place in self._firsts:
                     sample = _unrotated(baseline, states[:1, : self._own])
                     own.add(sample, _unrotated(model, next(computed)))

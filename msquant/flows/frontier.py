@@ -84,12 +84,16 @@ class UnitLosses:
     first_order: Mapping[Scheme, tuple[float, ...]]
     whole: Mapping[Scheme, tuple[float, ...]]
 
-    def interaction(self, scheme: Scheme) -> tuple[float, ...]:
-        """What the whole model in a scheme loses, in units of the first-order sum, on every text."""
-        sums = self.first_order[scheme]
-        return tuple(
-            whole / alone if alone else 1.0 for whole, alone in zip(self.whole[scheme], sums, strict=True)
-        )
+    @property
+    def interaction(self) -> dict[str, list[float]]:
+        """What the whole model in each scheme loses, in units of the first-order sum, on every text."""
+        return {
+            str(scheme): [
+                whole / alone if alone else 1.0
+                for whole, alone in zip(self.whole[scheme], self.first_order[scheme], strict=True)
+            ]
+            for scheme in self.schemes
+        }
 
     def predicted(self, sums: Sequence[float]) -> tuple[float, ...]:
         """The KL on every text that units make which cost so much alone, in sum."""

@@ -641,7 +641,7 @@ def _record(
             "choice": list(losses.texts),
             "verdict": {text.name: list(text.tokens.shape) for text in verdict},
         },
-        "interaction": {str(scheme): list(losses.interaction(scheme)) for scheme in losses.schemes},
+        "interaction": losses.interaction,
         "rounds": [{key: value for key, value in asdict(each).items() if key != "folder"} for each in rounds],
         "round": taken.number,
     }
