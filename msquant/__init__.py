@@ -9,6 +9,8 @@ Examples:
 
 from typing import TYPE_CHECKING, Any
 
+from msquant.kernels.blas import choose_core
+
 if TYPE_CHECKING:
     from msquant.api import (
         HubProgress,
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+# Before anything of this package loads NumPy, which chooses once.
+choose_core()
 
 __all__ = [
     "HubProgress",

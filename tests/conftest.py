@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+import msquant  # noqa: F401  # chooses how NumPy computes, before anything loads it
 from tests.fixtures import fuzzing  # noqa: F401  # registers the profiles
 from tests.fixtures.browser import Open, chromium, pages
 from tests.fixtures.tiny_model import CHAT_TEMPLATE, write_tiny_llama

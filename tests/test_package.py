@@ -55,7 +55,7 @@ _PARTS = {
 ALLOWED = {
     "errors": set[str](),
     "schemes": {"errors"},
-    "__version__": {"api"},
+    "__version__": {"api", "kernels"},
     "interrupts": set[str](),
     "progress": set[str](),
     "checkpoint": _BOTTOM,

@@ -1,7 +1,41 @@
-"""How many threads NumPy's matrix products take."""
+"""How NumPy's matrix products are computed: by which kernels, in how many threads."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_CORE = "OPENBLAS_CORETYPE"
+# What a processor must have for the kernels of a type, the fastest type first: OpenBLAS, `cpuid_x86.c`.
+_CORES = {
+    "SkylakeX": {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"},
+    "Haswell": {"avx2", "fma"},
+}
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def choose_core(cpu_info: Path = _CPU_INFO) -> None:
+    """Let OpenBLAS choose its kernels by what the processor can do, unless OPENBLAS_CORETYPE says otherwise.
+
+    The OpenBLAS of NumPy 1.26 knows x86 processors by their model numbers, and takes its oldest kernels, four
+    to five times slower, for one made after it (Emerald Rapids). By what a processor can do, all that have
+    AVX-512 also compute the same bytes, and so do all that have AVX2 alone. Other processors are left alone.
+
+    Nothing is chosen once NumPy is loaded: this process could not follow, and its children would differ.
+    """
+    if "numpy" in sys.modules or _CORE in os.environ:
+        return
+    try:
+        with cpu_info.open() as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return
+    able = set(flags.split())
+    for core, needed in _CORES.items():
+        if needed <= able:
+            os.environ[_CORE] = core
+            return
 
 
 @contextmanager
