@@ -378,6 +378,24 @@ def test_parts_without_calibration_are_shared_and_any_number_of_workers_goes_on(
 
 
 @pytest.mark.e2e
+def test_a_worker_that_is_killed_within_a_part_is_replaced(stranger: Path, tmp_path: Path) -> None:
+    arguments = ("--calibration", "none", "--format", FORMATS, "--workers", "2")
+    process = start(stranger, tmp_path / "out", *arguments)
+    deadline = time.monotonic() + 300
+    # The first part has begun, and is not done: its files have no record yet.
+    while not any(tmp_path.rglob("*.safetensors*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for worker in workers_of(process):
+        worker.kill()
+    assert "its task is done anew" in ended(process)
+    for name in ("", "-compressed-tensors"):
+        assert digests(tmp_path / f"out{name}") == digests(stranger.parent / f"whole{name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out-compressed-tensors"}
+
+
+@pytest.mark.e2e
 def test_an_error_in_a_part_is_said_as_in_one_process(tmp_path: Path) -> None:
     model = write_stranger(tmp_path / "model", "dots1", max_shard_size="60KB")
     name = "model.layers.1.self_attn.q_proj.weight"
