@@ -1,11 +1,12 @@
 """What an int8 key-value cache adds to the KL of W8A8 per token to the float model.
 
 Of SmolLM2-135M by context: one folder is quantized with `--cache int8` and computed by the embedded engine
-with and without its cache, token after token of windows of 2,048: every token reads what is cached of all
-before it, and of itself. What is added is the difference of both KL, a mean over the tokens at those places
-of the windows. Of the trained tiny Qwen3 and DeepSeek-V3, whose latent state is cached, on windows of 512,
-beside the KL without the cache. The texts are those of `texts.py`; calibration has 128 tokens in a sample,
-and has seen nothing of the Bible's kind. `MSQUANT_CACHES=Qwen3` measures one of the models.
+with and without its cache, token after token of eight windows of 512 and of two of 2,048: every token reads
+what is cached of all before it, and of itself. What is added is the difference of both KL, a mean over the
+tokens of the windows, or of those at some places. Of the trained tiny Qwen3 and DeepSeek-V3, whose latent
+state is cached, on windows of 512, beside the KL without the cache. The texts are those of `texts.py`;
+calibration has 128 tokens in a sample, and has seen nothing of the Bible's kind. `MSQUANT_CACHES=Qwen3`
+measures one of the models.
 """
 
 import os
@@ -27,11 +28,13 @@ from benchmarks.tiny_qwen import trained_qwen3
 from msquant.checkpoint.weights import WeightSource, with_cache
 from msquant.inference.logprobs import log_softmax
 
-WINDOWS, LENGTH, CHUNK = 2, 2048, 256
+CHUNK = 256
+SHORT, LONG = (8, 512), (2, 2048)
+"""Windows of SmolLM2 and the tokens of each."""
 PLACES = (0, 512, 1024, 2048)
-"""Where what is added to SmolLM2's KL is told apart."""
+"""Where what is added to SmolLM2's KL on long windows is told apart."""
 LIMITS = {"same": 0.002, "bible": 0.004}
-"""Of what is added at the first places, of each text that is measured."""
+"""Of what is added on short windows, of each text that is measured."""
 TINY: dict[str, Callable[[], Path]] = {"Qwen3": trained_qwen3, "DeepSeek-V3": trained_model}
 TINY_LIMIT = 0.1
 """Of what is added, in parts of the KL without the cache."""
@@ -64,12 +67,14 @@ def measure() -> list[dict[str, Any]]:
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """A line for each text and part of the context of SmolLM2's folder; the first has a limit."""
-    for name, divergence in divergences(float_folder(), folder, LIMITS, WINDOWS, LENGTH):
+    """A line for each text of SmolLM2's folder, with a limit, and for each part of a long context."""
+    for name, divergence in divergences(float_folder(), folder, LIMITS, *SHORT):
+        plain, cached = divergence.mean(axis=1)
+        yield _row(f"SmolLM2, {name}, {SHORT[0]} x {SHORT[1]}", plain, cached, LIMITS[name])
+    for name, divergence in divergences(float_folder(), folder, LIMITS, *LONG):
         for start, stop in pairwise(PLACES):
             plain, cached = divergence[:, start:stop].mean(axis=1)
-            limit = None if start else LIMITS[name]
-            yield _row(f"SmolLM2, {name}, tokens {start} to {stop}", plain, cached, limit)
+            yield _row(f"SmolLM2, {name}, tokens {start} to {stop}", plain, cached, None)
 
 
 def tiny_rows(name: str, model: Path) -> Iterator[dict[str, Any]]:
@@ -84,7 +89,7 @@ def tiny_rows(name: str, model: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(name: str, plain: float, cached: float, limit: float | None) -> dict[str, Any]:
-    measured = f"KL {plain:.5f}, with the cache {cached:.5f}: {cached - plain:+.5f} added"
+    measured = f"KL {plain:.3g}, with the cache {cached:.3g}: {cached - plain:+.2g} added"
     target = "" if limit is None else f"added <= {limit:.2g}"
     return row(name, measured, target, None if limit is None else bool(cached - plain <= limit))
 
