@@ -31,7 +31,6 @@ from msquant.cli.stored import list_stored, remove
 from msquant.cli.unexpected import explain
 from msquant.cli.upload import upload
 from msquant.errors import MsquantError
-from msquant.kernels.freed_memory import reuse_freed_memory
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -118,7 +117,6 @@ for _panel, _group, _summary in (
 def own_process() -> None:
     """Entry point of the console script: `main` in a process where nobody else uses transformers."""
     leave_torch_out()
-    reuse_freed_memory()
     # A terminal that cannot show a character shows its number.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -12,7 +12,6 @@ from pathlib import Path
 from msquant.errors import MsquantError
 from msquant.flows.layer_graph import Job, Result, Task, Work
 from msquant.flows.node_checks import NodeReport, look_around
-from msquant.kernels.freed_memory import reuse_freed_memory
 
 # PR_SET_PDEATHSIG of <sys/prctl.h>.
 _PARENT_DEATH_SIGNAL = 1
@@ -60,7 +59,6 @@ class WorkerProcess:
         # Ctrl-C goes to all processes of a terminal; the one that started this one decides.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         silence_libraries()
-        reuse_freed_memory()
         self._work: Work | None = None
         self._bound = False
 
