@@ -27,7 +27,8 @@ def choose_core(cpu_info: Path = _CPU_INFO) -> None:
     if "numpy" in sys.modules or _CORE in os.environ:
         return
     try:
-        with cpu_info.open() as lines:
+        # Whatever a firmware calls its processor, importing this package must not fail.
+        with cpu_info.open(encoding="ascii", errors="replace") as lines:
             flags = next((line for line in lines if line.startswith("flags")), "")
     except OSError:
         return

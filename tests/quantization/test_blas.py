@@ -50,6 +50,13 @@ def test_a_system_that_does_not_tell_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_name_in_other_bytes_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_bytes(b"model name\t: \xff\xfe\n" + AVX2.encode())
+    choose_core(tmp_path / "cpuinfo")
+    assert os.environ["OPENBLAS_CORETYPE"] == "Haswell"
+
+
+@pytest.mark.usefixtures("fresh")
 def test_what_a_person_has_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
     (tmp_path / "cpuinfo").write_text(AVX512)
