@@ -119,3 +119,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root can mount a small disk")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture(params=["onednn", "widened"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers built in the test use oneDNN's kernel, or float32."""
+    from msquant.kernels import onednn
+
+    if request.param == "widened":
+        monkeypatch.setattr(onednn, "load_int8", lambda: None)
+    elif onednn.load_int8() is None:
+        pytest.skip("this processor has no exact int8 instructions")
+    return str(request.param)

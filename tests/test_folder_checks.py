@@ -14,8 +14,8 @@ from msquant.errors import CheckpointError, EngineError
 from msquant.flows import folder_checks
 from msquant.flows.folder_checks import require_intact, require_memory, weight_bytes
 from msquant.flows.generation import generate
-from msquant.inference.cpu import onednn
 from msquant.inference.engine_protocol import Sampling
+from msquant.kernels import onednn
 from msquant.models.config_json import read_config
 from msquant.schemes import W8A16
 from tests.fixtures.tiny_families import write_tiny

@@ -162,7 +162,7 @@ def _ascend() -> list[Check]:
 
 
 def _embedded() -> Check:
-    from msquant.inference.cpu.onednn import load_int8
+    from msquant.kernels.onednn import load_int8
 
     if load_int8() is None:
         detail = "multiplies in float32: oneDNN's int8 product is not there, or not exact on this processor"

@@ -66,7 +66,7 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
     Weights that alone are quantized, and those in groups, are computed in floating point. An embedding of its
     own is read by rows, and multi-token-prediction layers are not computed.
     """
-    from msquant.inference.cpu import onednn
+    from msquant.kernels import onednn
 
     table = f"{config.family.names.embedding}.weight"
     widened = 1 if onednn.load_int8() else 4

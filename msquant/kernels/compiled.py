@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# %i counts runs and %place their numbers, which lie %length to a run.
+# %i counts runs and %place their numbers, which lie %length to a run; %columns are as many as have a factor.
 _LOOPS = """
-define void @{name}(ptr noalias %codes, ptr noalias %runs, ptr noalias %out, i64 %count, i64 %length,
-                    float %high) {{
+define void @{name}(ptr noalias %codes, ptr noalias %runs, ptr noalias %factors, ptr noalias %out,
+                    i64 %count, i64 %length, i64 %columns, float %high) {{
 entry:
   %empty = icmp eq i64 %count, 0
   %short = icmp eq i64 %length, 0
@@ -70,6 +70,16 @@ _FLOAT8 = """
   %value = bitcast i32 %bits to float
   %scaled = fmul float %value, %parameter"""
 
+# A weight whose columns are multiplied by a smooth scale; several runs may share a row.
+_START = """
+  %start = urem i64 %first, %columns"""
+
+_SMOOTHED = """
+  %column = add i64 %start, %j
+  %at_factor = getelementptr float, ptr %factors, i64 %column
+  %factor = load float, ptr %at_factor
+  %smoothed = fmul float %stored, %factor"""
+
 _ROUND = """
   %whole = call float @llvm.rint.f32(float %scaled)
   %above = fcmp ogt float %whole, %high
@@ -81,15 +91,15 @@ _ROUND = """
 
 # Without its sign, a code is the greater the greater its value is; infinity and then NaN are the last.
 _MAXIMUM = """
-  %unsigned = and {code} %stored, {mask}
-  %greater = icmp ugt {code} %unsigned, %greatest
-  %greatest_now = select i1 %greater, {code} %unsigned, {code} %greatest"""
+  %unsigned = and {bits} {number}, {mask}
+  %greater = icmp ugt {bits} %unsigned, %greatest
+  %greatest_now = select i1 %greater, {bits} %unsigned, {bits} %greatest"""
 
 _KEEP_MAXIMUM = """
-  %to = getelementptr {code}, ptr %out, i64 %i
-  store {code} %greatest_now, ptr %to"""
+  %to = getelementptr {bits}, ptr %out, i64 %i
+  store {bits} %greatest_now, ptr %to"""
 
-_ARGUMENTS = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 2 + (ctypes.c_float,)
+_ARGUMENTS = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 3 + (ctypes.c_float,)
 
 
 def bfloat16_maxima(codes: NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -130,22 +140,83 @@ def round_float8(
     _round("round_float8", codes, np.uint8, factors, high, out)
 
 
-def _maxima(name: str, codes: NDArray[Any], dtype: Any) -> NDArray[Any]:
+def smoothed_maxima(weight: NDArray[np.float32], smooth_scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The greatest magnitude in each run of a weight whose columns are multiplied by a smooth scale.
+
+    Args:
+        weight: `[R, k]`.
+        smooth_scale: `[K]`, K a multiple of k: of each row, which is one run or several.
+
+    Returns:
+        float32 `[R]`.
+    """
+    _check_factors(weight, smooth_scale)
+    return _maxima("smoothed_maxima", weight, np.float32, smooth_scale)
+
+
+def round_smoothed(
+    weight: NDArray[np.float32],
+    smooth_scale: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    high: int,
+    out: NDArray[np.int8],
+) -> None:
+    """Write `min(round(w smooth_scale / scale), high)`, half to even, into `out`.
+
+    Args:
+        weight: float32 `[R, k]`.
+        smooth_scale: as for `smoothed_maxima`.
+        scale: of each run, float32 `[R]`.
+        high: the greatest integer.
+        out: int8 `[R, k]`; of what is not finite, it gets any integers.
+    """
+    _check_factors(weight, smooth_scale)
+    _round("round_smoothed", weight, np.float32, scale, high, out, smooth_scale)
+
+
+def _maxima(
+    name: str, codes: NDArray[Any], dtype: Any, factors: NDArray[np.float32] | None = None
+) -> NDArray[Any]:
     out = np.empty(len(codes), codes.dtype)
     if not codes.shape[1]:
         out[:] = 0
     _check(codes, dtype, codes.shape)
-    _loops()[name](codes.ctypes.data, None, out.ctypes.data, *codes.shape, 0.0)
+    _run(name, codes, None, factors, out, 0)
     return out
 
 
 def _round(
-    name: str, codes: NDArray[Any], dtype: Any, runs: NDArray[np.float32], high: int, out: NDArray[np.int8]
+    name: str,
+    codes: NDArray[Any],
+    dtype: Any,
+    runs: NDArray[np.float32],
+    high: int,
+    out: NDArray[np.int8],
+    factors: NDArray[np.float32] | None = None,
 ) -> None:
     _check(codes, dtype, codes.shape)
     _check(runs, np.float32, codes.shape[:1])
     _check(out, np.int8, codes.shape)
-    _loops()[name](codes.ctypes.data, runs.ctypes.data, out.ctypes.data, *codes.shape, float(high))
+    _run(name, codes, runs, factors, out, high)
+
+
+def _run(
+    name: str,
+    codes: NDArray[Any],
+    runs: NDArray[np.float32] | None,
+    factors: NDArray[np.float32] | None,
+    out: NDArray[Any],
+    high: int,
+) -> None:
+    addresses = [None if array is None else array.ctypes.data for array in (codes, runs, factors, out)]
+    columns = 0 if factors is None else len(factors)
+    _loops()[name](*addresses, *codes.shape, columns, float(high))
+
+
+def _check_factors(weight: NDArray[Any], factors: NDArray[Any]) -> None:
+    _check(factors, np.float32, (factors.size,))
+    if not weight.shape[1] or factors.size % weight.shape[1]:
+        raise ValueError(f"runs of {weight.shape[1]} do not make rows of {factors.size}")
 
 
 def _check(array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
@@ -156,19 +227,22 @@ def _check(array: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _maximum(name: str, code: str, mask: int) -> str:
+def _maximum(
+    name: str, code: str, bits: str, mask: int, number: str = "%stored", before: str = "", body: str = ""
+) -> str:
     return _LOOPS.format(
         name=name,
         code=code,
-        before="",
-        carried=f"%greatest = phi {code} [ 0, %run ], [ %greatest_now, %number ]",
-        body=_MAXIMUM.format(code=code, mask=mask),
-        after=_KEEP_MAXIMUM.format(code=code),
+        before=before,
+        carried=f"%greatest = phi {bits} [ 0, %run ], [ %greatest_now, %number ]",
+        body=body + _MAXIMUM.format(bits=bits, number=number, mask=mask),
+        after=_KEEP_MAXIMUM.format(bits=bits),
     )
 
 
-def _rounding(name: str, code: str, body: str) -> str:
-    return _LOOPS.format(name=name, code=code, before=_PARAMETER, carried="", body=body + _ROUND, after="")
+def _rounding(name: str, code: str, body: str, before: str = "") -> str:
+    before = _PARAMETER + before
+    return _LOOPS.format(name=name, code=code, before=before, carried="", body=body + _ROUND, after="")
 
 
 _compiling = threading.Lock()
@@ -187,10 +261,17 @@ def _compiled() -> dict[str, Any]:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     sources = {
-        "bfloat16_maxima": _maximum("bfloat16_maxima", "i16", 0x7FFF),
-        "float8_maxima": _maximum("float8_maxima", "i8", 0x7F),
+        "bfloat16_maxima": _maximum("bfloat16_maxima", "i16", "i16", 0x7FFF),
+        "float8_maxima": _maximum("float8_maxima", "i8", "i8", 0x7F),
+        "smoothed_maxima": _maximum(
+            *("smoothed_maxima", "float", "i32", 0x7FFFFFFF, "%magnitude", _START),
+            _SMOOTHED + "\n  %magnitude = bitcast float %smoothed to i32",
+        ),
         "round_bfloat16": _rounding("round_bfloat16", "i16", _BFLOAT16),
         "round_float8": _rounding("round_float8", "i8", _FLOAT8),
+        "round_smoothed": _rounding(
+            *("round_smoothed", "float", _SMOOTHED + "\n  %scaled = fdiv float %smoothed, %parameter", _START)
+        ),
     }
     module = binding.parse_assembly("declare float @llvm.rint.f32(float)\n" + "".join(sources.values()))
     module.verify()

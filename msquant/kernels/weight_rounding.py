@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from msquant.kernels.fake_quant import fake_quantize, row_maxima, weight_scale
+from msquant.kernels.compiled import round_smoothed, smoothed_maxima
+from msquant.kernels.fake_quant import fake_quantize, row_maxima, scale_of_maxima, weight_scale
 from msquant.schemes import Quant
 
 _Number = TypeVar("_Number", bound=np.generic)
+Result = TypeVar("Result")
 
 INT8 = Quant(8, "channel")
 """Int8 with one scale for each output channel."""
@@ -204,6 +206,22 @@ def smoothed_and_rounded(
     return result
 
 
+def quantize_smoothed(
+    weight: NDArray[np.float32], smooth_scale: NDArray[np.float32], quant: Quant = INT8
+) -> RoundedWeight:
+    """As `quantize_weight` of a weight whose columns are multiplied by a smooth scale, in one thread.
+
+    Args:
+        weight: `[N, K]`.
+        smooth_scale: `[K]`.
+        quant: symmetric integers with a scale for each output channel.
+    """
+    scale = scale_of_maxima(smoothed_maxima(weight, smooth_scale), quant.high - quant.low)
+    rounded = np.empty(weight.shape, np.int8)
+    round_smoothed(weight, smooth_scale, scale, quant.high, rounded)
+    return RoundedWeight(rounded, scale)
+
+
 def clipping_change(
     weight: NDArray[np.float32], limit: NDArray[np.float32], out: NDArray[np.float32]
 ) -> NDArray[np.float32]:
@@ -231,12 +249,18 @@ def column_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum(values.max(axis=0), -values.min(axis=0))
 
 
-def for_blocks(values: NDArray[np.float32], work: Callable[[slice], None]) -> None:
-    """Call `work` with slices that cover all rows, on all cores; NumPy works outside of Python's lock."""
+def for_blocks(values: NDArray[np.float32], work: Callable[[slice], Result]) -> list[Result]:
+    """Call `work` with slices that cover all rows, on all cores; NumPy works outside of Python's lock.
+
+    Returns:
+        What it returned, in the order of the rows.
+    """
     rows = max(1, BLOCK_BYTES // max(1, values[:1].nbytes))
     slices = [slice(start, start + rows) for start in range(0, len(values), rows)]
-    # Exhausted, so that an error in a thread is raised here.
-    list(_threads().map(work, slices))
+    if len(slices) == 1:
+        # So that work on a block may use this for its own rows: threads that wait for threads would not end.
+        return [work(slices[0])]
+    return list(_threads().map(work, slices))
 
 
 def for_parts(rows: int, work: Callable[[slice], None]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import INT8_MAX, INT8_MIN, CacheScale, WeightSource
 from msquant.models.cells import add_linears, norm_cell
 from msquant.models.config import ModelConfig
-from msquant.models.positions import Positions
+from msquant.models.positions import Positions, by_head, by_token
 
 
 class KeyValueCache:
@@ -77,8 +77,7 @@ class ScaledDotProduct(nn.Cell):
         scores = places.hide_future(scores.reshape(batch, heads, length, -1))
         weights = ops.softmax(scores, axis=-1).astype(values.dtype)
         mixed = self.mix(weights.reshape(batch, groups, rows, -1), values)
-        mixed = mixed.reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
-        return mixed.reshape(batch * length, -1)
+        return by_token(mixed.reshape(batch, heads, length, -1))
 
 
 class Attention(nn.Cell):
@@ -138,4 +137,4 @@ class Attention(nn.Cell):
     def _split(self, x: Tensor, batch: int, heads: int, norm: nn.Cell | None = None) -> Tensor:
         if norm is not None:
             x = norm(x.reshape(-1, self.head_dim))
-        return x.reshape(batch, -1, heads, self.head_dim).transpose(0, 2, 1, 3)
+        return by_head(x.reshape(-1, heads * self.head_dim), batch, heads)

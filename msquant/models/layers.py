@@ -18,7 +18,7 @@ from msquant.models.config import INNER_NORM_EPS, ModelConfig
 from msquant.models.delta_net import DeltaCache, GatedDeltaNet
 from msquant.models.feed_forward import MLP
 from msquant.models.moe import MoE
-from msquant.models.positions import Positions, positions
+from msquant.models.positions import Positions, by_head, positions
 from msquant.models.rope import softmax_scale
 
 
@@ -139,7 +139,7 @@ class LatentAttention(nn.Cell):
             if cache is not None:
                 keys, values = cache.extend(keys, values)
             return self.absorbed.values(self.attend(queries, keys, values, places))
-        expanded = self._split(getattr(self, self.names.latent_up)(compressed), batch, self.heads)
+        expanded = by_head(getattr(self, self.names.latent_up)(compressed), batch, self.heads)
         own, values = ops.split(expanded, (nope, value), axis=3)
         keys = ops.cat((own, ops.tile(rotated, (1, self.heads, 1, 1))), axis=3)
         if cache is not None:
@@ -156,14 +156,10 @@ class LatentAttention(nn.Cell):
             rotated.
         """
         return (
-            places.rotate(self._split(queries, batch, self.heads)),
-            self._split(compressed, batch, 1),
-            places.rotate(self._split(shared, batch, 1)),
+            places.rotate(by_head(queries, batch, self.heads)),
+            by_head(compressed, batch, 1),
+            places.rotate(by_head(shared, batch, 1)),
         )
-
-    @staticmethod
-    def _split(x: Tensor, batch: int, heads: int) -> Tensor:
-        return x.reshape(batch, -1, heads, x.shape[1] // heads).transpose(0, 2, 1, 3)
 
 
 __all__ = ["DecoderLayer", "KeyValueCache", "Part", "Positions", "RMSNorm", "State", "positions"]

@@ -1,5 +1,6 @@
 """Where tokens stand: rotary tables and the causal mask, in the shapes that decoder layers ask for."""
 
+from functools import lru_cache
 from typing import Any
 
 import mindspore as ms
@@ -73,6 +74,36 @@ class Positions:
         if (name, shape) not in self._kept:
             self._kept[name, shape] = Tensor(np.broadcast_to(table(), shape).copy(), dtype)
         return self._kept[name, shape]
+
+
+def by_head(x: Tensor, batch: int, heads: int) -> Tensor:
+    """`[B*T, heads * D]` to `[B, heads, T, D]`, one head's tokens behind one another in memory."""
+    length = x.shape[0] // batch
+    rows = x.reshape(batch * length * heads, -1)
+    if length > 1 and heads > 1:
+        rows = _rows(rows, _order(batch, length, heads))
+    return rows.reshape(batch, heads, length, -1)
+
+
+def by_token(x: Tensor) -> Tensor:
+    """`[B, heads, T, D]` to `[B*T, heads * D]`: what `by_head` does, undone."""
+    batch, heads, length, channels = x.shape
+    rows = x.reshape(-1, channels)
+    if length > 1 and heads > 1:
+        rows = _rows(rows, _order(batch, heads, length))
+    return rows.reshape(batch * length, -1)
+
+
+def _rows(rows: Tensor, order: Tensor) -> Tensor:
+    # On a CPU this takes a tenth of the time of a tensor that is transposed and then read.
+    return ops.Gather()(rows, order, 0)
+
+
+@lru_cache(maxsize=16)
+def _order(batch: int, outer: int, inner: int) -> Tensor:
+    """The rows `[B*outer*inner]`, in the order that they have when the last two axes change places."""
+    places = np.arange(batch * outer * inner, dtype=np.int32).reshape(batch, outer, inner)
+    return Tensor(places.transpose(0, 2, 1).reshape(-1).copy())
 
 
 def positions(config: ModelConfig, length: int, dtype: Any, past: int = 0) -> Positions:

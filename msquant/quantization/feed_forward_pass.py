@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 
 from msquant.algorithms.base import Algorithm
 from msquant.checkpoint.weights import (
-    INT8_MAX,
-    INT8_MIN,
     FloatLinear,
     LayerSink,
     Linear,
     QuantizedLinear,
     WeightSource,
     as_computed,
-    token_scales,
 )
 from msquant.interrupts import check_interrupt
+from msquant.kernels.cpu_linear import linear_layer
 from msquant.kernels.layer_report import GroupReport
 from msquant.kernels.ranges import channel_ranges
 from msquant.kernels.smoothing import power_of_two, smooth_scale
@@ -431,15 +429,12 @@ class FeedForwardPass:
 
 
 def _apply(linear: Linear, x: Floats) -> Floats:
-    """`[T, K]` to `[T, N]`: per-token int8 as in `models.linear.Int8Linear`, but for sums' last digits."""
+    """`[T, K]` to `[T, N]`."""
     linear = as_computed(linear)
-    if isinstance(linear, FloatLinear):
-        y = x @ linear.weight.T
-    else:
-        scale = token_scales(x)
-        weight, output_scale = linear.factors
-        y = np.clip(np.rint(x / scale), INT8_MIN, INT8_MAX) @ weight.T.astype(np.float32, copy=False)
-        y *= output_scale * scale
+    if not isinstance(linear, FloatLinear):
+        return linear_layer(linear)(x)
+    # NumPy's product, however few the rows are: digits are the same wherever NumPy is.
+    y = x @ linear.weight.T
     return y if linear.bias is None else y + linear.bias
 
 

@@ -16,9 +16,9 @@ import pytest
 from msquant.checkpoint.weights import Linear, QuantizedLinear
 from msquant.flows.engines import load_embedded
 from msquant.flows.pipeline import quantize
-from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.embedded import EmbeddedEngine
 from msquant.inference.engine_protocol import Sampling
+from msquant.kernels.cpu_linear import Array, Layer, linear_layer
 from msquant.recipe.recipe import find_recipe
 from msquant.schemes import W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8_MIX, W8A8_SHIFTED
 from tests.consumers.environments import PROJECT, Environments, environments

@@ -25,7 +25,7 @@ from msquant.formats.ascend.form import AscendFormat
 from msquant.formats.ascend.layout import DESCRIPTION_NAME, WORDS, decode_linear
 from msquant.formats.compressed_tensors.section import make_section
 from msquant.formats.fused_layers import experts_parent, fused_layers
-from msquant.inference.cpu.cpu_linear import linear_layer
+from msquant.kernels.cpu_linear import linear_layer
 from msquant.schemes import FLOAT, W8A8, W8A8_DYNAMIC, W8A16, Scheme
 from tests.formats.expert_folders import DEEPSEEK, QWEN, random_linear, schemes_of, write_experts
 from tests.formats.folders import CONFIG

@@ -15,9 +15,9 @@ import pytest
 from msquant.checkpoint.weights import Linear, QuantizedLinear
 from msquant.flows.generation import load_engine
 from msquant.flows.pipeline import quantize
-from msquant.inference.cpu.cpu_linear import Array, Layer, linear_layer
 from msquant.inference.engine_protocol import Sampling
 from msquant.inference.vllm_cpu import VllmEngine
+from msquant.kernels.cpu_linear import Array, Layer, linear_layer
 from tests.fixtures.tiny_families import write_tiny
 from tests.inference import test_vllm_cpu_parity
 from tests.test_pipeline_formats import recipe_of

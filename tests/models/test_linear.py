@@ -3,13 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, QuantizedLinear
-from msquant.models.cells import dense, linear_cell
+from msquant.models import cells
+from msquant.models.cells import Int8Linear, dense, linear_cell
 from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import (
     N,
@@ -22,6 +24,13 @@ from tests.fixtures.linears import (
 )
 
 SIZES = [64, 1024, 1500, 3000]
+
+
+@pytest.fixture(params=["cpu", "ascend"], autouse=True)
+def cell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU computes, and what an NPU does, on a CPU."""
+    if request.param == "ascend":
+        monkeypatch.setattr(cells, "CpuLinear", lambda linear: Int8Linear(linear, ms.float32))
 
 
 def run(linear: FloatLinear | QuantizedLinear, x: NDArray[np.float32], dtype: Any) -> NDArray[np.float32]:

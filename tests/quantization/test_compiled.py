@@ -9,8 +9,15 @@ import pytest
 
 from msquant.checkpoint.fp8 import SHIFT, VALUES
 from msquant.kernels.bfloat16_rounding import quantize_bfloat16
-from msquant.kernels.compiled import bfloat16_maxima, float8_maxima, round_bfloat16, round_float8
-from msquant.kernels.weight_rounding import quantize_weight
+from msquant.kernels.compiled import (
+    bfloat16_maxima,
+    float8_maxima,
+    round_bfloat16,
+    round_float8,
+    round_smoothed,
+    smoothed_maxima,
+)
+from msquant.kernels.weight_rounding import quantize_smoothed, quantize_weight
 from msquant.schemes import Quant
 
 # Lengths that fill a vector register, and that do not.
@@ -52,6 +59,48 @@ def test_float8(length: int) -> None:
     assert np.array_equal(
         out, np.minimum(np.rint(VALUES[codes] * factors[:, None]), 127).clip(-128).astype(np.int8)
     )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_smoothed(length: int) -> None:
+    generator = np.random.default_rng(3)
+    weight = generator.standard_normal((12, 2, length)).astype(np.float32)
+    weight[4] = 0
+    smooth = generator.uniform(0.5, 2, (2, length)).astype(np.float32)
+    values = (weight * smooth).reshape(-1, length)
+    runs, factors = weight.reshape(-1, length), smooth.reshape(-1)
+    greatest = smoothed_maxima(runs, factors)
+    assert np.array_equal(greatest, np.abs(values).max(axis=1))
+    scale = np.where(greatest == 0, 1, greatest / 127.4).astype(np.float32)
+    out = np.empty(runs.shape, np.int8)
+    round_smoothed(runs, factors, scale, 127, out)
+    assert np.array_equal(out, np.minimum(np.rint(values / scale[:, None]), 127).astype(np.int8))
+
+
+def test_smoothed_weights_are_rounded_as_others_are() -> None:
+    generator = np.random.default_rng(4)
+    weight = generator.standard_normal((48, 96)).astype(np.float32)
+    smooth = generator.uniform(0.5, 2, 96).astype(np.float32)
+    for quant in (Quant(8, "channel"), Quant(4, "channel")):
+        found, expected = (
+            quantize_smoothed(weight, smooth, quant),
+            quantize_weight(weight * smooth, quant=quant),
+        )
+        assert np.array_equal(found.weight, expected.weight)
+        assert np.array_equal(found.scale, expected.scale)
+
+
+def test_what_is_not_finite_has_a_greatest_that_is_not() -> None:
+    weight = np.ones((3, 64), np.float32)
+    weight[0, 5], weight[1, 6] = np.nan, -np.inf
+    assert np.isfinite(smoothed_maxima(weight, np.ones(64, np.float32))).tolist() == [False, False, True]
+
+
+def test_runs_that_make_no_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="runs of 8 do not make rows of 12"):
+        smoothed_maxima(np.ones((3, 8), np.float32), np.ones(12, np.float32))
+    with pytest.raises(ValueError, match="is needed"):
+        smoothed_maxima(np.ones((3, 8), np.float32), np.ones(8))
 
 
 def test_the_greatest_integer_is_not_exceeded() -> None:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from msquant.algorithms import held_out
 from msquant.algorithms.held_out import Choice, GroupInputs, HeldOutSearch, typical_magnitudes
+from msquant.kernels.weight_rounding import smoothed_and_rounded
+from msquant.schemes import Quant
 
 S, T, K, N = 4, 16, 24, 10
 
@@ -25,7 +28,12 @@ def group(seed=0, residual=False, **values):
     return GroupInputs(**(given | values)), weights
 
 
-def torch_loss(inputs, weights, alpha, floor, per_token, shifted=False):
+def int8_rows(smoothed):
+    unit = 2 * smoothed.abs().amax(1, keepdim=True) / 255
+    return torch.clamp(torch.round(smoothed / unit), -128, 127) * unit
+
+
+def torch_loss(inputs, weights, alpha, floor, per_token, shifted=False, rounded=int8_rows):
     """The definition in held_out.py, written down once more in float64."""
     x, low, high = (torch.tensor(v, dtype=torch.float64) for v in (inputs.x, inputs.low, inputs.high))
     typical, sample = torch.tensor(inputs.typical, dtype=torch.float64), torch.tensor(inputs.sample)
@@ -54,12 +62,9 @@ def torch_loss(inputs, weights, alpha, floor, per_token, shifted=False):
             offset = torch.round(-128 - first / step)
         quantized = (torch.clamp(torch.round(given / step + offset), -128, 127) - offset).double() * step
         for w in weights:
-            smoothed = w * scale
-            unit = 2 * smoothed.abs().amax(1, keepdim=True) / 255
-            rounded = torch.clamp(torch.round(smoothed / unit), -128, 127) * unit
             exact = x[rows] @ w.T
             read = exact if inputs.residual is None else exact + torch.tensor(inputs.residual)[rows]
-            total += ((quantized @ rounded.T - exact).square().sum(1) / read.square().sum(1)).sum()
+            total += ((quantized @ rounded(w * scale).T - exact).square().sum(1) / read.square().sum(1)).sum()
     return float(total) / (len(x) * len(weights))
 
 
@@ -83,6 +88,37 @@ def test_the_best_candidate_is_the_best_of_its_row_and_column():
     assert choice.loss == min(search.loss(choice.alpha, floor) for floor in floors)
     first = min(floors, key=lambda floor: search.loss(0.9, floor))
     assert choice.alpha == min(alphas, key=lambda alpha: search.loss(alpha, first))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_few_tokens_decide_who_stays_in_the_race(monkeypatch: pytest.MonkeyPatch, per_token: bool) -> None:
+    inputs, weights = group()
+    alphas, floors = tuple(i / 20 for i in range(20)), (0.0, 0.5, 0.9)
+    whole = HeldOutSearch(inputs, weights, per_token=per_token)
+    expected = whole.best(alphas, floors)
+    monkeypatch.setattr(held_out, "FEW_TOKENS", 16)
+    racing = HeldOutSearch(inputs, weights, per_token=per_token)
+    found = racing.best(alphas, floors)
+    assert (found.alpha, found.range_floor) == (expected.alpha, expected.range_floor)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert len(racing._all) < len(racing._few)
+
+
+@pytest.mark.usefixtures("product")
+@pytest.mark.parametrize(
+    "quant",
+    [Quant(8, "channel"), Quant(4, "channel"), Quant(8, "group", 8), Quant(4, "group", 8, symmetric=False)],
+)
+def test_the_loss_with_other_integers(quant: Quant) -> None:
+    inputs, weights = group()
+
+    def rounded(smoothed: torch.Tensor) -> torch.Tensor:
+        values = smoothed.numpy().astype(np.float32)
+        return torch.tensor(smoothed_and_rounded(values, np.ones(K, np.float32), quant=quant)).double()
+
+    loss = HeldOutSearch(inputs, weights, per_token=True, quant=quant).loss(0.5, 0.75)
+    expected = torch_loss(inputs, weights, 0.5, 0.75, per_token=True, rounded=rounded)
+    assert loss == pytest.approx(expected, rel=2e-2)
 
 
 def test_channels_that_wake_up_in_other_samples_ask_for_a_floor():

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import WeightSource, float_weight, token_scales
 from msquant.families.base import LatentSizes
-from msquant.inference.cpu.cpu_linear import Array, linear_layer
 from msquant.inference.cpu.norm import CpuRMSNorm
+from msquant.kernels.cpu_linear import Array, linear_layer
 from msquant.models.config import INNER_NORM_EPS, ModelConfig
 from msquant.models.reading import read_linear
 from msquant.models.rope import rotary_tables, softmax_scale

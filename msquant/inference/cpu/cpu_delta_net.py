@@ -7,8 +7,8 @@ import numpy as np
 from msquant.checkpoint.weights import WeightSource
 from msquant.families.base import DeltaSizes
 from msquant.inference.cpu.cpu_attention import Places
-from msquant.inference.cpu.cpu_linear import Array, linear_layer
 from msquant.inference.cpu.norm import CpuRMSNorm
+from msquant.kernels.cpu_linear import Array, linear_layer
 from msquant.models.config import ModelConfig
 from msquant.models.delta_rule import DeltaState, DeltaWeights, mix_tokens
 from msquant.models.reading import read_linear, read_tensor

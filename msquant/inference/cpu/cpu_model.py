@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from msquant.checkpoint.weights import FloatLinear, WeightSource
 from msquant.inference.cpu.cpu_attention import CpuLatentAttention, GroupedQueryAttention, LayerCache, Places
 from msquant.inference.cpu.cpu_delta_net import CpuDeltaNet
-from msquant.inference.cpu.cpu_linear import Array, linear_layer
 from msquant.inference.cpu.norm import CpuRMSNorm
+from msquant.kernels.cpu_linear import Array, linear_layer
 from msquant.models.config import ModelConfig, check_shape
 from msquant.models.delta_rule import DeltaState
 from msquant.models.reading import expert_sizes, read_linear, read_tensor

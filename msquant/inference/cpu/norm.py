@@ -5,7 +5,7 @@ from typing import Self
 import numpy as np
 
 from msquant.checkpoint.weights import WeightSource
-from msquant.inference.cpu.cpu_linear import Array
+from msquant.kernels.cpu_linear import Array
 from msquant.models.config import ModelConfig
 from msquant.models.reading import read_norm
 

@@ -23,7 +23,7 @@ from msquant.formats.ascend.layout import DESCRIPTION_NAME
 from msquant.formats.folder_plan import plan_folder
 from msquant.formats.int4_rows import unpack_rows
 from msquant.formats.summary import summarize
-from msquant.inference.cpu import onednn
+from msquant.kernels import onednn
 from msquant.kernels.weight_rounding import quantize_weight
 from msquant.models.config_json import read_config
 from msquant.schemes import W4A8_DYNAMIC, W8A8, Scheme, parse_scheme

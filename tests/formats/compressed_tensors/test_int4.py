@@ -15,7 +15,7 @@ from msquant.errors import CheckpointError
 from msquant.flows.conversion import open_quantized
 from msquant.formats.compressed_tensors.form import CompressedTensorsFormat
 from msquant.formats.compressed_tensors.layout import decode_linear
-from msquant.inference.cpu.cpu_linear import linear_layer
+from msquant.kernels.cpu_linear import linear_layer
 from msquant.kernels.weight_rounding import quantize_weight
 from msquant.schemes import FLOAT, Scheme, parse_scheme
 from tests.formats.expert_folders import QWEN, random_linear, schemes_of, write_experts

@@ -132,6 +132,8 @@ def _split(
     c: NDArray[Any],
 ) -> NDArray[Any]:
     """Fill `c` with `a b^T`, the rows of `b` in parts of their own where there are many."""
+    if not c.size:
+        return c
     parts = b.nbytes // SPLIT_BYTES
     if parts < 2 or (parts := min(parts, threads())) < 2:
         multiply(a, b, c)

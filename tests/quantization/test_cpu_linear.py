@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from msquant.checkpoint.weights import FloatLinear, Linear, QuantizedLinear
-from msquant.inference.cpu import onednn
-from msquant.inference.cpu.cpu_linear import linear_layer
+from msquant.kernels import onednn
+from msquant.kernels.cpu_linear import linear_layer
 from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import (
     N,

@@ -1,7 +1,6 @@
 """Linear layers in NumPy, with the arithmetic of `msquant.models.cells`."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -16,8 +15,8 @@ from msquant.checkpoint.weights import (
     as_computed,
     token_scales,
 )
-from msquant.inference.cpu import onednn
-from msquant.models.exact import exact_parts
+from msquant.kernels import onednn
+from msquant.kernels.integer_product import product_by_weight
 
 Array = NDArray[np.float32]
 Weight = TypeVar("Weight", np.int8, np.float32)
@@ -96,13 +95,10 @@ class _Int8Layer:
         self._offset, self._lowest, self._highest = offset, INT8_MIN - offset, INT8_MAX - offset
         weights, output_scales = zip(*(linear.factors for linear in linears), strict=True)
         weight = _stack(weights)
-        gemm = onednn.load_int8() if weight.shape[1] < onednn.LONGEST else None
         if weight.dtype != np.int8:
             self._product: Layer = lambda quantized: quantized @ weight.T
-        elif gemm is None:
-            self._product = _WidenedProduct(weight, float(max(-self._lowest.min(), self._highest.max())))
         else:
-            self._product = _Int8Product(gemm, weight, -self._lowest)
+            self._product = product_by_weight(weight, self._lowest, self._highest)
         self._output_scale = np.concatenate(output_scales)
         if self._input_scale is not None:
             self._output_scale = self._output_scale * self._input_scale
@@ -127,50 +123,6 @@ class _Int8Layer:
         if self._bias is not None:
             y += self._bias
         return y
-
-
-class _Int8Product:
-    """Integers held in float32 to their exact products with int8 weights, rounded to float32.
-
-    Args:
-        gemm: of the library.
-        weight: int8 `[N, K]`.
-        shift: whole numbers, float32 `[1]` or `[K]`; added to the integers they make them 0 to 255.
-    """
-
-    def __init__(self, gemm: onednn.Int8Product, weight: NDArray[np.int8], shift: Array) -> None:
-        self._gemm, self._weight, self._shift = gemm, weight, shift
-        columns = np.broadcast_to(shift.astype(np.int32), weight.shape[1:])
-        self._shifted = np.einsum("nk,k->n", weight, columns, dtype=np.int32)
-
-    def __call__(self, quantized: Array) -> Array:
-        quantized += self._shift
-        total = self._gemm(quantized.astype(np.uint8), self._weight)
-        total -= self._shifted
-        return total.astype(np.float32)
-
-
-class _WidenedProduct:
-    """The same, for processors without an exact int8 kernel: 4 bytes a weight.
-
-    Args:
-        weight: int8 `[N, K]`.
-        largest: magnitude of the integers.
-    """
-
-    def __init__(self, weight: NDArray[np.int8], largest: float) -> None:
-        self._parts = list(pairwise(exact_parts(weight, largest)))
-        self._weights = [
-            np.asarray(weight[:, start:stop], dtype=np.float32, order="C").T for start, stop in self._parts
-        ]
-
-    def __call__(self, quantized: Array) -> Array:
-        if len(self._parts) == 1:
-            return quantized @ self._weights[0]
-        total = np.zeros((len(quantized), self._weights[0].shape[1]), np.int32)
-        for (start, stop), weight in zip(self._parts, self._weights, strict=True):
-            total += (quantized[:, start:stop] @ weight).astype(np.int32)
-        return total.astype(np.float32)
 
 
 def _stack(weights: Sequence[NDArray[Weight]]) -> NDArray[Weight]:
