@@ -34,6 +34,9 @@ LONGEST = 2**31 // (255 * 128)
 # A thread gets at least so much of a matrix: 0.4 ms of reading, ten times what handing it over takes.
 SPLIT_BYTES = 1 << 22
 
+# Rows that are computed while the matrix is read; from there on time goes with their number.
+FEW_ROWS = 16
+
 _LAYOUT = (b"N", b"T")
 _SIZE, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -134,7 +137,7 @@ def _split(
     """Fill `c` with `a b^T`, the rows of `b` in parts of their own where there are many."""
     if not c.size:
         return c
-    parts = b.nbytes // SPLIT_BYTES
+    parts = b.nbytes * max(1, len(a) // FEW_ROWS) // SPLIT_BYTES
     if parts < 2 or (parts := min(parts, threads())) < 2:
         multiply(a, b, c)
         return c
