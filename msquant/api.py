@@ -401,6 +401,9 @@ def analyze(
     device: str = "cpu",
     memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    allow_different_arithmetic: bool = False,
     progress: Progress | None = None,
 ) -> "Analysis":
     """Rank the linears of a model by the error that quantizing only them causes, and spare the worst.
@@ -418,6 +421,9 @@ def analyze(
         device: `cpu` or `ascend`.
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
+        workers: as for `quantize`; the numbers are the same.
+        ray_address: likewise.
+        allow_different_arithmetic: likewise.
         progress: callbacks.
 
     Returns:
@@ -432,9 +438,11 @@ def analyze(
         >>> msquant.quantize(mixed, "smollm2-mixed")  # doctest: +SKIP
     """
     from msquant.flows.analysis import analyze as run
+    from msquant.flows.workers import Workers, require_workers
     from msquant.hub.choose import is_offline
     from msquant.quantization.selection import budget_of
 
+    require_workers(workers, ray_address, device)
     return run(
         find_recipe(model).adjusted(scheme=scheme, group_size=group_size, rotation=rotation),
         budget=budget_of(keep_float, keep_dynamic, max_error, max_size),
@@ -443,6 +451,7 @@ def analyze(
         memory_budget=memory_budget,
         verbose=verbose,
         offline=is_offline(),
+        workers=Workers(workers, ray_address, allow_different_arithmetic=allow_different_arithmetic),
         progress=progress,
     )
 

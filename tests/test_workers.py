@@ -26,6 +26,7 @@ from msquant.checkpoint.json_file import read_json
 from msquant.errors import EngineError
 from msquant.evaluation.inputs import Text
 from msquant.flows import model_free
+from msquant.flows.analysis import analyze
 from msquant.flows.comparison import score_folders
 from msquant.flows.layer_graph import Done, Job, Schedule, Task
 from msquant.flows.model_free import quantize_model_free
@@ -263,6 +264,39 @@ def test_processes_share_an_evaluation(recipe: Path, expected: dict[str, str]) -
         found.append({key: document[key] for key in ("baseline", "models", "texts")})
     assert found[0] == found[1]
     assert found[0]["models"][0]["overall"]["kl"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_ranking_that_is_shared_finds_the_same_errors(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny(tmp_path / "model", model_type, layers=6, dtype="bfloat16")
+    recipe = find_recipe(str(model)).adjusted(algo="osl", samples=2, sequence_length=24)
+    expected = analyze(recipe)
+    monkeypatch.setattr("msquant.flows.worker_pool.WorkerPool", Shuffled)
+    said: list[int] = []
+    progress = Progress(layer=lambda record: said.append(record["index"]))
+    found = analyze(recipe, workers=Workers(3), progress=progress)
+    assert found.groups == expected.groups
+    assert sorted(said) == list(range(6))
+    assert Shuffled.made[-1].kinds == {"embed": 1, "compute": 5, "measure": 6}
+
+
+@pytest.mark.e2e
+def test_processes_share_a_ranking(recipe: Path, tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "msquant", "analyze", str(recipe), "--keep-float", "2", "--json"]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run(
+            [*command, "--workers", str(count)], capture_output=True, text=True, timeout=900, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        found.append({key: document[key] for key in ("groups", "kept", "error", "recipe")})
+        assert not list(tmp_path.iterdir())
+    assert found[0] == found[1]
+    assert found[0]["kept"]
 
 
 POOL = """

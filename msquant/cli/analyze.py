@@ -35,6 +35,9 @@ def analyze(
     device: options.Device = "cpu",
     source: options.Source = None,
     memory_budget: options.MemoryBudget = options.MEMORY_BUDGET,
+    workers: options.WorkerCount = None,
+    ray_address: options.RayAddress = None,
+    allow_different_arithmetic: options.DifferentArithmetic = False,
     keep_float: Annotated[
         int | None, typer.Option(help="Make a recipe that keeps at most so many matrices in floating point.")
     ] = None,
@@ -101,6 +104,11 @@ def analyze(
         options.refuse(
             {**asked, "--scheme": scheme, "--group-size": group_size},
             "does not go with --frontier, which chooses every scheme",
+            "leave one of them out",
+        )
+        options.refuse(
+            {"--workers": workers, "--ray-address": ray_address},
+            "does not go with --frontier, which one process computes",
             "leave one of them out",
         )
     else:
@@ -181,6 +189,9 @@ def analyze(
             device=device,
             memory_budget=console.parse_bytes(memory_budget, "--memory-budget"),
             verbose=verbose,
+            workers=workers,
+            ray_address=ray_address,
+            allow_different_arithmetic=allow_different_arithmetic,
             progress=display.flow(lambda record: _note(record["errors"])),
         )
     if output is not None and analysis.recipe is not None:

@@ -1,26 +1,21 @@
 """The flow of `msquant analyze`: what quantizing each group of linears costs, and a recipe that spares some.
 
-One pass over the decoder layers in floating point, one layer in memory at a time, as in `pipeline.py`;
-nothing is written but hidden states, into a temporary folder.
+One pass over the decoder layers in floating point, one layer in memory at a time; nothing is written but
+hidden states, into a temporary folder. What it is made of: `analysis_work.py`.
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from msquant.calibration.tokens import Samples
 from msquant.checkpoint.disk import shown_sizes
-from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
 from msquant.errors import RecipeError
 from msquant.evaluation.ranking import rank
+from msquant.flows.analysis_work import AnalysisJob, measure
 from msquant.flows.calibration import calibration_of, require_sources
-from msquant.flows.layer_work import embed
 from msquant.flows.source import (
-    Source,
     batch_tokens,
     folder_plan,
     folder_plans,
@@ -28,11 +23,12 @@ from msquant.flows.source import (
     require_target,
     rotated,
 )
+from msquant.flows.workers import Workers
 from msquant.formats.folder_plan import FolderPlan, plan_folder
-from msquant.interrupts import check_interrupt, deferred_interrupts
+from msquant.interrupts import deferred_interrupts
 from msquant.kernels.layer_report import GroupError
 from msquant.models.config import ModelConfig
-from msquant.models.device import require_device, use_device
+from msquant.models.device import require_device
 from msquant.progress import Progress
 from msquant.quantization.layer_schemes import layer_schemes
 from msquant.quantization.selection import Budget, RankedGroup, gain, select
@@ -76,6 +72,7 @@ def analyze(
     memory_budget: int = MEMORY_BUDGET,
     verbose: bool = False,
     offline: bool = False,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """Measure the error that quantizing each group of linears causes alone.
@@ -88,6 +85,7 @@ def analyze(
         memory_budget: bytes of hidden states held in memory.
         verbose: show golden-stick's own log.
         offline: ask no hub for calibration text.
+        workers: who does the work; this process alone if None. The numbers are the same.
         progress: callbacks; a layer's record holds its `index` and the `errors` of its groups by name.
 
     Raises:
@@ -105,7 +103,11 @@ def analyze(
         _check_budget(budget, plans)
     samples = calibration_of(recipe.calibration, model.folder, offline=offline, progress=progress).samples
     per_token = all(W8A8_DYNAMIC in plan.format.words for plan in plans)
-    measured = _measure(recipe, model, samples, per_token, device, memory_budget, verbose, progress)
+    batches = list(samples.batches(batch_tokens(model.config)))
+    length = samples.tokens.shape[1]
+    job = AnalysisJob(recipe, batches, length, per_token, device, memory_budget, verbose)
+    with deferred_interrupts():
+        measured = measure(job, model, workers or Workers(), progress)
     groups = _ranked(measured, model.config, recipe)
     error = math.fsum(group.measured.error for group in groups)
     kept: list[RankedGroup] = []
@@ -126,39 +128,6 @@ def analyze(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
-
-
-def _measure(
-    recipe: Recipe,
-    source: Source,
-    samples: Samples,
-    per_token: bool,
-    device: str,
-    memory_budget: int,
-    verbose: bool,
-    progress: Progress,
-) -> list[GroupError]:
-    progress.stage("loading MindSpore and golden-stick")
-    from msquant.kernels import golden_stick
-    from msquant.quantization.group_errors import SensitivityPass
-
-    dtype = use_device(device)
-    golden_stick.set_log_level(verbose)
-    config, policy, length = source.config, recipe.quantization, samples.tokens.shape[1]
-    measured: list[GroupError] = []
-    with tempfile.TemporaryDirectory(prefix="msquant-") as folder, deferred_interrupts():
-        store = HiddenStateStore(Path(folder), memory_budget)
-        decoder = SensitivityPass(config, source.weights, policy, length, dtype, store, progress.step)
-        progress.layers(config.num_hidden_layers, 0)
-        embed(source, samples.batches(batch_tokens(config)), store, dtype)
-        for index in range(config.num_hidden_layers):
-            with store.write(index + 1) as outputs:
-                errors = decoder.errors(index, store.open(index), outputs.append, dynamic=per_token)
-            store.discard(index)
-            measured += errors
-            progress.layer({"index": index, "errors": {error.group: error.error for error in errors}})
-            check_interrupt()
-    return measured
 
 
 def _check_budget(budget: Budget, plans: Sequence[FolderPlan]) -> None:

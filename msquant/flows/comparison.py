@@ -4,7 +4,6 @@ The float model and the others go layer by layer in lockstep, see `evaluation/lo
 but hidden states, into a temporary folder.
 """
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from msquant.calibration.rows import Template
 from msquant.calibration.sources import Reading, load_texts
 from msquant.calibration.tokens import spread_windows
 from msquant.checkpoint.checkpoint_reader import Checkpoint
-from msquant.checkpoint.disk import shard_file_bytes, writing
+from msquant.checkpoint.disk import shard_file_bytes
 from msquant.checkpoint.hidden_states import HiddenStateStore
 from msquant.checkpoint.json_file import read_json
 from msquant.checkpoint.memory import MEMORY_BUDGET, peak_memory
@@ -31,7 +30,7 @@ from msquant.evaluation.inputs import Model, Text, require_alike
 from msquant.flows.engines import open_prefill, open_weights
 from msquant.flows.evaluation_work import EvaluationJob, evaluate_shared
 from msquant.flows.generation import find_named_model
-from msquant.flows.workers import Workers
+from msquant.flows.workers import Workers, scratch_folder
 from msquant.formats.registry import folder_format
 from msquant.hub.choose import is_offline
 from msquant.hub.models import resolve_model
@@ -201,23 +200,19 @@ def score_folders(
     def on_layer(index: int, layers: list[LayerScore]) -> None:
         progress.layer({"index": index, "layers": layers})
 
-    if workers.in_process:
-        with tempfile.TemporaryDirectory(prefix="msquant-") as scratch:
-            store = HiddenStateStore(Path(scratch), memory_budget)
+    with scratch_folder(workers, folders[-1]) as scratch:
+        if workers.in_process:
+            store = HiddenStateStore(scratch, memory_budget)
             return evaluate(models, texts, use_device(device), store, on_layer, progress.stage)
-    from msquant.flows.worker_pool import WorkerPool
+        from msquant.flows.worker_pool import WorkerPool
 
-    require_alike(models, texts)
-    # What all nodes of a cluster see is the disk of the models.
-    place = folders[-1].absolute().parent if workers.address else Path(tempfile.gettempdir())
-    with writing(place):
-        folder = tempfile.TemporaryDirectory(prefix=".msquant-", dir=place)
-    with folder as scratch, WorkerPool(workers, progress) as pool:
-        named = tuple(map(Path.absolute, folders))
-        job = EvaluationJob(named, asked, tuple(texts), device, memory_budget, pool.count)
-        pool.prepare(job, named[0], Checkpoint.open(named[0]).fingerprint()["sha256"], Path(scratch))
-        store = HiddenStateStore(Path(scratch), memory_budget, shared=True)
-        return evaluate_shared(job, pool, store, on_layer)
+        require_alike(models, texts)
+        with WorkerPool(workers, progress) as pool:
+            named = tuple(map(Path.absolute, folders))
+            job = EvaluationJob(named, asked, tuple(texts), device, memory_budget, pool.count)
+            pool.prepare(job, named[0], Checkpoint.open(named[0]).fingerprint()["sha256"], scratch)
+            store = HiddenStateStore(scratch, memory_budget, shared=True)
+            return evaluate_shared(job, pool, store, on_layer)
 
 
 def opened_model(folder: Path, prefill: bool) -> Model:

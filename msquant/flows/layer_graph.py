@@ -44,6 +44,7 @@ Kind = Literal[
     "forward",
     "differ",
     "predict",
+    "measure",
     "round",
 ]
 
@@ -60,11 +61,12 @@ _DOING: dict[Kind, str] = {
     "forward": "computing",
     "differ": "comparing",
     "predict": "predicting behind",
+    "measure": "measuring",
     "round": "rounding",
 }
 
 # Layers after the one at hand do not wait for these.
-_OFF_CHAIN: tuple[Kind, ...] = ("quantize", "search", "finish", "differ")
+_OFF_CHAIN: tuple[Kind, ...] = ("quantize", "search", "finish", "differ", "measure")
 
 
 class Key(NamedTuple):
@@ -92,8 +94,8 @@ class Task:
             its quantized weights, written; `pass`, both. Of a layer that is cut: `attention`, the states
             between its blocks; `experts`, some experts' outputs and ranges; `combine`, the layer's outputs;
             `search`, its quantized attention; `quantize`, one of its shards; `finish`, what is said of it. Of
-            an evaluation: see `evaluation_work.py`. Without calibration: `round`, a part's rounded weights,
-            written.
+            an evaluation: see `evaluation_work.py`; of a ranking, see `analysis_work.py`. Without
+            calibration: `round`, a part's rounded weights, written.
         index: of the layer, or of the part of a model without calibration.
         after: the tasks whose results it reads, or that must have made room for it.
         part: which of the `parts` that are alike.

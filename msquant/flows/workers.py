@@ -1,5 +1,6 @@
 """Who does the work on a model."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msquant.checkpoint.checkpoint_reader import Checkpoint
+from msquant.checkpoint.disk import writing
 from msquant.errors import EngineError
 from msquant.progress import Progress
 
@@ -72,6 +74,24 @@ def working(
     with WorkerPool(workers, progress) as pool:
         pool.prepare(job, source.folder.absolute(), source.fingerprint()["sha256"], output.absolute())
         yield pool
+
+
+@contextmanager
+def scratch_folder(workers: Workers, beside: Path) -> Iterator[Path]:
+    """A folder for what workers leave one another, removed in the end.
+
+    Args:
+        workers: who they are: all nodes of a cluster see the disk of the model, not one another's.
+        beside: the model's folder; theirs lies beside it on a cluster, in the temporary folder otherwise.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    place = beside.absolute().parent if workers.address else Path(tempfile.gettempdir())
+    with writing(place):
+        folder = tempfile.TemporaryDirectory(prefix=".msquant-", dir=place)
+    with folder as name:
+        yield Path(name)
 
 
 def require_workers(count: int | None, address: str | None, device: str) -> None:
