@@ -193,9 +193,10 @@ def run_job(job: Job, folder: Path, parent: Path, reference: Any) -> Result:
     return Result(job, measured, kl, perplexity, _compared(folder, output, reference), nbytes, None, today)
 
 
-def run_peer(job: Job, folder: Path, output: Path, parent: Path) -> Measured:
-    """Quantize with one peer into a folder; arguments as for `run_job`."""
-    command = _ours(job, folder, output, parent) if job.is_ours else _peers(job, folder, output, parent)
+def run_peer(job: Job, folder: Path, output: Path, parent: Path, samples: int = SAMPLES) -> Measured:
+    """Quantize with one peer into a folder, with so many samples; other arguments as for `run_job`."""
+    make = _ours if job.is_ours else _peers
+    command = make(job, folder, output, parent, samples)
     return run_measured(command, parent / "log.txt", {"HF_HUB_OFFLINE": "1"})
 
 
@@ -214,11 +215,11 @@ def _compared(folder: Path, output: Path, reference: Any) -> dict[str, float]:
     return {text.text: text.kl for text in score.texts if text.kl is not None}
 
 
-def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
+def _ours(job: Job, folder: Path, output: Path, parent: Path, samples: int) -> list[str | Path]:
     """`msquant quantize` of a recipe file, without the accuracy that it measures at the end."""
     from msquant.recipe.recipe import find_recipe, write_recipe
 
-    recipe = find_recipe(str(folder)).replace("calibration", samples=SAMPLES, sequence_length=SEQUENCE_LENGTH)
+    recipe = find_recipe(str(folder)).replace("calibration", samples=samples, sequence_length=SEQUENCE_LENGTH)
     algorithm = peers_of(job.scheme)[job.peer].algorithm
     if job.scheme in FOUR_BIT_SCHEMES:
         recipe = recipe.adjusted(algo=algorithm, scheme=job.scheme, formats="compressed-tensors")
@@ -230,11 +231,11 @@ def _ours(job: Job, folder: Path, output: Path, parent: Path) -> list[str]:
     return [sys.executable, "-m", "msquant", "quantize", str(parent / "recipe.yaml"), *options]
 
 
-def _peers(job: Job, folder: Path, output: Path, parent: Path) -> list[str | Path]:
+def _peers(job: Job, folder: Path, output: Path, parent: Path, samples: int) -> list[str | Path]:
     from msquant.flows.calibration import calibration_of
     from msquant.recipe.recipe import Recipe
 
-    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
+    settings = {"samples": samples, "sequence_length": SEQUENCE_LENGTH}
     recipe = Recipe(model=str(folder)).replace("calibration", **settings)
     np.save(parent / "tokens.npy", calibration_of(recipe.calibration, folder).samples.tokens)
     peer = peers_of(job.scheme)[job.peer]
