@@ -192,10 +192,15 @@ class HeldOutSearch:
         if not len(x):
             return 0.0
         lowest, highest = INT8_MIN - offset, INT8_MAX - offset
-        product = product_by_inputs(np.clip(x, lowest, highest, out=x), lowest, highest)
+        np.clip(x, lowest, highest, out=x)
+        product = None
+        # A range that leaves out 0 has a zero point that no int8 is: it is widened when it is chosen.
+        in_int8 = (offset >= INT8_MIN).all() and (offset <= INT8_MAX).all()
+        if in_int8 and self._quant.group_size is None and self._quant.symmetric:
+            product = product_by_inputs(x, lowest, highest)
 
         def error(weight: Floats, output: Floats, factors: Floats, block: slice) -> float:
-            if self._quant.group_size is None and self._quant.symmetric:
+            if product is not None:
                 rounded = quantize_smoothed(weight[block], scale, self._quant)
                 y = product(rounded.weight)
                 y *= rounded.scale

@@ -42,7 +42,7 @@ def product_by_weight(weight: Integers, lowest: Floats, highest: Floats) -> Call
 
     Args:
         weight: `[N, K]`.
-        lowest: the least integers of the inputs, whole numbers `[1]` or `[K]`: int8 less a zero point.
+        lowest: the least integers of the inputs, whole numbers `[1]` or `[K]`: -128 less an int8 zero point.
         highest: the greatest.
 
     Returns:

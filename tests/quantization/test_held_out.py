@@ -104,6 +104,14 @@ def test_few_tokens_decide_who_stays_in_the_race(monkeypatch: pytest.MonkeyPatch
     assert len(racing._all) < len(racing._few)
 
 
+def test_the_loss_of_a_range_that_leaves_out_0() -> None:
+    inputs, weights = group()
+    lifted = {"low": inputs.low + 200, "high": inputs.high + 200, "x": inputs.x + 200}
+    inputs, weights = group(**lifted)
+    loss = HeldOutSearch(inputs, weights).loss(0.5, 0.0)
+    assert loss == pytest.approx(torch_loss(inputs, weights, 0.5, 0.0, per_token=False), rel=5e-2)
+
+
 @pytest.mark.usefixtures("product")
 @pytest.mark.parametrize(
     "quant",
