@@ -139,7 +139,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(tiny_llama: Path, tmp_path: Pa
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     deadline = time.monotonic() + 120
-    while not list(scratch.glob("msquant-*/*hidden-00001*")):
+    while not list(scratch.glob(".msquant-*/*hidden-00001*")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
