@@ -157,9 +157,8 @@ class HeldOutSearch:
         """
         candidate = (alpha, floor)
         if candidate not in self._all:
-            rest = self._sum(candidate, [fold.others for fold in self._folds])
-            total = (self._few_loss(candidate) + rest) / (len(self._inputs.x) * len(self._weights))
-            self._all[candidate] = total if np.isfinite(total) else np.inf
+            total = self._few_loss(candidate) + self._sum(candidate, [fold.others for fold in self._folds])
+            self._all[candidate] = total / (len(self._inputs.x) * len(self._weights))
         return self._all[candidate]
 
     def scale(self, choice: Choice) -> Floats:
@@ -176,16 +175,16 @@ class HeldOutSearch:
     def _few_loss(self, candidate: tuple[float, float]) -> float:
         if candidate not in self._few:
             self._check()
-            total = self._sum(candidate, [fold.first for fold in self._folds])
-            self._few[candidate] = total if np.isfinite(total) else np.inf
+            self._few[candidate] = self._sum(candidate, [fold.first for fold in self._folds])
         return self._few[candidate]
 
     def _sum(self, candidate: tuple[float, float], rows: Sequence[slice]) -> float:
-        """Over some tokens of each fold."""
-        return sum(
+        """Over some tokens of each fold; infinity where it is not finite."""
+        total = sum(
             self._errors(fold, part, self._scale(fold.low, fold.high, *candidate))
             for fold, part in zip(self._folds, rows, strict=True)
         )
+        return total if np.isfinite(total) else np.inf
 
     def _errors(self, fold: "_Fold", rows: slice, scale: Floats) -> float:
         x, step, offset = self._quantized(fold, rows, scale)

@@ -15,7 +15,7 @@ from msquant.kernels.fake_quant import fake_quantize, row_maxima, scale_of_maxim
 from msquant.schemes import Quant
 
 _Number = TypeVar("_Number", bound=np.generic)
-Result = TypeVar("Result")
+_Made = TypeVar("_Made")
 
 INT8 = Quant(8, "channel")
 """Int8 with one scale for each output channel."""
@@ -249,7 +249,7 @@ def column_maxima(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum(values.max(axis=0), -values.min(axis=0))
 
 
-def for_blocks(values: NDArray[np.float32], work: Callable[[slice], Result]) -> list[Result]:
+def for_blocks(values: NDArray[np.float32], work: Callable[[slice], _Made]) -> list[_Made]:
     """Call `work` with slices that cover all rows, on all cores; NumPy works outside of Python's lock.
 
     Returns:

@@ -16,6 +16,7 @@ from msquant.schemes import W8A8, W8A16
 from tests.fixtures.linears import (
     N,
     T,
+    extremes,
     random_input,
     random_linear,
     random_shifted,
@@ -74,18 +75,7 @@ def test_a_layer_with_int8_weights_alone_equals_the_reference(bias: bool, dtype:
 @pytest.mark.parametrize("k", SIZES)
 @pytest.mark.parametrize("offset", [-128, -1, 127])
 def test_extreme_integers_are_summed_exactly(k: int, offset: int, dtype: Any) -> None:
-    weight = np.full((4, k), 127, np.int8)
-    weight[1], weight[2, ::2], weight[3, ::3] = -128, -128, 126
-    linear = QuantizedLinear(
-        weight=weight,
-        weight_scale=np.ones(4, np.float32),
-        scheme=W8A8,
-        input_scale=np.ones(1, np.float32),
-        input_offset=np.array([offset], np.int32),
-    )
-    x = np.stack([np.full(k, 127.0), np.full(k, -128.0), np.where(np.arange(k) % 2, 126.0, 125.0)])
-    x = x.astype(np.float32) - offset
-    exact = (x.astype(np.int64) @ weight.astype(np.int64).T).astype(np.float32)
+    linear, x, exact = extremes(k, offset)
     np.testing.assert_array_equal(run(linear, x, dtype), exact)
 
 
